@@ -1,0 +1,106 @@
+"""The alternatives that the paper compares in Tables 6 to 9; `DualTokenViT`'s switches choose them."""
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
+from dualtoken_vit.model import Attention, LayerNorm, pad_to_multiple, token_mlp_layer
+
+
+class NoTokens(nn.Module):
+    """No global tokens (Table 7, 0): the broadcast reads X_ga itself."""
+
+    def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C) -> (B, h*w, C)
+        return x_ga.flatten(1, 2)
+
+
+class NormalStarFusion(Attention):
+    """Normal* (Figure 3d, Table 6): G_new = MSA(Q(MLP(LN(G))), K(X_ga), V(X_ga)), no output projection."""
+
+    def __init__(self, dim, num_heads, token_mlp, num_tokens, attn_drop=0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, attn_drop)
+        self.norm = LayerNorm(dim, **dd)
+        self.mlp = token_mlp_layer(token_mlp, dim, num_tokens, **dd)
+        self.q = nn.Linear(dim, dim, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, **dd)
+
+    def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C), (B, M, C) -> (B, M, C)
+        assert g is not None
+        k, v = self.kv(x_ga.flatten(1, 2)).chunk(2, dim=-1)
+        return self.attend(self.q(self.mlp(self.norm(g))), k, v)
+
+
+class NormalFusion(Attention):
+    """Normal (Figure 3c, Table 6): G_new = Proj(MSA(Q(LN(G)), K(X_ga), V(X_ga))), no MLP (a best fit)."""
+
+    def __init__(self, dim, num_heads, token_mlp, num_tokens, attn_drop=0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, attn_drop)
+        self.norm = LayerNorm(dim, **dd)
+        self.q = nn.Linear(dim, dim, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C), (B, M, C) -> (B, M, C)
+        assert g is not None
+        k, v = self.kv(x_ga.flatten(1, 2)).chunk(2, dim=-1)
+        return self.proj(self.attend(self.q(self.norm(g)), k, v))
+
+
+FUSIONS = {"normal": NormalFusion, "normal_star": NormalStarFusion}
+
+
+class OneStepDownsample(nn.Module):
+    """Average pooling of X_local straight to the size of X_ds (Table 9)."""
+
+    def __init__(self, halvings: int):
+        super().__init__()
+        self.pool = nn.AvgPool2d(2**halvings, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        return self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@register_notrace_function
+def crop(x: Tensor, like: Tensor) -> Tensor:
+    """The top left part of x (B, H, W, C) that has the size of `like`."""
+    return x[:, : like.shape[1], : like.shape[2]]
+
+
+class WindowAttention(Attention):
+    """Local attention by windows (Table 8): X + MSA over the 7x7 windows of LN(X), with relative position bias.
+
+    Neither shifted nor projected; a map that 7 does not divide is padded with zeros.
+    """
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, window: int = 7, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, attn_drop)
+        self.window = window
+        self.norm = LayerNorm(dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads, **dd))
+        index = torch.empty(window**2, window**2, dtype=torch.long, device=device)
+        self.register_buffer("relative_position_index", index, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        y, x = torch.meshgrid(torch.arange(self.window), torch.arange(self.window), indexing="ij")
+        place = torch.stack((y, x)).flatten(1)  # (2, window^2)
+        dy, dx = place[:, :, None] - place[:, None] + self.window - 1
+        index = dy * (2 * self.window - 1) + dx
+        self.relative_position_index.copy_(index)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        w = self.window
+        y = pad_to_multiple(self.norm(x), w)
+        B, H, W, C = y.shape
+        y = y.reshape(B, H // w, w, W // w, w, C).transpose(2, 3).reshape(-1, w * w, C)  # (B * windows, w^2, C)
+        q, k, v = self.qkv(y).chunk(3, dim=-1)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, w^2, w^2)
+        y = self.attend(q, k, v, bias)
+        y = y.reshape(B, H // w, W // w, w, w, C).transpose(2, 3).reshape(B, H, W, C)
+        return x + crop(y, x)

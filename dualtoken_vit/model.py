@@ -134,9 +134,7 @@ class StepwiseDownsample(nn.Module):
     def __init__(self, dim: int, steps: int, convs: int, device=None, dtype=None):
         super().__init__()
         self.steps = steps  # halvings
-        self.convs = nn.ModuleList(
-            nn.Conv2d(dim, dim, 3, padding=1, device=device, dtype=dtype) for _ in range(convs)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, device=device, dtype=dtype) for _ in range(convs))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / 2^steps, W / 2^steps, C)
         for conv in self.convs:

@@ -1,0 +1,8 @@
+"""The one error that a user can cause and mend."""
+
+
+class InputError(Exception):
+    """Bad input: the message names the file, key or argument and says what to do.
+
+    The command line prints it as one line and exits with status 2.
+    """

@@ -5,7 +5,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from dualtoken_vit.model import Attention, LayerNorm, pad_to_multiple, token_mlp_layer
+from dualtoken_vit.model import Attention, LayerNorm, Linear, pad_to_multiple, token_mlp_layer
 
 
 class NoTokens(nn.Module):
@@ -23,8 +23,8 @@ class NormalStarFusion(Attention):
         super().__init__(dim, num_heads, attn_drop)
         self.norm = LayerNorm(dim, **dd)
         self.mlp = token_mlp_layer(token_mlp, dim, num_tokens, **dd)
-        self.q = nn.Linear(dim, dim, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, **dd)
+        self.q = Linear(dim, dim, **dd)
+        self.kv = Linear(dim, 2 * dim, **dd)
 
     def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C), (B, M, C) -> (B, M, C)
         assert g is not None
@@ -39,9 +39,9 @@ class NormalFusion(Attention):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, attn_drop)
         self.norm = LayerNorm(dim, **dd)
-        self.q = nn.Linear(dim, dim, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.q = Linear(dim, dim, **dd)
+        self.kv = Linear(dim, 2 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C), (B, M, C) -> (B, M, C)
         assert g is not None
@@ -80,7 +80,7 @@ class WindowAttention(Attention):
         super().__init__(dim, num_heads, attn_drop)
         self.window = window
         self.norm = LayerNorm(dim, **dd)
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads, **dd))
         index = torch.empty(window**2, window**2, dtype=torch.long, device=device)
         self.register_buffer("relative_position_index", index, persistent=False)

@@ -24,10 +24,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ConvNormAct,
     DropPath,
-    Mlp,
     SelectAdaptivePool2d,
     calculate_drop_path_rates,
     get_device_dtype,
+    is_exporting,
     trunc_normal_,
     use_fused_attn,
 )
@@ -40,6 +40,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = ["DualTokenViT", "checkpoint_filter_fn"]
 
@@ -53,14 +54,70 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=1e-6, device=device, dtype=dtype)
 
 
-# Size-dependent steps are hidden from torch.fx, which cannot follow a branch on a traced size.
+def is_known(condition: bool) -> bool:
+    """`condition`, but in a graph compiled for any size only where it holds for every size.
+
+    There a branch on a size would cost another compilation for each of its sides, and those of a few such branches
+    together exceed torch.compile's limit.
+    """
+    if torch.jit.is_scripting():
+        return condition
+    else:
+        return statically_known_true(condition)
+
+
+# Steps that branch on a size or a device are hidden from torch.fx, which cannot follow them.
+
+
+@torch.compiler.assume_constant_result
+def several_threads() -> bool:
+    return torch.get_num_threads() > 1
+
+
+@register_notrace_function
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., C) @ weight (D, C)^T + bias (D) -> (..., D); on the CPU, where it is large, as a 1x1 convolution.
+
+    PyTorch multiplies float32 matrices by MKL on the CPU but convolves by oneDNN, which uses AVX-512 on processors of
+    every maker; where MKL does not, the same product takes half the time. The last two conditions are those under
+    which PyTorch gives a convolution to oneDNN.
+    """
+    if torch.jit.is_scripting() or x.device.type != "cpu" or x.dtype != torch.float32 or is_exporting():
+        return F.linear(x, weight, bias)
+    elif x.numel() <= 20480 or not several_threads():
+        return F.linear(x, weight, bias)
+    else:
+        rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, 1, rows), channels-last
+        y = F.conv2d(rows, weight[:, :, None, None], bias)
+        return y.permute(0, 2, 3, 1).reshape(x.shape[:-1] + weight.shape[:1])
+
+
+class Linear(nn.Linear):
+    """nn.Linear through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C)
+        return self.fc2(self.drop(self.act(self.fc1(x))))
 
 
 @register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad (B, H, W, C) at the right and bottom until `multiple` divides H and W."""
     bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
-    if bottom > 0 or right > 0:
+    if not (is_known(bottom == 0) and is_known(right == 0)):
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     return x
 
@@ -68,7 +125,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 @register_notrace_function
 def resize_grid(x: Tensor, size: int) -> Tensor:
     """Resize (B, H, W, C) bilinearly to (B, size, size, C) unless it has that size (section 3.3)."""
-    if x.shape[1] != size or x.shape[2] != size:
+    if not (is_known(x.shape[1] == size) and is_known(x.shape[2] == size)):
         x = F.interpolate(x.permute(0, 3, 1, 2), (size, size), mode="bilinear").permute(0, 2, 3, 1)
     return x
 
@@ -149,7 +206,7 @@ class GlobalAggregation(Attention):
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, device=None, dtype=None):
         super().__init__(dim, num_heads, attn_drop)
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, h, w, C)
         q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
@@ -162,9 +219,9 @@ class GlobalBroadcast(Attention):
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, attn_drop)
-        self.q = nn.Linear(dim, dim, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.q = Linear(dim, dim, **dd)
+        self.kv = Linear(dim, 2 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:  # (B, H, W, C), (B, M, C) -> (B, H, W, C)
         k, v = self.kv(g).chunk(2, dim=-1)
@@ -176,8 +233,8 @@ class MixMlp(nn.Module):
 
     def __init__(self, dim: int, num_tokens: int, device=None, dtype=None):
         super().__init__()
-        self.fc = nn.Linear(dim, dim, device=device, dtype=dtype)
-        self.mix = nn.Linear(num_tokens, num_tokens, device=device, dtype=dtype)
+        self.fc = Linear(dim, dim, device=device, dtype=dtype)
+        self.mix = Linear(num_tokens, num_tokens, device=device, dtype=dtype)
 
     def forward(self, g: Tensor) -> Tensor:  # (B, M, C)
         return self.mix(self.fc(g).transpose(1, 2)).transpose(1, 2)
@@ -214,10 +271,10 @@ class BiDim(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = LayerNorm(dim, **dd)
-        self.channel_reduce = nn.Linear(dim, dim // 4, **dd)
-        self.channel_expand = nn.Linear(dim // 4, dim, **dd)
-        self.spatial_reduce = nn.Linear(dim, dim // 4, **dd)
-        self.spatial_select = nn.Linear(2 * (dim // 4), 1, **dd)
+        self.channel_reduce = Linear(dim, dim // 4, **dd)
+        self.channel_expand = Linear(dim // 4, dim, **dd)
+        self.spatial_reduce = Linear(dim, dim // 4, **dd)
+        self.spatial_select = Linear(2 * (dim // 4), 1, **dd)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
@@ -285,11 +342,11 @@ class PatchMerging(nn.Module):
         self.stride = stride
         self.dilation = dilation
         self.norm = LayerNorm(4 * dim, **dd)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
-        self.residual = nn.Linear(dim, out_dim, bias=False, **dd)
+        self.reduction = Linear(4 * dim, out_dim, bias=False, **dd)
+        self.residual = Linear(dim, out_dim, bias=False, **dd)
         # global tokens
         self.token_norm = LayerNorm(dim, **dd) if has_tokens else nn.Identity()
-        self.token_reduction = nn.Linear(dim, out_dim, bias=False, **dd) if has_tokens else nn.Identity()
+        self.token_reduction = Linear(dim, out_dim, bias=False, **dd) if has_tokens else nn.Identity()
 
     def forward(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (B, H, W, C), (B, M, C)
         if self.stride == 2:
@@ -362,7 +419,7 @@ class TokenMean(nn.Module):
     def __init__(self, dim: int, hidden_size: int, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.fc = nn.Linear(dim, hidden_size, **dd)
+        self.fc = Linear(dim, hidden_size, **dd)
         self.norm = LayerNorm(hidden_size, **dd)
         self.act = nn.GELU()
 

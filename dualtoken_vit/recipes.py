@@ -6,8 +6,11 @@ A recipe is a frozen dataclass; the paper's ablations differ from its main rows 
 This file needs the standard library only. `RECIPES` at the end maps names to recipes.
 """
 
+from ast import literal_eval
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
+
+from dualtoken_vit.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,24 @@ def from_dict(values: dict[str, Any]) -> Classification:
         section = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
         built[name] = sections[name](**section)
     return Classification(**built)
+
+
+def model_kwargs(model: Model) -> dict[str, Any]:
+    """`model.args` as keyword arguments: `token_grid=5` gives the number 5, `token_mlp=mix` the word "mix".
+
+    Raises:
+        InputError: for an argument that is not of the form NAME=VALUE.
+    """
+    kwargs: dict[str, Any] = {}
+    for arg in model.args:
+        name, equals, value = arg.partition("=")
+        if not (name.isidentifier() and equals):
+            raise InputError(f"model.args: {arg!r} is not of the form NAME=VALUE, for example token_grid=5")
+        try:
+            kwargs[name] = literal_eval(value)
+        except (ValueError, SyntaxError):  # a bare word
+            kwargs[name] = value
+    return kwargs
 
 
 # The paper's setting on ImageNet-1k (section 4.1). Label smoothing, clipping and the end of the cosine are not

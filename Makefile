@@ -1,0 +1,50 @@
+# make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
+# make test    the tests
+# make lint    ruff, without changing anything;  make format: with
+# Each creates .venv first where it is missing. Needs Python 3.11 or later; choose one with PYTHON=...
+# or bring your own environment with BIN=... (its bin folder).
+
+VENV := .venv
+BIN ?= $(VENV)/bin
+FITS := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c "$(FITS)" 2>/dev/null && echo $$p && break; done)
+DEMO := runs/demo
+JOBS ?= 2
+
+# A stamp file a set of extras: installed again only when pyproject.toml is newer.
+ifeq ($(BIN),$(VENV)/bin)
+TRAIN := $(VENV)/.train
+DEV := $(VENV)/.dev
+endif
+
+.PHONY: demo test lint format clean
+
+demo: $(TRAIN)
+	rm -rf $(DEMO)
+	$(BIN)/dualtoken-vit train demo --out $(DEMO)
+	$(BIN)/dualtoken-vit evaluate $(DEMO)/best.safetensors
+	$(BIN)/python -c "from dualtoken_vit.data.shapes import save; save('$(DEMO)/pictures')"
+	$(BIN)/dualtoken-vit predict $(DEMO)/best.safetensors $(DEMO)/pictures --out $(DEMO)/predictions
+	@echo "Look at $(DEMO): curves.png, confusion.png, predictions/sheet.png"
+
+# One thread a process: several processes that each use all the cores are slower than one.
+test: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/.%: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; if you have one, name it: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -e ".[$*]"
+	touch $@

@@ -1,0 +1,405 @@
+"""Speed, memory and size of timm models, side by side in one run on one machine.
+
+Only ratios within a run mean much: machines differ, and one machine differs from hour to hour. So the models take
+turns, one short visit each a round, and drift hits all of them alike; what is reported is the median over the rounds.
+"""
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from json import dumps
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Literal
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+import dualtoken_vit
+from dualtoken_vit.counting import Counts, count
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.tables import print_table
+
+__all__ = ["Result", "benchmark", "take_turns"]
+
+PEERS = (
+    "dualtoken_vit_small",
+    "dualtoken_vit_tiny_mix",
+    "xcit_tiny_12_p16_224",
+    "deit_tiny_patch16_224",
+    "mobilevit_xs",
+    "pvt_v2_b0",
+)
+
+Mode = Literal["eager", "compiled"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+HOW_MEMORY_IS_MEASURED = {
+    "cpu": "peak resident memory of a fresh process that builds the model and runs it three times (eager only), less "
+    "what it held before",
+    "cuda": "peak of what PyTorch allocates in a forward pass, plus the weights",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model in one mode at one batch size."""
+
+    model: str
+    mode: Mode
+    batch_size: int
+    images_per_second: float
+    ratio: float
+    """Speed relative to the first model's: that one's latency divided by this one's."""
+    latency_ms: float
+    """Of a forward pass of the whole batch, median over the rounds."""
+    spread_percent: float
+    """Distance between the rounds' quartiles, in percent of the median."""
+    memory_mib: float | None
+    """Peak memory by `HOW_MEMORY_IS_MEASURED`, None where it is not."""
+    params: int
+    macs: int
+    """Multiply-accumulates for one image."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all the models of a run share."""
+
+    input_size: int
+    device: torch.device
+    precision: Precision
+
+    def build(self, name: str) -> nn.Module:
+        """A timm model for pictures of this size, with random weights, ready to be timed."""
+        cfg = timm.get_pretrained_cfg(name)
+        kwargs = {"img_size": self.input_size} if cfg is not None and cfg.fixed_input_size else {}
+        model = timm.create_model(name, **kwargs).eval()
+        return model.to(self.device, getattr(torch, self.precision), memory_format=torch.channels_last)
+
+    def pictures(self, batch_size: int) -> Tensor:
+        """A batch of noise (B, 3, S, S), channels last."""
+        shape = (batch_size, 3, self.input_size, self.input_size)
+        x = torch.randn(shape, dtype=getattr(torch, self.precision), device=self.device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def take_turns(
+    calls: dict[str, Callable[[], object]],
+    *,
+    rounds: int,
+    visit_seconds: float,
+    synchronize: Callable[[], object] = lambda: None,
+    after_visit: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Time callables against each other: each round visits all of them, and begins with another one each time.
+
+    A visit calls one of them as often as fits into `visit_seconds`, at least once.
+
+    Args:
+        calls: what to time, by name.
+        rounds: visits to each.
+        visit_seconds: how long a visit lasts, about.
+        synchronize: waits until the device is done.
+        after_visit: called after every visit, for a progress bar.
+
+    Returns:
+        Seconds a call, one number a round, by name.
+    """
+
+    def visit(call: Callable[[], object], repeats: int) -> float:
+        synchronize()
+        start = perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize()
+        return (perf_counter() - start) / repeats
+
+    repeats = {}
+    for name, call in calls.items():
+        visit(call, 2)  # warm up
+        repeats[name] = max(1, round(visit_seconds / visit(call, 1)))
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(visit(calls[name], repeats[name]))
+            after_visit()
+    return seconds
+
+
+def _count(name: str, setting: Setting) -> Counts:
+    """Parameters and MACs of a model.
+
+    Raises:
+        InputError: for a model that cannot take this size.
+    """
+    size = setting.input_size
+    try:
+        return count(setting.build(name), (3, size, size))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        raise InputError(f"{name} cannot take pictures of {size}x{size} pixels: {_first_line(e)}") from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _peak_resident_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+def _cpu_memory(name: str, batch_size: int, setting: Setting, threads: int) -> int:
+    """Bytes that a model needs to be built and run; to be called in a fresh process."""
+    torch.set_num_threads(threads)
+    before = _peak_resident_bytes()
+    model, x = setting.build(name), setting.pictures(batch_size)
+    with torch.inference_mode():
+        for _ in range(3):
+            model(x)
+    return _peak_resident_bytes() - before
+
+
+def _cuda_memory(model: nn.Module, call: Callable[[], object]) -> int:
+    """Bytes that a model needs for a forward pass, its weights included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return torch.cuda.max_memory_allocated() - before + weights
+
+
+def _peak_memory(
+    name: str, model: nn.Module, call: Callable[[], object], setting: Setting, mode: Mode, batch_size: int
+) -> int | None:
+    """Bytes by `HOW_MEMORY_IS_MEASURED`, None where there is no way to measure them."""
+    if setting.device.type == "cuda":
+        return _cuda_memory(model, call)
+    if setting.device.type == "cpu" and mode == "eager" and Path("/proc/self/status").exists():
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh_process:
+            return fresh_process.submit(_cpu_memory, name, batch_size, setting, torch.get_num_threads()).result()
+    return None
+
+
+def _measure(
+    models: tuple[str, ...],
+    counts: dict[str, Counts],
+    setting: Setting,
+    mode: Mode,
+    batch_size: int,
+    *,
+    rounds: int,
+    visit_seconds: float,
+    memory: bool,
+    done: Callable[[str], object],
+) -> list[Result]:
+    """The models against each other in one mode at one batch size."""
+    x = setting.pictures(batch_size)
+    calls: dict[str, Callable[[], object]] = {}
+    peaks: dict[str, int | None] = {}
+    torch.compiler.reset()
+    with torch.inference_mode():
+        for name in models:
+            model = setting.build(name)
+            forward = torch.compile(model, dynamic=False) if mode == "compiled" else model
+            calls[name] = lambda forward=forward: forward(x)
+            try:
+                calls[name]()  # compiles
+            except RuntimeError as e:
+                what = f"{mode}, batch {batch_size}, {setting.precision}"
+                raise InputError(f"{name} does not run ({what}): {_first_line(e)}") from e
+            peaks[name] = _peak_memory(name, model, calls[name], setting, mode, batch_size) if memory else None
+            done(f"{mode}, batch {batch_size}: {name} built")
+        seconds = take_turns(
+            calls,
+            rounds=rounds,
+            visit_seconds=visit_seconds,
+            synchronize=(lambda: None) if setting.device.type == "cpu" else torch.accelerator.synchronize,
+            after_visit=lambda: done(f"{mode}, batch {batch_size}: {rounds} rounds"),
+        )
+    latency = {name: median(times) for name, times in seconds.items()}
+    results = []
+    for name in models:
+        quartiles = quantiles(seconds[name], n=4, method="inclusive") if rounds > 1 else 3 * seconds[name]
+        results.append(
+            Result(
+                model=name,
+                mode=mode,
+                batch_size=batch_size,
+                images_per_second=batch_size / latency[name],
+                ratio=latency[models[0]] / latency[name],
+                latency_ms=1e3 * latency[name],
+                spread_percent=100 * (quartiles[2] - quartiles[0]) / latency[name],
+                memory_mib=None if peaks[name] is None else peaks[name] / 2**20,
+                params=counts[name].params,
+                macs=counts[name].macs,
+            )
+        )
+    return results
+
+
+def _machine(setting: Setting, denormals_flushed: bool) -> dict[str, str]:
+    """The state of the machine, in words."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cuda = setting.device.type == "cuda"
+    machine = {
+        "CPU": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
+        "cores": f"{cores}, threads used: {torch.get_num_threads()}",
+        "device": torch.cuda.get_device_name(setting.device) if cuda else setting.device.type,
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "versions": f"torch {torch.__version__}, timm {timm.__version__}, dualtoken_vit {dualtoken_vit.__version__}",
+        "precision": f"{setting.precision}, denormals {'flushed to zero' if denormals_flushed else 'kept'}",
+    }
+    if hasattr(os, "getloadavg"):
+        load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
+        machine["load"] = f"{load} (mean of the last 1, 5, 15 minutes)"
+    if commit := _commit():
+        machine["commit"] = commit
+    return machine
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that this package is imported from, if it is one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git
+        return None
+    return git.stdout.strip() or None
+
+
+def _check_models(models: tuple[str, ...]) -> None:
+    if not models:
+        raise InputError("models: none is named; name one or more timm models")
+    for name in models:
+        if not timm.is_model(name):
+            near = get_close_matches(name, timm.list_models())
+            hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+            raise InputError(f"models: timm has no model {name!r}; {hint}")
+        if models.count(name) > 1:
+            raise InputError(f"models: {name} is named twice; name it once")
+
+
+def _device(device: str) -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        return found or torch.device("cpu")
+    if device != "cpu" and (found is None or found.type != device):
+        raise InputError(f"device: this machine has no {device} device that PyTorch can use; use auto or cpu")
+    return torch.device(device)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], object]]:
+    """A progress bar on stderr; yields a function that advances it, given what was done."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda what: progress.update(task, advance=1, description=what)
+
+
+def benchmark(
+    models: tuple[str, ...] = PEERS,
+    /,
+    *,
+    input_size: int = 224,
+    batch_sizes: tuple[int, ...] = (1, 16),
+    modes: tuple[Mode, ...] = ("eager", "compiled"),
+    rounds: int = 15,
+    visit_seconds: float = 0.3,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Precision = "float32",
+    threads: int | None = None,
+    memory: bool = True,
+    json: bool = False,
+    markdown: bool = False,
+) -> list[Result]:
+    """Compare speed, memory and size of timm models, side by side in one run.
+
+    Prints the state of the machine, then the table. Weights are random and pictures are noise, both channels-last.
+    Denormals are flushed to zero; this and the number of threads stay so in the process.
+
+    Args:
+        models: names of timm models; the others are compared with the first one.
+        input_size: side of the square pictures in pixels, the same for all the models.
+        batch_sizes: pictures in a forward pass.
+        modes: eager, or compiled by torch.compile with its default settings (compiling takes minutes).
+        rounds: visits to each model.
+        visit_seconds: how long a visit lasts, about.
+        device: auto is the accelerator if there is one, else the CPU.
+        precision: of weights and pictures.
+        threads: CPU threads; None leaves it to PyTorch.
+        memory: measure the peak memory too.
+        json: print one JSON object.
+        markdown: print the table as Markdown.
+
+    Returns:
+        One result for each mode, batch size and model, in this order.
+
+    Raises:
+        InputError: for a model that timm does not know or that cannot take this size, and for a missing device.
+    """
+    _check_models(models)
+    least = {"input_size": input_size, "batch_sizes": min(batch_sizes, default=0), "rounds": rounds}
+    for name, value in (least | {"threads": 1 if threads is None else threads}).items():
+        if value < 1:
+            raise InputError(f"{name}: {value} is too small; give 1 or more")
+    setting = Setting(input_size, _device(device), precision)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    machine = _machine(setting, torch.set_flush_denormal(True))
+    if not json:
+        lines = [f"{key:<10} {value}" for key, value in machine.items()]
+        print("\n".join(["```", *lines, "```"] if markdown else lines), flush=True)
+
+    cells = [(mode, batch_size) for mode in modes for batch_size in batch_sizes]
+    results: list[list[Result]] = []
+    with _progress(len(models) * (1 + len(cells) * (1 + rounds))) as done:
+        counts = {}
+        for name in models:
+            counts[name] = _count(name, setting)
+            done(f"{name} counted")
+        for mode, batch_size in cells:
+            options = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
+            results.append(_measure(models, counts, setting, mode, batch_size, **options))
+
+    flat = [result for cell in results for result in cell]
+    about = {
+        "input_size": f"{input_size}x{input_size} pixels",
+        "latency": f"of a whole batch, median over {rounds} rounds; spread is the distance between their quartiles",
+        "ratio": f"speed relative to {models[0]}: above 1 is faster",
+        "memory": HOW_MEMORY_IS_MEASURED.get(setting.device.type, "not measured on this device"),
+        "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
+    }
+    if json:
+        print(dumps({"machine": machine, "about": about, "results": [asdict(r) for r in flat]}, indent=2))
+        return flat
+    columns = ("<mode", "batch", "<model", "img/s", "ratio", "latency ms", "spread %", "memory MiB", "params M")
+    print_table((*columns, "MACs G"), [[_cells(r) for r in cell] for cell in results], markdown)
+    print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
+    return flat
+
+
+def _cells(r: Result) -> tuple[str, ...]:
+    memory = "" if r.memory_mib is None else f"{r.memory_mib:.0f}"
+    speed = (f"{r.images_per_second:.1f}", f"{r.ratio:.2f}", f"{r.latency_ms:.1f}", f"{r.spread_percent:.0f}")
+    return (r.mode, str(r.batch_size), r.model, *speed, memory, f"{r.params / 1e6:.2f}", f"{r.macs / 1e9:.3f}")

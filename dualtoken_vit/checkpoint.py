@@ -1,0 +1,251 @@
+"""The file that leaves training, best.safetensors: weights, and all that it takes to use them, without pickle.
+
+A safetensors file whose tensors are the timm model's plain state dict, so that `timm.create_model(name,
+checkpoint_path=...)` reads it too, and whose metadata says in JSON what the network, classes and preprocessing are.
+"""
+
+import errno
+import json
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.models import adapt_input_conv, load_state_dict
+from torch import Tensor, nn
+
+from dualtoken_vit.errors import InputError
+
+FORMAT = "dualtoken-vit checkpoint 1"
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind `error`: torch.save hides it behind a RuntimeError of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file to write into, which takes the place of `path` only when it is whole and on the disk.
+
+    Folders are created as needed. A process killed in between leaves `path` as it was, and a hidden temporary file
+    that the next write replaces.
+
+    Raises:
+        InputError: where the system refuses (full disk, no permission); `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        reason = "the disk is full; free some space" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror
+        kept = "; the file that was there is kept" if path.is_file() else ""
+        raise InputError(f"cannot write {path}: {reason}{kept}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a best.safetensors holds."""
+
+    task: str
+    """The kind of task: "classification"."""
+    model: str
+    """timm's name of the architecture."""
+    model_args: dict[str, Any]
+    """The other arguments of timm.create_model, num_classes and in_chans among them."""
+    class_names: tuple[str, ...]
+    preprocessing: dict[str, Any]
+    """timm's data config: input_size, interpolation, mean, std, crop_pct."""
+    recipe: dict[str, Any]
+    """`recipes.to_dict` of the recipe that trained it."""
+    metrics: dict[str, Any]
+    state_dict: dict[str, Tensor]
+
+
+_FIELDS = ("task", "model", "model_args", "class_names", "preprocessing", "recipe", "metrics")
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    task: str,
+    class_names: tuple[str, ...] | list[str],
+    preprocessing: dict[str, Any],
+    recipe: dict[str, Any],
+    metrics: dict[str, Any],
+    model_args: dict[str, Any] | None = None,
+) -> None:
+    """Write a timm model as one safetensors file that `load_model` and `timm.create_model` read.
+
+    Args:
+        path: the file; replaced atomically
+        model: a model of timm.create_model
+        task: the kind of task
+        class_names: in the order of the logits
+        preprocessing: timm's data config, with input_size (C, H, W)
+        recipe: `recipes.to_dict` of the recipe
+        metrics: what the model reached
+        model_args: arguments of timm.create_model beside num_classes and in_chans
+
+    Raises:
+        InputError: where the file cannot be written.
+    """
+    args = {"num_classes": model.num_classes, "in_chans": preprocessing["input_size"][0], **(model_args or {})}
+    values = (task, model.pretrained_cfg["architecture"], args, list(class_names), preprocessing, recipe, metrics)
+    metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in zip(_FIELDS, values, strict=True)}
+    # safetensors takes neither channels-last strides nor tensors that share memory.
+    tensors = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
+    }
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a best.safetensors; nothing in it is executed.
+
+    Raises:
+        InputError: for a file that is missing, truncated or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        hint = f"; give {path / 'best.safetensors'}" if (path / "best.safetensors").is_file() else ""
+        raise InputError(f"{path} is a folder, not a checkpoint{hint}")
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    except (safetensors.SafetensorError, OSError) as error:
+        other = "a file for resuming or of another program; give the best.safetensors of a run"
+        kind = "truncated or damaged" if path.suffix == ".safetensors" else other
+        raise InputError(f"{path} is not a checkpoint that can be read: {kind}") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{path} holds weights, but not the network, classes and preprocessing that go with them; "
+            "give the best.safetensors of a run, or fine-tune from it with --model.checkpoint"
+        )
+    fields = {key: json.loads(metadata[key]) for key in _FIELDS}
+    fields["class_names"] = tuple(fields["class_names"])
+    return Checkpoint(**fields, state_dict=state_dict)
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
+    """The trained network of a best.safetensors, in evaluation mode, and what is known about it.
+
+    Raises:
+        InputError: for a file that is missing, truncated or of another kind, or does not fit the installed timm.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        model = timm.create_model(checkpoint.model, **checkpoint.model_args)
+        model.load_state_dict(checkpoint.state_dict)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
+    return model.eval(), checkpoint
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` did, by the names of the model's and the file's tensors."""
+
+    path: Path
+    loaded: tuple[str, ...]
+    """Taken from the file, the adapted ones among them."""
+    adapted: tuple[str, ...]
+    """Taken after a change of shape: channels of the first convolution, grid of tokens or positions."""
+    new: tuple[str, ...]
+    """Not in the file in a shape that fits: as initialised."""
+    ignored: tuple[str, ...]
+    """In the file, but not used."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: loaded {len(self.loaded)} of {len(self.loaded) + len(self.new)} tensors"]
+        for title, names in (
+            ("adapted", self.adapted),
+            ("left new", self.new),
+            ("ignored from the file", self.ignored),
+        ):
+            if names:
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                lines.append(f"  {title}: {', '.join(names[:8])}{more}")
+        return "\n".join(lines)
+
+
+def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """timm's cfgs name one layer, several, or none."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
+    """Start from the weights of a file: of this project or any timm checkpoint, of other classes, size or channels.
+
+    What has another shape is adapted (first convolution, grids of tokens and positions, by timm's own functions) or,
+    as a classifier of other classes, left as initialised. Pickled files are read with `weights_only`.
+
+    Raises:
+        InputError: for a file that is missing, cannot be read, or has not one tensor for this model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    try:
+        found = load_state_dict(str(path))
+        found = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, TypeError) as error:
+        raise InputError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    except (AttributeError, ValueError) as error:  # an array, a list, ... instead of a state dict
+        raise InputError(f"{path} holds no state dict") from error
+    if all(key.startswith("model.") for key in found):  # Lightning's
+        found = {key.removeprefix("model."): value for key, value in found.items()}
+
+    state_dict, own = dict(found), model.state_dict()
+    for name in _names(model.pretrained_cfg.get("first_conv")):
+        key = f"{name}.weight"
+        if key in state_dict and key in own and state_dict[key].shape != own[key].shape and own[key].ndim == 4:
+            in_chans = getattr(model, "in_chans", own[key].shape[1])
+            base_chans = state_dict[key].shape[1] * in_chans // own[key].shape[1]  # a stem may fold space into channels
+            state_dict[key] = adapt_input_conv(in_chans, state_dict[key], base_chans)
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if filter_fn is not None and state_dict.keys() & own.keys():
+        state_dict = filter_fn(state_dict, model)
+
+    fitting = {key: value for key, value in state_dict.items() if key in own and value.shape == own[key].shape}
+    if not fitting:
+        name = model.pretrained_cfg["architecture"]
+        raise InputError(f"{path} has no tensor that fits {name}; --model.checkpoint must be of the same architecture")
+    model.load_state_dict(fitting, strict=False)
+    return LoadReport(
+        path=path,
+        loaded=tuple(key for key in own if key in fitting),
+        adapted=tuple(key for key in own if key in fitting and key in found and found[key].shape != own[key].shape),
+        new=tuple(key for key in own if key not in fitting),
+        ignored=tuple(key for key in state_dict if key not in fitting),
+    )

@@ -1,0 +1,258 @@
+"""The command line, `dualtoken-vit`: it reads arguments and calls the rest."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+try:
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:  # a bare install has the models only
+    sys.exit(f"dualtoken-vit: error: {error.name} is not installed; pip install 'dualtoken-vit[train]'")
+
+import dualtoken_vit
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import ABOUT, RECIPES, Classification
+
+DEFAULT = "demo"
+
+# Commands import what they need themselves: `--help` is quick, and works without what only another command needs.
+
+
+@dataclass(frozen=True)
+class Train:
+    recipe: Annotated[Classification, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder of the run; by default runs/RECIPE."""
+    resume: bool = False
+    """Continue the run in that folder where it was interrupted, with the settings it has."""
+
+
+@dataclass(frozen=True)
+class CheckData:
+    recipe: Annotated[Classification, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """The pictures; what is not given is as in training."""
+
+    dataset: str | None = None
+    """folder, shapes, imagenette, or a timm data spec."""
+    root: str | None = None
+    """Folder of the data set."""
+    val_split: str | None = None
+    """Name of the validation split or folder."""
+    holdout: float | None = None
+    """Share of each class's training pictures that was held out to validate on; 0: the validation split."""
+    image_size: int | None = None
+    """Side of the square that pictures are resized and cropped to, in pixels."""
+    crop_pct: float | None = None
+    """The short side is resized to image_size / crop_pct and the centre is cropped."""
+    unreadable: Literal["stop", "skip"] | None = None
+    """What to do with a picture that cannot be read."""
+    workers: int | None = None
+    """Processes that read pictures."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    checkpoint: tyro.conf.Positional[Path]
+    """The best.safetensors of a run."""
+    data: EvaluationData = field(default_factory=EvaluationData)
+    batch_size: int | None = None
+    """Pictures at a time; by default as many as in training."""
+    accelerator: str = "auto"
+    """Lightning's accelerator: auto, cpu, gpu, mps."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Arithmetic of the network."""
+    json: bool = False
+    """Print one JSON object with top1, top5 (shares between 0 and 1), loss and images, and nothing else."""
+
+
+def _recipe_name(args: list[str], command: str, about: str) -> tuple[str, list[str]]:
+    """The recipe that the arguments begin with, and the others.
+
+    The recipe's own arguments are then parsed alone, so that messages speak of no other recipe.
+    """
+    if args and args[0] in ("-h", "--help"):
+        console = Console()
+        console.print(f"usage: dualtoken-vit {command} [RECIPE] [--section.field VALUE ...]\n", markup=False)
+        console.print(f"{about}\n\nRecipes (without one: {DEFAULT}):")
+        console.print(_listing(ABOUT))
+        console.print(f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help")
+        sys.exit()
+    if not args or args[0].startswith("-"):
+        return DEFAULT, args
+    name, *args = args
+    if name not in RECIPES:
+        raise InputError(f"there is no recipe {name!r}; {_nearest(name, RECIPES)}")
+    return name, args
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = get_close_matches(name, names)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+
+
+def _listing(abouts: dict[str, str]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(no_wrap=True)
+    for name, about in abouts.items():
+        table.add_row(name, about)
+    return table
+
+
+def train(args: list[str]) -> bool:
+    """Train a network by a recipe; leaves a folder with its weights, metrics and curves."""
+    name, args = _recipe_name(args, "train", train.__doc__)
+
+    def parse(recipe: Classification) -> Train:
+        return tyro.cli(
+            Train, default=Train(recipe), args=args, prog=f"dualtoken-vit train {name}", description=ABOUT[name]
+        )
+
+    chosen = parse(RECIPES[name])
+    out = chosen.out or Path("runs", name)
+    from dualtoken_vit.tasks.fit import fit, stored_recipe
+
+    stored = stored_recipe(out) if chosen.resume else None
+    if stored is not None:
+        chosen = parse(stored)
+    fit(chosen.recipe, out, chosen.resume)
+    return True
+
+
+def evaluate(args: list[str]) -> bool:
+    """Measure a trained network on validation pictures."""
+    chosen = tyro.cli(Evaluate, args=args, prog="dualtoken-vit evaluate", description=evaluate.__doc__)
+    from dualtoken_vit.tasks.classification import evaluate as run
+
+    data = {key: value for key, value in asdict(chosen.data).items() if value is not None}
+    result = run(
+        chosen.checkpoint,
+        data=data,
+        batch_size=chosen.batch_size,
+        accelerator=chosen.accelerator,
+        precision=chosen.precision,
+    )
+    if chosen.json:
+        import json
+
+        print(json.dumps({key: value for key, value in asdict(result).items() if key != "per_class"}))
+        return True
+    table = Table("class", "pictures", "top-1")
+    for name, (accuracy, pictures) in result.per_class.items():
+        table.add_row(name, str(pictures), f"{accuracy:.1%}" if pictures else "-")
+    table.add_section()
+    table.add_row("all", str(result.images), f"{result.top1:.1%}")
+    console = Console()
+    console.print(table)
+    shares = f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}"
+    console.print(f"{shares}, {result.images} pictures")
+    return True
+
+
+def predict(args: list[str]) -> bool:
+    """Say and draw what a trained network sees in pictures."""
+    from dualtoken_vit.predict import predict as run
+
+    return _call(run, "predict", args)
+
+
+def benchmark(args: list[str]) -> bool:
+    """Measure speed, memory and size of timm models side by side."""
+    from dualtoken_vit.benchmark import benchmark as run
+
+    _call(run, "benchmark", args)
+    return True
+
+
+def tables(args: list[str]) -> bool:
+    """Compare parameters and FLOPs with the paper's."""
+    from dualtoken_vit.tables import tables as run
+
+    _call(run, "tables", args)
+    return True
+
+
+def check_data(args: list[str]) -> bool:
+    """Read every picture of a recipe's data once and report what is there and what is wrong."""
+    name, args = _recipe_name(args, "check-data", check_data.__doc__)
+    chosen = tyro.cli(
+        CheckData,
+        default=CheckData(RECIPES[name]),
+        args=args,
+        prog=f"dualtoken-vit check-data {name}",
+        description=f"{check_data.__doc__} {ABOUT[name]}",
+    )
+    from dualtoken_vit.data.check import check_data as run
+
+    return run(chosen.recipe)
+
+
+def _call(function: Callable, command: str, args: list[str]) -> Any:
+    """Call `function` with arguments from the command line; those without a default are positional."""
+    return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=(tyro.conf.PositionalRequiredArgs,))
+
+
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "benchmark": benchmark,
+    "tables": tables,
+    "check-data": check_data,
+}
+
+
+def _help() -> None:
+    console = Console()
+    console.print("usage: dualtoken-vit COMMAND ...\n\nDualToken-ViT: train, evaluate and use it.\n\nCommands:")
+    console.print(_listing({name: command.__doc__ for name, command in COMMANDS.items()}))
+    console.print("\nRecipes of train and check-data:")
+    console.print(_listing(ABOUT))
+    console.print("\nMore: dualtoken-vit COMMAND --help, dualtoken-vit train RECIPE --help")
+
+
+def run(args: list[str]) -> int:
+    """Carry out one command; returns the exit status: 0, or 1 where a command found problems in pictures."""
+    if not args or args[0] in ("-h", "--help"):
+        _help()
+        return 0
+    if args[0] == "--version":
+        print(dualtoken_vit.__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        raise InputError(f"there is no command {args[0]!r}; {_nearest(args[0], COMMANDS)}")
+    return 0 if COMMANDS[args[0]](args[1:]) else 1
+
+
+def main() -> None:
+    """The entry point: errors that a user can mend end with one line and status 2."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one speaks
+            # A process that reads pictures hands its error on behind a traceback.
+            message = str(error).rstrip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+            print(f"dualtoken-vit: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"dualtoken-vit: error: {error}; pip install 'dualtoken-vit[train]'", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns the former into the latter.
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        print("dualtoken-vit: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

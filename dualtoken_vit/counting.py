@@ -1,0 +1,74 @@
+"""Parameters, multiply-accumulates and FLOPs of any model, on the meta device: nothing is computed, only shapes."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["Counts", "count"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What `count` found, for one image."""
+
+    params: int
+    """Parameters, all of them."""
+    macs: int
+    """Multiply-accumulates of convolutions, linear layers and attention products."""
+    flops: int
+    """FLOPs as the paper counts them: `macs` plus what normalisation and bilinear resizing cost by fvcore's rules."""
+
+
+# fvcore's rules for what is no matrix product: operations an element. Arguments are shapes where they are tensors.
+
+
+def _layer_norm(x, normalized_shape, weight, *args, **kwargs) -> int:
+    return prod(x) * (4 if weight is None else 5)
+
+
+def _group_norm(x, weight, *args, **kwargs) -> int:
+    return prod(x) * (4 if weight is None else 5)
+
+
+def _batch_norm(x, weight, *args, **kwargs) -> int:  # with running statistics
+    return prod(x) * (1 if weight is None else 2)
+
+
+def _bilinear(*args, out_shape, **kwargs) -> int:
+    return prod(out_shape) * 4
+
+
+RULES = {
+    aten.native_layer_norm: _layer_norm,
+    aten.native_group_norm: _group_norm,
+    aten.native_batch_norm: _batch_norm,
+    aten.upsample_bilinear2d: _bilinear,
+}
+
+
+def count(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> Counts:
+    """Count one image's forward pass through any model, in evaluation mode. The model is left as it is.
+
+    Activations, softmax, pooling, biases and additions count nothing, as in fvcore.
+
+    Args:
+        model: on any device, the meta device included.
+        input_size: of the image, (channels, height, width).
+    """
+    model = deepcopy(model).to("meta").eval().requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # PyTorch's counter has missed fused attention in some versions
+    dtype = next((p.dtype for p in model.parameters()), None)
+    with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
+        model(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    operations = counter.get_flop_counts()["Global"]
+    rest = sum(n for op, n in operations.items() if op in RULES)
+    macs = (sum(operations.values()) - rest) // 2  # PyTorch counts a multiply-accumulate as two
+    return Counts(sum(p.numel() for p in model.parameters()), macs, macs + rest)

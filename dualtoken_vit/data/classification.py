@@ -1,0 +1,479 @@
+"""Pictures with one class each: from folders, drawn shapes, Imagenette, or whatever timm's data specs read."""
+
+import importlib.util
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from io import BytesIO
+from itertools import islice
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import create_reader
+from timm.data.readers.reader import Reader
+from timm.data.readers.shared_count import SharedCount
+from timm.utils.misc import natural_key
+from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
+from torchvision.datasets import Imagenette
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from dualtoken_vit.data.images import MODES, load_image
+from dualtoken_vit.data.sampling import seeded
+from dualtoken_vit.data.shapes import CLASSES, ShapePictures
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Data
+
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif")
+IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
+_WDS_PICTURES = ("jpg", "jpeg", "png", "webp")
+_PACKAGES = {"wds": "webdataset", "hfds": "datasets", "tfds": "tensorflow_datasets"}
+
+Record = tuple[str, Any, int]  # display name, what `load_image` takes, class index
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class PictureDataset(Dataset):
+    """Pictures that can be read in any order.
+
+    Sample i is (picture, class index); the picture is `transform` of the PIL picture, or that itself without one.
+
+    Args:
+        sources: What `load_image` takes, one a picture.
+        targets: Class index of each picture.
+        class_names: Name of each class.
+        paths: Display name of each picture.
+        channels: 3 (RGB) or 1 (grey).
+        folders: Whether a class is a folder (which should not be empty).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        targets: list[int],
+        class_names: tuple[str, ...],
+        paths: list[str],
+        channels: int = 3,
+        folders: bool = False,
+    ) -> None:
+        self.sources, self.targets, self.class_names, self.paths = sources, targets, class_names, paths
+        self.channels, self.folders = channels, folders
+        self.transform: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        picture = load_image(self.sources[index], self.channels, self.paths[index])
+        return (self.transform(picture) if self.transform else picture), self.targets[index]
+
+    def keep(self, indices: Sequence[int]) -> "PictureDataset":
+        """The data set of these pictures only."""
+        kept = copy(self)
+        kept.sources = Subset(self.sources, indices)
+        kept.targets, kept.paths = [self.targets[i] for i in indices], [self.paths[i] for i in indices]
+        return kept
+
+    def relabel(self, class_names: tuple[str, ...], labels: Sequence[int]) -> None:
+        """Bring the classes to another order: class i becomes labels[i]."""
+        self.class_names, self.targets = class_names, [labels[target] for target in self.targets]
+
+    def records(self) -> Iterator[Record]:
+        """Every picture, undecoded where that is possible."""
+        return ((self.paths[i], self.sources[i], self.targets[i]) for i in range(len(self)))
+
+    def verify(self, skip: bool = False, progress: bool = True) -> int:
+        """Read every picture once.
+
+        Args:
+            skip: Leave out those that cannot be read, rather than stop.
+            progress: Show a bar.
+
+        Returns:
+            How many were left out.
+
+        Raises:
+            InputError: names the first that cannot be read, and says how many there are.
+        """
+        if isinstance(self.sources, ShapePictures):  # drawn, not read
+            return 0
+        bad = unreadable(self, skip, progress)
+        if bad:
+            kept = self.keep([i for i in range(len(self)) if i not in bad])
+            lost = set(self.targets) - set(kept.targets)
+            if lost:
+                names = _some([self.class_names[label] for label in sorted(lost)])
+                raise InputError(f"no readable pictures in class {names}, for example {self.paths[min(bad)]}")
+            self.sources, self.targets, self.paths = kept.sources, kept.targets, kept.paths
+        return len(bad)
+
+
+class PictureStream(IterableDataset):
+    """Pictures that timm reads in the order in which they are stored, shard by shard (wds/, tfds/).
+
+    There is no index, so the promises are weaker than a `PictureDataset`'s. In training the order depends on the seed,
+    the epoch, and the numbers of processes and workers; shards are dealt out to those, and to give every process as
+    many whole batches, a shard's pictures may come twice. In validation each process reads everything, with one worker,
+    and takes its share: every picture comes once.
+
+    Args:
+        reader: timm's reader, of PIL pictures and class indices.
+        class_names: Name of each class.
+        channels: 3 (RGB) or 1 (grey).
+        records: Makes an iterator over the pictures as they are stored; by default they come from the reader.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        class_names: tuple[str, ...],
+        channels: int = 3,
+        records: Callable[[], Iterator[Record]] | None = None,
+    ) -> None:
+        self.reader, self.class_names, self.channels, self._records = reader, class_names, channels, records
+        self.labels: Sequence[int] = range(len(class_names))
+        self.seed, self.rank, self.world = 0, 0, 1
+        self.transform: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.reader), self.world))
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        info = get_worker_info()
+        for number, (picture, label) in enumerate(islice(iter(self.reader), self.rank, None, self.world)):
+            picture = load_image(picture, self.channels)
+            if self.transform:
+                with seeded(self.seed, info.id if info else 0, number):
+                    picture = self.transform(picture)
+            yield picture, self.labels[label]
+
+    def epoch(
+        self, batch_size: int, *, train: bool, seed: int, rank: int, world: int, workers: int
+    ) -> tuple["PictureStream", int]:
+        """The stream that process `rank` of `world` reads in one epoch, and how many workers can read it."""
+        shards = len(self.reader.split_info.filenames)
+        if train and shards < world:
+            raise InputError(f"{shards} training shards cannot be dealt out to {world} processes: use fewer")
+        workers = min(workers, shards // world if train else 1)
+        stream = copy(self)
+        stream.seed = seed
+        # timm's reader asks torch.distributed, deals out validation shards unevenly, and starts but once.
+        reader = stream.reader = copy(self.reader)
+        reader.ds = None
+        reader.is_training = reader.reinit_each_iter = train
+        reader.batch_size = batch_size
+        reader.common_seed = reader.worker_seed = seed
+        reader.epoch_count = SharedCount()
+        reader.dist_rank, reader.dist_num_replicas = (rank, world) if train else (0, 1)
+        stream.rank, stream.world = (0, 1) if train else (rank, world)
+        reader.set_loader_cfg(workers)
+        return stream, workers
+
+    def relabel(self, class_names: tuple[str, ...], labels: Sequence[int]) -> None:
+        """Bring the classes to another order: class i becomes labels[i]."""
+        self.class_names, self.labels = class_names, [labels[label] for label in self.labels]
+
+    def records(self) -> Iterator[Record]:
+        """Every picture, undecoded where that is possible."""
+        for name, source, label in self._records() if self._records else self._read():
+            if not 0 <= label < len(self.labels):
+                raise InputError(f"{name}: class {label}, but there are {len(self.class_names)} class names")
+            yield name, source, self.labels[label]
+
+    def _read(self) -> Iterator[Record]:
+        stream, _ = self.epoch(1, train=False, seed=0, rank=0, world=1, workers=0)
+        return ((f"{self.reader.split_info.name}/{n}", *sample) for n, sample in enumerate(stream.reader))
+
+    def verify(self, skip: bool = False, progress: bool = True) -> int:
+        """As `PictureDataset.verify`; timm's readers leave out what they cannot read anyhow."""
+        return len(unreadable(self, skip, progress))
+
+
+Pictures = PictureDataset | PictureStream
+
+
+def in_threads(look: Callable[[Item], Result], items: Iterable[Item], total: int, title: str) -> Iterator[Result]:
+    """`look` of each item, in order, on all the processors; with a `title`, under a progress bar on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    items = iter(items)
+    with ThreadPool() as pool, Progress(*columns, console=Console(stderr=True), disable=not title) as bar:
+        task = bar.add_task(title, total=total, rate="")
+        while chunk := list(islice(items, 256)):  # a pool takes in its whole input at once: keep that small
+            for result in pool.imap(look, chunk):
+                yield result
+                speed = bar.tasks[0].speed
+                bar.update(task, advance=1, rate=f"{speed:.0f}/s" if speed else "")
+
+
+def unreadable(dataset: Pictures, skip: bool, progress: bool) -> dict[int, str]:
+    """Index of each picture that cannot be read: what is wrong with it. One is an InputError, unless `skip`."""
+
+    def look(record: Record) -> str:
+        name, source, _ = record
+        try:
+            load_image(source, dataset.channels, name)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    found = in_threads(look, dataset.records(), len(dataset), "reading every picture" if progress else "")
+    bad = {index: problem for index, problem in enumerate(found) if problem}
+    if bad and not skip:
+        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        first = next(iter(bad.values()))
+        raise InputError(f"{first}{more} (check-data names all; --data.unreadable skip leaves them out)")
+    return bad
+
+
+def split_name(data: Data, split: str) -> str:
+    """What the recipe calls the train or val split."""
+    return {"train": data.train_split, "val": data.val_split}[split]
+
+
+def picture_files(folder: Path) -> list[str]:
+    """The pictures in and below a folder, in natural order; hidden ones, like macOS's ._name.jpg, do not count."""
+    found = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    pictures = (p for p in found if p.lower().endswith(EXTENSIONS) and not os.path.basename(p).startswith("."))
+    return sorted(pictures, key=lambda path: (natural_key(path), path))
+
+
+def _folder(data: Data, split: str, channels: int) -> PictureDataset:
+    """ROOT/SPLIT/CLASS/**: a class a folder, in natural order, empty ones too."""
+    if not data.root:
+        raise InputError("--data.root is missing: give the folder that has train/CLASS/*.jpg and val/CLASS/*.jpg")
+    folder = Path(data.root, split_name(data, split))
+    for path in (Path(data.root), folder):
+        if not path.is_dir():
+            holdout = "; without a val folder give --data.holdout 0.1" if path == folder and split == "val" else ""
+            raise InputError(f"{path}: no such folder; expected {folder}/CLASS/*.jpg{holdout}")
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    if not names:
+        raise InputError(f"{folder}: has no class folders; expected {folder}/CLASS/*.jpg")
+    names.sort(key=lambda name: (natural_key(name), name))
+    files = [picture_files(folder / name) for name in names]
+    targets = [label for label, paths in enumerate(files) for _ in paths]
+    paths = [path for paths in files for path in paths]
+    return PictureDataset(paths, targets, tuple(names), paths, channels, folders=True)
+
+
+def _shapes(data: Data, split: str, channels: int) -> PictureDataset:
+    pictures = ShapePictures(split, data.image_size)
+    paths = [f"{split}/{CLASSES[label]}-{index:04d}" for index, label in enumerate(pictures.targets)]
+    return PictureDataset(pictures, pictures.targets, CLASSES, paths, channels)
+
+
+def _imagenette(data: Data, split: str, channels: int) -> PictureDataset:
+    """torchvision's Imagenette at 160 pixels, fetched where it is not yet in ROOT/imagenette2-160."""
+    folder = Path(data.root, "imagenette2-160")
+    try:
+        classes = Imagenette(data.root, split, size="160px", download=not folder.is_dir()).classes
+    except Exception as error:  # network, disk, archive
+        raise InputError(
+            f"{folder}: Imagenette is not there and cannot be fetched ({_reason(error)}); unpack imagenette2-160.tgz "
+            f"from https://github.com/fastai/imagenette into {data.root}, or use the folder recipe with --data.root"
+        ) from error
+    dataset = _folder(Data(root=str(folder)), split, channels)
+    if len(dataset) != IMAGENETTE_COUNTS[split]:
+        raise InputError(
+            f"{folder / split}: {len(dataset)} pictures, not {IMAGENETTE_COUNTS[split]}, the unpacking was cut short; "
+            f"remove {folder} and run again"
+        )
+    dataset.class_names = tuple(names[0] for names in classes)
+    return dataset
+
+
+class _ReaderSources(Sequence):
+    """The files of one of timm's readers, as bytes in memory."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Any:
+        file = self.reader[index][0]
+        with file:
+            return BytesIO(file.read())
+
+
+def _open_reader(data: Data, split: str, **args: Any) -> Reader:
+    """timm's reader for a data spec."""
+    spec, name = data.dataset, split_name(data, split)
+    package = _PACKAGES[spec.partition("/")[0].lower()]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"--data.dataset {spec}: needs the package {package}: pip install {package.replace('_', '-')}")
+    try:
+        return create_reader(spec, root=data.root or None, split=name, **args)
+    except Exception as error:  # each package has its own errors for what is not there
+        message = f"--data.dataset {spec}, root {data.root!r}, split {name!r}: {_reason(error)}"
+        raise InputError(message) from error
+
+
+def _hfds(data: Data, split: str, channels: int) -> PictureDataset:
+    """Hugging Face datasets, by timm: hfds/NAME or hfds/FOLDER; data.root is where downloads are kept."""
+    reader, name = _open_reader(data, split), split_name(data, split)
+    targets = list(reader.iter_targets())
+    if not targets or min(targets) < 0:
+        raise InputError(f"--data.dataset {data.dataset}: split {name!r} has no labels")
+    class_names = tuple(reader.class_to_idx) or _numbers(targets)
+    paths = [f"{name}/{index}" for index in range(len(targets))]
+    return PictureDataset(_ReaderSources(reader), targets, class_names, paths, channels)
+
+
+def _wds(data: Data, split: str, channels: int) -> PictureStream:
+    """webdataset, by timm: wds/NAME; data.root has the shards and an _info.json, or the split names the shards
+    (train-{000..127}.tar|128000). Classes are named in ROOT/classnames.txt, one a line, else numbered."""
+    if not data.root:
+        raise InputError(f"--data.root is missing: give the folder with the shards of {data.dataset}")
+    args = dict(is_training=split == "train", input_img_mode="", input_key=";".join(_WDS_PICTURES))
+    reader = _open_reader(data, split, **args)
+
+    def records() -> Iterator[Record]:
+        import webdataset as wds  # installed only by those who use it
+
+        shards = [os.path.join(data.root, name) for name in reader.split_info.filenames]
+        key = reader.split_info.alt_label
+        for shard in shards:
+            try:
+                for sample in wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples()):
+                    picture = next((sample[kind] for kind in _WDS_PICTURES if kind in sample), b"")
+                    label = json.loads(sample["json"])[key] if key else int(sample["cls"])
+                    yield f"{shard}/{sample['__key__']}", BytesIO(picture), label
+            except Exception as error:
+                raise InputError(f"{shard}: cannot be read ({_reason(error)})") from error
+
+    names = Path(data.root, "classnames.txt")
+    class_names = tuple(names.read_text("utf-8").splitlines()) if names.is_file() else ()
+    if not class_names or not reader.num_samples:
+        labels = [label for _, _, label in records()]
+        reader.num_samples = len(labels)
+        class_names = class_names or _numbers(labels)
+    return PictureStream(reader, class_names, channels, records)
+
+
+def _tfds(data: Data, split: str, channels: int) -> PictureStream:
+    """TensorFlow Datasets, by timm: tfds/NAME; data.root is where they are kept."""
+    args = dict(is_training=split == "train", input_img_mode=MODES[channels], download=True)
+    reader = _open_reader(data, split, **args)
+    if not reader.class_to_idx:
+        raise InputError(f"--data.dataset {data.dataset}: has no class names")
+    return PictureStream(reader, tuple(reader.class_to_idx), channels)
+
+
+def _numbers(labels: Sequence[int]) -> tuple[str, ...]:
+    """Names for classes that have none."""
+    return tuple(str(label) for label in range(max(labels, default=-1) + 1))
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+KINDS: dict[str, Callable[[Data, str, int], Pictures]] = {
+    "folder": _folder,
+    "shapes": _shapes,
+    "imagenette": _imagenette,
+    "hfds": _hfds,
+    "wds": _wds,
+    "tfds": _tfds,
+}
+
+
+def read_split(data: Data, split: str, channels: int) -> Pictures:
+    """The train or val split as it is found: classes may be empty, and differ from the other split's."""
+    if channels not in MODES:
+        raise InputError(f"--model.in-chans {channels}: pictures have 3 channels (RGB) or 1 (grey)")
+    kind = data.dataset.partition("/")[0].lower()
+    if kind not in KINDS:
+        raise InputError(f"--data.dataset {data.dataset}: unknown; there are {', '.join(KINDS)}")
+    return KINDS[kind](data, split, channels)
+
+
+def build_datasets(data: Data, channels: int) -> tuple[Pictures, Pictures]:
+    """The training and the validation pictures; set `transform` before use.
+
+    Raises:
+        InputError: no such folder, an empty class, classes that differ between the splits, ...
+    """
+    train = _filled_split(data, "train", channels)
+    if data.holdout:
+        return _hold_out(train, data.holdout)
+    return train, build_val_dataset(data, channels, train.class_names)
+
+
+def build_val_dataset(data: Data, channels: int, class_names: Sequence[str] | None = None) -> Pictures:
+    """The validation pictures alone; with `class_names`, the targets are indices into them.
+
+    Raises:
+        InputError: as `build_datasets`, and where the data set has other classes than `class_names`.
+    """
+    if data.holdout:
+        val = _hold_out(_filled_split(data, "train", channels), data.holdout)[1]
+    else:
+        val = _filled_split(data, "val", channels)
+    if class_names is not None:
+        _reorder(val, tuple(class_names), data)
+    return val
+
+
+def _filled_split(data: Data, split: str, channels: int) -> Pictures:
+    """`read_split`, where there are pictures and no class folder is empty."""
+    dataset = read_split(data, split, channels)
+    where = os.path.join(data.root, split_name(data, split))
+    if isinstance(dataset, PictureDataset) and dataset.folders:
+        filled = set(dataset.targets)
+        empty = [name for label, name in enumerate(dataset.class_names) if label not in filled]
+        if empty:
+            raise InputError(f"{where}: no pictures in class {_some(empty)}; add some, or remove the class everywhere")
+    if not len(dataset):
+        raise InputError(f"{where}: no pictures")
+    return dataset
+
+
+def _reorder(val: Pictures, class_names: tuple[str, ...], data: Data) -> None:
+    """Bring the targets to the order of `class_names`."""
+    numbered = data.dataset.startswith(tuple(_PACKAGES)) and val.class_names == _numbers(range(len(val.class_names)))
+    if numbered and len(val.class_names) <= len(class_names):
+        val.relabel(class_names, range(len(class_names)))
+        return
+    missing = [name for name in class_names if name not in val.class_names]
+    unknown = [name for name in val.class_names if name not in class_names]
+    if missing or unknown:
+        differences = [f"no {_some(missing)}"] * bool(missing) + [f"an unknown {_some(unknown)}"] * bool(unknown)
+        raise InputError(
+            f"{os.path.join(data.root, split_name(data, 'val'))}: other classes than the {len(class_names)} of the "
+            f"training pictures: {' and '.join(differences)}"
+        )
+    val.relabel(class_names, [class_names.index(name) for name in val.class_names])
+
+
+def _hold_out(dataset: Pictures, share: float) -> tuple[PictureDataset, PictureDataset]:
+    """(the rest, `share` of each class): the same pictures in every run, whatever its seed."""
+    if not 0 < share <= 0.5:
+        raise InputError(f"--data.holdout {share}: must be between 0 and 0.5")
+    if isinstance(dataset, PictureStream):
+        raise InputError("--data.holdout: not for data that is read as a stream; name two splits instead")
+    held: set[int] = set()
+    for label, name in enumerate(dataset.class_names):
+        members = [index for index, target in enumerate(dataset.targets) if target == label]
+        if len(members) == 1:
+            raise InputError(f"--data.holdout {share}: class {name!r} has only one picture")
+        held.update(random.Random(0).sample(members, round(share * len(members)) or min(1, len(members))))
+    return dataset.keep([i for i in range(len(dataset)) if i not in held]), dataset.keep(sorted(held))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

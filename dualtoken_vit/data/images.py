@@ -1,0 +1,93 @@
+"""Reading pictures: any kind of file becomes one 8-bit RGB or grey picture, then timm's transforms a tensor."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+from timm.data import create_transform
+
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Augment, Data
+
+MODES = {1: "L", 3: "RGB"}  # channels of the network's input: PIL's mode
+
+
+def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, name: str | None = None) -> Image.Image:
+    """Read a picture whole and bring it to 8 bits.
+
+    The EXIF rotation is applied, transparency is laid on white, 16 bits are scaled to 8, of an animation the first
+    picture is taken; palette, CMYK, black-and-white and the like are converted.
+
+    Args:
+        source: A file's name, an open file, or a PIL picture.
+        channels: 3 for RGB, 1 for grey.
+        name: What to call the picture in an error; by default the file's name.
+
+    Raises:
+        InputError: where there is no picture that can be read to its end.
+    """
+    name = name or str(getattr(source, "filename", None) or getattr(source, "name", None) or source)
+    with naming(name), nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as picture:
+        return _to_8_bit(ImageOps.exif_transpose(picture), MODES[channels])
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside with a picture becomes an InputError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; shrink or remove it") from None
+    except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name}: cannot be read as a picture ({reason}); replace or remove it") from error
+
+
+def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
+    """`picture` (of any mode) in `mode`, RGB or L."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit pixels, whose range is not known: save it with 8 or 16 bits")
+        picture = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 / 257 = 255
+    elif picture.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known: save it with 8 or 16 bits")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(mode)
+
+
+def train_transform(data: Data, augment: Augment, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """timm's training transform: a PIL picture to a normalised float tensor (C, S, S), S = data.image_size."""
+    return create_transform(
+        data.image_size,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.auto_augment,
+        re_prob=augment.random_erasing,
+        re_mode="pixel",
+        interpolation=data.interpolation,
+        mean=mean,
+        std=std,
+    )
+
+
+def eval_transform(data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """timm's evaluation transform: the short side to S / crop_pct, the centre cut out, to a float tensor (C, S, S)."""
+    return create_transform(
+        data.image_size,
+        crop_pct=data.crop_pct,
+        interpolation=data.interpolation,
+        mean=mean,
+        std=std,
+    )

@@ -1,0 +1,118 @@
+"""Batches whose content depends on nothing but the seed, the epoch and the data set.
+
+However many processes train, however many workers read, and wherever a run was interrupted: the same pictures come in
+the same order with the same augmentation.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from dualtoken_vit.errors import InputError
+
+
+def mix(*entropy: int) -> int:
+    """One well-mixed 64-bit seed from several numbers, negative ones too."""
+    numbers = [len(entropy), *(number % 2**64 for number in entropy)]  # (1, 0) and (1,) are two things
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Inside, Python's, numpy's and torch's CPU generators start from `entropy`; afterwards they are as before."""
+    # timm's transforms draw from numpy's global generator, and torch.manual_seed would reset the GPUs' generators too.
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    seed = mix(*entropy)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.default_generator.set_state(states[2])
+
+
+class _Seeded(Dataset):
+    """`dataset` with everything random about sample i drawn from (seed, epoch, i)."""
+
+    def __init__(self, dataset: Dataset, seed: int, epoch: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __getitem__(self, index: int):
+        with seeded(self.seed, self.epoch, index):
+            return self.dataset[index]
+
+
+class _Rest(DataLoader):
+    """The batches of a stream from the `skip`-th on: those before are read and dropped."""
+
+    skip = 0
+
+    def __len__(self) -> int:
+        return super().__len__() - self.skip
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(super().__iter__(), self.skip, None)
+
+
+def loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int,
+    epoch: int = 0,
+    skip: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> DataLoader:
+    """The batches that process `rank` of `world` sees in one epoch.
+
+    In training the order is a permutation drawn from (seed, epoch), of which each process takes every `world`-th index,
+    and pictures that do not fill a batch in every process are left out. In validation every picture comes exactly once
+    over all the processes, so one process may have a batch fewer, or a smaller one.
+
+    Args:
+        batch_size: Pictures a batch of this process.
+        skip: Batches at the start of the epoch that were already done.
+        workers: Processes that read pictures; 0: this one.
+
+    Returns:
+        A loader of (pictures (B, C, S, S), targets (B,)).
+
+    Raises:
+        InputError: where training pictures do not fill one batch.
+    """
+    common = dict(
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(mix(seed, epoch)),  # or a loader would draw from the global one
+    )
+    if isinstance(dataset, IterableDataset):  # a PictureStream, whose docstring says what holds
+        share = dict(train=train, seed=mix(seed, epoch), rank=rank, world=world, workers=workers)
+        stream, workers = dataset.epoch(batch_size, **share)
+        rest = _Rest(stream, batch_size, drop_last=train, num_workers=workers, **common)
+        rest.skip = skip
+        return rest
+    if train:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix(seed, epoch))).tolist()
+        full = len(dataset) // (batch_size * world)
+        if full == 0:
+            raise InputError(
+                f"{len(dataset)} training pictures do not fill one batch of {batch_size * world}: "
+                f"give --optim.batch-size {len(dataset)} or less"
+            )
+        own = order[rank::world][: full * batch_size]
+        dataset = _Seeded(dataset, seed, epoch)
+    else:
+        own = list(range(rank, len(dataset), world))
+    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)][skip:]
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, **common)

@@ -1,0 +1,115 @@
+"""Pictures of shapes, drawn by the program: a small data set that needs no file and no network.
+
+Every picture shows a circle, cross, ring, square, star or triangle of any colour, place, size and angle on a mottled
+ground with strokes over it, so that neither a colour nor a pixel says which: the outline must be seen.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
+COUNTS = {"train": 3000, "val": 600}
+
+
+class Shape(NamedTuple):
+    """One shape in a picture of side S."""
+
+    label: int  # index into CLASSES
+    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two are just outside
+    mask: np.ndarray  # (S, S) bool: where it is seen
+
+
+def _corners(count: int, *radii: float) -> np.ndarray:
+    """(count, 2): points at even angles, the radii taken in turn."""
+    angles = 2 * np.pi * np.arange(count) / count
+    return np.resize(radii, count)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _cross(half: float) -> np.ndarray:
+    """(12, 2): a plus sign whose arms are 2 * half wide."""
+    reach = np.sqrt(1 - half**2)
+    arm = np.array([(reach, -half), (reach, half), (half, half)])
+    turn = np.array([(0, 1), (-1, 0)])  # a quarter turn of row vectors
+    return np.concatenate([arm @ np.linalg.matrix_power(turn, quarter) for quarter in range(4)])
+
+
+# Corners on or in the unit circle; a second polygon is a hole in the first.
+_OUTLINES = {
+    "circle": [_corners(40, 1.0)],
+    "cross": [_cross(0.3)],
+    "ring": [_corners(40, 1.0), _corners(40, 0.55)],
+    "square": [_corners(4, 1.0)],
+    "star": [_corners(10, 1.0, 0.42)],
+    "triangle": [_corners(3, 1.0)],
+}
+
+
+def draw(rng: np.random.Generator, size: int, labels: Sequence[int]) -> tuple[Image.Image, list[Shape]]:
+    """Draw a picture with one shape a label; later ones lie over earlier ones.
+
+    Args:
+        rng: Decides everything but the classes.
+        size: Side of the picture in pixels.
+        labels: Indices into CLASSES.
+
+    Returns:
+        The RGB picture, and its shapes in the order of `labels`.
+    """
+    ground = rng.integers(0, 256, 3)
+    mottle = np.clip(ground + rng.normal(0, 45, (6, 6, 3)), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(mottle).resize((size, size), Image.Resampling.BICUBIC)
+    masks: list[np.ndarray] = []
+    for label in labels:
+        colour = (ground + rng.integers(90, 167, 3)) % 256  # 90 or more from the ground in every channel
+        radius = size * rng.uniform(0.2, 0.36)
+        centre = rng.uniform(radius, size - radius, 2)
+        angle = rng.uniform(0, 2 * np.pi)
+        axes = radius * np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+        cover = Image.new("L", (4 * size, 4 * size))  # four times finer, then averaged: smooth edges
+        for fill, outline in zip((255, 0), _OUTLINES[CLASSES[label]], strict=False):
+            ImageDraw.Draw(cover).polygon((4 * (outline @ axes + centre)).ravel().tolist(), fill=fill)
+        cover = cover.reduce(4)
+        picture.paste(tuple(colour.tolist()), mask=cover)
+        mask = np.asarray(cover) >= 128
+        masks = [below & ~mask for below in masks] + [mask]
+    strokes = ImageDraw.Draw(picture)
+    for _ in range(5):
+        ends, colour = rng.uniform(0, size, 4), rng.integers(0, 256, 3)
+        strokes.line(ends.tolist(), tuple(colour.tolist()), width=max(1, size // 40))
+    pixels = np.asarray(picture) + rng.integers(-16, 17, (size, size, 3))
+    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    boxes = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for mask in masks]
+    return picture, [Shape(*shape) for shape in zip(labels, boxes, masks, strict=True)]
+
+
+class ShapePictures(Sequence):
+    """The pictures of a split, drawn when they are asked for; picture i shows class i modulo their number.
+
+    Args:
+        split: train or val.
+        size: Side of the pictures in pixels.
+    """
+
+    def __init__(self, split: str, size: int) -> None:
+        self.split, self.size = split, size
+        self.targets = [index % len(CLASSES) for index in range(COUNTS[split])]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        rng = np.random.default_rng([list(COUNTS).index(self.split), index])
+        return draw(rng, self.size, [self.targets[index]])[0]
+
+
+def save(folder: str | Path, count: int = 36, size: int = 64) -> None:
+    """Write the first `count` validation pictures as FOLDER/CLASS/INDEX.png: files to try `predict` on."""
+    pictures = ShapePictures("val", size)
+    for index, label in enumerate(pictures.targets[:count]):
+        path = Path(folder, CLASSES[label], f"{index:04d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures[index].save(path)

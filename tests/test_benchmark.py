@@ -1,0 +1,139 @@
+"""What `benchmark` reports; never how fast anything is."""
+
+import json
+from statistics import median
+
+import pytest
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+
+from dualtoken_vit import benchmark as module
+from dualtoken_vit.benchmark import Result, Setting, benchmark, take_turns
+from dualtoken_vit.errors import InputError
+
+MODELS = ("test_vit", "test_resnet")  # timm's smallest
+QUICK = dict(input_size=32, batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=1)
+
+
+@pytest.fixture
+def _global_state():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+pytestmark = pytest.mark.usefixtures("_global_state")
+
+
+def test_results(capsys):
+    results = benchmark(MODELS, **QUICK, modes=("eager",), memory=False, json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert [Result(**r) for r in said["results"]] == results
+    assert [(r.batch_size, r.model) for r in results] == [(b, m) for b in (1, 2) for m in MODELS]
+    for first, second in (results[:2], results[2:]):
+        assert first.ratio == 1
+        assert second.ratio == pytest.approx(first.latency_ms / second.latency_ms)
+    for r in results:
+        assert r.images_per_second == pytest.approx(1e3 * r.batch_size / r.latency_ms)
+        assert r.memory_mib is None
+    vit, resnet = timm.create_model("test_vit", img_size=32), timm.create_model("test_resnet").eval()
+    assert [r.params for r in results] == 2 * [sum(p.numel() for p in model.parameters()) for model in (vit, resnet)]
+    analysis = FlopCountAnalysis(resnet, torch.zeros(1, 3, 32, 32)).unsupported_ops_warnings(False)
+    by_operator = analysis.by_operator()
+    assert results[1].macs == by_operator["conv"] + by_operator["linear"]
+    assert said["machine"]["cores"].endswith("threads used: 1")
+    assert "denormals flushed" in said["machine"]["precision"]
+    assert MODELS[0] in said["about"]["ratio"]
+
+
+def test_statistics_of_a_cell(monkeypatch):
+    times = {"test_vit": [0.2, 0.1, 0.4, 0.3, 0.5], "test_resnet": [0.1, 0.2, 0.1, 0.1, 9.0]}
+    monkeypatch.setattr(module, "take_turns", lambda calls, **kwargs: times)
+    first, second = benchmark(MODELS, **QUICK | dict(batch_sizes=(4,), rounds=5), modes=("eager",), memory=False)
+    assert first.latency_ms == pytest.approx(300)
+    assert first.images_per_second == pytest.approx(4 / 0.3)
+    assert first.spread_percent == pytest.approx(100 * (0.4 - 0.2) / 0.3)
+    assert second.ratio == pytest.approx(0.3 / 0.1)
+    assert second.latency_ms == pytest.approx(1e3 * median(times["test_resnet"]))
+
+
+def test_compiled_table(capsys):
+    (result,) = benchmark(
+        ("test_resnet",), **QUICK | dict(batch_sizes=(1,)), modes=("compiled",), memory=False, markdown=True
+    )
+    out = capsys.readouterr().out
+    assert result.mode == "compiled"
+    assert out.index("threads used: 1") < out.index("| mode")  # the state of the machine comes first
+    row = next(line for line in out.splitlines() if line.startswith("| compiled"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[:3] == ["compiled", "1", "test_resnet"]
+    assert cells[3] == f"{result.images_per_second:.1f}"
+    assert cells[4] == "1.00"
+    assert cells[-2] == f"{result.params / 1e6:.2f}"
+
+
+def test_memory_of_a_fresh_process():
+    small, large = (
+        benchmark(("test_vit",), **QUICK | dict(input_size=160, batch_sizes=(b,)), modes=("eager",))[0] for b in (1, 64)
+    )
+    pictures = 63 * 3 * 160 * 160 * 4 / 2**20  # that one has more of, MiB
+    assert small.memory_mib > 0
+    assert large.memory_mib - small.memory_mib > pictures
+
+
+def test_size_is_passed_on_to_models_that_are_built_for_one():
+    model = Setting(64, torch.device("cpu"), "bfloat16").build("test_vit")
+    assert model.patch_embed.img_size == (64, 64)
+    assert model.head.weight.dtype == torch.bfloat16
+    assert not model.training
+
+
+def test_rounds_take_turns():
+    visited = []
+    calls = {name: lambda name=name: visited.append(name) for name in "abc"}
+    after = []
+    seconds = take_turns(calls, rounds=4, visit_seconds=1e-12, after_visit=lambda: after.append(visited[-1]))
+    assert visited[:9] == list("aaabbbccc")  # warm-up
+    assert visited[9:] == after == list("abcbcacababc")
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
+    now = 0.0
+
+    def work():
+        nonlocal now
+        now += 0.25
+
+    monkeypatch.setattr(module, "perf_counter", lambda: now)
+    assert take_turns({"work": work}, rounds=2, visit_seconds=1.0) == {"work": [0.25, 0.25]}
+    assert now == 0.25 * (2 + 1 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        (("dualtoken_vit_smal",), {}, "no model 'dualtoken_vit_smal'; did you mean dualtoken_vit_small"),
+        (("qqqqqqqq",), {}, "timm.list_models"),
+        ((), {}, "none is named"),
+        (("test_vit", "test_vit"), {}, "test_vit is named twice"),
+        (("convnext_atto",), {"input_size": 16}, "convnext_atto cannot take pictures of 16x16 pixels"),
+        (("test_vit",), {"batch_sizes": (1, 0)}, "batch_sizes: 0 is too small"),
+        (("test_vit",), {"batch_sizes": ()}, "batch_sizes"),
+        (("test_vit",), {"rounds": 0}, "rounds: 0 is too small"),
+        (("test_vit",), {"threads": 0}, "threads: 0 is too small"),
+    ],
+)
+def test_bad_input(models, options, message):
+    with pytest.raises(InputError, match=message.replace("(", "\\(")) as error:
+        benchmark(models, **QUICK | options)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_device(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert module._device("auto") == torch.device("cpu")
+    with pytest.raises(InputError, match="no cuda device"):
+        benchmark(MODELS, **QUICK | dict(device="cuda"))

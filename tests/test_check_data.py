@@ -1,0 +1,156 @@
+"""The report finds what was planted, and nothing in sound data."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from dualtoken_vit.data.check import check_data
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Classification, Data, Model
+
+
+@pytest.fixture
+def check(photos, capsys):
+    """Runs it on the photos: (verdict, lines of the report)."""
+
+    def run(**args):
+        recipe = Classification(data=replace(Data(root=str(photos)), **args))
+        verdict = check_data(recipe)
+        return verdict, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def row(lines, name):
+    """The numbers of a class in the table."""
+    (line,) = (line for line in lines if line.startswith("│") and line.split("│")[1].strip() == name)
+    return [cell.strip() for cell in line.split("│")[2:-1]]
+
+
+def test_sound_data(check, photos):
+    sizes = [Image.open(path).size for path in (photos / "train").rglob("*.jpg")]
+    verdict, lines = check()
+    assert verdict
+    assert lines[-1] == "no problems"
+    assert row(lines, "red") == row(lines, "blue") == row(lines, "green") == ["12", "6"]
+    assert row(lines, "all") == ["36", "18"]
+    widths = sorted(width for width, _ in sizes)
+    median = (widths[17] + widths[18]) / 2
+    assert f"train: width {widths[0]} to {widths[-1]} px, median {median:g}" in lines
+    assert f"train: height {min(h for _, h in sizes)} to {max(h for _, h in sizes)} px" in "\n".join(lines)
+    assert "val: modes RGB 18" in lines
+
+
+def test_everything_that_can_be_wrong(check, photos):
+    for path in (photos / "train/green").iterdir():
+        path.unlink()
+    shutil.rmtree(photos / "val/blue")
+    (photos / "val/pin[k]").mkdir()
+    truncated = photos / "train/red/3.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:300])
+    (photos / "train/red/4.jpg").write_text("no picture")
+    shutil.copy(photos / "train/red/5.jpg", photos / "val/red/copy.jpg")
+    Image.open(photos / "train/red/6.jpg").save(photos / "train/blue/resaved.png")
+    shutil.copy(photos / "train/blue/7.jpg", photos / "train/blue/again.jpg")
+    (photos / "train/red/notes.txt").write_text("")
+    shutil.copy(photos / "train/red/8.jpg", photos / "train/loose.jpg")
+    Image.open(photos / "train/red/9.jpg").convert("L").save(photos / "train/red/9.jpg")
+    verdict, lines = check()
+    assert not verdict
+    assert row(lines, "blue") == ["14", "-"]
+    assert row(lines, "green") == ["0", "6"]
+    assert row(lines, "red") == ["12", "7"]
+    assert row(lines, "pin[k]") == ["-", "0"]
+    assert "train: modes RGB 23, L 1" in lines
+    assert any(line.startswith("note: largest class blue (14), smallest red (12)") for line in lines)
+    assert "note: 2 pictures of train are exact copies of others in it" in lines
+    assert f"note: not a picture of a class: {photos}/train/loose.jpg" in lines
+    assert f"note: not a picture of a class: {photos}/train/red/notes.txt" in lines
+    start = next(index for index, line in enumerate(lines) if line.startswith("empty class"))
+    problems = sorted(lines[start:-1])
+    expected = [
+        f"{photos}/train/red/3.jpg: cannot be read as a picture",
+        f"{photos}/train/red/4.jpg: cannot be read as a picture",
+        "class missing: train/pin[k]",
+        "class missing: val/blue",
+        "empty class: train/green",
+        "empty class: val/pin[k]",
+        f"equal pictures in different classes: {photos}/train/blue/resaved.png = {photos}/train/red/6.jpg",
+        f"in both splits: {photos}/train/red/5.jpg = {photos}/val/red/copy.jpg",
+    ]
+    assert len(problems) == len(expected)
+    for problem, beginning in zip(problems, sorted(expected), strict=True):
+        assert problem.startswith(beginning)
+    assert lines[-1] == "problems: 8"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda root: (root / "train/grey").mkdir(), "empty class: train/grey"),
+        (lambda root: shutil.rmtree(root / "val/red"), "class missing: val/red"),
+        (lambda root: (root / "val/red/0.jpg").write_bytes(b""), "val/red/0.jpg: cannot be read"),
+        (lambda root: shutil.copy(root / "train/red/0.jpg", root / "val/red/x.jpg"), "in both splits: "),
+        (lambda root: shutil.copy(root / "val/red/0.jpg", root / "val/blue/x.jpg"), "equal pictures in different"),
+    ],
+)
+def test_each_problem_alone_is_enough(check, photos, spoil, problem):
+    spoil(photos)
+    verdict, lines = check()
+    assert not verdict
+    assert any(problem in line for line in lines)
+
+
+def test_many_duplicates_are_counted(check, photos):
+    for path in (photos / "train").rglob("*.jpg"):
+        shutil.copy(path, photos / "val" / path.parent.name / f"copy{path.name}")
+    verdict, lines = check()
+    assert not verdict
+    assert sum(line.startswith("in both splits: ") for line in lines) == 20
+    assert "... and 16 more: in both splits" in lines
+    assert lines[-1] == "problems: 36"
+
+
+def test_with_a_holdout_val_is_not_looked_at(check, photos):
+    shutil.rmtree(photos / "val")
+    verdict, lines = check(holdout=0.1)
+    assert verdict
+    assert row(lines, "red") == ["12"]
+    assert "validation: 10% of each class of train" in lines
+
+
+def test_no_such_folder(check, photos):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        check(root=str(photos / "nowhere"))
+
+
+def test_shapes(check):
+    verdict, lines = check(dataset="shapes", image_size=16)
+    assert verdict
+    assert row(lines, "star") == ["500", "100"]
+    assert "val: width 16 to 16 px, median 16" in lines
+
+
+def test_hugging_face(check, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("datasets")
+    (photos / "val/red/0.jpg").write_bytes(b"")
+    verdict, lines = check(dataset=f"hfds/{photos}", root=str(tmp_path / "cache"), val_split="validation")
+    assert not verdict
+    assert row(lines, "all") == ["36", "18"]
+    assert sum("cannot be read as a picture" in line for line in lines) == 1
+
+
+def test_shards(photos, tmp_path, capsys):
+    wds = pytest.importorskip("webdataset")
+    for split in ("train", "val"):
+        with wds.TarWriter(str(tmp_path / f"{split}-0.tar")) as tar:
+            for path in sorted((photos / split).rglob("*.jpg")):
+                label = ("blue", "green", "red").index(path.parent.name)
+                key = f"{path.parent.name}{path.stem}"
+                tar.write({"__key__": key, "jpg": path.read_bytes(), "cls": str(label).encode()})
+    data = Data(dataset="wds/photos", root=str(tmp_path), train_split="train-0.tar|36", val_split="val-0.tar|18")
+    assert check_data(Classification(model=Model(in_chans=1), data=data))
+    assert row(capsys.readouterr().out.splitlines(), "2") == ["12", "6"]

@@ -1,0 +1,247 @@
+"""best.safetensors and fine-tuning from it, and that nothing good is ever lost on the way to the disk."""
+
+import errno
+import json
+import os
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import adapt_input_conv
+
+from dualtoken_vit.checkpoint import atomic_write, load_model, load_weights, read_checkpoint, save_checkpoint
+from dualtoken_vit.errors import InputError
+
+SMALL = dict(dims=(16, 32, 32), depths=(1, 1, 1), head_hidden_size=32)
+NAMES = ("cat", "dog", "ewe", "fox")
+
+
+def make(num_classes=4, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model("dualtoken_vit_tiny", num_classes=num_classes, **SMALL, **kwargs)
+
+
+def save(path, model, in_chans=3, **model_args):
+    statistics = dict(mean=(0.5,) * in_chans, std=(0.25,) * in_chans)
+    preprocessing = dict(input_size=(in_chans, 40, 40), interpolation="bicubic", crop_pct=0.9, **statistics)
+    save_checkpoint(
+        path,
+        model,
+        task="classification",
+        class_names=NAMES,
+        preprocessing=preprocessing,
+        recipe={"optim": {"lr": 0.1}},
+        metrics={"val_top1": 0.75},
+        model_args=SMALL | model_args,
+    )
+    return path
+
+
+def test_what_was_saved_is_read_again(tmp_path):
+    model = make(token_grid=5).to(memory_format=torch.channels_last)
+    path = save(tmp_path / "deep" / "best.safetensors", model, token_grid=5)
+    loaded, checkpoint = load_model(path)
+    assert not loaded.training
+    x = torch.randn(2, 3, 40, 40)
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    assert checkpoint.task == "classification"
+    assert checkpoint.model == "dualtoken_vit_tiny"
+    assert checkpoint.model_args["token_grid"] == 5
+    assert checkpoint.class_names == NAMES
+    assert checkpoint.preprocessing["input_size"] == [3, 40, 40]
+    assert checkpoint.preprocessing["crop_pct"] == 0.9
+    assert checkpoint.recipe == {"optim": {"lr": 0.1}}
+    assert checkpoint.metrics == {"val_top1": 0.75}
+
+
+def test_timm_reads_the_file(tmp_path):
+    torch.manual_seed(1)
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=10)
+    path = save(tmp_path / "best.safetensors", model)
+    loaded = timm.create_model("dualtoken_vit_tiny", num_classes=10, checkpoint_path=str(path))
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_metadata_is_plain_json(tmp_path):
+    path = save(tmp_path / "best.safetensors", make())
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert json.loads(header["__metadata__"]["class_names"]) == list(NAMES)
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, load_model, lambda path: load_weights(make(), path)])
+def test_a_missing_file(tmp_path, read):
+    with pytest.raises(InputError, match=r"there is no checkpoint .*nothing\.safetensors"):
+        read(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, lambda path: load_weights(make(), path)])
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_truncated_file(tmp_path, read, length):
+    path = save(tmp_path / "best.safetensors", make())
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(InputError, match="can be read"):
+        read(path)
+
+
+def test_files_of_other_kinds(tmp_path):
+    model = make()
+    bare = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file(model.state_dict(), bare)
+    with pytest.raises(InputError, match=r"--model\.checkpoint"):
+        read_checkpoint(bare)
+    pickled = tmp_path / "last.ckpt"
+    torch.save({"state_dict": model.state_dict()}, pickled)
+    with pytest.raises(InputError, match=r"best\.safetensors"):
+        read_checkpoint(pickled)
+    with pytest.raises(InputError, match="is a folder"):
+        read_checkpoint(tmp_path)
+    for content in ([1, 2], {"epoch": 3}):
+        torch.save(content, pickled)
+        with pytest.raises(InputError, match=r"last\.ckpt"):
+            load_weights(model, pickled)
+
+
+def test_weights_that_do_not_fit_the_network_they_name(tmp_path):
+    path = save(tmp_path / "best.safetensors", make(token_mlp="mix"))  # does not say so
+    with pytest.raises(InputError, match=r"best\.safetensors does not fit timm"):
+        load_model(path)
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = tmp_path / "evil.pth"
+    torch.save({"head.weight": Evil()}, path)
+    with pytest.raises(InputError, match=r"evil\.pth"):
+        load_weights(make(), path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_classes_leave_the_classifier_new(tmp_path):
+    source = make()
+    path = save(tmp_path / "best.safetensors", source)
+    torch.manual_seed(5)
+    target = make(num_classes=7)
+    before = target.head.weight.clone()
+    report = load_weights(target, path)
+    assert set(report.new) == set(report.ignored) == {"head.weight", "head.bias"}
+    assert len(report.loaded) == len(source.state_dict()) - 2
+    assert report.adapted == ()
+    assert torch.equal(target.head.weight, before)
+    assert torch.equal(target.stages[2].blocks[0].mlp.fc1.weight, source.stages[2].blocks[0].mlp.fc1.weight)
+    total = len(target.state_dict())
+    assert f"loaded {total - 2} of {total} tensors" in str(report)
+    assert "left new: head.weight, head.bias" in str(report)
+
+
+def test_other_grid_and_channels_are_adapted(tmp_path):
+    source = make()
+    path = save(tmp_path / "best.safetensors", source)
+    target = make(token_grid=4, in_chans=1)
+    report = load_weights(target, path)
+    assert report.new == ()
+    assert set(report.adapted) == {"token_embed", "stem.stride2.0.conv.weight"}
+    first = source.stem.stride2[0].conv.weight
+    torch.testing.assert_close(target.stem.stride2[0].conv.weight, first.sum(1, keepdim=True))
+    grid = source.token_embed.reshape(1, 7, 7, -1).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, (4, 4), mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(target.token_embed, resized)
+
+
+def test_grey_weights_into_a_colour_network(tmp_path):
+    source = make(in_chans=1)
+    path = save(tmp_path / "best.safetensors", source, in_chans=1)
+    target = make()
+    load_weights(target, path)
+    x = torch.randn(2, 1, 40, 40)
+    torch.testing.assert_close(target.eval()(x.expand(-1, 3, -1, -1)), source.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoints_of_timm_and_of_trainers(tmp_path):
+    source = timm.create_model("resnet10t", num_classes=5)
+    for name, content in {
+        "plain.pth": source.state_dict(),
+        "timm.pth.tar": {"epoch": 3, "state_dict": source.state_dict()},
+        "ddp.pth": {"model": {f"module.{key}": value for key, value in source.state_dict().items()}},
+        "lightning.ckpt": {"state_dict": {f"model.{key}": value for key, value in source.state_dict().items()}},
+    }.items():
+        torch.save(content, tmp_path / name)
+        target = timm.create_model("resnet10t", num_classes=5, in_chans=2)
+        report = load_weights(target, tmp_path / name)
+        assert (report.new, report.ignored, report.adapted) == ((), (), ("conv1.0.weight",)), name
+        torch.testing.assert_close(target.conv1[0].weight, adapt_input_conv(2, source.conv1[0].weight))
+
+
+def test_a_vision_transformer_of_another_size(tmp_path):
+    source = timm.create_model("test_vit", num_classes=3, img_size=160)
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    target = timm.create_model("test_vit", num_classes=3, img_size=96)
+    report = load_weights(target, tmp_path / "vit.pth")
+    assert report.adapted == ("pos_embed",)
+    assert report.new == ()
+
+
+def test_another_architecture_is_refused(tmp_path):
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(InputError, match=r"resnet\.pth has no tensor that fits dualtoken_vit_tiny"):
+        load_weights(make(), tmp_path / "resnet.pth")
+
+
+@pytest.mark.parametrize("save_into", [lambda file: file.write(b"new"), lambda file: torch.save([torch.ones(9)], file)])
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, save_into):
+    path = tmp_path / "file"
+    path.write_bytes(b"good")
+    real = open
+
+    def full(name, *args, **kwargs):
+        return real("/dev/full", *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(InputError, match=r"the disk is full.*is kept"), atomic_write(path) as file:
+        save_into(file)
+    monkeypatch.undo()
+    assert path.read_bytes() == b"good"
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"good")
+    writing = atomic_write(path)
+    writing.__enter__().write(b"half")
+    with pytest.raises(KeyboardInterrupt):
+        writing.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert path.read_bytes() == b"good"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(InputError, match="cannot write"), atomic_write(tmp_path / "runs" / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args))[1])
+    with atomic_write(tmp_path / "file", "w") as file:
+        file.write("ü")
+    assert calls == ["fsync", "replace"]
+    assert (tmp_path / "file").read_bytes() == "ü".encode()
+
+
+def test_other_errors_of_the_body_pass(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"), atomic_write(tmp_path / "file"):
+        raise RuntimeError("mine")
+    with pytest.raises(InputError, match="Input/output error"), atomic_write(tmp_path / "file"):
+        raise OSError(errno.EIO, "Input/output error")
+    assert list(tmp_path.iterdir()) == []

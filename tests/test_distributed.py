@@ -1,0 +1,108 @@
+"""Two processes on one machine give what one gives."""
+
+import csv
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from dualtoken_vit import cli
+from dualtoken_vit.tasks.base import synchronise_batchnorm
+
+
+def run_command(args, **env):
+    command = [sys.executable, "-m", "dualtoken_vit.cli", *args]
+    return subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_give_what_one_gives(photos, tmp_path, accumulate):
+    next((photos / "val").rglob("*.jpg")).unlink()  # 17 pictures: the processes have 9 and 8
+    network = "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32"
+    settings = {
+        "data.root": photos,
+        "data.image-size": 32,
+        "data.workers": 0,
+        "optim.batch-size": 12,
+        "optim.accumulate": accumulate,
+        "optim.epochs": 2,
+        "optim.ema-decay": 0.5,
+        "run.accelerator": "cpu",
+    }
+    args = ["train", "folder", "--model.args", *network]
+    args += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    assert cli.run([*args, "--out", str(tmp_path / "one")]) == 0
+    finished = run_command([*args, "--out", str(tmp_path / "two"), "--run.devices", "2"])
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("epoch 2/2") == 1  # one process speaks
+
+    one, two = (dict(torch.load(tmp_path / name / "last.ckpt")) for name in ("one", "two"))
+    assert one["global_step"] == two["global_step"] == 6
+    state, other = one["current_model_state"], two["current_model_state"]
+    assert state.keys() == other.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    assert (
+        load_file(tmp_path / "one" / "best.safetensors").keys()
+        == load_file(tmp_path / "two" / "best.safetensors").keys()
+    )
+
+    with open(tmp_path / "two" / "confusion.csv", newline="") as file:
+        matrix = np.array([row[1:] for row in list(csv.reader(file))[1:]], dtype=int)
+    counts = [len(list((photos / "val" / name).iterdir())) for name in ("blue", "green", "red")]
+    assert matrix.sum(1).tolist() == counts
+    assert sum(counts) == 17
+    rows = [list(csv.DictReader(open(tmp_path / name / "metrics.csv"))) for name in ("one", "two")]  # noqa: SIM115
+    for row, other_row in zip(*rows, strict=True):
+        for key, value in row.items():
+            assert float(other_row[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), key
+
+
+def train_steps(rank, world, folder):
+    """A network with timm's batch normalisation and activation; each process sees its half of each batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3).double()
+    keys = list(model.state_dict())
+    if world > 1:
+        model = synchronise_batchnorm(model, torch.device("cpu"))
+    assert list(model.state_dict()) == keys
+    network = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(3, 8, 3, 32, 32, dtype=torch.double), torch.randint(3, (3, 8))
+    for step in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(x[step, rank::world]), y[step, rank::world]).backward()
+        optimizer.step()
+    model.eval()
+    torch.save((model.state_dict(), model(x[0])), f"{folder}/{rank}.pt")
+
+
+def test_batch_normalisation_over_processes_is_exact(tmp_path):
+    found = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        context = multiprocessing.get_context("spawn")
+        processes = [context.Process(target=train_steps, args=(rank, world, folder)) for rank in range(world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+            assert process.exitcode == 0
+        found[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    (state, logits), *_ = found[1]
+    for other, other_logits in found[2]:
+        torch.testing.assert_close(other_logits, logits, rtol=1e-9, atol=1e-9)
+        for key, value in state.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-9, atol=1e-9)

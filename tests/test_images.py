@@ -1,0 +1,234 @@
+"""Every kind of picture is read right: pixel values against the formats' definitions."""
+
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dualtoken_vit.data.images import eval_transform, load_image, train_transform
+from dualtoken_vit.data.sampling import seeded
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Augment, Data
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PLAIN = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+
+
+@pytest.fixture
+def pixels():
+    """(5, 7, 3) with no symmetry."""
+    return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def read(picture, path, channels=3, **save):
+    """What load_image reads back after `picture` was saved losslessly."""
+    picture.save(path, **save)
+    loaded = load_image(path, channels)
+    assert loaded.mode == {1: "L", 3: "RGB"}[channels]
+    return np.asarray(loaded)
+
+
+def test_rgb_by_every_kind_of_source(pixels, tmp_path):
+    path = tmp_path / "Größe 写真 🐟.png"
+    picture = Image.fromarray(pixels)
+    np.testing.assert_array_equal(read(picture, path), pixels)
+    np.testing.assert_array_equal(load_image(str(path)), pixels)
+    np.testing.assert_array_equal(load_image(BytesIO(path.read_bytes())), pixels)
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(load_image(file), pixels)
+    np.testing.assert_array_equal(load_image(picture), pixels)
+
+
+def test_colour_to_grey_is_luma_601(pixels, tmp_path):
+    grey = read(Image.fromarray(pixels), tmp_path / "a.png", channels=1)
+    assert np.abs(grey - pixels @ (0.299, 0.587, 0.114)).max() <= 1
+
+
+def test_grey_and_black_and_white(pixels, tmp_path):
+    grey = pixels[..., 0]
+    np.testing.assert_array_equal(read(Image.fromarray(grey), tmp_path / "a.png"), np.stack([grey] * 3, -1))
+    np.testing.assert_array_equal(read(Image.fromarray(grey), tmp_path / "b.png", channels=1), grey)
+    np.testing.assert_array_equal(read(Image.fromarray(grey > 99), tmp_path / "c.png", 1), 255 * (grey > 99))
+
+
+def test_one_pixel(tmp_path):
+    assert read(Image.new("RGB", (1, 1), (9, 8, 7)), tmp_path / "a.png").tolist() == [[[9, 8, 7]]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode, pixels, tmp_path):
+    colour = pixels if mode == "RGBA" else pixels[..., :1]
+    alpha = np.arange(35, dtype=np.uint8).reshape(5, 7, 1) * 7  # 0 to 238
+    loaded = read(Image.fromarray(np.concatenate([colour, alpha], -1), mode), tmp_path / "a.png")
+    share = alpha / 255
+    assert np.abs(loaded - (colour * share + 255 * (1 - share))).max() <= 1
+
+
+def test_palette(tmp_path):
+    picture = Image.new("P", (3, 1))
+    picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    picture.putdata([2, 0, 1])
+    assert read(picture, tmp_path / "a.png").tolist() == [[[70, 80, 90], [10, 20, 30], [40, 50, 60]]]
+    # Entry 0 is see-through, entry 1 half, in a PNG; a GIF can only have a colour that is not there.
+    loaded = read(picture, tmp_path / "b.png", transparency=bytes([0, 127, 255]))
+    assert loaded[0, :2].tolist() == [[70, 80, 90], [255, 255, 255]]
+    assert np.abs(loaded[0, 2] - (np.array([40, 50, 60]) * 127 + 255 * 128) / 255).max() <= 1
+    assert read(picture, tmp_path / "c.gif", transparency=1).tolist() == [[[70, 80, 90], [10, 20, 30], [255] * 3]]
+
+
+def test_a_see_through_colour_without_an_alpha_channel(tmp_path):
+    picture = Image.new("RGB", (2, 1), (1, 2, 3))
+    picture.putpixel((1, 0), (4, 5, 6))
+    assert read(picture, tmp_path / "a.png", transparency=(4, 5, 6)).tolist() == [[[1, 2, 3], [255, 255, 255]]]
+
+
+def test_cmyk(tmp_path):
+    picture = Image.new("CMYK", (4, 1))
+    picture.putdata([(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255)])
+    white, cyan, red, black = (255, 255, 255), (0, 255, 255), (255, 0, 0), (0, 0, 0)
+    assert read(picture, tmp_path / "a.tif").tolist() == [[list(c) for c in (white, cyan, red, black)]]
+    picture.resize((64, 16), Image.Resampling.NEAREST).save(tmp_path / "b.jpg", quality=100, subsampling=0)
+    blocks = np.asarray(load_image(tmp_path / "b.jpg"))[8, 8::16].astype(int)
+    assert np.abs(blocks - [white, cyan, red, black]).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_16_bits_are_scaled_to_8(kind, tmp_path):
+    values = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], dtype=np.uint16)
+    loaded = read(Image.fromarray(values), tmp_path / f"a.{kind}", channels=1)
+    assert loaded.tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
+
+
+def test_16_bits_in_32(tmp_path):
+    values = np.array([[0, 257 * 77, 65535]], dtype=np.int32)
+    assert read(Image.fromarray(values), tmp_path / "a.tif", channels=1).tolist() == [[0, 77, 255]]
+
+
+@pytest.mark.parametrize("values", [np.int32([[65536]]), np.int32([[-1]]), np.float32([[0.5]])])
+def test_pixels_of_unknown_range_are_refused(values, tmp_path):
+    with pytest.raises(InputError, match=r"a\.tif.*range is not known"):
+        read(Image.fromarray(values), tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda x: x),
+        (2, np.fliplr),
+        (3, lambda x: np.rot90(x, 2)),
+        (4, np.flipud),
+        (5, np.transpose),
+        (6, lambda x: np.rot90(x, -1)),
+        (7, lambda x: np.rot90(x, 2).T),
+        (8, np.rot90),
+    ],
+)
+def test_exif_rotation(orientation, upright, dtype, pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = pixels[..., 0].astype(dtype) * (257 if dtype == np.uint16 else 1)
+    loaded = read(Image.fromarray(stored), tmp_path / "a.png", channels=1, exif=exif)
+    np.testing.assert_array_equal(loaded, upright(pixels[..., 0]))
+
+
+def test_of_an_animation_the_first_picture(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    loaded = read(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (loaded == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp", "tif", "bmp"])
+def test_a_truncated_file_is_named(kind, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"cut-ü.{kind}"
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    for share in (0.02, 0.5, 0.9):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(InputError, match=rf"cut-ü\.{kind}: cannot be read as a picture") as caught:
+            load_image(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_what_is_no_picture_is_named(content, tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.jpg: cannot be read as a picture"):
+        load_image(path)
+    with pytest.raises(InputError, match="shelf/3: cannot be read as a picture"):
+        load_image(BytesIO(content), name="shelf/3")
+
+
+def test_no_such_file_and_a_folder(tmp_path):
+    with pytest.raises(InputError, match=r"none\.png: no such file"):
+        load_image(tmp_path / "none.png")
+    with pytest.raises(InputError, match=str(tmp_path)):
+        load_image(tmp_path)
+
+
+def test_too_many_pixels(monkeypatch, tmp_path):
+    Image.new("L", (30, 30)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(InputError, match=r"huge\.png: more than 800 pixels"):
+        load_image(tmp_path / "huge.png")
+
+
+def normalised(pixels):
+    """(C, H, W) of (H, W, 3) bytes, by the definition."""
+    return torch.tensor((pixels / 255 - MEAN) / STD, dtype=torch.float32).permute(2, 0, 1)
+
+
+def test_evaluation_cuts_the_centre_and_normalises():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    transform = eval_transform(Data(image_size=32, crop_pct=1.0), MEAN, STD)
+    torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(pixels[:, 16:48]))
+    transform = eval_transform(Data(image_size=24, crop_pct=0.75), MEAN, STD)  # short side 32, centre 24
+    torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(pixels[4:28, 20:44]))
+
+
+def test_training_flips_only_as_told():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for augment, expected in (
+        (PLAIN, pixels),
+        (replace(PLAIN, hflip=1.0), pixels[:, ::-1]),
+        (replace(PLAIN, vflip=1.0), pixels[::-1]),
+    ):
+        transform = train_transform(Data(image_size=32), augment, MEAN, STD)
+        torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(expected))
+
+
+def test_training_crops_the_share_it_is_told():
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (200, 200, 3))
+    augment = replace(PLAIN, scale=(0.25, 0.25))
+    transform = train_transform(Data(image_size=100), augment, (0.0,) * 3, (1.0,) * 3)
+    for _ in range(5):
+        row = 255 * transform(Image.fromarray(ramp))[0, 50]
+        assert row[-1] - row[0] == pytest.approx(99, abs=2)  # half the width, so a quarter of the area
+
+
+def test_random_erasing_and_color_jitter_change_pixels():
+    grey = Image.new("RGB", (32, 32), (100, 120, 140))
+    expected = normalised(np.asarray(grey))
+    with seeded(0):
+        erased = train_transform(Data(image_size=32), replace(PLAIN, random_erasing=1.0), MEAN, STD)(grey)
+        jittered = train_transform(Data(image_size=32), replace(PLAIN, color_jitter=0.4), MEAN, STD)(grey)
+    changed = ((erased - expected).abs() > 1e-5).any(0)
+    assert 0.01 < changed.float().mean() < 0.5  # timm erases 2 to 33 % of the area
+    assert erased[:, changed].std() > 0.5  # by noise, a pixel at a time
+    assert ((jittered - expected).abs() > 0.01).any(0).all()
+    assert jittered.flatten(1).std(1).max() < 1e-5  # every pixel the same way
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_auto_augment_takes_grey_and_colour(channels, mode):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)).convert(mode)
+    augment = replace(PLAIN, auto_augment="rand-m9-n2-mstd0.5")
+    transform = train_transform(Data(image_size=32), augment, MEAN[:channels], STD[:channels])
+    results = [transform(picture) for _ in range(30)]
+    assert {result.shape for result in results} == {(channels, 32, 32)}
+    assert len({result.sum().item() for result in results}) > 10

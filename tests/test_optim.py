@@ -1,0 +1,83 @@
+"""Groups of parameters and the schedule, against what they are by hand."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.optim import build_optimizer, build_schedule
+from dualtoken_vit.recipes import Optim
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("dualtoken_vit_tiny", local_attention="window", device="meta")
+
+
+def groups_by_name(model, optimizer):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.8])
+def test_weight_decay_spares_biases_norms_and_tokens(model, layer_decay):
+    optimizer = build_optimizer(model, Optim(weight_decay=0.04, layer_decay=layer_decay))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    groups = groups_by_name(model, optimizer)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim == 1 or name == "token_embed" or name.endswith("relative_position_bias_table")
+        assert groups[name]["weight_decay"] == (0.0 if spared else 0.04), name
+        assert groups[name]["betas"] == (0.9, 0.999)
+
+
+def test_layer_decay_falls_from_the_head_to_the_stem(model):
+    groups = groups_by_name(model, build_optimizer(model, Optim(lr=0.01, layer_decay=0.5)))
+    assert groups["head.weight"]["lr"] == 0.01
+    # Above the stem: 2 + 6 + 4 blocks, the norm with what follows it, and the head.
+    blocks = [
+        f"stages.{stage}.blocks.{block}.mlp.fc1.weight" for stage, n in enumerate((2, 6, 4)) for block in range(n)
+    ]
+    rates = [groups[name]["lr"] for name in ("stem.proj.weight", *blocks)]
+    for low, high in pairwise(rates):
+        assert low == pytest.approx(high / 2)
+    assert groups["token_embed"]["lr"] == rates[0]
+
+
+def test_any_optimiser_of_timm():
+    model = torch.nn.Linear(2, 2)
+    assert isinstance(build_optimizer(model, Optim(optimizer="sgd")), torch.optim.SGD)
+    assert type(build_optimizer(model, Optim(optimizer="lamb"))).__name__ == "Lamb"
+    with pytest.raises(InputError, match=r"did you mean .*adamw"):
+        build_optimizer(model, Optim(optimizer="adamww"))
+
+
+def rates(optim, steps_per_epoch):
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), optim)
+    schedule = build_schedule(optimizer, optim, steps_per_epoch)
+    found = []
+    for _ in range(optim.epochs * steps_per_epoch):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_warm_up_then_cosine():
+    optim = Optim(lr=1.0, min_lr=0.1, warmup_epochs=0.5, epochs=3)
+    found = rates(optim, 8)
+    assert found[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])  # half an epoch is 4 steps
+    assert found[4] == pytest.approx(1.0)
+    assert found[-1] == pytest.approx(0.1)
+    for step in range(4, 24):
+        assert found[step] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * (step - 4) / 19)))
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "steps"), [(1, 0, 1), (1, 1, 3), (1, 20, 2), (2, 0, 1)])
+def test_short_runs(epochs, warmup, steps):
+    found = rates(replace(Optim(lr=1.0), epochs=epochs, warmup_epochs=warmup), steps)
+    assert all(0 < rate <= 1 for rate in found)

@@ -1,0 +1,280 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.predict import COLUMNS, FIRST, MARGIN, PANEL, ROWS, SIDE, draw_card, find_pictures, predict
+
+NAMES = ("ant", "bee", "cat [x]", "dog")
+SHARES = (0.1, 0.2, 0.3, 0.4)
+PREPROCESSING = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.3, 0.2, 0.25),
+    "crop_pct": 0.875,
+}
+
+
+def save(path: Path, model: torch.nn.Module, channels: int = 3) -> Path:
+    preprocessing = PREPROCESSING | {"input_size": (channels, 32, 32)}
+    if channels == 1:
+        preprocessing |= {"mean": (0.5,), "std": (0.3,)}
+    info = dict(task="classification", class_names=NAMES, preprocessing=preprocessing, recipe={}, metrics={})
+    save_checkpoint(path, model, **info)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A network whose answer depends on the picture."""
+    torch.manual_seed(0)
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES))
+    torch.nn.init.normal_(model.head.weight, std=1.0)
+    return save(tmp_path_factory.mktemp("checkpoint") / "best.safetensors", model)
+
+
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory) -> Path:
+    """A network that gives SHARES for every picture: softmax(log p) = p."""
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES))
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor(SHARES).log()
+    return save(tmp_path_factory.mktemp("constant") / "best.safetensors", model)
+
+
+def solid(path: Path, color: str | tuple[int, ...] = "red", size: tuple[int, int] = (40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+def result(capsys) -> dict:
+    """What --json printed: all of stdout must be the one object."""
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_probabilities_are_those_that_timm_alone_computes(checkpoint, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(1)
+    for i, size in enumerate([(50, 40), (33, 90), (32, 32), (200, 100), (20, 21)]):
+        pixels = torch.randint(256, (*size, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+    paths = sorted(tmp_path.glob("*.png"))
+    assert predict(checkpoint, (tmp_path,), json=True, batch_size=2, device="cpu", top_k=9)
+
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES), checkpoint_path=str(checkpoint)).eval()
+    transform = timm.data.create_transform(**PREPROCESSING)
+    for path, one in zip(paths, result(capsys)["predictions"], strict=True):
+        with torch.inference_mode():
+            expected = model(transform(Image.open(path))[None]).softmax(-1)[0]
+        assert one["picture"] == str(path)
+        assert [c["class"] for c in one["classes"]] == [NAMES[i] for i in expected.argsort(descending=True)]
+        got = torch.tensor([c["probability"] for c in one["classes"]])
+        torch.testing.assert_close(got, expected.sort(descending=True).values, rtol=0, atol=1e-5)
+
+
+def test_the_likeliest_classes_come_first_and_the_record_is_kept(constant, tmp_path, capsys):
+    picture, out = solid(tmp_path / "x.jpg"), tmp_path / "out"
+    assert predict(constant, (picture,), out, json=True, top_k=2)
+    printed = result(capsys)
+    assert printed["checkpoint"] == str(constant)
+    assert printed["unreadable"] == []
+    assert [c["class"] for c in printed["predictions"][0]["classes"]] == ["dog", "cat [x]"]
+    assert [c["probability"] for c in printed["predictions"][0]["classes"]] == pytest.approx([0.4, 0.3])
+    assert json.loads((out / "predictions.json").read_text()) == printed
+
+
+def test_the_table_names_picture_classes_and_shares(constant, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert predict(constant, (solid(tmp_path / "Straße [1] 写真.png"),), top_k=3)
+    table = capsys.readouterr().out
+    for text in ("Straße [1] 写真.png", "dog", "40.0%", "cat [x]", "30.0%", "bee", "20.0%"):
+        assert text in table
+    assert "ant" not in table.replace(str(tmp_path), "")
+
+
+def test_grey_networks_get_one_channel(tmp_path, capsys):
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES), in_chans=1)
+    torch.nn.init.normal_(model.head.weight, std=1.0)
+    checkpoint = save(tmp_path / "best.safetensors", model, channels=1)
+    assert predict(checkpoint, (solid(tmp_path / "x.png", "red"),), json=True)
+    pixel = (0.299 - 0.5) / 0.3  # red's luma
+    with torch.inference_mode():
+        expected = model.eval()(torch.full((1, 1, 32, 32), pixel)).softmax(-1).max().item()
+    assert result(capsys)["predictions"][0]["classes"][0]["probability"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["L", "P", "RGBA", "CMYK", "I;16", "1x1", "rotated"])
+def test_every_kind_of_picture_is_read_as_its_plain_copy(checkpoint, tmp_path, capsys, kind):
+    plain = Image.new("RGB", (30, 20), (140, 140, 140))
+    if kind == "rotated":
+        plain.paste((20, 20, 20), (0, 0, 30, 10))
+    plain.save(tmp_path / "plain.png")
+    if kind == "I;16":
+        Image.new("I;16", (30, 20), 140 * 257).save(tmp_path / "é.png")
+    elif kind == "1x1":
+        Image.new("RGB", (1, 1), (140, 140, 140)).save(tmp_path / "é.png")
+    elif kind == "CMYK":
+        plain.convert("CMYK").save(tmp_path / "é.tif")
+    elif kind == "rotated":
+        exif = Image.Exif()
+        exif[0x0112] = 3  # stored upside down
+        plain.rotate(180).save(tmp_path / "é.png", exif=exif)
+    else:
+        plain.convert(kind).save(tmp_path / "é.png")
+    out = tmp_path / "out"
+    assert predict(checkpoint, (next(tmp_path.glob("é.*")), tmp_path / "plain.png"), out, json=True)
+    first, second = result(capsys)["predictions"]
+    assert [c["class"] for c in first["classes"]] == [c["class"] for c in second["classes"]]
+    shares = [[c["probability"] for c in one["classes"]] for one in (first, second)]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-4)
+    assert len(list(out.glob("é.*.png"))) == 1
+
+
+def test_folders_are_searched_in_order_and_each_picture_is_taken_once(tmp_path):
+    wanted = [solid(tmp_path / name) for name in ("a/2.JPG", "a/sub/1.png", "b.gif")]
+    solid(tmp_path / ".hidden.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    found = find_pictures((tmp_path, tmp_path / "a" / "2.JPG", Path(os.path.relpath(wanted[2]))))
+    assert [picture.path for picture in found] == wanted
+
+
+def test_a_file_is_taken_whatever_its_suffix(constant, tmp_path, capsys):
+    solid(tmp_path / "x.png").rename(tmp_path / "x.download")
+    assert predict(constant, (tmp_path / "x.download",), json=True)
+    assert len(result(capsys)["predictions"]) == 1
+
+
+def test_each_drawing_has_a_name_of_its_own_and_shows_its_picture(constant, tmp_path):
+    colors = {
+        "a/x.png": (200, 0, 0),
+        "b/x.png": (0, 200, 0),
+        "b/x.bmp": (0, 0, 200),
+        "b/X.png": (200, 200, 0),  # the same name on a file system that does not tell case
+        "b/x.png.png": (0, 200, 200),
+        "c/b/x.png": (200, 0, 200),
+    }
+    for name, color in colors.items():
+        solid(tmp_path / name, color, (64, 64))
+    given = (tmp_path / "a" / "x.png", tmp_path / "b", tmp_path / "c" / "b", tmp_path / "b" / "x.png")
+    out = tmp_path / "out"
+    assert predict(constant, given, out)
+    drawings = [out / picture.drawing for picture in find_pictures(given, out)]
+    assert len({str(drawing).casefold() for drawing in drawings}) == len(colors)
+    shown = set()
+    for drawing in drawings:
+        with Image.open(drawing) as card:
+            shown.add(card.getpixel((MARGIN + SIDE // 2, card.height // 2)))
+    assert shown == set(colors.values())
+
+
+def test_an_input_is_never_overwritten(constant, tmp_path):
+    """The drawing of x.jpg would be x.jpg.png, which is one of the pictures."""
+    out = tmp_path / "out"
+    solid(out / "x.jpg"), solid(out / "x.jpg.png", "blue")
+    (out / "predictions.json").write_text("{}")  # as if an earlier call had made the folder
+    before = {path: path.read_bytes() for path in out.glob("x.*")}
+    assert predict(constant, tuple(before), out)
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list(out.glob("x.*"))) == 4
+
+
+def test_an_output_folder_among_the_pictures_is_not_searched(constant, tmp_path, capsys):
+    solid(tmp_path / "x.png")
+    for _ in range(2):
+        assert predict(constant, (tmp_path,), tmp_path / "out", json=True)
+        assert [Path(one["picture"]).name for one in result(capsys)["predictions"]] == ["x.png"]
+
+
+def test_an_unreadable_picture_is_named_and_the_rest_goes_on(constant, tmp_path, capsys):
+    solid(tmp_path / "good.png")
+    whole = solid(tmp_path / "cut.png", size=(300, 300)).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    out = tmp_path / "out"
+    assert predict(constant, (tmp_path,), out, json=True) is False
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert [Path(one["picture"]).name for one in record["predictions"]] == ["good.png"]
+    assert [Path(one["picture"]).name for one in record["unreadable"]] == ["cut.png", "text.jpg"]
+    assert str(tmp_path / "cut.png") in printed.err
+    assert str(tmp_path / "text.jpg") in printed.err
+    assert "2 of 3 pictures could not be read" in printed.err
+    assert json.loads((out / "predictions.json").read_text()) == record
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        (lambda d: (d / "x.jpg").write_text("no"), {"images": "x.jpg"}, "none of the 1 pictures can be read.*x.jpg"),
+        (lambda d: (d / "empty").mkdir(), {"images": "empty"}, "empty: no pictures in this folder"),
+        (lambda d: None, {"images": "missing.png"}, "missing.png: no such file or folder"),
+        (lambda d: solid(d / "x.png"), {"top_k": 0}, "top_k=0"),
+        (lambda d: solid(d / "x.png"), {"batch_size": 0}, "batch_size=0"),
+        (lambda d: solid(d / "x.png"), {"device": "abacus"}, "device=abacus"),
+        (lambda d: solid(d / "x.png"), {"out": "x.png"}, "x.png: a file; name a folder"),
+        (lambda d: solid(d / "p" / "x.png"), {"images": "p", "out": "p"}, "the pictures are read from there"),
+        (lambda d: (solid(d / "x.png"), solid(d / "o" / "y.png")), {"out": "o"}, "o: the folder holds other files"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(constant, tmp_path, prepare, options, message):
+    prepare(tmp_path)
+    options = {key: tmp_path / value if key in ("images", "out") else value for key, value in options.items()}
+    images = (options.pop("images", tmp_path / "x.png"),)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message) as caught:
+        predict(constant, images, **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_network_gone_wrong_is_refused(tmp_path):
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES))
+    torch.nn.init.constant_(model.head.bias, torch.nan)
+    checkpoint = save(tmp_path / "best.safetensors", model)
+    with pytest.raises(InputError, match="not numbers"):
+        predict(checkpoint, (solid(tmp_path / "x.png"),))
+
+
+def test_the_bar_is_as_long_as_the_class_is_likely():
+    card = draw_card(Image.new("RGB", (8, 8), "black"), "x.png", [("ant", 0.75), ("bee", 0.25)])
+    blue = Image.new("RGB", (1, 1), FIRST).getpixel((0, 0))
+    panel = range(SIDE + 2 * MARGIN, card.width)
+    lengths = {sum(card.getpixel((x, y)) == blue for x in panel) for y in range(card.height)}
+    assert max(lengths) == pytest.approx(0.75 * PANEL, abs=2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 1), (1, 4000), (3, 5), (900, 600)])
+def test_pictures_of_any_shape_are_drawn_whole(size):
+    card = draw_card(Image.new("L", size, 77), "n" * 500, [("c" * 500, 1.0)] * 12)
+    box = card.crop((MARGIN, 0, MARGIN + SIDE, card.height))
+    inked = Image.eval(box.convert("L"), lambda value: 255 * (value == 77)).getbbox()
+    width, height = inked[2] - inked[0], inked[3] - inked[1]
+    assert max(width, height) == SIDE
+    assert min(width, height) == max(1, round(SIDE * min(size) / max(size)))
+    margin = card.crop((card.width - MARGIN + 1, 0, card.width, card.height))
+    assert margin.getextrema() == ((255, 255),) * 3  # long names end before the edge
+
+
+def test_contact_sheets_show_every_picture_in_order(constant, tmp_path):
+    count = COLUMNS * ROWS + 1
+    colors = [(5 * i, 255 - 5 * i, 100) for i in range(count)]
+    for i, color in enumerate(colors):
+        solid(tmp_path / "in" / f"{i:02}.png", color, (32, 32))
+    out = tmp_path / "out"
+    assert predict(constant, (tmp_path / "in",), out)
+    shown = []
+    for name, cells in (("sheet.png", COLUMNS * ROWS), ("sheet-2.png", 1)):
+        with Image.open(out / name) as page:
+            columns, rows = min(COLUMNS, cells), -(-cells // COLUMNS)
+            width, height = page.width / columns, page.height / rows
+            middles = [(int((i % columns + 0.5) * width), int((i // columns + 0.4) * height)) for i in range(cells)]
+            shown += [page.getpixel(middle) for middle in middles]
+    assert shown == colors
+    assert not (out / "sheet-3.png").exists()

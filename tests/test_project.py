@@ -1,0 +1,69 @@
+"""What the project promises outside its modules: the bare install, and a README that is true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from dualtoken_vit.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# A module that is None in sys.modules cannot be imported: as if the train extra were not installed.
+BARE = """
+import sys
+for name in ("lightning", "matplotlib", "rich", "tensorboard", "torchmetrics", "tyro"):
+    sys.modules[name] = None
+"""
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_the_models_need_torch_and_timm_only():
+    done = python(
+        BARE + "import dualtoken_vit, timm\n"
+        "timm.create_model('dualtoken_vit_tiny', global_tokens='normal', local_attention='window')\n"
+        "print(sorted(name for name in sys.modules if name.startswith('dualtoken_vit')))"
+    )
+    assert done.stderr == ""
+    assert done.stdout.strip() == "['dualtoken_vit', 'dualtoken_vit.ablations', 'dualtoken_vit.model']"
+
+
+def test_the_command_says_in_one_line_what_to_install():
+    done = python(BARE + "sys.argv = ['dualtoken-vit', 'tables']\nfrom dualtoken_vit.cli import main\nmain()")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'dualtoken-vit[train]'" in done.stderr
+
+
+def test_the_readme_lists_every_module():
+    tree = README.split("## Files")[1]
+    listed = set(re.findall(r"^  (\S+\.py) ", tree, re.MULTILINE))
+    package = ROOT / "dualtoken_vit"
+    there = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert listed == {name for name in there if not name.endswith("/__init__.py")}
+    for name in re.findall(r"^(\S+) {2,}\S", tree, re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_readme_names_every_recipe():
+    named = set(re.findall(r"`((?:in1k|table\d)-[a-z0-9-]+)`(?: / `(-\d)`)?(?: / `(-\d)`)?", README))
+    spelt = {
+        first[: len(first) - len(part)] + part if part else first for first, *rest in named for part in ["", *rest]
+    }
+    assert spelt | {"demo", "folder", "imagenette"} == set(RECIPES)
+
+
+def test_the_readme_s_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    for block in blocks:
+        if "runs/photos" not in block:  # needs a trained network
+            exec(block, names)
+    assert names["logits"].shape == (2, 10)
+    assert [tuple(m.shape) for m in names["maps"]] == [(1, 48, 20, 28), (1, 96, 10, 14), (1, 192, 5, 7)]
+    assert names["backbone"].feature_info.channels() == [48, 96, 192]
+    assert names["unet"](names["torch"].zeros(2, 3, 64, 96)).shape == (2, 2, 64, 96)

@@ -1,0 +1,234 @@
+"""A run that is killed at any point and resumed ends as one that was not, bit by bit."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dualtoken_vit import cli
+from dualtoken_vit.errors import InputError
+
+EPOCHS, STEPS = 3, 9  # of 36 pictures in batches of 4
+
+# Forks of a server that has imported everything: a process that is going to be killed starts at once.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["dualtoken_vit.cli", "dualtoken_vit.tasks.fit", "test_resume"])
+
+
+def arguments(photos: Path, out: Path, *more: str) -> list[str]:
+    network = "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32"
+    settings = {
+        "data.root": photos,
+        "data.image-size": 32,
+        "data.workers": 0,
+        "optim.batch-size": 4,
+        "optim.epochs": EPOCHS,
+        "optim.ema-decay": 0.9,
+        "optim.clip-grad": 1,
+        "augment.mixup": 0.2,
+        "augment.cutmix": 1,
+        "augment.random-erasing": 0.5,
+        "model.drop-path-rate": 0.2,
+        "run.accelerator": "cpu",
+        "run.save-every": 2,
+    }
+    given = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return ["train", "folder", "--model.args", *network, *given, "--out", str(out), *more]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """As in the killed processes: the order of sums depends on the number of threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(_photos, tmp_path_factory):
+    """(the photos, the folder of the whole run)"""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    assert cli.run(arguments(_photos, folder / "run")) == 0
+    return _photos, folder / "run"
+
+
+def tensors(value, name=""):
+    """(name, tensor) for each tensor in nested containers."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from tensors(item, f"{name}.{index}")
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    best, expected_best = load_file(found / "best.safetensors"), load_file(expected / "best.safetensors")
+    assert best.keys() == expected_best.keys()
+    for key, value in best.items():
+        assert torch.equal(value, expected_best[key]), key
+    last, expected_last = (dict(tensors(torch.load(folder / "last.ckpt"))) for folder in (found, expected))
+    assert last.keys() == expected_last.keys()
+    kinds = {name.split(".")[1] for name in last}
+    assert kinds >= {"state_dict", "current_model_state", "optimizer_states"}
+    for name, value in last.items():
+        assert torch.equal(value, expected_last[name]), name
+    for name in ("metrics.csv", "confusion.csv", "recipe.json"):
+        assert (found / name).read_text() == (expected / name).read_text(), name
+    assert not list(found.glob(".*"))  # nothing half-written
+
+
+def run_until_killed(args: list[str], event: str, count: int) -> None:
+    """Run the command line and die by SIGKILL at the `count`-th `event`.
+
+    Events: "saving NAME" before the file takes its place, half of it written; "saved NAME" just after.
+    """
+    torch.set_num_threads(1)
+    when, name = event.split()
+    seen = 0
+    replace = os.replace
+
+    def replace_or_die(source, target) -> None:
+        nonlocal seen
+        seen += Path(target).name == name
+        dying = seen == count and Path(target).name == name
+        if dying and when == "saving":
+            os.truncate(source, os.path.getsize(source) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if dying:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace_or_die
+    cli.run(args)
+
+
+@pytest.mark.parametrize(
+    ("event", "count", "step"),
+    [
+        ("saved recipe.json", 1, None),  # before anything was saved
+        ("saving last.ckpt", 1, None),  # in the first save
+        ("saved last.ckpt", 3, 6),  # in the middle of the first epoch
+        ("saved best.safetensors", 1, 8),  # between the two files of an epoch's end
+        ("saving last.ckpt", 5, 8),  # in the save at the epoch's end (after steps 2, 4, 6, 8)
+        ("saved last.ckpt", 5, 9),  # between two epochs
+        ("saved last.ckpt", 8, 14),  # in the middle of the second epoch
+        ("saved metrics.csv", 3, 26),  # after the last validation
+    ],
+)
+def test_killed_and_resumed(uninterrupted, tmp_path, event, count, step):
+    photos, whole = uninterrupted
+    out = tmp_path / "run"
+    process = SERVER.Process(target=run_until_killed, args=(arguments(photos, out), event, count))
+    process.start()
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
+    last = out / "last.ckpt"
+    assert (torch.load(last)["global_step"] if last.exists() else None) == step
+    assert cli.run(arguments(photos, out, "--resume")) == 0
+    assert_same_run(out, whole)
+
+
+def test_killed_from_outside(uninterrupted, tmp_path):
+    """The real command, killed as the system would, wherever it then is."""
+    photos, whole = uninterrupted
+    out = tmp_path / "run"
+    last = out / "last.ckpt"
+    command = [sys.executable, "-m", "dualtoken_vit.cli", *arguments(photos, out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 240
+        while not (last.exists() and torch.load(last)["global_step"] >= 12):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    assert torch.load(last)["global_step"] < EPOCHS * STEPS
+    assert cli.run(arguments(photos, out, "--resume")) == 0
+    assert_same_run(out, whole)
+
+
+def test_workers_change_nothing(uninterrupted, tmp_path):
+    photos, whole = uninterrupted
+    out = tmp_path / "run"
+    assert cli.run(arguments(photos, out, "--data.workers", "2", "--run.save-every", "1000")) == 0
+    best, expected = load_file(out / "best.safetensors"), load_file(whole / "best.safetensors")
+    for key, value in best.items():
+        assert torch.equal(value, expected[key]), key
+    assert (out / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_a_run_is_not_overwritten(uninterrupted):
+    photos, whole = uninterrupted
+    before = (whole / "last.ckpt").read_bytes()
+    with pytest.raises(InputError, match=r"holds a run; continue it with --resume, or give another --out"):
+        cli.run(arguments(photos, whole))
+    assert (whole / "last.ckpt").read_bytes() == before
+
+
+def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path, capsys):
+    photos, whole = uninterrupted
+    out = shutil.copytree(whole, tmp_path / "run")
+    assert cli.run(arguments(photos, out, "--resume")) == 0
+    assert "best top-1" in capsys.readouterr().out
+    assert_same_run(out, whole)
+
+
+def test_a_resumed_run_keeps_its_settings(uninterrupted, tmp_path):
+    photos, whole = uninterrupted
+    out = shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(InputError, match=r"--optim\.epochs is 3 in the run .*, not 5"):
+        cli.run(["train", "folder", "--out", str(out), "--resume", "--optim.epochs", "5"])
+    # What is not asked for is as stored, and the data may have moved.
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    shutil.rmtree(out / "tensorboard")
+    assert cli.run(["train", "folder", "--out", str(out), "--resume", "--data.root", str(moved)]) == 0
+    next((moved / "train").rglob("*.jpg")).unlink()
+    with pytest.raises(InputError, match=r"the data changed .*\[36, 18\].*\[35, 18\]"):
+        cli.run(["train", "folder", "--out", str(out), "--resume", "--data.root", str(moved)])
+
+
+def test_nothing_to_resume_from(photos, tmp_path, capsys):
+    args = arguments(photos, tmp_path / "new", "--resume", "--optim.epochs", "1")
+    assert cli.run(args) == 0
+    assert "starting from the beginning" in capsys.readouterr().out
+    assert (tmp_path / "new" / "best.safetensors").exists()
+
+
+def test_damaged_files(uninterrupted, tmp_path):
+    photos, whole = uninterrupted
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "last.ckpt").write_bytes((out / "last.ckpt").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+        cli.run(arguments(photos, out, "--resume"))
+    (out / "recipe.json").write_text('{"model": {"nmae": 1}}')
+    with pytest.raises(InputError, match=r"recipe\.json is not a recipe of this version"):
+        cli.run(arguments(photos, out, "--resume"))
+
+
+def test_accumulated_batches_are_resumed(photos, tmp_path):
+    """Nine batches of 4 are four steps of 2 x 4; saved between steps only."""
+    more = "--optim.batch-size", "8", "--optim.accumulate", "2", "--optim.epochs", "2", "--run.save-every", "1"
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    cli.run(arguments(photos, whole, *more))
+    assert torch.load(whole / "last.ckpt")["global_step"] == 8
+    args = arguments(photos, out, *more)
+    process = SERVER.Process(target=run_until_killed, args=(args, "saved last.ckpt", 3))
+    process.start()
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
+    assert torch.load(out / "last.ckpt")["global_step"] == 3
+    cli.run([*args, "--resume"])
+    assert_same_run(out, whole)

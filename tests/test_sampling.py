@@ -1,0 +1,154 @@
+"""Batches depend on the seed, the epoch and the data set alone."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from dualtoken_vit.data.classification import build_datasets
+from dualtoken_vit.data.images import eval_transform, train_transform
+from dualtoken_vit.data.sampling import loader, mix, seeded
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Augment, Data
+
+STATISTICS = (0.5,) * 3, (0.5,) * 3
+
+
+class Numbers(Dataset):
+    """Sample i: i, and a number from each generator that timm's transforms draw from."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        noise = (random.random(), np.random.random(), torch.rand(()).item())  # noqa: NPY002
+        return index, torch.tensor(noise, dtype=torch.float64)
+
+
+@pytest.fixture
+def pictures(photos):
+    """36 pictures under every augmentation there is."""
+    data = Data(root=str(photos), image_size=32)
+    augment = Augment(scale=(0.3, 1.0), vflip=0.5, auto_augment="rand-m9-n2-mstd0.5", random_erasing=0.5)
+    train, _ = build_datasets(data, 3)
+    train.transform = train_transform(data, augment, *STATISTICS)
+    return train
+
+
+def equal(these, those):
+    """Whether two lists of batches are the same bit for bit."""
+    return len(these) == len(those) and all(
+        torch.equal(x, y) for this, that in zip(these, those, strict=True) for x, y in zip(this, that, strict=True)
+    )
+
+
+def batches(dataset, size=8, **args):
+    return list(loader(dataset, size, **({"train": True, "seed": 3} | args)))
+
+
+def test_workers_do_not_matter(pictures):
+    alone = batches(pictures)
+    assert len(alone) == 4
+    assert alone[0][0].shape == (8, 3, 32, 32)
+    assert equal(alone, batches(pictures, workers=2))
+    assert equal(alone, batches(pictures, workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_batches_change_nothing_after_them(pictures, workers):
+    rest = batches(pictures, skip=3, workers=workers)
+    assert equal(rest, batches(pictures)[3:])
+    assert batches(pictures, skip=4, workers=workers) == []
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_each_batch(pictures, world):
+    whole = batches(pictures, 12)
+    parts = [batches(pictures, 12 // world, rank=rank, world=world) for rank in range(world)]
+    assert len(whole) == 3
+    for number, (images, targets) in enumerate(whole):
+        for rank in range(world):
+            assert torch.equal(parts[rank][number][0], images[rank::world])
+            assert torch.equal(parts[rank][number][1], targets[rank::world])
+
+
+def test_seed_and_epoch_matter():
+    def epoch(**args):
+        return torch.cat([noise for _, noise in batches(Numbers(40), **args)])
+
+    first = epoch()
+    assert torch.equal(first, epoch(epoch=0))
+    assert not torch.isin(first, epoch(epoch=1)).any()
+    assert not torch.isin(first, epoch(seed=4)).any()
+    assert len(first.unique()) == first.numel()
+
+
+def test_an_epoch_is_a_permutation():
+    orders = [torch.cat([index for index, _ in batches(Numbers(40), epoch=epoch)]).tolist() for epoch in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
+    assert orders[0] != orders[1] != list(range(40))
+
+
+def test_a_sample_is_the_same_wherever_it_comes():
+    large = {i.item(): x for index, noise in batches(Numbers(40), 8) for i, x in zip(index, noise, strict=True)}
+    small = {i.item(): x for index, noise in batches(Numbers(40), 5) for i, x in zip(index, noise, strict=True)}
+    assert large.keys() == small.keys()
+    assert all(torch.equal(large[index], small[index]) for index in large)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_training_drops_what_does_not_fill_a_batch_everywhere(world):
+    parts = [batches(Numbers(50), 4, rank=rank, world=world) for rank in range(world)]
+    assert {len(part) for part in parts} == {50 // (4 * world)}
+    seen = [index for part in parts for batch, _ in part for index in batch.tolist()]
+    assert len(seen) == len(set(seen)) == 50 // (4 * world) * 4 * world
+
+
+def test_fewer_pictures_than_a_batch():
+    assert len(batches(Numbers(8), 4, world=2)) == 1
+    with pytest.raises(InputError, match=r"7 training pictures do not fill one batch of 8.*--optim\.batch-size 7"):
+        batches(Numbers(7), 4, world=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2, 7, 16])
+def test_validation_sees_every_picture_once(length, world, workers):
+    seen = Counter()
+    for rank in range(world):
+        for index, _ in batches(Numbers(length), 4, train=False, rank=rank, world=world, workers=workers):
+            assert len(index) <= 4
+            seen.update(index.tolist())
+    assert seen == Counter(range(length))
+
+
+def test_validation_is_in_order(pictures):
+    pictures.transform = eval_transform(Data(image_size=32), *STATISTICS)
+    (images, targets), *_ = loader(pictures, 8, train=False, seed=0)
+    assert targets.tolist() == pictures.targets[:8]
+    assert torch.equal(images, torch.stack([pictures[index][0] for index in range(8)]))
+
+
+def test_the_generators_of_the_program_are_left_alone():
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    before = state()
+    batches(Numbers(16))
+    batches(Numbers(16), workers=1)
+    assert state() == before
+    with seeded(1):
+        assert all(now != then for now, then in zip(state(), before, strict=True))
+    assert state() == before
+
+
+def test_mix_tells_every_sequence_apart():
+    sequences = [(), (0,), (0, 0), (1,), (1, 0), (0, 1), (-1,), (2**63,), (1, 2, 3), (3, 2, 1)]
+    assert len({mix(*sequence) for sequence in sequences}) == len(sequences)
+    assert all(0 <= mix(*sequence) < 2**64 for sequence in sequences)

@@ -1,0 +1,69 @@
+"""timm's own model tests (`tests/test_models.py` of its source distribution) on our four architectures."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+
+TESTS_A_MODEL = 11  # a lower count means that the plugin or an import went wrong, however green the rest
+MODELS = 4
+
+
+def _download(version: str, folder: Path) -> None:
+    """Put `tests/` and `pyproject.toml` of timm's source distribution into `folder`; never `timm/`, the tests import it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "timm", "--dest", tmp]
+        subprocess.run([*command, f"timm=={version}"], check=True, capture_output=True, text=True, timeout=120)
+        (archive,) = Path(tmp).glob("timm-*.tar.gz")
+        root = f"timm-{version}"
+        with tarfile.open(archive) as tar:
+            wanted = [m for m in tar if m.name.startswith((f"{root}/tests/", f"{root}/pyproject.toml"))]
+            tar.extractall(tmp, members=wanted, filter="data")
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(tmp) / root).rename(folder)
+
+
+@pytest.fixture(scope="module")
+def timm_tests() -> Path:
+    """The folder that holds timm's `tests/`: `DUALTOKEN_TIMM_TESTS`, or the download, which is kept in the user's cache."""
+    if given := os.environ.get("DUALTOKEN_TIMM_TESTS"):
+        return Path(given)
+    version = importlib.metadata.version("timm")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "dualtoken-vit" / f"timm-{version}"
+    if not (folder / "tests" / "test_models.py").exists():
+        try:
+            _download(version, folder)
+        except (subprocess.SubprocessError, OSError) as error:
+            reason = (
+                f"the source distribution of timm {version} is not to be had: {getattr(error, 'stderr', '') or error}"
+            )
+            if os.environ.get("CI"):
+                pytest.fail(reason)
+            pytest.skip(f"{reason}\n(set DUALTOKEN_TIMM_TESTS to a folder that holds its tests/ and pyproject.toml)")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_timm_model_suite(timm_tests):
+    env = {key: value for key, value in os.environ.items() if key != "GITHUB_ACTIONS"}  # it hides three of the tests
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env.pop("PYTEST_ADDOPTS", None)
+    options = ["-p", "timm_plugin", "-p", "no:cacheprovider", "-q", "-c", "pyproject.toml", "tests/test_models.py"]
+    command = [sys.executable, "-m", "pytest", *options]
+    run = subprocess.run(command, cwd=timm_tests, env=env, capture_output=True, text=True)
+    report = run.stdout + run.stderr
+    assert run.returncode == 0, report
+    summary = re.search(r"(\d+) passed.*", run.stdout)
+    assert summary is not None, report
+    assert int(summary[1]) == TESTS_A_MODEL * MODELS, report
+    assert "skipped" not in summary[0], report

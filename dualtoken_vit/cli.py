@@ -250,7 +250,8 @@ def main() -> None:
         # Lightning turns the former into the latter.
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        print("dualtoken-vit: interrupted", file=sys.stderr)
+        hint = "; --resume continues from the last save" if sys.argv[1:2] == ["train"] else ""
+        print(f"dualtoken-vit: interrupted{hint}", file=sys.stderr)
         sys.exit(130)
 
 

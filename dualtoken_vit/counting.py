@@ -48,6 +48,7 @@ RULES = {
     aten.native_layer_norm: _layer_norm,
     aten.native_group_norm: _group_norm,
     aten.native_batch_norm: _batch_norm,
+    aten._native_batch_norm_legit_no_training: _batch_norm,  # what older PyTorch's counter sees of the former
     aten.upsample_bilinear2d: _bilinear,
 }
 

@@ -62,6 +62,8 @@ def is_known(condition: bool) -> bool:
     """
     if torch.jit.is_scripting():
         return condition
+    elif torch.jit.is_tracing():  # where sizes are tensors
+        return bool(condition)
     else:
         return statically_known_true(condition)
 
@@ -74,22 +76,27 @@ def several_threads() -> bool:
     return torch.get_num_threads() > 1
 
 
+def goes_to_onednn(x: Tensor) -> bool:
+    """Whether PyTorch gives a 1x1 convolution of one picture with the numbers of `x` to oneDNN."""
+    if torch.jit.is_scripting():  # cannot ask for the threads
+        return False
+    else:
+        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not is_exporting()
+        return on_cpu and is_known(x.numel() > 20480) and several_threads()
+
+
 @register_notrace_function
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., C) @ weight (D, C)^T + bias (D) -> (..., D); on the CPU, where it is large, as a 1x1 convolution.
 
     PyTorch multiplies float32 matrices by MKL on the CPU but convolves by oneDNN, which uses AVX-512 on processors of
-    every maker; where MKL does not, the same product takes half the time. The last two conditions are those under
-    which PyTorch gives a convolution to oneDNN.
+    every maker; where MKL does not, the same product takes half the time.
     """
-    if torch.jit.is_scripting() or x.device.type != "cpu" or x.dtype != torch.float32 or is_exporting():
+    if not goes_to_onednn(x):
         return F.linear(x, weight, bias)
-    elif x.numel() <= 20480 or not several_threads():
-        return F.linear(x, weight, bias)
-    else:
-        rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, 1, rows), channels-last
-        y = F.conv2d(rows, weight[:, :, None, None], bias)
-        return y.permute(0, 2, 3, 1).reshape(x.shape[:-1] + weight.shape[:1])
+    rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, 1, rows), channels-last
+    y = F.conv2d(rows, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(x.shape[:-1] + weight.shape[:1])
 
 
 class Linear(nn.Linear):
@@ -116,7 +123,9 @@ class Mlp(nn.Module):
 @register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad (B, H, W, C) at the right and bottom until `multiple` divides H and W."""
-    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    # Not -H % multiple: this way a compiler sees that `multiple` divides the sum.
+    bottom = (x.shape[1] + multiple - 1) // multiple * multiple - x.shape[1]
+    right = (x.shape[2] + multiple - 1) // multiple * multiple - x.shape[2]
     if not (is_known(bottom == 0) and is_known(right == 0)):
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     return x
@@ -611,7 +620,7 @@ class DualTokenViT(nn.Module):
             intermediates_only: return the list alone
         """
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be NCHW or NHWC."
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(2 + len(self.stages), indices)
         maps: list[Tensor] = []  # NHWC
         x = self.stem.stride2(x)
         if 0 in take_indices:
@@ -621,7 +630,7 @@ class DualTokenViT(nn.Module):
             maps.append(x.permute(0, 2, 3, 1))
         x = self.stem.embed(x)
         g = self._expand_tokens(x)
-        last = len(self.feature_info) - 3
+        last = len(self.stages) - 1
         if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a ModuleList
             stages = self.stages
         else:

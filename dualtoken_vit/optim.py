@@ -21,13 +21,14 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         InputError: for an optimiser that timm does not have.
     """
     try:
+        pair = timm.optim.get_optimizer_info(optim.optimizer.rpartition("_")[2]).num_betas == 2  # some take three
         optimizer = timm.optim.create_optimizer_v2(
             model,
             opt=optim.optimizer,
             lr=optim.lr,
             weight_decay=optim.weight_decay,
             layer_decay=optim.layer_decay,
-            betas=optim.betas,
+            **({"betas": optim.betas} if pair else {}),
         )
     except ValueError as error:
         near = get_close_matches(optim.optimizer, timm.optim.list_optimizers())

@@ -87,6 +87,8 @@ def predict(
     predictions: list[dict[str, Any]] = []
     unreadable: list[dict[str, str]] = []
     sheet = Sheet(out) if out and len(pictures) > 1 else None
+    if out and not (out / RECORD).exists():  # else a run that is cut short leaves a folder that the next one refuses
+        _save_record({"checkpoint": str(checkpoint), "predictions": [], "unreadable": []}, out)
     looked = zip(pictures, in_threads(look, pictures, len(pictures), "predicting"), strict=True)
     while chunk := list(islice(looked, batch_size)):
         read = []
@@ -112,8 +114,7 @@ def predict(
 
     record = {"checkpoint": str(checkpoint), "predictions": predictions, "unreadable": unreadable}
     if out:
-        with atomic_write(out / RECORD, "w") as file:
-            file.write(dumps(record, indent=2) + "\n")
+        _save_record(record, out)
     if json:
         print(dumps(record))
     else:
@@ -123,6 +124,11 @@ def predict(
     if unreadable:
         print(f"{len(unreadable)} of {len(pictures)} pictures could not be read", file=sys.stderr)
     return not unreadable
+
+
+def _save_record(record: dict[str, Any], out: Path) -> None:
+    with atomic_write(out / RECORD, "w") as file:
+        file.write(dumps(record, indent=2) + "\n")
 
 
 def find_pictures(images: tuple[Path, ...], out: Path | None = None) -> list[Picture]:
@@ -151,7 +157,7 @@ def find_pictures(images: tuple[Path, ...], out: Path | None = None) -> list[Pic
     if not found:
         raise InputError("no pictures given; name picture files or folders of them")
 
-    taken: set[str] = set()
+    taken = {_sheet_name(page + 1) for page in range(ceil(len(found) / (COLUMNS * ROWS)))}
     pictures = []
     for path, place in found.values():
         number = 1
@@ -290,6 +296,10 @@ def draw_card(image: Image.Image, title: str, top: Top) -> Image.Image:
     return card
 
 
+def _sheet_name(page: int) -> str:
+    return "sheet.png" if page == 1 else f"sheet-{page}.png"
+
+
 class Sheet:
     """Contact sheets, sheet.png, sheet-2.png, ...: many pictures on a page, each over its likeliest class."""
 
@@ -321,5 +331,5 @@ class Sheet:
             draw.text((x + THUMB, y + THUMB + 12), share, MUTED, _font(18), anchor="ra")
             _bar(draw, x, y + THUMB + 42, THUMB, 8, probability, FIRST)
         self.page += 1
-        save_image(page, self.folder / ("sheet.png" if self.page == 1 else f"sheet-{self.page}.png"))
+        save_image(page, self.folder / _sheet_name(self.page))
         self.cells.clear()

@@ -241,7 +241,7 @@ def test_a_shape_has_its_area_and_box(name, area):
         corner = np.stack([columns, rows], 1).max(0) - np.stack([columns, rows], 1).min(0)
         radius = np.sqrt(shape.mask.sum() / area)
         assert radius * 1.02 >= 0.2 * 256
-        assert radius <= 0.36 * 256 * 1.02
+        assert radius <= 0.45 * 256 * 1.02
         assert (corner >= 1.1 * radius).all()
         assert (corner <= 2.05 * radius).all()
 

@@ -13,6 +13,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import AttentionExtract
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from dualtoken_vit.model import ConvEncoder, DualTokenViT, PatchMerging, checkpoint_filter_fn
@@ -50,7 +51,7 @@ def pyramid(model, x):
 
 
 def relative_error(actual, expected):
-    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 # The switches
@@ -162,6 +163,27 @@ def test_autocast_is_close_to_float32(kwargs):
     assert relative_error(actual, expected) < 5e-2
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_float32_agrees_with_float64(threads, memory_format):
+    """Whichever way the thread count and the picture's layout make PyTorch take."""
+    model = create()
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, 224, 224)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = model.to(memory_format=memory_format)(x.to(memory_format=memory_format))
+        out.square().sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    expected = exact(x.double())
+    expected.square().sum().backward()
+    assert relative_error(out, expected) < 1e-5
+    gradients = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, exact))
+    assert relative_error(*gradients) < 1e-4
+
+
 @pytest.mark.parametrize("in_chans", [1, 2, 4, 12])
 def test_in_chans(in_chans):
     model = timm.create_model("dualtoken_vit_tiny", in_chans=in_chans, num_classes=0)
@@ -217,15 +239,14 @@ def test_fused_attention_equals_unfused(kwargs):
     attentions = [m for m in model.modules() if hasattr(m, "fused_attn")]
     assert all(m.fused_attn for m in attentions)
     x = torch.randn(2, 3, 97, 70, dtype=torch.float64)
-    with torch.no_grad():
-        with mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=AssertionError):
-            with pytest.raises(AssertionError):
-                model(x)
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", wraps=fused_attention) as spy:
         fused = model(x)
+        assert spy.call_count == len(attentions)
         for m in attentions:
             m.fused_attn = False
-        with mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=AssertionError):
-            torch.testing.assert_close(model(x), fused, rtol=1e-9, atol=1e-9)
+        unfused = model(x)
+        assert spy.call_count == len(attentions)
+    torch.testing.assert_close(unfused, fused, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("unfused")
@@ -257,22 +278,25 @@ def test_attention_extract_sees_the_broadcast(method):
 # Compilers
 
 
-@pytest.mark.parametrize(
-    "kwargs", [dict(token_mlp="mix"), dict(local_attention="window", global_tokens="normal")], ids=str
-)
-def test_compile_takes_any_batch_and_size_in_one_graph(kwargs):
+@pytest.mark.slow
+def test_compile_takes_any_batch_and_size_in_one_graph():
     torch.compiler.reset()
-    model = create(**NARROW, **kwargs)
+    model = create("dualtoken_vit_tiny_mix", **NARROW)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
-        for batch, *size in [(2, 64, 96), (3, 33, 47), (4, 97, 131), (2, 72, 224), (3, 224, 224), (2, 32, 32)]:
+        for batch, *size in [(2, 64, 96), (3, 33, 47), (4, 97, 131), (2, 72, 224), (3, 224, 224)]:
             x = torch.randn(batch, 3, *size)
             torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, dict(token_mlp="mix", local_attention="window", downsampling="onestep"), dict(global_tokens="normal")],
+    ids=str,
+)
 def test_compile_trains_without_a_graph_break(kwargs):
     torch.compiler.reset()
     model = create(**NARROW, **kwargs).train()
@@ -343,21 +367,23 @@ def test_init_weights_after_to_empty(kwargs):
     expected = dict([*fresh.named_parameters(), *fresh.named_buffers()])
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or expected[name].std() == 0:  # an index, a bias, a norm
-            torch.testing.assert_close(tensor, expected[name], msg=name)
+            assert torch.equal(tensor, expected[name]), name
         elif tensor.numel() > 200:
-            assert tensor.std() == pytest.approx(expected[name].std(), rel=0.2), name
+            assert tensor.std().item() == pytest.approx(expected[name].std().item(), rel=0.2), name
         else:
             assert tensor.isfinite().all(), name
 
 
 def test_initial_weights():
-    for name, p in timm.create_model("dualtoken_vit_small", depths=(1, 1, 1)).named_parameters():
-        if "norm" in name.rsplit(".", 2)[-2] or ".bn." in name:
-            assert (p == (1 if name.endswith("weight") else 0)).all(), name
-        elif name == "token_embed" or (p.ndim > 1 and not name.startswith("stem.")):
-            assert p.std() == pytest.approx(0.02, rel=0.25), name
-        elif not name.startswith("stem."):
-            assert (p == 0).all(), name
+    model = timm.create_model("dualtoken_vit_small", depths=(1, 1, 1))
+    assert model.token_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("stem"):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.2), name
+            assert module.bias is None or (module.bias == 0).all(), name
 
 
 @pytest.mark.parametrize("kwargs", [{}, *ABLATIONS[:4]], ids=str)
@@ -602,7 +628,8 @@ def test_cfg_is_true(name):
     model = timm.create_model(name)
     cfg, state = model.default_cfg, model.state_dict()
     assert (cfg["architecture"], cfg["tag"]) == (name, "untrained")
-    assert cfg["url"] == "" and not cfg.get("hf_hub_id")
+    assert not cfg.get("url")
+    assert not cfg.get("hf_hub_id")
     assert state[cfg["classifier"] + ".weight"].shape == (cfg["num_classes"], 1280)
     assert state[cfg["first_conv"] + ".weight"].shape[1] == cfg["input_size"][0]
     assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)

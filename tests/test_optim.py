@@ -52,6 +52,7 @@ def test_any_optimiser_of_timm():
     model = torch.nn.Linear(2, 2)
     assert isinstance(build_optimizer(model, Optim(optimizer="sgd")), torch.optim.SGD)
     assert type(build_optimizer(model, Optim(optimizer="lamb"))).__name__ == "Lamb"
+    assert build_optimizer(model, Optim(optimizer="adan")).param_groups[0]["betas"] == (0.98, 0.92, 0.99)  # its own
     with pytest.raises(InputError, match=r"did you mean .*adamw"):
         build_optimizer(model, Optim(optimizer="adamww"))
 

@@ -174,6 +174,29 @@ def test_each_drawing_has_a_name_of_its_own_and_shows_its_picture(constant, tmp_
     assert shown == set(colors.values())
 
 
+def test_a_drawing_is_never_a_contact_sheet(constant, tmp_path):
+    solid(tmp_path / "a.png"), solid(tmp_path / "x.png").rename(tmp_path / "sheet")
+    out = tmp_path / "out"
+    assert predict(constant, (tmp_path / "sheet", tmp_path / "a.png"), out)
+    assert {path.name for path in out.iterdir()} == {"a.png.png", "sheet-2.png", "sheet.png", "predictions.json"}
+    with Image.open(out / "sheet-2.png") as card, Image.open(out / "sheet.png") as sheet:
+        assert card.width == SIDE + PANEL + 3 * MARGIN
+        assert sheet.width < card.width
+
+
+def test_a_run_that_was_cut_short_can_be_repeated(constant, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    picture, out = solid(tmp_path / "x.png"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("dualtoken_vit.predict.draw_card", fail)
+        with pytest.raises(KeyboardInterrupt):
+            predict(constant, (picture,), out)
+    assert predict(constant, (picture,), out)
+    assert len(json.loads((out / "predictions.json").read_text())["predictions"]) == 1
+
+
 def test_an_input_is_never_overwritten(constant, tmp_path):
     """The drawing of x.jpg would be x.jpg.png, which is one of the pictures."""
     out = tmp_path / "out"

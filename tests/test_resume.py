@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from dualtoken_vit import cli
 from dualtoken_vit.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, STEPS = 3, 9  # of 36 pictures in batches of 4
 
 # Forks of a server that has imported everything: a process that is going to be killed starts at once.

@@ -17,7 +17,7 @@ MODELS = 4
 
 
 def _download(version: str, folder: Path) -> None:
-    """Put `tests/` and `pyproject.toml` of timm's source distribution into `folder`; never `timm/`, the tests import it."""
+    """Put `tests/` and `pyproject.toml` of timm's sources into `folder`; `timm/` would shadow the install."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "timm", "--dest", tmp]
@@ -33,7 +33,7 @@ def _download(version: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def timm_tests() -> Path:
-    """The folder that holds timm's `tests/`: `DUALTOKEN_TIMM_TESTS`, or the download, which is kept in the user's cache."""
+    """The folder of timm's `tests/`: `DUALTOKEN_TIMM_TESTS`, or the download, which is kept in the user's cache."""
     if given := os.environ.get("DUALTOKEN_TIMM_TESTS"):
         return Path(given)
     version = importlib.metadata.version("timm")

@@ -1,4 +1,4 @@
-"""Pytest plugin that points timm's own model tests at this package's models; `test_timm_suite.py` loads it with `-p`."""
+"""Pytest plugin that points timm's own model tests at our models; `test_timm_suite.py` loads it with `-p`."""
 
 import timm
 

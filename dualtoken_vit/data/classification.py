@@ -9,6 +9,7 @@ from copy import copy
 from io import BytesIO
 from itertools import islice
 from multiprocessing.pool import ThreadPool
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dualtoken_vit.data.images import MODES, load_image
+from dualtoken_vit.data.images import MODES, load_image, reason
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.shapes import CLASSES, ShapePictures
 from dualtoken_vit.errors import InputError
@@ -124,16 +125,17 @@ class PictureStream(IterableDataset):
         reader: timm's reader, of PIL pictures and class indices.
         class_names: Name of each class.
         channels: 3 (RGB) or 1 (grey).
-        records: Makes an iterator over the pictures as they are stored; by default they come from the reader.
+        records: Gives every picture that a reader has.
     """
 
     def __init__(
         self,
         reader: Reader,
         class_names: tuple[str, ...],
-        channels: int = 3,
-        records: Callable[[], Iterator[Record]] | None = None,
+        channels: int,
+        records: Callable[[Reader], Iterator[Record]],
     ) -> None:
+        reader.dist_rank, reader.dist_num_replicas = 0, 1  # until `epoch` says otherwise
         self.reader, self.class_names, self.channels, self._records = reader, class_names, channels, records
         self.labels: Sequence[int] = range(len(class_names))
         self.seed, self.rank, self.world = 0, 0, 1
@@ -157,7 +159,7 @@ class PictureStream(IterableDataset):
         """The stream that process `rank` of `world` reads in one epoch, and how many workers can read it."""
         shards = len(self.reader.split_info.filenames)
         if train and shards < world:
-            raise InputError(f"{shards} training shards cannot be dealt out to {world} processes: use fewer")
+            raise InputError(f"{shards} training shards cannot be dealt out to {world} processes: use fewer processes")
         workers = min(workers, shards // world if train else 1)
         stream = copy(self)
         stream.seed = seed
@@ -179,14 +181,11 @@ class PictureStream(IterableDataset):
 
     def records(self) -> Iterator[Record]:
         """Every picture, undecoded where that is possible."""
-        for name, source, label in self._records() if self._records else self._read():
+        stream, _ = self.epoch(1, train=False, seed=0, rank=0, world=1, workers=0)
+        for name, source, label in self._records(stream.reader):
             if not 0 <= label < len(self.labels):
                 raise InputError(f"{name}: class {label}, but there are {len(self.class_names)} class names")
             yield name, source, self.labels[label]
-
-    def _read(self) -> Iterator[Record]:
-        stream, _ = self.epoch(1, train=False, seed=0, rank=0, world=1, workers=0)
-        return ((f"{self.reader.split_info.name}/{n}", *sample) for n, sample in enumerate(stream.reader))
 
     def verify(self, skip: bool = False, progress: bool = True) -> int:
         """As `PictureDataset.verify`; timm's readers leave out what they cannot read anyhow."""
@@ -196,7 +195,9 @@ class PictureStream(IterableDataset):
 Pictures = PictureDataset | PictureStream
 
 
-def in_threads(look: Callable[[Item], Result], items: Iterable[Item], total: int, title: str) -> Iterator[Result]:
+def in_threads(
+    look: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str
+) -> Iterator[Result]:
     """`look` of each item, in order, on all the processors; with a `title`, under a progress bar on stderr."""
     columns = (
         TextColumn("{task.description}"),
@@ -279,7 +280,7 @@ def _imagenette(data: Data, split: str, channels: int) -> PictureDataset:
         classes = Imagenette(data.root, split, size="160px", download=not folder.is_dir()).classes
     except Exception as error:  # network, disk, archive
         raise InputError(
-            f"{folder}: Imagenette is not there and cannot be fetched ({_reason(error)}); unpack imagenette2-160.tgz "
+            f"{folder}: Imagenette is not there and cannot be fetched ({reason(error)}); unpack imagenette2-160.tgz "
             f"from https://github.com/fastai/imagenette into {data.root}, or use the folder recipe with --data.root"
         ) from error
     dataset = _folder(Data(root=str(folder)), split, channels)
@@ -316,7 +317,7 @@ def _open_reader(data: Data, split: str, **args: Any) -> Reader:
     try:
         return create_reader(spec, root=data.root or None, split=name, **args)
     except Exception as error:  # each package has its own errors for what is not there
-        message = f"--data.dataset {spec}, root {data.root!r}, split {name!r}: {_reason(error)}"
+        message = f"--data.dataset {spec}, root {data.root!r}, split {name!r}: {reason(error)}"
         raise InputError(message) from error
 
 
@@ -338,28 +339,35 @@ def _wds(data: Data, split: str, channels: int) -> PictureStream:
         raise InputError(f"--data.root is missing: give the folder with the shards of {data.dataset}")
     args = dict(is_training=split == "train", input_img_mode="", input_key=";".join(_WDS_PICTURES))
     reader = _open_reader(data, split, **args)
-
-    def records() -> Iterator[Record]:
-        import webdataset as wds  # installed only by those who use it
-
-        shards = [os.path.join(data.root, name) for name in reader.split_info.filenames]
-        key = reader.split_info.alt_label
-        for shard in shards:
-            try:
-                for sample in wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples()):
-                    picture = next((sample[kind] for kind in _WDS_PICTURES if kind in sample), b"")
-                    label = json.loads(sample["json"])[key] if key else int(sample["cls"])
-                    yield f"{shard}/{sample['__key__']}", BytesIO(picture), label
-            except Exception as error:
-                raise InputError(f"{shard}: cannot be read ({_reason(error)})") from error
-
     names = Path(data.root, "classnames.txt")
     class_names = tuple(names.read_text("utf-8").splitlines()) if names.is_file() else ()
     if not class_names or not reader.num_samples:
-        labels = [label for _, _, label in records()]
+        title = f"looking through {split_name(data, split)}"
+        labels = list(in_threads(itemgetter(2), _wds_records(reader), reader.num_samples or None, title))
         reader.num_samples = len(labels)
         class_names = class_names or _numbers(labels)
-    return PictureStream(reader, class_names, channels, records)
+    return PictureStream(reader, class_names, channels, _wds_records)
+
+
+def _wds_records(reader: Reader) -> Iterator[Record]:
+    """The samples of timm's webdataset reader, undecoded: it would leave out those that it cannot read."""
+    import webdataset as wds  # installed only by those who use it
+
+    key = reader.split_info.alt_label
+    for name in reader.split_info.filenames:
+        shard = os.path.join(reader.root, name)
+        try:
+            for sample in wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples()):
+                picture = next((sample[kind] for kind in _WDS_PICTURES if kind in sample), b"")
+                label = json.loads(sample["json"])[key] if key else int(sample["cls"])
+                yield f"{shard}/{sample['__key__']}", BytesIO(picture), label
+        except Exception as error:
+            raise InputError(f"{shard}: cannot be read ({reason(error)})") from error
+
+
+def _stream_records(reader: Reader) -> Iterator[Record]:
+    """What timm's reader gives, in order."""
+    return ((f"{reader.split_info.name}/{number}", *sample) for number, sample in enumerate(reader))
 
 
 def _tfds(data: Data, split: str, channels: int) -> PictureStream:
@@ -368,17 +376,12 @@ def _tfds(data: Data, split: str, channels: int) -> PictureStream:
     reader = _open_reader(data, split, **args)
     if not reader.class_to_idx:
         raise InputError(f"--data.dataset {data.dataset}: has no class names")
-    return PictureStream(reader, tuple(reader.class_to_idx), channels)
+    return PictureStream(reader, tuple(reader.class_to_idx), channels, _stream_records)
 
 
 def _numbers(labels: Sequence[int]) -> tuple[str, ...]:
     """Names for classes that have none."""
     return tuple(str(label) for label in range(max(labels, default=-1) + 1))
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 KINDS: dict[str, Callable[[Data, str, int], Pictures]] = {

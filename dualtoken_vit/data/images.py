@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import BinaryIO
 
 import numpy as np
@@ -44,8 +45,12 @@ def naming(name: str) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; shrink or remove it") from None
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name}: cannot be read as a picture ({reason}); replace or remove it") from error
+        raise InputError(f"{name}: cannot be read as a picture ({reason(error)}); replace or remove it") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line of bearable length."""
+    return shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:

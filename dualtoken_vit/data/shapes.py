@@ -60,12 +60,12 @@ def draw(rng: np.random.Generator, size: int, labels: Sequence[int]) -> tuple[Im
         The RGB picture, and its shapes in the order of `labels`.
     """
     ground = rng.integers(0, 256, 3)
-    mottle = np.clip(ground + rng.normal(0, 45, (6, 6, 3)), 0, 255).astype(np.uint8)
+    mottle = np.clip(ground + rng.normal(0, 25, (6, 6, 3)), 0, 255).astype(np.uint8)
     picture = Image.fromarray(mottle).resize((size, size), Image.Resampling.BICUBIC)
     masks: list[np.ndarray] = []
     for label in labels:
         colour = (ground + rng.integers(90, 167, 3)) % 256  # 90 or more from the ground in every channel
-        radius = size * rng.uniform(0.2, 0.36)
+        radius = size * rng.uniform(0.3, 0.45)
         centre = rng.uniform(radius, size - radius, 2)
         angle = rng.uniform(0, 2 * np.pi)
         axes = radius * np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
@@ -77,7 +77,7 @@ def draw(rng: np.random.Generator, size: int, labels: Sequence[int]) -> tuple[Im
         mask = np.asarray(cover) >= 128
         masks = [below & ~mask for below in masks] + [mask]
     strokes = ImageDraw.Draw(picture)
-    for _ in range(5):
+    for _ in range(2):
         ends, colour = rng.uniform(0, size, 4), rng.integers(0, 256, 3)
         strokes.line(ends.tolist(), tuple(colour.tolist()), width=max(1, size // 40))
     pixels = np.asarray(picture) + rng.integers(-16, 17, (size, size, 3))

@@ -11,7 +11,6 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from timm.layers import convert_sync_batchnorm
@@ -76,6 +75,18 @@ def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
         raise InputError(message) from error
 
 
+class _AllReduce(torch.autograd.Function):
+    """The sum over the processes, of values and of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
 class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batches of all processes, on any device (torch's SyncBatchNorm wants a GPU).
 
@@ -96,13 +107,15 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, ...)
         if not self.training:
             return self.act(self.drop(super().forward(x)))
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))  # statistics of half precision would be poor
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         world = dist.get_world_size()
         count = x.numel() // x.shape[1] * world
-        mean = differentiable.all_reduce(x.mean(dims)) / world
+        mean = _AllReduce.apply(x.mean(dims)) / world
         centred = x - mean.view(shape)
-        var = differentiable.all_reduce(centred.square().mean(dims)) / world
+        var = _AllReduce.apply(centred.square().mean(dims)) / world
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -111,7 +124,7 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = centred * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             x = x * self.weight.view(shape) + self.bias.view(shape)
-        return self.act(self.drop(x))
+        return self.act(self.drop(x.to(dtype)))
 
 
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -133,6 +146,7 @@ def quiet() -> None:
         r".*does not have many workers.*",
         r".*resuming from a checkpoint that ended before the epoch ended.*",  # those of `fit` do resume
         r".*LeafSpec.*",
+        r".*broadcast_buffers. is deprecated.*",  # its successor is not in every version of PyTorch that we support
         r".*srun. command is available.*",
         r".*compute. method of metric .* was called before the .*update.*",  # fewer validation batches than processes
     ):

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from dualtoken_vit.checkpoint import load_model
+from dualtoken_vit.cpu import tune_cpu
 from dualtoken_vit.data.classification import build_val_dataset
 from dualtoken_vit.data.images import eval_transform
 from dualtoken_vit.data.sampling import loader
@@ -112,6 +113,7 @@ def evaluate(
         InputError: for a file or data that cannot be used.
     """
     quiet()
+    tune_cpu()
     model, stored = load_model(checkpoint)
     if stored.task != "classification":
         raise InputError(f"{checkpoint} is a model for {stored.task}; evaluate takes classification")

@@ -19,14 +19,17 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
 from dualtoken_vit import plots
 from dualtoken_vit.checkpoint import atomic_write, load_weights, save_checkpoint
+from dualtoken_vit.cpu import tune_cpu
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.images import eval_transform, train_transform
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.optim import build_optimizer
 from dualtoken_vit.recipes import Classification, from_dict, to_dict
 from dualtoken_vit.tasks.base import ProgressBar, Task, create_model, quiet, synchronise_batchnorm
 from dualtoken_vit.tasks.classification import ClassificationTask
@@ -175,9 +178,9 @@ class RunFolder(Callback):
         loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
         self.loss_sum = self.loss_sum + loss
         self.batches += 1
+        step = trainer.current_epoch * task.steps_per_epoch + index // trainer.accumulate_grad_batches + 1
         bad = torch.as_tensor(self.bad_step, device=loss.device)
-        self.bad_step = torch.where((bad > 0) | loss.isfinite(), bad, trainer.global_step)
-        step = trainer.global_step
+        self.bad_step = torch.where((bad > 0) | loss.isfinite(), bad, step)
         every = 1 if task.device.type == "cpu" else LOOK_EVERY
         if step % every == 0 or step % self.save_every == 0 or trainer.is_last_batch:
             bad = trainer.strategy.reduce(self.bad_step, reduce_op="max")
@@ -281,8 +284,8 @@ def _trainer(recipe: Classification, out: Path, callbacks: list[Callback], steps
             use_distributed_sampler=False,
             enable_model_summary=False,
         )
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"--run: {str(error).splitlines()[0]}") from error
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        raise InputError(f"--run.accelerator {run.accelerator}: {str(error).splitlines()[0]}") from error
 
 
 def _share(recipe: Classification, world: int) -> int:
@@ -340,13 +343,14 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
     if main and resume:
         print(f"resuming from {last}" if last else f"{out} holds nothing to resume from: starting from the beginning")
 
-    torch.set_flush_denormal(True)  # on the CPU, numbers near zero would slow the steps down
+    tune_cpu()
     torch.manual_seed(recipe.run.seed)
     train, val = build_datasets(recipe.data, recipe.model.in_chans)
     names = tuple(train.class_names)
     if len(names) < 2:
         raise InputError(f"there is one class only, {names[0]!r}: nothing to tell apart")
     model, model_args = create_model(recipe.model, len(names), recipe.data.image_size)
+    build_optimizer(model, recipe.optim)  # refuses a wrong name now, not after the pictures were read
     report = load_weights(model, recipe.model.checkpoint) if recipe.model.checkpoint else None
     skip = recipe.data.unreadable == "skip"
     if main or skip:

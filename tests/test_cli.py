@@ -1,0 +1,187 @@
+"""The command line as a user meets it: what it says, how it ends, and one whole way from pictures to predictions."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualtoken_vit import cli
+from dualtoken_vit.recipes import ABOUT, RECIPES
+
+TINY = ("--model.args", "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run `dualtoken-vit ARGS`; returns (exit status, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["dualtoken-vit", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def words(text):
+    """The text without the boxes and line breaks of the terminal."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_help_names_commands_and_recipes(call):
+    for args in ((), ("--help",), ("train", "--help"), ("check-data", "-h")):
+        status, out, _ = call(*args)
+        assert status == 0
+        for name, about in ABOUT.items():
+            assert name in out
+            assert words(about) in words(out)
+    for command in cli.COMMANDS:
+        assert command in call("--help")[1]
+
+
+def test_help_of_a_recipe_names_every_field_with_its_default(call):
+    status, out, _ = call("train", "in1k-tiny-mix", "--help")
+    assert status == 0
+    out = words(out)
+    assert "Table 2, DualToken-ViT-T (mix): 75.4 %" in out
+    for section in ("model", "data", "augment", "optim", "run"):
+        for field in getattr(RECIPES["in1k-tiny-mix"], section).__dataclass_fields__:
+            assert f"--{section}.{field.replace('_', '-')}" in out
+    assert "--model.name STR Any timm model name" in out
+    assert "(default: dualtoken_vit_tiny_mix)" in out
+    assert "--optim.epochs INT Passes over the training pictures. (default: 300)" in out
+    assert "--out" in out
+    assert "--resume" in out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "benchmark", "tables"])
+def test_help_of_other_commands(call, command):
+    status, out, _ = call(command, "--help")
+    assert status == 0
+    assert f"usage: dualtoken-vit {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "there is no command 'trian'; did you mean train?"),
+        (["train", "foldr"], "there is no recipe 'foldr'; did you mean folder?"),
+        (["train", "in1k-smal"], "did you mean in1k-small"),
+        (["train", "folder", "--optim.epoch", "3"], "--optim.epochs INT"),
+        (["train", "folder", "--data.rot", "photos"], "--data.root STR"),
+        (["train", "folder", "--optim.epochs", "many"], "invalid literal for int() with base 10: 'many'"),
+        (["train", "folder", "--run.precision", "bf16"], "('32-true', 'bf16-mixed', '16-mixed')"),
+        (["train", "folder"], "--data.root is missing"),
+        (["train", "folder", "--data.root", "nowhere"], "nowhere: no such folder"),
+        (["check-data", "folder", "--data.root", "nowhere"], "nowhere: no such folder"),
+        (["evaluate", "nothing.safetensors"], "there is no checkpoint nothing.safetensors"),
+        (["evaluate"], "PATH"),
+        (["predict", "nothing.safetensors", "nothing.jpg"], "nothing"),
+        (["benchmark", "dualtoken_vit_tinny"], "dualtoken_vit_tiny"),
+    ],
+)
+def test_mistakes_are_told_in_short(call, args, message):
+    status, out, err = call(*args)
+    assert status == 2
+    assert message in words(out + err)
+    assert "Traceback" not in err
+    assert len((out + err).splitlines()) <= 14
+
+
+def test_from_pictures_to_predictions(call, photos, tmp_path):
+    run, shots = tmp_path / "run", tmp_path / "predictions"
+    settings = {"data.image-size": 32, "optim.epochs": 2, "optim.batch-size": 12, "run.accelerator": "cpu"}
+    given = [text for key, value in settings.items() for text in (f"--{key}", value)]
+    assert call("check-data", "folder", "--data.root", photos)[0] == 0
+
+    status, out, _ = call("train", "folder", "--data.root", photos, *given, *TINY, "--data.workers", "0", "--out", run)
+    assert status == 0
+    assert "0.07 M parameters, 3 classes" in out
+    assert "36 training and 18 validation pictures, 3 steps an epoch" in out
+    assert "epoch 2/2" in out
+    assert f"dualtoken-vit evaluate {run}/best.safetensors" in out
+
+    status, out, _ = call("evaluate", run / "best.safetensors", "--json", "--accelerator", "cpu")
+    assert status == 0
+    found = json.loads(out)
+    assert list(found) == ["top1", "top5", "loss", "images"]
+    assert found["images"] == 18
+    assert 0 <= found["top1"] <= found["top5"] == 1
+
+    status, out, _ = call("evaluate", run / "best.safetensors", "--accelerator", "cpu")
+    assert status == 0
+    assert f"top-1 {found['top1']:.2%}" in out
+    assert "green" in out
+
+    status, out, _ = call("predict", run / "best.safetensors", photos / "val" / "red", "--json", "--out", shots)
+    assert status == 0
+    assert len(json.loads(out)["predictions"]) == 6
+    assert len(list(shots.rglob("*.png"))) >= 6
+
+    status, _, err = call("train", "folder", "--data.root", photos, *given, *TINY, "--out", run)
+    assert status == 2
+    assert "holds a run; continue it with --resume, or give another --out" in err
+
+
+def test_a_picture_that_breaks_while_it_is_read(call, photos, tmp_path):
+    """In a worker process, which hands on a traceback: one line remains."""
+    run = tmp_path / "run"
+    args = ("--data.image-size", 32, "--optim.epochs", 1, "--optim.batch-size", 12, "--run.accelerator", "cpu")
+    assert call("train", "folder", "--data.root", photos, *args, *TINY, "--out", run)[0] == 0
+    broken = photos / "val" / "red" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    status, out, err = call("evaluate", run / "best.safetensors", "--data.workers", 1, "--accelerator", "cpu", "--json")
+    assert (status, out) == (2, "")
+    lines = [line for line in err.splitlines() if line.startswith("dualtoken-vit: error: ")]
+    assert len(lines) == 1
+    assert "red/0.jpg" in lines[0]
+    skip = ("--data.unreadable", "skip", "--accelerator", "cpu", "--json")
+    assert json.loads(call("evaluate", run / "best.safetensors", *skip)[1])["images"] == 17
+
+
+def test_demo_needs_no_file(call, tmp_path):
+    """The recipe of `train` without a name, on a few pictures' worth of steps."""
+    chosen = cli._recipe_name(["--optim.epochs", "1"], "train", "")
+    assert chosen == ("demo", ["--optim.epochs", "1"])
+    assert RECIPES["demo"].data.dataset == "shapes"
+
+
+def test_an_interrupt_ends_with_one_line(call, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "tables", interrupted)
+    assert call("tables") == (130, "", "dualtoken-vit: interrupted\n")
+
+    def through_lightning(args):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setitem(cli.COMMANDS, "tables", through_lightning)
+    assert call("tables") == (130, "", "dualtoken-vit: interrupted\n")
+
+
+def test_problems_in_the_data_set_the_status(call, photos):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(photos / "train" / "red" / "twin.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(photos / "val" / "red" / "twin.png")
+    status, out, _ = call("check-data", "folder", "--data.root", photos)
+    assert status == 1
+    assert "twin.png" in out
+
+
+def test_help_imports_neither_lightning_nor_matplotlib():
+    code = (
+        "import sys; from dualtoken_vit import cli; cli.run(['--help']);"
+        "print([name for name in ('lightning', 'matplotlib', 'torchmetrics') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"

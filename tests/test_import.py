@@ -1,0 +1,48 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["lightning", "tyro", "torchmetrics", "matplotlib", "tensorboard", "rich", "dualtoken_vit.cli"]
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """What a new interpreter knows after nothing but `import dualtoken_vit`."""
+    code = (
+        "import sys, json, dualtoken_vit, timm;"
+        "print(json.dumps([sorted(sys.modules), timm.list_models('dualtoken_vit*'), dualtoken_vit.__version__]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return json.loads(run.stdout)
+
+
+def test_import_loads_no_training_package(fresh):
+    modules, _, _ = fresh
+    assert "dualtoken_vit.model" in modules
+    assert [name for name in HEAVY if name in modules] == []
+    assert [name for name in modules if name.startswith(("dualtoken_vit.tasks", "dualtoken_vit.data"))] == []
+
+
+def test_import_needs_torch_and_timm_only():
+    """It goes through where everything else that the package can use is not to be had."""
+    code = (
+        "import sys\n"
+        f"for name in {[name for name in HEAVY if '.' not in name]}: sys.modules[name] = None\n"
+        "import dualtoken_vit, timm\n"
+        "timm.create_model('dualtoken_vit_tiny', device='meta', local_attention='window')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_import_registers_the_models(fresh):
+    _, models, version = fresh
+    assert models == [
+        "dualtoken_vit_small",
+        "dualtoken_vit_small_mix",
+        "dualtoken_vit_tiny",
+        "dualtoken_vit_tiny_mix",
+    ]
+    assert version.count(".") == 2

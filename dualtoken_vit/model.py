@@ -28,6 +28,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     is_exporting,
+    lecun_normal_,
     trunc_normal_,
     use_fused_attn,
 )
@@ -540,8 +541,9 @@ class DualTokenViT(nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise every parameter and buffer; also after `to_empty`. All initialisation is in this one place.
 
-        Linear layers and the stages' convolutions as in ConvNeXt and ViT (truncated normal, 0.02, zero bias), the stem
-        by PyTorch's default, the global tokens truncated normal.
+        Weights keep the variance of what goes through them (Xavier for linear layers, LeCun for the stages'
+        convolutions): in layers as narrow as these the usual 0.02 leaves every branch near zero and learning slow to
+        start (REPRODUCTION.md). The stem as PyTorch has it; classifier and global tokens 0.02; biases zero.
 
         Args:
             needs_reset: call `reset_parameters` first; not needed for a model whose constructor just ran.
@@ -551,10 +553,16 @@ class DualTokenViT(nn.Module):
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and not name.startswith("stem")):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            elif isinstance(module, nn.Conv2d) and not name.startswith("stem"):
+                lecun_normal_(module.weight)
+            else:
+                continue
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.num_classes > 0:
+            trunc_normal_(self.head.weight, std=0.02)
         if self.token_embed is not None:
             trunc_normal_(self.token_embed, std=0.02)
 

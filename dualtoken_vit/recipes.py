@@ -208,6 +208,7 @@ SMALL_MIX = "dualtoken_vit_small_mix"
 FOLDER = Classification(
     data=Data(crop_pct=1.0),
     augment=Augment(scale=(0.35, 1.0)),
+    optim=Optim(batch_size=32, warmup_epochs=0.5),
 )
 
 # name: (what it is, recipe)

@@ -213,10 +213,14 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, save_into):
 def test_an_interrupted_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"good")
-    writing = atomic_write(path)
-    writing.__enter__().write(b"half")
+
+    def interrupted() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        writing.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        interrupted()
     assert path.read_bytes() == b"good"
     assert list(tmp_path.iterdir()) == [path]
 

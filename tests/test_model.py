@@ -366,7 +366,7 @@ def test_init_weights_after_to_empty(kwargs):
     model.init_weights()
     expected = dict([*fresh.named_parameters(), *fresh.named_buffers()])
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or expected[name].std() == 0:  # an index, a bias, a norm
+        if not tensor.is_floating_point() or expected[name].unique().numel() == 1:  # an index, a bias, a norm
             assert torch.equal(tensor, expected[name]), name
         elif tensor.numel() > 200:
             assert tensor.std().item() == pytest.approx(expected[name].std().item(), rel=0.2), name
@@ -567,16 +567,13 @@ def test_drop_path_rates_rise_over_the_blocks():
 @pytest.mark.parametrize("rate", ["drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"])
 @pytest.mark.parametrize("kwargs", [{}, dict(local_attention="window", global_tokens="normal_star")], ids=str)
 def test_dropout_acts_in_training_only(rate, kwargs):
-    model = create(**kwargs, **{rate: 0.5})
-    plain = create(**kwargs)
+    model = create(**NARROW, **kwargs, **{rate: 0.5})
+    plain = create(**NARROW, **kwargs)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model(x), plain(x))
-    stem = model.stem.eval()
-    model.train()
-    stem.eval()  # so that nothing but dropout differs between two calls
+    model.train().stem.eval()  # so that nothing but dropout differs between two calls
     assert not torch.equal(model(x), model(x))
-    for _ in range(8):  # until each of the stochastic paths was taken once
-        model(x).sum().backward()
+    model(x).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 

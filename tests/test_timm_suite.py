@@ -32,10 +32,13 @@ def _download(version: str, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def timm_tests() -> Path:
-    """The folder of timm's `tests/`: `DUALTOKEN_TIMM_TESTS`, or the download, which is kept in the user's cache."""
+def timm_tests(tmp_path_factory) -> Path:
+    """A folder with timm's `tests/`: out of `DUALTOKEN_TIMM_TESTS`, or downloaded once into the user's cache."""
     if given := os.environ.get("DUALTOKEN_TIMM_TESTS"):
-        return Path(given)
+        folder = tmp_path_factory.mktemp("timm")
+        shutil.copytree(Path(given) / "tests", folder / "tests")
+        shutil.copy(Path(given) / "pyproject.toml", folder)
+        return folder
     version = importlib.metadata.version("timm")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "dualtoken-vit" / f"timm-{version}"

@@ -69,22 +69,31 @@ def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def train_transform(data: Data, augment: Augment, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """timm's training transform: a PIL picture to a normalised float tensor (C, S, S), S = data.image_size."""
-    return create_transform(
-        data.image_size,
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=augment.auto_augment,
-        re_prob=augment.random_erasing,
-        re_mode="pixel",
-        interpolation=data.interpolation,
-        mean=mean,
-        std=std,
-    )
+    """timm's training transform: a PIL picture to a normalised float tensor (C, S, S), S = data.image_size.
+
+    Raises:
+        InputError: for an augmentation policy that timm does not know.
+    """
+    try:
+        return create_transform(
+            data.image_size,
+            is_training=True,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment,
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+            interpolation=data.interpolation,
+            mean=mean,
+            std=std,
+        )
+    except (AssertionError, KeyError, ValueError) as error:  # only a policy can be wrong beyond its type
+        raise InputError(
+            f"--augment.auto-augment {augment.auto_augment}: not a policy of timm; for example rand-m9-n2-mstd0.5"
+        ) from error
 
 
 def eval_transform(data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:

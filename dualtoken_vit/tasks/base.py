@@ -146,6 +146,7 @@ def quiet() -> None:
         r".*does not have many workers.*",
         r".*resuming from a checkpoint that ended before the epoch ended.*",  # those of `fit` do resume
         r".*LeafSpec.*",
+        r".*IterableDataset. has .__len__. defined.*",  # and each worker of ours has its own share
         r".*broadcast_buffers. is deprecated.*",  # its successor is not in every version of PyTorch that we support
         r".*srun. command is available.*",
         r".*compute. method of metric .* was called before the .*update.*",  # fewer validation batches than processes

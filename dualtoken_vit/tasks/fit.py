@@ -39,6 +39,26 @@ RECIPE, LAST, BEST = "recipe.json", "last.ckpt", "best.safetensors"
 # A resumed run may read its data elsewhere and run on other machines; anything else would make it another run.
 FREE_ON_RESUME = ("data.root", "data.workers", "run.accelerator", "run.devices", "run.nodes", "run.save_every")
 
+# Smallest and largest value of fields whose type does not say it already.
+RANGES = {
+    "model.drop_path_rate": (0, 0.99),
+    "data.image_size": (1, math.inf),
+    "data.crop_pct": (0.01, math.inf),
+    "data.workers": (0, math.inf),
+    "augment.label_smoothing": (0, 1),
+    "augment.mixup": (0, math.inf),
+    "augment.cutmix": (0, math.inf),
+    "optim.lr": (1e-12, math.inf),
+    "optim.warmup_epochs": (0, math.inf),
+    "optim.epochs": (1, math.inf),
+    "optim.batch_size": (1, math.inf),
+    "optim.accumulate": (1, math.inf),
+    "optim.ema_decay": (0, 1),
+    "run.seed": (0, 2**32 - 1),
+    "run.nodes": (1, math.inf),
+    "run.save_every": (1, math.inf),
+}
+
 LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, each of which makes it wait
 
 
@@ -55,6 +75,21 @@ def stored_recipe(out: Path) -> Classification | None:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a recipe of this version ({error}); give another --out") from error
+
+
+def check_ranges(recipe: Classification) -> None:
+    """Refuse numbers that mean nothing.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    sections = to_dict(recipe)
+    for name, (least, most) in RANGES.items():
+        section, field = name.split(".")
+        value = sections[section][field]
+        if value is not None and not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
 
 
 def check_resume(stored: Classification, asked: Classification, out: Path) -> None:
@@ -333,6 +368,7 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
         InputError: for anything that the user can mend.
     """
     quiet()
+    check_ranges(recipe)
     main = rank_zero_only.rank == 0  # other processes run this too, after the first has begun to write
     stored = stored_recipe(out)
     if stored is not None and resume:
@@ -352,6 +388,10 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
     model, model_args = create_model(recipe.model, len(names), recipe.data.image_size)
     build_optimizer(model, recipe.optim)  # refuses a wrong name now, not after the pictures were read
     report = load_weights(model, recipe.model.checkpoint) if recipe.model.checkpoint else None
+    preprocessing = _preprocessing(recipe, model.pretrained_cfg)
+    statistics = preprocessing["mean"], preprocessing["std"]
+    train.transform = train_transform(recipe.data, recipe.augment, *statistics)
+    val.transform = eval_transform(recipe.data, *statistics)
     skip = recipe.data.unreadable == "skip"
     if main or skip:
         for title, dataset in (("training", train), ("validation", val)):
@@ -365,10 +405,6 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
             f"{len(train)} training pictures do not fill one batch of {recipe.optim.batch_size}; "
             f"give --optim.batch-size {len(train)} or less"
         )
-    preprocessing = _preprocessing(recipe, model.pretrained_cfg)
-    statistics = preprocessing["mean"], preprocessing["std"]
-    train.transform = train_transform(recipe.data, recipe.augment, *statistics)
-    val.transform = eval_transform(recipe.data, *statistics)
 
     folder = RunFolder(
         out,

@@ -1,5 +1,6 @@
 """The command line, `dualtoken-vit`: it reads arguments and calls the rest."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -245,6 +246,12 @@ def main() -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         print(f"dualtoken-vit: error: {error}; pip install 'dualtoken-vit[train]'", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"dualtoken-vit: error: cannot write{where}: {error.strerror}; what was saved is kept", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns the former into the latter.

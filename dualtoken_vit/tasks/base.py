@@ -1,6 +1,7 @@
 """What every task shares: the network made from its recipe, the optimiser, and randomness that a resume repeats."""
 
 import logging
+import math
 import random
 import sys
 import warnings
@@ -19,10 +20,52 @@ from torch import Tensor, nn
 from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.optim import build_optimizer, build_schedule
-from dualtoken_vit.recipes import Classification, Model, model_kwargs
+from dualtoken_vit.recipes import Classification, Model, model_kwargs, to_dict
+
+# Smallest and largest value of fields whose type does not say it already.
+RANGES = {
+    "model.drop_path_rate": (0, 0.99),
+    "data.image_size": (1, math.inf),
+    "data.crop_pct": (0.01, math.inf),
+    "data.workers": (0, math.inf),
+    "augment.label_smoothing": (0, 1),
+    "augment.hflip": (0, 1),
+    "augment.vflip": (0, 1),
+    "augment.random_erasing": (0, 1),
+    "augment.mixup": (0, math.inf),
+    "augment.cutmix": (0, math.inf),
+    "optim.lr": (1e-12, math.inf),
+    "optim.warmup_epochs": (0, math.inf),
+    "optim.min_lr": (0, math.inf),
+    "optim.epochs": (1, math.inf),
+    "optim.batch_size": (1, math.inf),
+    "optim.accumulate": (1, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.clip_grad": (1e-12, math.inf),
+    "optim.layer_decay": (1e-12, 1),
+    "optim.ema_decay": (0, 1),
+    "run.seed": (0, 2**32 - 1),
+    "run.nodes": (1, math.inf),
+    "run.save_every": (1, math.inf),
+}
 
 
-def _first_line(error: BaseException) -> str:
+def check_ranges(recipe: Classification) -> None:
+    """Refuse numbers that mean nothing.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    sections = to_dict(recipe)
+    for name, (least, most) in RANGES.items():
+        section, field = name.split(".")
+        value = sections[section][field]
+        if value is not None and not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
+
+
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -55,7 +98,7 @@ def create_model(recipe: Model, num_classes: int, image_size: int) -> tuple[nn.M
         if recipe.grad_checkpointing:
             model.set_grad_checkpointing()
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        raise InputError(f"--model.name {recipe.name}: {_first_line(error)}") from error
+        raise InputError(f"--model.name {recipe.name}: {first_line(error)}") from error
     check_size(model, recipe.in_chans, image_size)
     return model.train().to(memory_format=torch.channels_last), args
 
@@ -71,7 +114,7 @@ def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
         model.eval()(torch.zeros(1, in_chans, image_size, image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         name = model.pretrained_cfg["architecture"]
-        message = f"--data.image-size {image_size} is not a size that {name} takes: {_first_line(error)}"
+        message = f"--data.image-size {image_size} is not a size that {name} takes: {first_line(error)}"
         raise InputError(message) from error
 
 

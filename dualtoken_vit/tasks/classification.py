@@ -8,6 +8,7 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
@@ -20,7 +21,7 @@ from dualtoken_vit.data.images import eval_transform
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Classification, from_dict
-from dualtoken_vit.tasks.base import ProgressBar, Task, check_size, quiet
+from dualtoken_vit.tasks.base import ProgressBar, Task, check_ranges, check_size, first_line, quiet
 
 
 class ClassificationTask(Task):
@@ -117,8 +118,14 @@ def evaluate(
     model, stored = load_model(checkpoint)
     if stored.task != "classification":
         raise InputError(f"{checkpoint} is a model for {stored.task}; evaluate takes classification")
-    recipe = from_dict(stored.recipe)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: must be at least 1")
+    try:
+        recipe = from_dict(stored.recipe)
+    except TypeError as error:
+        raise InputError(f"{checkpoint} was written by another version of dualtoken-vit: {error}") from error
     recipe = replace(recipe, data=replace(recipe.data, **(data or {})))
+    check_ranges(recipe)
     channels = stored.preprocessing["input_size"][0]
     check_size(model, channels, recipe.data.image_size)
     dataset = build_val_dataset(recipe.data, channels, stored.class_names)
@@ -126,14 +133,17 @@ def evaluate(
     if recipe.data.unreadable == "skip":
         dataset.verify(skip=True)
     task = ClassificationTask(model, recipe, len(stored.class_names))
-    trainer = lightning.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        callbacks=[ProgressBar()],
-    )
+    try:
+        trainer = lightning.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            callbacks=[ProgressBar()],
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise InputError(f"--accelerator {accelerator}, --precision {precision}: {first_line(error)}") from error
     batches = loader(
         dataset,
         batch_size or recipe.optim.batch_size // recipe.optim.accumulate,

@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +32,13 @@ from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.optim import build_optimizer
 from dualtoken_vit.recipes import Classification, from_dict, to_dict
-from dualtoken_vit.tasks.base import ProgressBar, Task, create_model, quiet, synchronise_batchnorm
+from dualtoken_vit.tasks.base import ProgressBar, Task, check_ranges, create_model, quiet, synchronise_batchnorm
 from dualtoken_vit.tasks.classification import ClassificationTask
 
 RECIPE, LAST, BEST = "recipe.json", "last.ckpt", "best.safetensors"
 
 # A resumed run may read its data elsewhere and run on other machines; anything else would make it another run.
 FREE_ON_RESUME = ("data.root", "data.workers", "run.accelerator", "run.devices", "run.nodes", "run.save_every")
-
-# Smallest and largest value of fields whose type does not say it already.
-RANGES = {
-    "model.drop_path_rate": (0, 0.99),
-    "data.image_size": (1, math.inf),
-    "data.crop_pct": (0.01, math.inf),
-    "data.workers": (0, math.inf),
-    "augment.label_smoothing": (0, 1),
-    "augment.mixup": (0, math.inf),
-    "augment.cutmix": (0, math.inf),
-    "optim.lr": (1e-12, math.inf),
-    "optim.warmup_epochs": (0, math.inf),
-    "optim.epochs": (1, math.inf),
-    "optim.batch_size": (1, math.inf),
-    "optim.accumulate": (1, math.inf),
-    "optim.ema_decay": (0, 1),
-    "run.seed": (0, 2**32 - 1),
-    "run.nodes": (1, math.inf),
-    "run.save_every": (1, math.inf),
-}
 
 LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, each of which makes it wait
 
@@ -75,21 +56,6 @@ def stored_recipe(out: Path) -> Classification | None:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a recipe of this version ({error}); give another --out") from error
-
-
-def check_ranges(recipe: Classification) -> None:
-    """Refuse numbers that mean nothing.
-
-    Raises:
-        InputError: names the first of them.
-    """
-    sections = to_dict(recipe)
-    for name, (least, most) in RANGES.items():
-        section, field = name.split(".")
-        value = sections[section][field]
-        if value is not None and not least <= value <= most:
-            limit = f"at least {least}" if value < least else f"at most {most}"
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
 
 
 def check_resume(stored: Classification, asked: Classification, out: Path) -> None:
@@ -220,9 +186,9 @@ class RunFolder(Callback):
         if step % every == 0 or step % self.save_every == 0 or trainer.is_last_batch:
             bad = trainer.strategy.reduce(self.bad_step, reduce_op="max")
             if bad > 0:
-                self._stop(trainer, f"the training loss is not a finite number at step {int(bad)}")
+                self.stop(trainer, f"the training loss is not a finite number at step {int(bad)}")
 
-    def _stop(self, trainer: lightning.Trainer, reason: str) -> None:
+    def stop(self, trainer: lightning.Trainer, reason: str) -> None:
         last, best = self.out / LAST, self.out / BEST
         kept = [f"the last good state is {last}"] * last.exists() + [f"the best weights are {best}"] * best.exists()
         raise InputError(
@@ -240,7 +206,7 @@ class RunFolder(Callback):
             **task.compute_metrics(),
         }
         if not math.isfinite(row["val_loss"]):
-            self._stop(trainer, f"the validation loss is not a finite number at step {trainer.global_step}")
+            self.stop(trainer, f"the validation loss is not a finite number at step {trainer.global_step}")
         score = f"val_{task.score}"
         best = self.best(task.score)
         better = best is None or row[score] > best[score]
@@ -275,28 +241,35 @@ class RunFolder(Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves last.ckpt every `every` steps and after each epoch; Lightning calls it after all other callbacks."""
+    """Saves last.ckpt every few steps and after each epoch; Lightning calls it after all other callbacks."""
 
-    def __init__(self, path: Path, every: int):
-        self.path = path
-        self.every = every
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
     def on_train_batch_end(self, trainer: lightning.Trainer, task: Task, outputs: Any, batch: Any, index: int) -> None:
         stepped = (index + 1) % trainer.accumulate_grad_batches == 0
         # From a state saved after an epoch's last batch Lightning would resume without validating: not here, but below.
-        if stepped and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.path)
+        if stepped and trainer.global_step % self.folder.save_every == 0 and not trainer.is_last_batch:
+            self._save(trainer, task)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, task: Task) -> None:
-        trainer.save_checkpoint(self.path)
+        self._save(trainer, task)
+
+    def _save(self, trainer: lightning.Trainer, task: Task) -> None:
+        # The loss was finite before the step; what the step made of the weights it has not seen yet.
+        finite = torch.stack([p.isfinite().all() for p in task.parameters()]).all()
+        if trainer.strategy.reduce((~finite).float(), reduce_op="max") > 0:
+            self.folder.stop(trainer, f"a weight is not a finite number after step {trainer.global_step}")
+        trainer.save_checkpoint(self.folder.out / LAST)
 
 
-def _trainer(recipe: Classification, out: Path, callbacks: list[Callback], steps_per_epoch: int) -> lightning.Trainer:
+def _trainer(recipe: Classification, folder: RunFolder, steps_per_epoch: int) -> lightning.Trainer:
     run, optim = recipe.run, recipe.optim
+    callbacks: list[Callback] = [folder]
     gpus = torch.cuda.device_count() if run.accelerator in ("auto", "gpu", "cuda") else 0
     processes = run.nodes * (max(gpus, 1) if run.devices == "auto" else run.devices)
     if optim.ema_decay is not None:
-        callbacks = [*callbacks, EMAWeightAveraging(decay=optim.ema_decay)]
+        callbacks.append(EMAWeightAveraging(decay=optim.ema_decay))
     try:
         return lightning.Trainer(
             accelerator=run.accelerator,
@@ -310,9 +283,9 @@ def _trainer(recipe: Classification, out: Path, callbacks: list[Callback], steps
             limit_train_batches=steps_per_epoch * optim.accumulate,
             accumulate_grad_batches=optim.accumulate,
             gradient_clip_val=optim.clip_grad,
-            callbacks=[*callbacks, LastCheckpoint(out / LAST, run.save_every), ProgressBar()],
+            callbacks=[*callbacks, LastCheckpoint(folder), ProgressBar()],
             plugins=[AtomicCheckpointIO()],
-            logger=TensorBoardLogger(out, name="", version="tensorboard"),
+            logger=TensorBoardLogger(folder.out, name="", version="tensorboard"),
             log_every_n_steps=min(LOOK_EVERY, steps_per_epoch),
             num_sanity_val_steps=0,
             reload_dataloaders_every_n_epochs=1,
@@ -385,9 +358,10 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
     names = tuple(train.class_names)
     if len(names) < 2:
         raise InputError(f"there is one class only, {names[0]!r}: nothing to tell apart")
-    model, model_args = create_model(recipe.model, len(names), recipe.data.image_size)
+    start = replace(recipe.model, pretrained=False, checkpoint=None) if last else recipe.model  # last.ckpt has it all
+    model, model_args = create_model(start, len(names), recipe.data.image_size)
     build_optimizer(model, recipe.optim)  # refuses a wrong name now, not after the pictures were read
-    report = load_weights(model, recipe.model.checkpoint) if recipe.model.checkpoint else None
+    report = load_weights(model, start.checkpoint) if start.checkpoint else None
     preprocessing = _preprocessing(recipe, model.pretrained_cfg)
     statistics = preprocessing["mean"], preprocessing["std"]
     train.transform = train_transform(recipe.data, recipe.augment, *statistics)
@@ -416,7 +390,7 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
         recipe=to_dict(recipe),
         model_args=model_args,
     )
-    trainer = _trainer(recipe, out, [folder], steps_per_epoch)
+    trainer = _trainer(recipe, folder, steps_per_epoch)
     share = _share(recipe, trainer.world_size)
     if trainer.world_size > 1:
         model = synchronise_batchnorm(model, trainer.strategy.root_device)
@@ -433,6 +407,8 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
         if report is not None:
             print(report)
     trainer.fit(task, datamodule=Loaders(train, val, recipe, share, steps_per_epoch), ckpt_path=last, weights_only=True)
+    if not trainer.state.finished:  # Lightning ends quietly when it is told to
+        raise InputError(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume --out {out}")
     best = folder.best(task.score)
     if main and best is not None:
         print(f"best top-1 {best['val_top1']:.1%} in epoch {best['epoch']} of {len(folder.history)}; all in {out}")

@@ -25,7 +25,7 @@ SERVER.set_forkserver_preload(["test_distributed"])
 def run_command(args, **env):
     command = [sys.executable, "-m", "dualtoken_vit.cli", *args]
     return subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, timeout=300
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, timeout=500
     )
 
 
@@ -39,6 +39,8 @@ def test_two_processes_give_what_one_gives(photos, tmp_path):
         "optim.batch-size": 12,
         "optim.accumulate": 2,
         "optim.epochs": 2,
+        "optim.optimizer": "sgd",  # Adam would make whole steps of the rounding errors where gradients vanish
+        "optim.lr": 0.05,
         "optim.ema-decay": 0.5,
         "run.accelerator": "cpu",
     }
@@ -54,7 +56,7 @@ def test_two_processes_give_what_one_gives(photos, tmp_path):
     state, other = one["current_model_state"], two["current_model_state"]
     assert state.keys() == other.keys()
     for key, value in state.items():
-        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     assert (
         load_file(tmp_path / "one" / "best.safetensors").keys()
         == load_file(tmp_path / "two" / "best.safetensors").keys()
@@ -101,7 +103,7 @@ def test_batch_normalisation_over_processes_is_exact(tmp_path):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(240)
+            process.join(500)
             assert process.exitcode == 0
         found[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
     (state, logits), *_ = found[1]

@@ -375,14 +375,18 @@ def test_init_weights_after_to_empty(kwargs):
 
 
 def test_initial_weights():
+    """Xavier's variance for linear layers, LeCun's for convolutions, 0.02 for the classifier and the global tokens."""
     model = timm.create_model("dualtoken_vit_small", depths=(1, 1, 1))
     assert model.token_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for name, module in model.named_modules():
         if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             assert (module.weight == 1).all(), name
             assert (module.bias == 0).all(), name
-        elif isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("stem"):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.2), name
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(("stem", "head")):
+            fan_out, fan_in = len(module.weight), module.weight[0].numel()
+            variance = 2 / (fan_in + fan_out) if isinstance(module, nn.Linear) else 1 / fan_in
+            assert module.weight.std().item() == pytest.approx(variance**0.5, rel=0.2), name
             assert module.bias is None or (module.bias == 0).all(), name
 
 

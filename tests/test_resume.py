@@ -136,7 +136,7 @@ def test_killed_and_resumed(uninterrupted, tmp_path, event, count, step):
     out = tmp_path / "run"
     process = SERVER.Process(target=run_until_killed, args=(arguments(photos, out), event, count))
     process.start()
-    process.join(240)
+    process.join(500)
     assert process.exitcode == -signal.SIGKILL
     last = out / "last.ckpt"
     assert (torch.load(last)["global_step"] if last.exists() else None) == step
@@ -150,14 +150,16 @@ def test_killed_from_outside(uninterrupted, tmp_path):
     out = tmp_path / "run"
     last = out / "last.ckpt"
     command = [sys.executable, "-m", "dualtoken_vit.cli", *arguments(photos, out)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while not (last.exists() and torch.load(last)["global_step"] >= 12):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
-    assert torch.load(last)["global_step"] < EPOCHS * STEPS
+    for _ in range(5):  # on a busy machine the run may end before this process gets to kill it
+        shutil.rmtree(out, ignore_errors=True)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (last.exists() and torch.load(last)["global_step"] >= 12):
+                time.sleep(0.01)
+            process.kill()
+        if torch.load(last)["global_step"] < EPOCHS * STEPS:
+            break
+    assert process.returncode == -signal.SIGKILL
+    assert 12 <= torch.load(last)["global_step"] < EPOCHS * STEPS
     assert cli.run(arguments(photos, out, "--resume")) == 0
     assert_same_run(out, whole)
 
@@ -229,7 +231,7 @@ def test_accumulated_batches_are_resumed(photos, tmp_path):
     args = arguments(photos, out, *more)
     process = SERVER.Process(target=run_until_killed, args=(args, "saved last.ckpt", 3))
     process.start()
-    process.join(240)
+    process.join(500)
     assert process.exitcode == -signal.SIGKILL
     assert torch.load(out / "last.ckpt")["global_step"] == 3
     cli.run([*args, "--resume"])

@@ -83,21 +83,21 @@ def goes_to_onednn(x: Tensor) -> bool:
         return False
     else:
         on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not is_exporting()
-        return on_cpu and is_known(x.numel() > 20480) and several_threads()
+        return on_cpu and not is_known(x.numel() <= 20480) and several_threads()
 
 
 @register_notrace_function
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., C) @ weight (D, C)^T + bias (D) -> (..., D); on the CPU, where it is large, as a 1x1 convolution.
+    """x (B, [H,] W, C) @ weight (D, C)^T + bias (D) -> (B, [H,] W, D); if large, on the CPU, as a 1x1 convolution.
 
     PyTorch multiplies float32 matrices by MKL on the CPU but convolves by oneDNN, which uses AVX-512 on processors of
     every maker; where MKL does not, the same product takes half the time.
     """
     if not goes_to_onednn(x):
         return F.linear(x, weight, bias)
-    rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, 1, rows), channels-last
-    y = F.conv2d(rows, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(x.shape[:-1] + weight.shape[:1])
+    maps = x if x.ndim == 4 else x[:, None]  # (B, H, W, C), or tokens as (B, 1, M, C)
+    y = F.conv2d(maps.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    return y if x.ndim == 4 else y[:, 0]
 
 
 class Linear(nn.Linear):
@@ -244,7 +244,7 @@ class MixMlp(nn.Module):
     def __init__(self, dim: int, num_tokens: int, device=None, dtype=None):
         super().__init__()
         self.fc = Linear(dim, dim, device=device, dtype=dtype)
-        self.mix = Linear(num_tokens, num_tokens, device=device, dtype=dtype)
+        self.mix = nn.Linear(num_tokens, num_tokens, device=device, dtype=dtype)
 
     def forward(self, g: Tensor) -> Tensor:  # (B, M, C)
         return self.mix(self.fc(g).transpose(1, 2)).transpose(1, 2)

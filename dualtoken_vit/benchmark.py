@@ -1,4 +1,4 @@
-"""Speed, memory and size of timm models, side by side in one run on one machine.
+"""Speed, memory and size of networks, side by side in one run on one machine.
 
 Only ratios within a run mean much: machines differ, and one machine differs from hour to hour. So the models take
 turns, one short visit each a round, and drift hits all of them alike; what is reported is the median over the rounds.
@@ -21,14 +21,18 @@ from typing import Literal
 
 import timm
 import torch
+import torchvision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.retinanet import RetinaNet
 
 import dualtoken_vit
 from dualtoken_vit.counting import Counts, count
 from dualtoken_vit.cpu import tune_cpu
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.plots import save_growth
 from dualtoken_vit.tables import print_table
 
 __all__ = ["Result", "benchmark", "take_turns"]
@@ -45,6 +49,8 @@ PEERS = (
 Mode = Literal["eager", "compiled"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
+OVER = ("retinanet", "mask-rcnn", "deeplabv3", "pspnet")  # what can be had over a backbone
+
 HOW_MEMORY_IS_MEASURED = {
     "cpu": "peak resident memory of a fresh process that builds the model and runs it three times (eager only), less "
     "what it held before",
@@ -58,6 +64,8 @@ class Result:
 
     model: str
     mode: Mode
+    input_size: str
+    """WIDTHxHEIGHT in pixels."""
     batch_size: int
     images_per_second: float
     ratio: float
@@ -75,24 +83,53 @@ class Result:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all the models of a run share."""
+    """What all the models of a comparison share."""
 
-    input_size: int
+    size: tuple[int, int]
+    """Height and width of the pictures."""
     device: torch.device
     precision: Precision
 
+    def __str__(self) -> str:
+        height, width = self.size
+        return f"{width}x{height}"
+
     def build(self, name: str) -> nn.Module:
-        """A timm model for pictures of this size, with random weights, ready to be timed."""
-        cfg = timm.get_pretrained_cfg(name)
-        kwargs = {"img_size": self.input_size} if cfg is not None and cfg.fixed_input_size else {}
-        model = timm.create_model(name, **kwargs).eval()
-        return model.to(self.device, getattr(torch, self.precision), memory_format=torch.channels_last)
+        """The network of that name (see `benchmark`) for pictures of this size, with random weights."""
+        kind, _, inner = name.rpartition(":")
+        sides = {"min_size": min(self.size), "max_size": max(self.size)}
+        if kind == "torchvision":
+            kwargs = sides if inner in torchvision.models.list_models(module=torchvision.models.detection) else {}
+            model = torchvision.models.get_model(inner, weights=None, weights_backbone=None, **kwargs)
+        elif kind == "mask-rcnn" and self.precision != "float32":
+            raise InputError(f"{name}: torchvision's pooling of regions takes --precision float32 only")
+        elif kind in ("deeplabv3", "pspnet"):
+            from dualtoken_vit.segmenters import create_segmenter
+
+            model = create_segmenter(kind, inner, 150)
+        elif kind:
+            from dualtoken_vit.detectors import create_detector
+
+            model = create_detector(kind, inner, 80, image_size=sides["min_size"], max_size=sides["max_size"])
+        else:
+            cfg = timm.get_pretrained_cfg(name)
+            model = timm.create_model(name, **({"img_size": self.size} if cfg and cfg.fixed_input_size else {}))
+        return model.eval().to(self.device, getattr(torch, self.precision), memory_format=torch.channels_last)
 
     def pictures(self, batch_size: int) -> Tensor:
-        """A batch of noise (B, 3, S, S), channels last."""
-        shape = (batch_size, 3, self.input_size, self.input_size)
-        x = torch.randn(shape, dtype=getattr(torch, self.precision), device=self.device)
+        """A batch of noise (B, 3, H, W), 0 to 1, channels last."""
+        x = torch.rand((batch_size, 3, *self.size), dtype=getattr(torch, self.precision), device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
+
+
+def forward(model: nn.Module, x: Tensor) -> object:
+    """The network's answer to a batch; a detector takes it as a list."""
+    return model(list(x)) if detects(model) else model(x)
+
+
+def detects(model: nn.Module) -> bool:
+    """Whether this is one of torchvision's detectors, or built on one."""
+    return isinstance(getattr(model, "_orig_mod", model), (GeneralizedRCNN, RetinaNet))
 
 
 def take_turns(
@@ -146,15 +183,11 @@ def _count(name: str, setting: Setting) -> Counts:
     Raises:
         InputError: for a model that cannot take this size.
     """
-    size = setting.input_size
     try:
-        return count(setting.build(name), (3, size, size))
+        model = setting.build(name)
+        return count(model, (3, *setting.size), forward if detects(model) else None)
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise InputError(f"{name} cannot take pictures of {size}x{size} pixels: {_first_line(e)}") from e
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name} cannot take pictures of {setting} pixels: {first_line(e)}") from e
 
 
 def _peak_resident_bytes() -> int:
@@ -169,7 +202,7 @@ def _cpu_memory(name: str, batch_size: int, setting: Setting, threads: int) -> i
     model, x = setting.build(name), setting.pictures(batch_size)
     with torch.inference_mode():
         for _ in range(3):
-            model(x)
+            forward(model, x)
     return _peak_resident_bytes() - before
 
 
@@ -215,13 +248,13 @@ def _measure(
     with torch.inference_mode():
         for name in models:
             model = setting.build(name)
-            forward = torch.compile(model, dynamic=False) if mode == "compiled" else model
-            calls[name] = lambda forward=forward: forward(x)
+            network = torch.compile(model, dynamic=False) if mode == "compiled" else model
+            calls[name] = lambda network=network: forward(network, x)
             try:
                 calls[name]()  # compiles
             except RuntimeError as e:
                 what = f"{mode}, batch {batch_size}, {setting.precision}"
-                raise InputError(f"{name} does not run ({what}): {_first_line(e)}") from e
+                raise InputError(f"{name} does not run ({what}): {first_line(e)}") from e
             peaks[name] = _peak_memory(name, model, calls[name], setting, mode, batch_size) if memory else None
             done(f"{mode}, batch {batch_size}: {name} built")
         seconds = take_turns(
@@ -239,6 +272,7 @@ def _measure(
             Result(
                 model=name,
                 mode=mode,
+                input_size=str(setting),
                 batch_size=batch_size,
                 images_per_second=batch_size / latency[name],
                 ratio=latency[models[0]] / latency[name],
@@ -292,12 +326,25 @@ def _check_models(models: tuple[str, ...]) -> None:
     if not models:
         raise InputError("models: none is named; name one or more timm models")
     for name in models:
-        if not timm.is_model(name):
-            near = get_close_matches(name, timm.list_models())
-            hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-            raise InputError(f"models: timm has no model {name!r}; {hint}")
+        kind, colon, inner = name.rpartition(":")
+        if colon and kind not in (*OVER, "torchvision"):
+            raise InputError(f"models: {name}: before the colon stands {', '.join(OVER)} or torchvision")
+        library = torchvision.models if kind == "torchvision" else timm
+        names = library.list_models()
+        if inner not in names and not (library is timm and timm.is_model(inner)):  # which knows names with a tag too
+            near = get_close_matches(inner, names)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"{library.__name__}.list_models() lists them"
+            raise InputError(f"models: {kind or 'timm'} has no model {inner!r}; {hint}")
         if models.count(name) > 1:
             raise InputError(f"models: {name} is named twice; name it once")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width from "224" or "640x480" (width first, as sizes of pictures are written)."""
+    width, cross, height = text.partition("x")
+    if not width.isdecimal() or (cross and not height.isdecimal()) or int(width) < 1 or int(height or 1) < 1:
+        raise InputError(f"input_sizes: {text!r} is not a size; give pixels as 224 or WIDTHxHEIGHT, as 640x480")
+    return int(height or width), int(width)
 
 
 def _device(device: str) -> torch.device:
@@ -322,7 +369,7 @@ def benchmark(
     models: tuple[str, ...] = PEERS,
     /,
     *,
-    input_size: int = 224,
+    input_sizes: tuple[str, ...] = ("224",),
     batch_sizes: tuple[int, ...] = (1, 16),
     modes: tuple[Mode, ...] = ("eager", "compiled"),
     rounds: int = 15,
@@ -333,15 +380,18 @@ def benchmark(
     memory: bool = True,
     json: bool = False,
     markdown: bool = False,
+    plot: Path | None = None,
 ) -> list[Result]:
-    """Compare speed, memory and size of timm models, side by side in one run.
+    """Compare speed, memory and size of networks, side by side in one run.
 
     Prints the state of the machine, then the table. Weights are random and pictures are noise, both channels-last.
     Denormals are flushed to zero and freed memory is kept; this and the number of threads stay so in the process.
 
     Args:
-        models: names of timm models; the others are compared with the first one.
-        input_size: side of the square pictures in pixels, the same for all the models.
+        models: names of timm models; retinanet:NAME and mask-rcnn:NAME for a detector over one (80 classes),
+            deeplabv3:NAME and pspnet:NAME for a segmenter (150 classes); torchvision:NAME for a model of torchvision's.
+            The others are compared with the first one.
+        input_sizes: pixels of the pictures, as 224 or 640x480 (width x height), the same for all the models.
         batch_sizes: pictures in a forward pass.
         modes: eager, or compiled by torch.compile with its default settings (compiling takes minutes).
         rounds: visits to each model.
@@ -352,56 +402,77 @@ def benchmark(
         memory: measure the peak memory too.
         json: print one JSON object.
         markdown: print the table as Markdown.
+        plot: PNG to draw the latency against the pixels of the pictures in.
 
     Returns:
-        One result for each mode, batch size and model, in this order.
+        One result for each mode, input size, batch size and model, in this order.
 
     Raises:
         InputError: for a model that timm does not know or that cannot take this size, and for a missing device.
     """
     _check_models(models)
-    least = {"input_size": input_size, "batch_sizes": min(batch_sizes, default=0), "rounds": rounds}
+    least = {"batch_sizes": min(batch_sizes, default=0), "rounds": rounds}
     for name, value in (least | {"threads": 1 if threads is None else threads}).items():
         if value < 1:
             raise InputError(f"{name}: {value} is too small; give 1 or more")
-    setting = Setting(input_size, _device(device), precision)
+    settings = [Setting(_size(text), _device(device), precision) for text in input_sizes]
+    if not settings:
+        raise InputError("input_sizes: none is given")
     if threads is not None:
         torch.set_num_threads(threads)
     tune_cpu()
-    machine = _machine(setting)
+    machine = _machine(settings[0])
     if not json:
         lines = [f"{key:<10} {value}" for key, value in machine.items()]
         print("\n".join(["```", *lines, "```"] if markdown else lines), flush=True)
 
-    cells = [(mode, batch_size) for mode in modes for batch_size in batch_sizes]
+    cells = [(mode, setting, batch) for mode in modes for setting in settings for batch in batch_sizes]
     results: list[list[Result]] = []
-    with _progress(len(models) * (1 + len(cells) * (1 + rounds))) as done:
-        counts = {}
-        for name in models:
-            counts[name] = _count(name, setting)
-            done(f"{name} counted")
-        for mode, batch_size in cells:
+    with _progress(len(models) * (len(settings) + len(cells) * (1 + rounds))) as done:
+        counts: dict[Setting, dict[str, Counts]] = {setting: {} for setting in settings}
+        for setting in settings:
+            for name in models:
+                counts[setting][name] = _count(name, setting)
+                done(f"{name} counted")
+        for mode, setting, batch_size in cells:
             options = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
-            results.append(_measure(models, counts, setting, mode, batch_size, **options))
+            results.append(_measure(models, counts[setting], setting, mode, batch_size, **options))
 
     flat = [result for cell in results for result in cell]
     about = {
-        "input_size": f"{input_size}x{input_size} pixels",
+        "size": "of the pictures, width x height in pixels",
         "latency": f"of a whole batch, median over {rounds} rounds; spread is the distance between their quartiles",
         "ratio": f"speed relative to {models[0]}: above 1 is faster",
-        "memory": HOW_MEMORY_IS_MEASURED.get(setting.device.type, "not measured on this device"),
+        "memory": HOW_MEMORY_IS_MEASURED.get(settings[0].device.type, "not measured on this device"),
         "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
     }
+    if any(":" in name for name in models):
+        about["MACs"] += "; of detectors, of a picture of noise: on it an untrained one finds little or nothing"
     if json:
         print(dumps({"machine": machine, "about": about, "results": [asdict(r) for r in flat]}, indent=2))
-        return flat
-    columns = ("<mode", "batch", "<model", "img/s", "ratio", "latency ms", "spread %", "memory MiB", "params M")
+    else:
+        _print(results, about, markdown)
+    if plot is not None:
+        save_growth(flat, plot)
+    return flat
+
+
+def _print(results: list[list[Result]], about: dict[str, str], markdown: bool) -> None:
+    columns = ("<mode", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %", "memory MiB", "params M")
     print_table((*columns, "MACs G"), [[_cells(r) for r in cell] for cell in results], markdown)
     print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
-    return flat
 
 
 def _cells(r: Result) -> tuple[str, ...]:
     memory = "" if r.memory_mib is None else f"{r.memory_mib:.0f}"
     speed = (f"{r.images_per_second:.1f}", f"{r.ratio:.2f}", f"{r.latency_ms:.1f}", f"{r.spread_percent:.0f}")
-    return (r.mode, str(r.batch_size), r.model, *speed, memory, f"{r.params / 1e6:.2f}", f"{r.macs / 1e9:.3f}")
+    return (
+        r.mode,
+        r.input_size,
+        str(r.batch_size),
+        r.model,
+        *speed,
+        memory,
+        f"{r.params / 1e6:.2f}",
+        f"{r.macs / 1e9:.3f}",
+    )

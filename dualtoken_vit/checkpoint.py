@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, first_line
 
 FORMAT = "dualtoken-vit checkpoint 1"
 
@@ -71,11 +71,12 @@ class Checkpoint:
     """What a best.safetensors holds."""
 
     task: str
-    """The kind of task: "classification"."""
+    """The kind of task: "classification", "detection" or "segmentation"."""
     model: str
-    """timm's name of the architecture."""
+    """timm's name of the architecture, or of the backbone's."""
     model_args: dict[str, Any]
-    """The other arguments of timm.create_model, num_classes and in_chans among them."""
+    """The other arguments of timm.create_model, `create_detector` or `create_segmenter`, among them num_classes and
+    in_chans."""
     class_names: tuple[str, ...]
     preprocessing: dict[str, Any]
     """timm's data config: input_size, interpolation, mean, std, crop_pct."""
@@ -83,9 +84,11 @@ class Checkpoint:
     """`recipes.to_dict` of the recipe that trained it."""
     metrics: dict[str, Any]
     state_dict: dict[str, Tensor]
+    category_ids: tuple[int, ...] = ()
+    """Detection: the number of each class in the COCO json."""
 
 
-_FIELDS = ("task", "model", "model_args", "class_names", "preprocessing", "recipe", "metrics")
+_FIELDS = ("task", "model", "model_args", "class_names", "preprocessing", "recipe", "metrics", "category_ids")
 
 
 def save_checkpoint(
@@ -98,24 +101,28 @@ def save_checkpoint(
     recipe: dict[str, Any],
     metrics: dict[str, Any],
     model_args: dict[str, Any] | None = None,
+    category_ids: Sequence[int] = (),
 ) -> None:
-    """Write a timm model as one safetensors file that `load_model` and `timm.create_model` read.
+    """Write a network as one safetensors file that `load_model` reads, and a timm model's `timm.create_model` too.
 
     Args:
         path: the file; replaced atomically
-        model: a model of timm.create_model
+        model: of timm.create_model, `create_detector` or `create_segmenter`
         task: the kind of task
         class_names: in the order of the logits
         preprocessing: timm's data config, with input_size (C, H, W)
         recipe: `recipes.to_dict` of the recipe
         metrics: what the model reached
-        model_args: arguments of timm.create_model beside num_classes and in_chans
+        model_args: arguments of timm.create_model, `create_detector` or `create_segmenter`, beside num_classes and
+            in_chans
+        category_ids: detection: the number of each class in the COCO json
 
     Raises:
         InputError: where the file cannot be written.
     """
-    args = {"num_classes": model.num_classes, "in_chans": preprocessing["input_size"][0], **(model_args or {})}
-    values = (task, model.pretrained_cfg["architecture"], args, list(class_names), preprocessing, recipe, metrics)
+    args = {"num_classes": len(class_names), "in_chans": preprocessing["input_size"][0], **(model_args or {})}
+    name = getattr(model, "network", model).pretrained_cfg["architecture"]
+    values = (task, name, args, list(class_names), preprocessing, recipe, metrics, list(category_ids))
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in zip(_FIELDS, values, strict=True)}
     # safetensors takes neither channels-last strides nor tensors that share memory.
     tensors = {
@@ -151,11 +158,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} holds weights, but not the network, classes and preprocessing that go with them; "
             "give the best.safetensors of a run, or fine-tune from it with --model.checkpoint"
         )
+    metadata.setdefault("category_ids", "[]")  # older files have none
     try:
         fields = {key: json.loads(metadata[key]) for key in _FIELDS}
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} was written by another version of dualtoken-vit ({error})") from error
-    fields["class_names"] = tuple(fields["class_names"])
+    for key in ("class_names", "category_ids"):
+        fields[key] = tuple(fields[key])
     return Checkpoint(**fields, state_dict=state_dict)
 
 
@@ -167,10 +176,19 @@ def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
     """
     checkpoint = read_checkpoint(path)
     try:
-        model = timm.create_model(checkpoint.model, **checkpoint.model_args)
+        if checkpoint.task == "detection":
+            from dualtoken_vit.detectors import create_detector  # needs torchvision, which a bare install has not
+
+            model = create_detector(name=checkpoint.model, **checkpoint.model_args)
+        elif checkpoint.task == "segmentation":
+            from dualtoken_vit.segmenters import create_segmenter
+
+            model = create_segmenter(name=checkpoint.model, **checkpoint.model_args)
+        else:
+            model = timm.create_model(checkpoint.model, **checkpoint.model_args)
         model.load_state_dict(checkpoint.state_dict)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
     return model.eval(), checkpoint
 
@@ -188,9 +206,12 @@ class LoadReport:
     """Not in the file in a shape that fits: as initialised."""
     ignored: tuple[str, ...]
     """In the file, but not used."""
+    classes: str = ""
+    """What became of the classifier, where the file names its classes and these are not the model's."""
 
     def __str__(self) -> str:
         lines = [f"{self.path}: loaded {len(self.loaded)} of {len(self.loaded) + len(self.new)} tensors"]
+        lines += [f"  {self.classes}"] * bool(self.classes)
         for title, names in (
             ("adapted", self.adapted),
             ("left new", self.new),
@@ -207,11 +228,25 @@ def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
-def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
+def _metadata(path: Path) -> dict[str, Any]:
+    """What a best.safetensors says of its weights: model and class_names; of other files nothing is known."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        return {}
+    return {"model": json.loads(metadata["model"]), "class_names": tuple(json.loads(metadata["class_names"]))}
+
+
+def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...] = ()) -> LoadReport:
     """Start from the weights of a file: of this project or any timm checkpoint, of other classes, size or channels.
 
     What has another shape is adapted (first convolution, grids of tokens and positions, by timm's own functions) or,
-    as a classifier of other classes, left as initialised. Pickled files are read with `weights_only`.
+    as a classifier of other classes, left as initialised. Where the file names its classes, as a best.safetensors
+    does, a classifier of the same `class_names` in another order is brought to theirs, and one of other names left as
+    initialised, even if their number is the same. A detector or segmenter takes a file of its kind whole, and of
+    any other file what fits its backbone. Pickled files are read with `weights_only`.
 
     Raises:
         InputError: for a file that is missing, cannot be read, or is of another network.
@@ -222,15 +257,19 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     try:
         found = load_state_dict(str(path))
         found = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+        metadata = _metadata(path)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, TypeError) as error:
-        raise InputError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} is not a checkpoint that can be read: {first_line(error)}") from error
     except (AttributeError, ValueError) as error:  # an array, a list, ... instead of a state dict
         raise InputError(f"{path} holds no state dict") from error
     if all(key.startswith("model.") for key in found):  # Lightning's
         found = {key.removeprefix("model."): value for key, value in found.items()}
 
+    if hasattr(model, "network") and not found.keys() & model.state_dict().keys():
+        model, class_names = model.network, ()
     state_dict, own = dict(found), model.state_dict()
-    for name in _names(model.pretrained_cfg.get("first_conv")):
+    cfg = getattr(model, "network", model).pretrained_cfg
+    for name in _names(cfg.get("first_conv")):
         key = f"{name}.weight"
         if key in state_dict and key in own and state_dict[key].shape != own[key].shape and own[key].ndim == 4:
             in_chans = getattr(model, "in_chans", own[key].shape[1])
@@ -242,11 +281,27 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
 
     fitting = {key: value for key, value in state_dict.items() if key in own and value.shape == own[key].shape}
     if 2 * len(fitting) < len(own):  # a few tensors of another network always happen to fit
-        name = model.pretrained_cfg["architecture"]
+        name = cfg["architecture"]
+        other = f" is a {metadata['model']} and" if metadata.get("model", name) != name else ""
         raise InputError(
-            f"{path} has only {len(fitting)} of the {len(own)} tensors of {name}; "
+            f"{path}{other} has only {len(fitting)} of the {len(own)} tensors of {name}; "
             "--model.checkpoint must be of the same architecture"
         )
+    theirs = metadata.get("class_names", class_names)
+    layers = getattr(model, "class_layers", None) or _names(cfg.get("classifier"))
+    classifier = [key for key in fitting if key.rpartition(".")[0] in layers]
+    classes = ""
+    if class_names and theirs != class_names:
+        rowwise = all(len(fitting[key]) == len(class_names) for key in classifier)  # not so in a detector
+        if sorted(theirs) == sorted(class_names) and rowwise:
+            classes = "the same classes in another order: the classifier follows it"
+            rows = [theirs.index(name) for name in class_names]
+            fitting |= {key: fitting[key][rows] for key in classifier}
+        else:
+            classes = f"its {len(theirs)} classes are not the {len(class_names)} here, or in another order: "
+            classes += "what belongs to single classes is new"
+            for key in classifier:
+                del fitting[key]
     model.load_state_dict(fitting, strict=False)
     return LoadReport(
         path=path,
@@ -254,4 +309,5 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
         adapted=tuple(key for key in own if key in fitting and key in found and found[key].shape != own[key].shape),
         new=tuple(key for key in own if key not in fitting),
         ignored=tuple(key for key in state_dict if key not in fitting),
+        classes=classes,
     )

@@ -7,27 +7,29 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
+import dualtoken_vit
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe
+
+INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
 try:
     import tyro
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:  # a bare install has the models only
-    sys.exit(f"dualtoken-vit: error: {error.name} is not installed; pip install 'dualtoken-vit[train]'")
-
-import dualtoken_vit
-from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import ABOUT, RECIPES, Classification
+    sys.exit(f"dualtoken-vit: error: {error.name} is not installed; {INSTALL}")
 
 DEFAULT = "demo"
+R = TypeVar("R", bound=Recipe)  # of any kind
 
 # Commands import what they need themselves: `--help` is quick, and works without what only another command needs.
 
 
 @dataclass(frozen=True)
-class Train:
-    recipe: Annotated[Classification, tyro.conf.arg(name="")]
+class Train(Generic[R]):
+    recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder of the run; by default runs/RECIPE."""
     resume: bool = False
@@ -35,8 +37,10 @@ class Train:
 
 
 @dataclass(frozen=True)
-class CheckData:
-    recipe: Annotated[Classification, tyro.conf.arg(name="")]
+class CheckData(Generic[R]):
+    recipe: Annotated[R, tyro.conf.arg(name="")]
+    out: Path = Path("runs", "check-data")
+    """Detection, segmentation: folder for labels.png, a contact sheet of pictures with their labels drawn."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,43 @@ class EvaluationData:
     """The pictures; what is not given is as in training."""
 
     dataset: str | None = None
-    """folder, shapes, imagenette, or a timm data spec."""
+    """folder, shapes, imagenette, or a timm data spec; detection: coco or shapes; segmentation: masks or shapes."""
     root: str | None = None
-    """Folder of the data set."""
-    val_split: str | None = None
-    """Name of the validation split or folder."""
+    """Classification, segmentation: folder of the data set."""
+    val_split: Annotated[str | None, tyro.conf.arg(aliases=("--data.split",))] = None
+    """Classification, segmentation: name of the split or folder."""
     holdout: float | None = None
-    """Share of each class's training pictures that was held out to validate on; 0: the validation split."""
+    """Classification: share of each class's training pictures that was held out; 0: the validation split."""
+    images: str | None = None
+    """Detection: folder of the pictures."""
+    val_json: str | None = None
+    """Detection: COCO json of the pictures."""
+    limit: int | None = None
+    """Detection, segmentation: only the first so many pictures."""
+    classes: str | None = None
+    """Segmentation: file with the name of a class a line; they must be those of the checkpoint."""
+    ignore_index: int | None = None
+    """Segmentation: label of the pixels that count for nothing."""
+    reduce_zero_label: bool | None = None
+    """Segmentation: label 0 is no class; the classes begin at 1."""
     image_size: int | None = None
-    """Side of the square that pictures are resized and cropped to, in pixels."""
+    """Side of the square that pictures are resized and cropped to, otherwise their short side, in pixels."""
+    mode: Literal["whole", "slide"] | None = None
+    """Segmentation: the whole picture at once, or windows over it."""
+    window: int | None = None
+    """Segmentation: side of the windows in pixels."""
+    window_stride: int | None = None
+    """Segmentation: pixels from one window to the next."""
+    scales: tuple[float, ...] | None = None
+    """Segmentation: sizes to look at a picture in, relative to image_size."""
+    flip: bool | None = None
+    """Segmentation: look at the mirror image too."""
+    max_size: int | None = None
+    """Detection: the most that the long side becomes."""
     crop_pct: float | None = None
-    """The short side is resized to image_size / crop_pct and the centre is cropped."""
+    """Classification: the short side is resized to image_size / crop_pct and the centre is cropped."""
     unreadable: Literal["stop", "skip"] | None = None
-    """What to do with a picture that cannot be read."""
+    """Classification: what to do with a picture that cannot be read."""
     workers: int | None = None
     """Processes that read pictures."""
 
@@ -72,8 +100,11 @@ class Evaluate:
     """Lightning's accelerator: auto, cpu, gpu, mps."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic of the network."""
+    out: Path | None = None
+    """Folder for all that is measured: evaluation.json, plots, in detection the results in COCO's form."""
     json: bool = False
-    """Print one JSON object with top1, top5 (shares between 0 and 1), loss and images, and nothing else."""
+    """Print one JSON object, and nothing else. Classification: top1, top5, loss, images; detection: box, mask, images;
+    segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are between 0 and 1."""
 
 
 def _recipe_name(args: list[str], command: str, about: str) -> tuple[str, list[str]]:
@@ -113,10 +144,9 @@ def train(args: list[str]) -> bool:
     """Train a network by a recipe; leaves a folder with its weights, metrics and curves."""
     name, args = _recipe_name(args, "train", train.__doc__)
 
-    def parse(recipe: Classification) -> Train:
-        return tyro.cli(
-            Train, default=Train(recipe), args=args, prog=f"dualtoken-vit train {name}", description=ABOUT[name]
-        )
+    def parse(recipe: Recipe) -> Train:
+        prog = f"dualtoken-vit train {name}"
+        return tyro.cli(Train[type(recipe)], default=Train(recipe), args=args, prog=prog, description=ABOUT[name])
 
     chosen = parse(RECIPES[name])
     out = chosen.out or Path("runs", name)
@@ -132,7 +162,7 @@ def train(args: list[str]) -> bool:
 def evaluate(args: list[str]) -> bool:
     """Measure a trained network on validation pictures."""
     chosen = tyro.cli(Evaluate, args=args, prog="dualtoken-vit evaluate", description=evaluate.__doc__)
-    from dualtoken_vit.tasks.classification import evaluate as run
+    from dualtoken_vit.tasks.evaluation import evaluate as run
 
     data = {key: value for key, value in asdict(chosen.data).items() if value is not None}
     result = run(
@@ -141,21 +171,16 @@ def evaluate(args: list[str]) -> bool:
         batch_size=chosen.batch_size,
         accelerator=chosen.accelerator,
         precision=chosen.precision,
+        out=chosen.out,
     )
     if chosen.json:
         import json
 
-        print(json.dumps({key: value for key, value in asdict(result).items() if key != "per_class"}))
-        return True
-    table = Table("class", "pictures", "top-1")
-    for name, (accuracy, pictures) in result.per_class.items():
-        table.add_row(name, str(pictures), f"{accuracy:.1%}" if pictures else "-")
-    table.add_section()
-    table.add_row("all", str(result.images), f"{result.top1:.1%}")
-    console = Console()
-    console.print(table)
-    shares = f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}"
-    console.print(f"{shares}, {result.images} pictures")
+        print(json.dumps(result.to_json()))
+    else:
+        console = Console()
+        console.print(result.table())
+        console.print(result.headline())
     return True
 
 
@@ -186,12 +211,20 @@ def check_data(args: list[str]) -> bool:
     """Read every picture of a recipe's data once and report what is there and what is wrong."""
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
     chosen = tyro.cli(
-        CheckData,
+        CheckData[type(RECIPES[name])],
         default=CheckData(RECIPES[name]),
         args=args,
         prog=f"dualtoken-vit check-data {name}",
         description=f"{check_data.__doc__} {ABOUT[name]}",
     )
+    if chosen.recipe.task == "detection":
+        from dualtoken_vit.data.check_coco import check_detection_data
+
+        return check_detection_data(chosen.recipe, chosen.out)
+    if chosen.recipe.task == "segmentation":
+        from dualtoken_vit.data.check_masks import check_segmentation_data
+
+        return check_segmentation_data(chosen.recipe, chosen.out)
     from dualtoken_vit.data.check import check_data as run
 
     return run(chosen.recipe)
@@ -234,32 +267,35 @@ def run(args: list[str]) -> int:
     return 0 if COMMANDS[args[0]](args[1:]) else 1
 
 
+def _end(message: str, status: int = 2) -> NoReturn:
+    """End with one line on stderr; of several processes, all but the first say their rank."""
+    # set by torchrun, Lightning and srun, in this order where one runs inside another
+    rank = next((os.environ[key] for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), "0")
+    print(f"dualtoken-vit{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
 def main() -> None:
     """The entry point: errors that a user can mend end with one line and status 2."""
     try:
         sys.exit(run(sys.argv[1:]))
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one speaks
-            # A process that reads pictures hands its error on behind a traceback.
-            message = str(error).rstrip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
-            print(f"dualtoken-vit: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        # A process that reads pictures hands its error on behind a traceback.
+        message = str(error).rstrip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+        _end(f"error: {message}")
     except ModuleNotFoundError as error:
-        print(f"dualtoken-vit: error: {error}; pip install 'dualtoken-vit[train]'", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}; {INSTALL}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         where = f" {error.filename}" if error.filename else ""
-        print(f"dualtoken-vit: error: cannot write{where}: {error.strerror}; what was saved is kept", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: cannot write{where}: {error.strerror}; what was saved is kept")
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns the former into the latter.
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         hint = "; --resume continues from the last save" if sys.argv[1:2] == ["train"] else ""
-        print(f"dualtoken-vit: interrupted{hint}", file=sys.stderr)
-        sys.exit(130)
+        _end(f"interrupted{hint}", 130)
 
 
 if __name__ == "__main__":

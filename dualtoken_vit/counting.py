@@ -1,11 +1,12 @@
 """Parameters, multiply-accumulates and FLOPs of any model, on the meta device: nothing is computed, only shapes."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Counts", "count"]
@@ -53,7 +54,11 @@ RULES = {
 }
 
 
-def count(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> Counts:
+def count(
+    model: nn.Module,
+    input_size: tuple[int, ...] = (3, 224, 224),
+    forward: Callable[[nn.Module, Tensor], object] | None = None,
+) -> Counts:
     """Count one image's forward pass through any model, in evaluation mode. The model is left as it is.
 
     Activations, softmax, pooling, biases and additions count nothing, as in fvcore.
@@ -61,14 +66,19 @@ def count(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> Coun
     Args:
         model: on any device, the meta device included.
         input_size: of the image, (channels, height, width).
+        forward: how a model is called whose work depends on what it sees (a detector); it is run on the CPU, on noise.
     """
-    model = deepcopy(model).to("meta").eval().requires_grad_(False)
+    device = "cpu" if forward else "meta"
+    model = deepcopy(model).to(device).eval().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # PyTorch's counter has missed fused attention in some versions
     dtype = next((p.dtype for p in model.parameters()), None)
     with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
-        model(torch.empty(1, *input_size, device="meta", dtype=dtype))
+        if forward:
+            forward(model, torch.rand(1, *input_size, dtype=dtype))
+        else:
+            model(torch.empty(1, *input_size, device=device, dtype=dtype))
     operations = counter.get_flop_counts()["Global"]
     rest = sum(n for op, n in operations.items() if op in RULES)
     macs = (sum(operations.values()) - rest) // 2  # PyTorch counts a multiply-accumulate as two

@@ -6,3 +6,8 @@ class InputError(Exception):
 
     The command line prints it as one line and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -73,17 +73,17 @@ def is_known(condition: bool) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def several_threads() -> bool:
-    return torch.get_num_threads() > 1
+def onednn_is_faster() -> bool:
+    return torch.get_num_threads() > 1 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def goes_to_onednn(x: Tensor) -> bool:
     """Whether PyTorch gives a 1x1 convolution of one picture with the numbers of `x` to oneDNN."""
-    if torch.jit.is_scripting():  # cannot ask for the threads
+    if torch.jit.is_scripting():  # cannot ask for threads and processor
         return False
     else:
         on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not is_exporting()
-        return on_cpu and not is_known(x.numel() <= 20480) and several_threads()
+        return on_cpu and not is_known(x.numel() <= 20480) and onednn_is_faster()
 
 
 @register_notrace_function
@@ -91,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, [H,] W, C) @ weight (D, C)^T + bias (D) -> (B, [H,] W, D); if large, on the CPU, as a 1x1 convolution.
 
     PyTorch multiplies float32 matrices by MKL on the CPU but convolves by oneDNN, which uses AVX-512 on processors of
-    every maker; where MKL does not, the same product takes half the time.
+    every maker; where MKL does not, the same product takes half the time. Without AVX-512 both are equally fast.
     """
     if not goes_to_onednn(x):
         return F.linear(x, weight, bias)
@@ -450,7 +450,8 @@ class DualTokenViT(nn.Module):
     `forward_intermediates` returns the pyramid of strides 2, 4 (stem), 8, 16, 32 (stages).
 
     Raises:
-        ValueError: for a switch with an unknown value, or a combination of switches that means nothing.
+        ValueError: for a switch with an unknown value, a combination of switches that means nothing, or a setting of
+            the stages that is longer or shorter than dims.
     """
 
     def __init__(
@@ -481,6 +482,7 @@ class DualTokenViT(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, output_stride)
+        _check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, kernel_sizes=kernel_sizes)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -731,6 +733,13 @@ def _check_switches(token_mlp, token_grid, global_tokens, local_attention, downs
         raise ValueError("token_mlp='mix' has no tokens to mix at token_grid=0; use token_mlp='mlp'")
     if token_mlp == "mix" and global_tokens == "normal":
         raise ValueError("token_mlp='mix' does not go with global_tokens='normal', which has no MLP; use 'mlp'")
+
+
+def _check_stages(dims: tuple[int, ...], **settings: tuple[float, ...]) -> None:
+    """Refuse a setting that does not have one value for each stage, naming it."""
+    for name, values in settings.items():
+        if len(values) != len(dims):
+            raise ValueError(f"{name}={values} must have as many values as dims={dims}: one for each stage")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

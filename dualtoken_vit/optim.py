@@ -42,15 +42,21 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 def build_schedule(
     optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up to the peak, then half a cosine down to min_lr at the last step; to be stepped every batch."""
+    """Linear warm-up to the peak, then `optim.schedule` to the last step; to be stepped every batch."""
     total = optim.epochs * steps_per_epoch
-    warmup = min(round(optim.warmup_epochs * steps_per_epoch), total)
+    warmup = round(optim.warmup_epochs * steps_per_epoch) if optim.warmup_steps is None else optim.warmup_steps
+    warmup = min(warmup, total)
     floor = optim.min_lr / optim.lr
 
     def factor(step: int) -> float:
+        progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        elif optim.schedule == "step":
+            return 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in optim.milestones)
+        elif optim.schedule == "poly":
+            return floor + (1 - floor) * (1 - progress) ** 0.9
+        else:
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -2,31 +2,52 @@
 
 import os
 import sys
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, fields
 from itertools import islice
 from json import dumps
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dualtoken_vit.checkpoint import atomic_write, load_model
+from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_model
+from dualtoken_vit.coco_eval import to_results
 from dualtoken_vit.data.classification import in_threads, picture_files
 from dualtoken_vit.data.images import eval_transform, load_image
+from dualtoken_vit.draw import (
+    COLUMNS,
+    ROWS,
+    SIDE,
+    Sheet,
+    Top,
+    draw_card,
+    draw_objects,
+    draw_scene,
+    fit,
+    palette,
+    printable,
+    save_image,
+    sheet_name,
+)
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Data
+from dualtoken_vit.segmenters import View, segment
 
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
-Top = list[tuple[str, float]]  # class and probability, most likely first
+
+
+def labels_name(drawing: str) -> str:
+    """The file of a picture's labels beside its drawing: x.jpg.labels.png for x.jpg.png."""
+    return f"{drawing.removesuffix('.png')}.labels.png"
 
 
 @dataclass(frozen=True)
@@ -37,24 +58,207 @@ class Picture:
     drawing: str
 
 
+class Classifier:
+    """A classification network as `predict` uses one: it names the `top_k` likeliest classes of each picture."""
+
+    batch_size = 32
+    ahead = 256
+    """Pictures that may wait in memory for their turn."""
+
+    def __init__(self, model: nn.Module, loaded: Checkpoint, top_k: int):
+        self.model, self.class_names, self.top_k = model, loaded.class_names, min(top_k, len(loaded.class_names))
+        preprocessing = loaded.preprocessing
+        self.channels, size, _ = preprocessing["input_size"]
+        data = Data(image_size=size, crop_pct=preprocessing["crop_pct"], interpolation=preprocessing["interpolation"])
+        self.transform = eval_transform(data, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
+        self.predictions: list[dict[str, Any]] = []
+
+    def prepare(self, image: Image.Image) -> tuple[Tensor, Image.Image]:
+        """What the network takes, and what is drawn of the picture."""
+        return self.transform(image), fit(image, SIDE)
+
+    @torch.inference_mode()
+    def look(self, pictures: list[Tensor]) -> list[Top]:
+        """The likeliest classes of each picture (C, S, S)."""
+        device = next(self.model.parameters()).device
+        probabilities = self.model(torch.stack(pictures).to(device)).float().softmax(-1).cpu()
+        if probabilities.isnan().any():
+            raise InputError("the network answers with what are not numbers; take another checkpoint")
+        probabilities, classes = probabilities.topk(self.top_k)
+        return [
+            [(self.class_names[index], probability) for index, probability in zip(*row, strict=True)]
+            for row in zip(classes.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def keep(self, path: Path, image: Image.Image, top: Top) -> None:
+        """Note what is in a picture for `record` and `table`."""
+        classes = [{"class": name, "probability": probability} for name, probability in top]
+        self.predictions.append({"picture": str(path), "classes": classes})
+
+    def draw(self, title: str, image: Image.Image, top: Top) -> tuple[Image.Image, Image.Image, tuple[str, float]]:
+        """A drawing of what is in a picture, a small one for the contact sheet, and the text and share under that."""
+        return draw_card(image, title, top), image, top[0]
+
+    def record(self) -> dict[str, Any]:
+        """All that was kept, for JSON."""
+        return {"predictions": self.predictions}
+
+    def table(self) -> Table:
+        """The name of each picture beside its classes, a line each, with their probabilities."""
+        table = Table("picture", "class", "", box=box.SIMPLE_HEAD)
+        table.columns[0].overflow = "fold"
+        for prediction in self.predictions:
+            name = printable(prediction["picture"])
+            for rank, one in enumerate(prediction["classes"]):
+                style = "dim" if rank else "bold"
+                share = Text(f"{one['probability']:.1%}", style, justify="right")
+                table.add_row(Text("" if rank else name), Text(one["class"], style), share)
+            table.add_section()
+        return table
+
+
+class Detector:
+    """A detector as `predict` uses one: it finds the objects of each picture whose score is at least `score`."""
+
+    batch_size = 4
+    ahead = 16
+
+    def __init__(self, model: nn.Module, loaded: Checkpoint, score: float):
+        self.model, self.class_names = model, loaded.class_names
+        for module in model.modules():
+            if hasattr(module, "score_thresh"):
+                module.score_thresh = score  # before masks are drawn, which takes memory
+        self.category_ids = loaded.category_ids
+        self.channels = loaded.preprocessing["input_size"][0]
+        categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.class_names, strict=True)]
+        self.coco: dict[str, list[dict[str, Any]]] = {"images": [], "categories": categories, "annotations": []}
+
+    def prepare(self, image: Image.Image) -> tuple[Tensor, Image.Image]:
+        return pil_to_tensor(image), image
+
+    @torch.inference_mode()
+    def look(self, pictures: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The objects of each picture (C, H, W) uint8, as `detectors` gives them."""
+        device = next(self.model.parameters()).device
+        found = self.model([picture.to(device) / 255 for picture in pictures])
+        return [{key: value.cpu() for key, value in one.items()} for one in found]
+
+    def keep(self, path: Path, image: Image.Image, objects: dict[str, Tensor]) -> None:
+        images, annotations = self.coco["images"], self.coco["annotations"]
+        width, height = image.size
+        images.append({"id": len(images) + 1, "file_name": str(path), "width": width, "height": height})
+        for one in to_results(len(images), objects, self.category_ids):
+            annotations.append({"id": len(annotations) + 1, **one})
+
+    def draw(
+        self, title: str, image: Image.Image, objects: dict[str, Tensor]
+    ) -> tuple[Image.Image, Image.Image, tuple[str, None]]:
+        drawing = draw_objects(image, objects, self.class_names)
+        count = len(objects["labels"])
+        return drawing, drawing, (f"{count} object{'s' * (count != 1)}", None)
+
+    def record(self) -> dict[str, Any]:
+        """A COCO file, with scores."""
+        return self.coco
+
+    def table(self) -> Table:
+        """The objects of each class in each picture, with their best score."""
+        table = Table("picture", "class", "objects", "best", box=box.SIMPLE_HEAD)
+        table.columns[0].overflow = "fold"
+        names = dict(zip(self.category_ids, self.class_names, strict=True))
+        scores: dict[int, dict[str, list[float]]] = {image["id"]: {} for image in self.coco["images"]}
+        for one in self.coco["annotations"]:
+            scores[one["image_id"]].setdefault(names[one["category_id"]], []).append(one["score"])
+        for image in self.coco["images"]:
+            name, rows = printable(image["file_name"]), scores[image["id"]] or {"nothing": []}
+            for number, (label, found) in enumerate(rows.items()):
+                cells = (str(len(found) or ""), f"{max(found):.1%}" if found else "")
+                table.add_row(Text("" if number else name), Text(label), *cells)
+            table.add_section()
+        return table
+
+
+class Segmenter:
+    """A segmenter as `predict` uses one: it finds the class of every pixel, looking as the checkpoint's recipe says."""
+
+    batch_size = 4
+    ahead = 16
+
+    def __init__(self, model: nn.Module, loaded: Checkpoint):
+        self.model, self.class_names = model, loaded.class_names
+        self.view = View(**{field.name: loaded.recipe["data"][field.name] for field in fields(View)})
+        self.channels = loaded.preprocessing["input_size"][0]
+        self.predictions: list[dict[str, Any]] = []
+
+    def prepare(self, image: Image.Image) -> tuple[Tensor, Image.Image]:
+        return pil_to_tensor(image), image
+
+    def look(self, pictures: list[Tensor]) -> list[np.ndarray]:
+        """The labels (H, W) uint8 of each picture (C, H, W) uint8."""
+        device = next(self.model.parameters()).device
+        found = segment(self.model, [picture.to(device) / 255 for picture in pictures], self.view)
+        return [labels.byte().cpu().numpy() for labels in found]
+
+    def keep(self, path: Path, image: Image.Image, labels: np.ndarray) -> None:
+        self.predictions.append({"picture": str(path), "classes": self._shares(labels)})
+
+    def _shares(self, labels: np.ndarray) -> list[dict[str, Any]]:
+        """The classes that are in a picture, with their share of it, the most frequent first."""
+        shares = np.bincount(labels.ravel(), minlength=len(self.class_names)) / labels.size
+        order = np.argsort(-shares, kind="stable").tolist()
+        return [{"class": self.class_names[k], "share": round(shares[k].item(), 6)} for k in order if shares[k] > 0]
+
+    def draw(
+        self, title: str, image: Image.Image, labels: np.ndarray
+    ) -> tuple[Image.Image, Image.Image, tuple[str, float]]:
+        drawing = draw_scene([("", image, labels)], self.class_names)
+        first = self._shares(labels)[0]
+        return drawing, drawing, (first["class"], first["share"])
+
+    def label_image(self, labels: np.ndarray) -> Image.Image:
+        """The labels as a palette picture, whose indices are places in the list of classes."""
+        image = Image.fromarray(labels)
+        image.putpalette(palette(len(self.class_names)))
+        return image
+
+    def record(self) -> dict[str, Any]:
+        """The classes in the order of their labels, and all that was kept, for JSON."""
+        return {"classes": list(self.class_names), "predictions": self.predictions}
+
+    def table(self) -> Table:
+        """The classes of each picture, a line each, with their share of it."""
+        table = Table("picture", "class", "", box=box.SIMPLE_HEAD)
+        table.columns[0].overflow = "fold"
+        for prediction in self.predictions:
+            name = printable(prediction["picture"])
+            for number, one in enumerate(prediction["classes"]):
+                share = Text(f"{one['share']:.1%}", justify="right")
+                table.add_row(Text("" if number else name), Text(one["class"]), share)
+            table.add_section()
+        return table
+
+
 def predict(
     checkpoint: Path,
     images: tuple[Path, ...],
     out: Path | None = None,
     json: bool = False,
     top_k: int = 5,
-    batch_size: int = 32,
+    score: float = 0.5,
+    batch_size: int | None = None,
     device: str = "auto",
 ) -> bool:
-    """Classify pictures; print a table, or one JSON object.
+    """Say and draw what a network sees in pictures; print a table, or one JSON object.
 
     Args:
-        checkpoint: A best.safetensors of a classification run.
+        checkpoint: A best.safetensors of a run.
         images: Picture files, and folders to search for them, subfolders included.
-        out: Folder for a drawing of each picture, contact sheets of all of them, and predictions.json.
+        out: Folder for a drawing of each picture (segmentation: and its labels as a palette PNG), contact sheets of
+            all of them, and predictions.json.
         json: Print one JSON object on stdout instead of the table, and nothing else there.
-        top_k: Classes to name for each picture (all of them, if there are fewer).
-        batch_size: Pictures that go through the network at once.
+        top_k: Classification: classes to name for each picture (all of them, if there are fewer).
+        score: Detection: only objects with at least this score, 0 to 1, are drawn and told.
+        batch_size: Pictures that go through the network at once; by default 32, in detection and segmentation 4.
         device: auto, or any of torch's: cpu, cuda, mps.
 
     Returns:
@@ -64,66 +268,67 @@ def predict(
         InputError: where there is no picture, none can be read, or `out` holds other things.
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"{name}={value}: must be at least 1")
+    if not 0 <= score <= 1:
+        raise InputError(f"score={score}: must be between 0 and 1")
     pictures = find_pictures(images, out)
     model, loaded = load_model(checkpoint)
-    if loaded.task != "classification":
-        raise InputError(f"{checkpoint}: a model for {loaded.task}; predict takes classification")
-    target = _device(device)
-    model = model.to(target).eval()
-    preprocessing = loaded.preprocessing
-    channels, size, _ = preprocessing["input_size"]
-    data = Data(image_size=size, crop_pct=preprocessing["crop_pct"], interpolation=preprocessing["interpolation"])
-    transform = eval_transform(data, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
+    model = model.to(_device(device)).eval()
+    predictor = {
+        "classification": lambda: Classifier(model, loaded, top_k),
+        "detection": lambda: Detector(model, loaded, score),
+        "segmentation": lambda: Segmenter(model, loaded),
+    }[loaded.task]()
 
-    def look(picture: Picture) -> tuple[Tensor, Image.Image | None] | InputError:
+    def read(picture: Picture) -> tuple[Tensor, Any] | InputError:
         try:
-            image = load_image(picture.path, channels, printable(picture.path))
+            return predictor.prepare(load_image(picture.path, predictor.channels, printable(picture.path)))
         except InputError as error:
             return error
-        return transform(image), _fit(image, SIDE) if out else None  # no more: many wait in memory for their turn
 
-    predictions: list[dict[str, Any]] = []
-    unreadable: list[dict[str, str]] = []
+    record: dict[str, Any] = {"checkpoint": str(checkpoint), **predictor.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(pictures) > 1 else None
     if out and not (out / RECORD).exists():  # else a run that is cut short leaves a folder that the next one refuses
-        _save_record({"checkpoint": str(checkpoint), "predictions": [], "unreadable": []}, out)
-    looked = zip(pictures, in_threads(look, pictures, len(pictures), "predicting"), strict=True)
-    while chunk := list(islice(looked, batch_size)):
-        read = []
-        for picture, seen in chunk:
-            if isinstance(seen, InputError):
-                unreadable.append({"picture": str(picture.path), "reason": str(seen)})
+        _save_record(record, out)
+    pairs = zip(pictures, in_threads(read, pictures, len(pictures), "predicting", predictor.ahead), strict=True)
+    while chunk := list(islice(pairs, batch_size or predictor.batch_size)):
+        good = []
+        for picture, found in chunk:
+            if isinstance(found, InputError):
+                record["unreadable"].append({"picture": str(picture.path), "reason": str(found)})
             else:
-                read.append((picture, *seen))
-        if not read:
+                good.append((picture, *found))
+        if not good:
             continue
-        tops = classify(model, torch.stack([pixels for _, pixels, _ in read]).to(target), loaded.class_names, top_k)
-        for (picture, _, image), top in zip(read, tops, strict=True):
-            classes = [{"class": name, "probability": probability} for name, probability in top]
-            predictions.append({"picture": str(picture.path), "classes": classes})
+        seen = predictor.look([pixels for _, pixels, _ in good])
+        for (picture, _, image), what in zip(good, seen, strict=True):
+            predictor.keep(picture.path, image, what)
             if out:
-                save_image(draw_card(image, picture.path.name, top), out / picture.drawing)
-            if sheet:
-                sheet.add(image, top)
-    if not predictions:
-        raise InputError(f"none of the {len(pictures)} pictures can be read; the first: {unreadable[0]['reason']}")
+                drawing, small, caption = predictor.draw(picture.path.name, image, what)
+                save_image(drawing, out / picture.drawing)
+                if isinstance(predictor, Segmenter):
+                    save_image(predictor.label_image(what), out / labels_name(picture.drawing))
+                if sheet:
+                    sheet.add(small, *caption)
+    if len(record["unreadable"]) == len(pictures):
+        reason = record["unreadable"][0]["reason"]
+        raise InputError(f"none of the {len(pictures)} pictures can be read; the first: {reason}")
     if sheet:
         sheet.close()
 
-    record = {"checkpoint": str(checkpoint), "predictions": predictions, "unreadable": unreadable}
+    record |= predictor.record()
     if out:
         _save_record(record, out)
     if json:
         print(dumps(record))
     else:
-        print_table(predictions)
-    for one in unreadable:
+        Console().print(predictor.table())
+    for one in record["unreadable"]:
         print(one["reason"], file=sys.stderr)
-    if unreadable:
-        print(f"{len(unreadable)} of {len(pictures)} pictures could not be read", file=sys.stderr)
-    return not unreadable
+    if record["unreadable"]:
+        print(f"{len(record['unreadable'])} of {len(pictures)} pictures could not be read", file=sys.stderr)
+    return not record["unreadable"]
 
 
 def _save_record(record: dict[str, Any], out: Path) -> None:
@@ -157,15 +362,18 @@ def find_pictures(images: tuple[Path, ...], out: Path | None = None) -> list[Pic
     if not found:
         raise InputError("no pictures given; name picture files or folders of them")
 
-    taken = {_sheet_name(page + 1) for page in range(ceil(len(found) / (COLUMNS * ROWS)))}
+    taken = {sheet_name(page + 1) for page in range(ceil(len(found) / (COLUMNS * ROWS)))}
     pictures = []
     for path, place in found.values():
         number = 1
         drawing = f"{place}.png"
-        while drawing.casefold() in taken or (out and os.path.abspath(out / drawing) in found):
+        while any(
+            name.casefold() in taken or (out and os.path.abspath(out / name) in found)
+            for name in (drawing, labels_name(drawing))
+        ):
             number += 1
             drawing = f"{place}-{number}.png"
-        taken.add(drawing.casefold())
+        taken |= {drawing.casefold(), labels_name(drawing).casefold()}
         pictures.append(Picture(path, drawing))
     return pictures
 
@@ -196,140 +404,3 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise InputError(f"device={name}: not on this machine; use auto or cpu") from None
-
-
-@torch.inference_mode()
-def classify(model: nn.Module, batch: Tensor, class_names: tuple[str, ...], top_k: int) -> list[Top]:
-    """The `top_k` most likely classes of each picture of batch (B, C, S, S)."""
-    probabilities = model(batch).float().softmax(-1).cpu()
-    if probabilities.isnan().any():
-        raise InputError("the network answers with what are not numbers; take another checkpoint")
-    probabilities, classes = probabilities.topk(min(top_k, len(class_names)))
-    return [
-        [(class_names[index], probability) for index, probability in zip(*row, strict=True)]
-        for row in zip(classes.tolist(), probabilities.tolist(), strict=True)
-    ]
-
-
-def print_table(predictions: list[dict[str, Any]]) -> None:
-    """The name of each picture beside its classes, a line each, with their probabilities."""
-    table = Table("picture", "class", "", box=box.SIMPLE_HEAD)
-    table.columns[0].overflow = "fold"
-    for prediction in predictions:
-        name = printable(prediction["picture"])
-        for rank, one in enumerate(prediction["classes"]):
-            style = "dim" if rank else "bold"
-            share = Text(f"{one['probability']:.1%}", style, justify="right")
-            table.add_row(Text("" if rank else name), Text(one["class"], style), share)
-        table.add_section()
-    Console().print(table)
-
-
-def printable(path: str | Path) -> str:
-    """A file's name for people: bytes that are no UTF-8 are replaced."""
-    return os.fsencode(path).decode("utf-8", "replace")
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    with atomic_write(path) as file:
-        image.save(file, "PNG")
-
-
-# The drawings: sizes in pixels, twice what they are meant to be seen at.
-SIDE = 448  # of the square that a picture is fitted into
-PANEL = 448  # width of the bars beside it
-MARGIN = 40
-ROW = 80  # height of a class: its name, its bar
-THUMB = 224
-COLUMNS, ROWS = 6, 6  # of a contact sheet
-INK, MUTED, TRACK, FIRST, OTHER = "#1f2933", "#6b7785", "#e9edf2", "#2f6fde", "#a9c3ee"
-
-
-@cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
-
-
-def _fit(image: Image.Image, side: int) -> Image.Image:
-    """`image` in RGB, enlarged or shrunk to touch the sides of a square."""
-    scale = side / max(image.size)
-    width, height = (max(1, round(length * scale)) for length in image.size)
-    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """`text`, cut with an ellipsis in the middle where it is wider than `width`: names often differ in their ends."""
-    text = printable(text)
-    keep = len(text)
-    short = text
-    while font.getlength(short) > width and keep > 2:
-        keep -= 1
-        short = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
-    return short
-
-
-def _bar(draw: ImageDraw.ImageDraw, x: int, y: int, width: int, height: int, share: float, color: str) -> None:
-    draw.rounded_rectangle((x, y, x + width, y + height), height // 2, TRACK)
-    if share * width >= 1:
-        draw.rounded_rectangle((x, y, x + max(height, round(share * width)), y + height), height // 2, color)
-
-
-def draw_card(image: Image.Image, title: str, top: Top) -> Image.Image:
-    """The picture, beside it its name and a bar for each class."""
-    head = 56
-    height = max(SIDE, head + ROW * len(top)) + 2 * MARGIN
-    card = Image.new("RGB", (SIDE + PANEL + 3 * MARGIN, height), "white")
-    draw = ImageDraw.Draw(card)
-    picture = _fit(image, SIDE)
-    card.paste(picture, (MARGIN + (SIDE - picture.width) // 2, (height - picture.height) // 2))
-    x, y = SIDE + 2 * MARGIN, (height - head - ROW * len(top)) // 2
-    draw.text((x, y), _shorten(title, _font(22), PANEL), MUTED, _font(22))
-    for rank, (name, probability) in enumerate(top):
-        y_row = y + head + ROW * rank
-        font, color = _font(26, rank == 0), INK if rank == 0 else MUTED
-        share = f"{probability:.1%}"
-        draw.text((x, y_row), _shorten(name, font, PANEL - font.getlength(share) - 24), color, font)
-        draw.text((x + PANEL, y_row), share, color, font, anchor="ra")
-        _bar(draw, x, y_row + 40, PANEL, 14, probability, FIRST if rank == 0 else OTHER)
-    return card
-
-
-def _sheet_name(page: int) -> str:
-    return "sheet.png" if page == 1 else f"sheet-{page}.png"
-
-
-class Sheet:
-    """Contact sheets, sheet.png, sheet-2.png, ...: many pictures on a page, each over its likeliest class."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.cells: list[tuple[Image.Image, str, float]] = []
-        self.page = 0
-
-    def add(self, image: Image.Image, top: Top) -> None:
-        self.cells.append((_fit(image, THUMB), *top[0]))
-        if len(self.cells) == COLUMNS * ROWS:
-            self.close()
-
-    def close(self) -> None:
-        """Write the page that is under way, if there is anything on it."""
-        if not self.cells:
-            return
-        gap, caption = 28, 64
-        width, height = THUMB + gap, THUMB + caption + gap
-        columns = min(COLUMNS, len(self.cells))
-        page = Image.new("RGB", (columns * width + gap, ceil(len(self.cells) / columns) * height + gap), "white")
-        draw = ImageDraw.Draw(page)
-        for i, (picture, name, probability) in enumerate(self.cells):
-            x, y = gap + i % columns * width, gap + i // columns * height
-            page.paste(picture, (x + (THUMB - picture.width) // 2, y + (THUMB - picture.height) // 2))
-            font, share = _font(18, True), f"{probability:.0%}"
-            room = THUMB - _font(18).getlength(share) - 12
-            draw.text((x, y + THUMB + 12), _shorten(name, font, room), INK, font)
-            draw.text((x + THUMB, y + THUMB + 12), share, MUTED, _font(18), anchor="ra")
-            _bar(draw, x, y + THUMB + 42, THUMB, 8, probability, FIRST)
-        self.page += 1
-        save_image(page, self.folder / _sheet_name(self.page))
-        self.cells.clear()

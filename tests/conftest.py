@@ -1,10 +1,31 @@
-"""Pictures that several tests read."""
+"""Pictures and settings that several tests share."""
 
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+
+@pytest.fixture(params=[1, 2], ids="{}-threads".format)
+def threads(request, monkeypatch):
+    """The test with one thread and with two, as with AVX-512: then linear layers go another way (`model.linear`)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """One thread here and in processes that are started: the order of sums depends on their number."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

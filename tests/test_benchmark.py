@@ -1,6 +1,7 @@
 """What `benchmark` reports; never how fast anything is."""
 
 import json
+import re
 from statistics import median
 
 import pytest
@@ -13,7 +14,7 @@ from dualtoken_vit.benchmark import Result, Setting, benchmark, take_turns
 from dualtoken_vit.errors import InputError
 
 MODELS = ("test_vit", "test_resnet")  # timm's smallest
-QUICK = dict(input_size=32, batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=1)
+QUICK = dict(input_sizes=("32",), batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=1)
 
 
 @pytest.fixture
@@ -68,15 +69,16 @@ def test_compiled_table(capsys):
     assert out.index("threads used: 1") < out.index("| mode")  # the state of the machine comes first
     row = next(line for line in out.splitlines() if line.startswith("| compiled"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[:3] == ["compiled", "1", "test_resnet"]
-    assert cells[3] == f"{result.images_per_second:.1f}"
-    assert cells[4] == "1.00"
+    assert cells[:4] == ["compiled", "32x32", "1", "test_resnet"]
+    assert cells[4] == f"{result.images_per_second:.1f}"
+    assert cells[5] == "1.00"
     assert cells[-2] == f"{result.params / 1e6:.2f}"
 
 
 def test_memory_of_a_fresh_process():
     small, large = (
-        benchmark(("test_vit",), **QUICK | dict(input_size=160, batch_sizes=(b,)), modes=("eager",))[0] for b in (1, 64)
+        benchmark(("test_vit",), **QUICK | dict(input_sizes=("160",), batch_sizes=(b,)), modes=("eager",))[0]
+        for b in (1, 64)
     )
     pictures = 63 * 3 * 160 * 160 * 4 / 2**20  # that one has more of, MiB
     assert small.memory_mib > 0
@@ -84,10 +86,37 @@ def test_memory_of_a_fresh_process():
 
 
 def test_size_is_passed_on_to_models_that_are_built_for_one():
-    model = Setting(64, torch.device("cpu"), "bfloat16").build("test_vit")
+    model = Setting((64, 64), torch.device("cpu"), "bfloat16").build("test_vit")
     assert model.patch_embed.img_size == (64, 64)
     assert model.head.weight.dtype == torch.bfloat16
     assert not model.training
+
+
+@pytest.mark.parametrize("name", ["deeplabv3:test_resnet", "pspnet:dualtoken_vit_tiny_mix"])
+def test_segmenters(name):
+    setting = Setting((64, 96), torch.device("cpu"), "bfloat16")
+    with torch.inference_mode():
+        assert module.forward(setting.build(name), setting.pictures(2)).shape == (2, 150, 64, 96)
+
+
+@pytest.mark.parametrize("name", ["retinanet:dualtoken_vit_tiny_mix", "torchvision:retinanet_resnet50_fpn"])
+def test_detectors_take_pictures_in_a_list(name):
+    setting = Setting((64, 96), torch.device("cpu"), "float32")
+    model = setting.build(name)
+    with torch.inference_mode():
+        assert [set(found) for found in module.forward(model, setting.pictures(2))] == [
+            {"boxes", "labels", "scores"}
+        ] * 2
+    assert model.transform.min_size[-1] == 64
+    assert model.transform.max_size == 96
+
+
+def test_sizes_and_the_plot_of_growth(tmp_path):
+    sizes = {"input_sizes": ("32", "64x32"), "batch_sizes": (1,), "plot": tmp_path / "growth.png"}
+    results = benchmark(("test_resnet",), **QUICK | sizes, modes=("eager",), memory=False)
+    assert [r.input_size for r in results] == ["32x32", "64x32"]
+    assert results[1].macs == pytest.approx(2 * results[0].macs, rel=0.02)  # but for the classifier
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rounds_take_turns():
@@ -117,9 +146,13 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
     [
         (("dualtoken_vit_smal",), {}, "no model 'dualtoken_vit_smal'; did you mean dualtoken_vit_small"),
         (("qqqqqqqq",), {}, "timm.list_models"),
+        (("torchvision:resnet19",), {}, "torchvision has no model 'resnet19'; did you mean resnet1"),
+        (("yolo:test_vit",), {}, "yolo:test_vit: before the colon stands retinanet, mask-rcnn"),
+        (("mask-rcnn:test_resnet",), {"precision": "bfloat16"}, "float32 only"),
+        (("test_vit",), {"input_sizes": ("640*480",)}, "'640*480' is not a size"),
         ((), {}, "none is named"),
         (("test_vit", "test_vit"), {}, "test_vit is named twice"),
-        (("convnext_atto",), {"input_size": 16}, "convnext_atto cannot take pictures of 16x16 pixels"),
+        (("convnext_atto",), {"input_sizes": ("16",)}, "convnext_atto cannot take pictures of 16x16 pixels"),
         (("test_vit",), {"batch_sizes": (1, 0)}, "batch_sizes: 0 is too small"),
         (("test_vit",), {"batch_sizes": ()}, "batch_sizes"),
         (("test_vit",), {"rounds": 0}, "rounds: 0 is too small"),
@@ -127,7 +160,7 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
     ],
 )
 def test_bad_input(models, options, message):
-    with pytest.raises(InputError, match=message.replace("(", "\\(")) as error:
+    with pytest.raises(InputError, match=re.escape(message)) as error:
         benchmark(models, **QUICK | options)
     assert "\n" not in str(error.value)
 

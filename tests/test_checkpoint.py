@@ -141,6 +141,45 @@ def test_other_classes_leave_the_classifier_new(tmp_path):
     assert "left new: head.weight, head.bias" in str(report)
 
 
+def test_classes_in_another_order_keep_their_rows(tmp_path):
+    source = make().eval()
+    torch.nn.init.normal_(source.head.bias)
+    path = save(tmp_path / "best.safetensors", source)
+    target = make().eval()
+    report = load_weights(target, path, ("fox", "cat", "ewe", "dog"))
+    x = torch.randn(2, 3, 40, 40)
+    torch.testing.assert_close(target(x), source(x)[:, [3, 0, 2, 1]])
+    assert report.new == report.ignored == ()
+    assert "the same classes in another order" in str(report)
+    assert load_weights(target, path, NAMES).classes == ""
+    assert torch.equal(target.head.weight, source.head.weight)
+
+
+def test_other_classes_of_the_same_number_leave_the_classifier_new(tmp_path):
+    source = make()
+    path = save(tmp_path / "best.safetensors", source)
+    torch.manual_seed(5)
+    target = make()
+    before = target.head.weight.detach().clone().normal_()
+    target.head.weight.data.copy_(before)
+    report = load_weights(target, path, ("cat", "dog", "ewe", "yak"))
+    assert set(report.new) == set(report.ignored) == {"head.weight", "head.bias"}
+    assert "its 4 classes are not the 4 here" in str(report)
+    assert "what belongs to single classes is new" in str(report)
+    assert torch.equal(target.head.weight, before)
+    assert torch.equal(target.stages[2].blocks[0].mlp.fc1.weight, source.stages[2].blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_file_without_class_names_keeps_its_classifier(tmp_path, suffix):
+    source, path = timm.create_model("resnet10t", num_classes=4), tmp_path / f"plain.{suffix}"
+    (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(source.state_dict(), path)
+    target = timm.create_model("resnet10t", num_classes=4)
+    report = load_weights(target, path, NAMES)
+    assert (report.new, report.classes) == ((), "")
+    assert torch.equal(target.fc.weight, source.fc.weight)
+
+
 def test_other_grid_and_channels_are_adapted(tmp_path):
     source = make()
     path = save(tmp_path / "best.safetensors", source)
@@ -192,6 +231,9 @@ def test_another_architecture_is_refused(tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(InputError, match=r"resnet\.pth has only \d+ of the \d+ tensors of dualtoken_vit_tiny"):
         load_weights(make(), tmp_path / "resnet.pth")
+    path = save(tmp_path / "best.safetensors", timm.create_model("resnet10t", num_classes=4))
+    with pytest.raises(InputError, match=r"best\.safetensors is a resnet10t and has only \d+ of the \d+"):
+        load_weights(make(), path)
 
 
 @pytest.mark.parametrize("save_into", [lambda file: file.write(b"new"), lambda file: torch.save([torch.ones(9)], file)])

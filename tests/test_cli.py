@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dualtoken_vit import cli
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ABOUT, RECIPES
 
 TINY = ("--model.args", "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32")
@@ -151,6 +152,25 @@ def test_demo_needs_no_file(call, tmp_path):
     chosen = cli._recipe_name(["--optim.epochs", "1"], "train", "")
     assert chosen == ("demo", ["--optim.epochs", "1"])
     assert RECIPES["demo"].data.dataset == "shapes"
+
+
+@pytest.mark.parametrize(
+    ("env", "rank"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0"}, ""),
+        ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, " (rank 1)"),  # Lightning's own processes in a job of Slurm
+        ({"RANK": "2", "LOCAL_RANK": "0"}, " (rank 2)"),  # torchrun on the second machine
+        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, " (rank 3)"),
+    ],
+)
+def test_every_process_tells_its_errors(call, monkeypatch, env, rank):
+    def broken(args):
+        raise InputError("red/0.jpg: damaged")
+
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setitem(cli.COMMANDS, "tables", broken)
+    assert call("tables") == (2, "", f"dualtoken-vit{rank}: error: red/0.jpg: damaged\n")
 
 
 def test_an_interrupt_ends_with_one_line(call, monkeypatch):

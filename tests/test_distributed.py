@@ -22,11 +22,17 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_distributed"])
 
 
-def run_command(args, **env):
-    command = [sys.executable, "-m", "dualtoken_vit.cli", *args]
-    return subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, timeout=500
-    )
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m")
+
+
+def run(args):
+    """A new interpreter with these arguments, and what it said."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, args)], env=env, capture_output=True, text=True, timeout=500)
+
+
+def run_command(args, launcher=()):
+    return run(["-m", *launcher, "dualtoken_vit.cli", *args])
 
 
 def test_two_processes_give_what_one_gives(photos, tmp_path):
@@ -47,7 +53,7 @@ def test_two_processes_give_what_one_gives(photos, tmp_path):
     args = ["train", "folder", "--model.args", *network]
     args += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     assert cli.run([*args, "--out", str(tmp_path / "one")]) == 0
-    finished = run_command([*args, "--out", str(tmp_path / "two"), "--run.devices", "2"])
+    finished = run(["-m", "dualtoken_vit.cli", *args, "--out", str(tmp_path / "two"), "--run.devices", "2"])
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("epoch 2/2") == 1  # one process speaks
 
@@ -71,6 +77,56 @@ def test_two_processes_give_what_one_gives(photos, tmp_path):
     for row, other_row in zip(*rows, strict=True):
         for key, value in row.items():
             assert float(other_row[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), key
+
+
+def test_an_error_of_the_second_process_alone_is_told(photos, tmp_path):
+    script = tmp_path / "second.py"
+    script.write_text(
+        "import os\n"
+        "from dualtoken_vit import cli\n"
+        "from dualtoken_vit.errors import InputError\n"
+        "from dualtoken_vit.tasks import classification\n"
+        "def broken(*args): raise InputError('red/0.jpg: damaged')\n"
+        "if os.environ.get('LOCAL_RANK') == '1': classification.build_datasets = broken\n"
+        "cli.main()\n"
+    )
+    settings = ("--data.root", photos, "--data.image-size", "32", "--data.workers", "0", "--optim.batch-size", "12")
+    devices = ("--run.accelerator", "cpu", "--run.devices", "2")
+    finished = run([script, "train", "folder", *settings, *devices, "--out", tmp_path / "run"])
+    assert finished.returncode != 0
+    assert finished.stderr.count("dualtoken-vit (rank 1): error: red/0.jpg: damaged\n") == 1
+    assert "dualtoken-vit: " not in finished.stderr
+
+
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["lightning", "torchrun"])
+def test_one_of_two_processes_reads_every_picture(photos, tmp_path, launcher):
+    broken = photos / "train" / "red" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    settings = {
+        "data.root": photos,
+        "data.image-size": 32,
+        "data.workers": 0,
+        "optim.batch-size": 12,
+        "optim.epochs": 1,
+        "run.accelerator": "cpu",
+        "run.devices": 2,
+        "out": tmp_path / "run",
+    }
+    args = ["train", "folder", "--model.args", "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32"]
+    args += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    stopped = run_command(args, launcher)
+    assert stopped.returncode != 0
+    assert stopped.stderr.count("dualtoken-vit: error: ") == 1
+    assert stopped.stderr.count("dualtoken-vit (rank 1): error: ") == 1
+    assert stopped.stderr.count("red/0.jpg: cannot be read") == 2
+    assert stopped.stderr.count("Traceback") == bool(launcher)  # torchrun's own
+    assert not (tmp_path / "run").exists()
+    finished = run_command([*args, "--data.unreadable", "skip"], launcher)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("skipped 1 unreadable training pictures") == 1
+    assert finished.stdout.count("35 training and 18 validation pictures, 2 steps an epoch") == 1
+    assert finished.stderr.count("reading every picture") == 2  # training and validation
+    assert torch.load(tmp_path / "run" / "last.ckpt")["global_step"] == 2
 
 
 def train_steps(rank, world, folder):

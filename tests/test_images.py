@@ -135,6 +135,40 @@ def test_exif_rotation(orientation, upright, dtype, pixels, tmp_path):
     np.testing.assert_array_equal(loaded, upright(pixels[..., 0]))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda exif: b"nonsense",
+        lambda exif: exif[:9],
+        lambda exif: exif[:-7],
+        lambda exif: exif.replace(b"\x00\x06", b"\x00\x63"),  # orientation 99
+    ],
+)
+def test_a_damaged_exif_block_does_not_spoil_the_picture(damage, kind, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif = damage(exif.tobytes().removeprefix(b"Exif\x00\x00"))
+    grey = Image.new("L", (32, 16), 200)
+    grey.save(tmp_path / f"a.{kind}", exif=b"Exif\x00\x00" + exif)
+    loaded = load_image(tmp_path / f"a.{kind}", channels=1)
+    assert loaded.size == (32, 16)
+    assert np.abs(np.asarray(loaded).astype(int) - 200).max() <= 2
+
+
+def test_a_rotation_beside_a_tag_that_cannot_be_written_again(pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100] = 6, 300
+    stored = exif.tobytes().replace(b"\x01\x00\x00\x04", b"\x01\x00\x00\x02")  # the width becomes a text
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "a.png", exif=stored)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), np.rot90(pixels, -1))
+    with Image.open(tmp_path / "a.png") as opened:
+        np.testing.assert_array_equal(load_image(opened), np.rot90(pixels, -1))
+        assert opened.size == picture.size  # what was handed in is as it was
+
+
 def test_of_an_animation_the_first_picture(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     loaded = read(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])

@@ -4,19 +4,14 @@ import torch.nn.functional as F
 
 from dualtoken_vit.model import goes_to_onednn, linear
 
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+two_threads = pytest.mark.parametrize("threads", [2], indirect=True)
 
 
+@two_threads
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("shape", [(2, 20, 20, 48), (3, 400, 24)], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
-def test_as_a_convolution_it_is_the_linear_map(two_threads, shape, biased):
+def test_as_a_convolution_it_is_the_linear_map(threads, shape, biased):
     torch.manual_seed(0)
     x = torch.randn(shape, requires_grad=True)
     weight = torch.randn(36, shape[-1], requires_grad=True)
@@ -33,7 +28,8 @@ def test_as_a_convolution_it_is_the_linear_map(two_threads, shape, biased):
         torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
 
 
-def test_what_stays_a_matrix_product(two_threads):
+@two_threads
+def test_what_stays_a_matrix_product(threads, monkeypatch):
     large = torch.zeros(1, 32, 32, 48)
     assert goes_to_onednn(large)
     assert not goes_to_onednn(large[:, :8])  # small
@@ -41,4 +37,7 @@ def test_what_stays_a_matrix_product(two_threads):
     assert not goes_to_onednn(large.double())
     assert not goes_to_onednn(large.to("meta"))
     torch.set_num_threads(1)
+    assert not goes_to_onednn(large)
+    torch.set_num_threads(2)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not goes_to_onednn(large)

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import re
 from unittest import mock
 
 import pytest
@@ -99,6 +100,14 @@ def test_unknown_value_of_a_switch_is_refused(argument, value):
         timm.create_model("dualtoken_vit_tiny", **{argument: value})
 
 
+@pytest.mark.parametrize("argument", ["depths", "num_heads", "mlp_ratios", "kernel_sizes"])
+@pytest.mark.parametrize("values", [(1, 1), (1, 1, 1, 1)])
+def test_a_setting_that_is_not_one_value_a_stage_is_refused(argument, values):
+    message = f"{argument}={values} must have as many values as dims=(48, 96, 192)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        timm.create_model("dualtoken_vit_tiny", **{argument: values})
+
+
 def test_unknown_argument_is_refused():
     with pytest.raises(TypeError, match="token_gird"):
         timm.create_model("dualtoken_vit_tiny", token_gird=7)
@@ -140,6 +149,16 @@ def test_a_picture_gives_the_same_alone_and_in_a_batch(kwargs):
     assert not torch.allclose(single[0], single[1], atol=1e-2)  # the weights do tell pictures apart
 
 
+def test_alone_and_in_a_batch_in_float32(threads):
+    """The double above takes one way only; here a batch's linear layers may go another way than a picture's."""
+    model = create()
+    x = torch.randn(4, 3, 97, 130)
+    with torch.no_grad():
+        single = torch.cat([model(one[None]) for one in x])
+        torch.testing.assert_close(model(x), single, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(single[0], single[1], atol=1e-2)
+
+
 @pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 6e-3)], ids=str)
 def test_half_precision_is_close_to_float32(kwargs, dtype, tolerance):
@@ -163,20 +182,14 @@ def test_autocast_is_close_to_float32(kwargs):
     assert relative_error(actual, expected) < 5e-2
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_float32_agrees_with_float64(threads, memory_format):
     """Whichever way the thread count and the picture's layout make PyTorch take."""
     model = create()
     exact = copy.deepcopy(model).double()
     x = torch.randn(2, 3, 224, 224)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        out = model.to(memory_format=memory_format)(x.to(memory_format=memory_format))
-        out.square().sum().backward()
-    finally:
-        torch.set_num_threads(before)
+    out = model.to(memory_format=memory_format)(x.to(memory_format=memory_format))
+    out.square().sum().backward()
     expected = exact(x.double())
     expected.square().sum().backward()
     assert relative_error(out, expected) < 1e-5
@@ -279,7 +292,7 @@ def test_attention_extract_sees_the_broadcast(method):
 
 
 @pytest.mark.slow
-def test_compile_takes_any_batch_and_size_in_one_graph():
+def test_compile_takes_any_batch_and_size_in_one_graph(threads):
     torch.compiler.reset()
     model = create("dualtoken_vit_tiny_mix", **NARROW)
     counter = CompileCounterWithBackend("eager")
@@ -289,6 +302,20 @@ def test_compile_takes_any_batch_and_size_in_one_graph():
             x = torch.randn(batch, 3, *size)
             torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compile_stays_within_its_limit_where_batches_of_one_come_between(threads):
+    torch.compiler.reset()
+    model = create("dualtoken_vit_tiny_mix", **NARROW)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch, *size in [(1, 32, 32), (16, 64, 64), (2, 33, 47), (1, 97, 131), (3, 224, 160)]:
+            x = torch.randn(batch, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x))
+    # One for a batch of one, one for maps of one place, whose sizes are then constants, ...: not one for each.
+    assert counter.frame_count < 5
 
 
 @pytest.mark.slow

@@ -82,3 +82,15 @@ def test_warm_up_then_cosine():
 def test_short_runs(epochs, warmup, steps):
     found = rates(replace(Optim(lr=1.0), epochs=epochs, warmup_epochs=warmup), steps)
     assert all(0 < rate <= 1 for rate in found)
+
+
+def test_warm_up_in_steps_then_milestones():
+    optim = Optim(lr=1.0, warmup_steps=3, warmup_epochs=5, epochs=4, schedule="step", milestones=(2, 3))
+    found = rates(optim, 4)
+    assert found == pytest.approx([0.25, 0.5, 0.75] + 5 * [1.0] + 4 * [0.1] + 4 * [0.01])
+
+
+def test_polynomial_to_the_end():
+    found = rates(Optim(lr=1.0, min_lr=0.01, warmup_epochs=0, epochs=2, schedule="poly"), 8)
+    assert found == pytest.approx([0.01 + 0.99 * (1 - step / 15) ** 0.9 for step in range(16)])
+    assert found[-1] == pytest.approx(0.01)

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.draw import COLUMNS, FIRST, MARGIN, PANEL, ROWS, SIDE, draw_card
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.predict import COLUMNS, FIRST, MARGIN, PANEL, ROWS, SIDE, draw_card, find_pictures, predict
+from dualtoken_vit.predict import find_pictures, predict
 
 NAMES = ("ant", "bee", "cat [x]", "dog")
 SHARES = (0.1, 0.2, 0.3, 0.4)

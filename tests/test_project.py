@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dualtoken_vit.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +38,7 @@ def test_the_command_says_in_one_line_what_to_install():
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "pip install 'dualtoken-vit[train]'" in done.stderr
+    assert "pip install -e '.[train]'" in done.stderr
 
 
 def test_the_readme_lists_every_module():
@@ -49,12 +51,24 @@ def test_the_readme_lists_every_module():
         assert (ROOT / name).exists(), name
 
 
+def test_the_readme_s_files_are_those_of_the_repository():
+    """In both directions: nothing kept is left out, nothing listed is not kept."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a clone")
+    kept = set(done.stdout.splitlines()) - {"README.md", ".gitignore"}
+    tree = README.split("## Files")[1].split("```")[1]
+    listed = re.findall(r"^([^\s/]\S*)(?: {2,}\S|$)", tree, re.MULTILINE)
+    assert {name for name in kept if not name.startswith(tuple(listed))} == set()
+    assert [name for name in listed if not any(path.startswith(name) for path in kept)] == []
+
+
 def test_the_readme_names_every_recipe():
-    named = set(re.findall(r"`((?:in1k|table\d)-[a-z0-9-]+)`(?: / `(-\d)`)?(?: / `(-\d)`)?", README))
+    named = set(re.findall(r"`((?:in1k|table\d|coco|demo|ade20k)-[a-z0-9-]+)`(?: / `(-\d)`)?(?: / `(-\d)`)?", README))
     spelt = {
         first[: len(first) - len(part)] + part if part else first for first, *rest in named for part in ["", *rest]
     }
-    assert spelt | {"demo", "folder", "imagenette"} == set(RECIPES)
+    assert spelt | {"demo", "folder", "imagenette", "coco", "demo-detect", "masks", "demo-segment"} == set(RECIPES)
 
 
 def test_the_readme_s_python_runs():

@@ -21,7 +21,7 @@ TRAIN, VAL = 120, 40  # pictures a class
 def run(*args: str | Path, status: int = 0) -> str:
     """What the command prints on stdout."""
     command = [sys.executable, "-m", "dualtoken_vit.cli", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == status, done.stderr
     return done.stdout
 
@@ -59,7 +59,8 @@ def test_a_short_training_learns_and_predict_agrees_with_evaluate(trained, photo
     result = json.loads(run("evaluate", trained, "--json"))
     assert result["images"] == VAL * len(CLASSES)
     assert result["top5"] == 1.0  # of four classes
-    # 160 photos of four classes: guessing gets 25 %, with a standard deviation of 3.4 %
+    # 160 photos of four classes: guessing gets 25 %, with a standard deviation of 3.4 %. Four and more of those above
+    # is no luck, and yet far enough below what a training that works reaches, whatever the machine's rounding.
     assert result["top1"] > 0.40
 
     record = json.loads(run("predict", trained, photos / "val", "--json"))

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dualtoken_vit import cli
 from dualtoken_vit.errors import InputError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 EPOCHS, STEPS = 3, 9  # of 36 pictures in batches of 4
 
@@ -46,16 +47,6 @@ def arguments(photos: Path, out: Path, *more: str) -> list[str]:
     return ["train", "folder", "--model.args", *network, *given, "--out", str(out), *more]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    """As in the killed processes: the order of sums depends on the number of threads."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(_photos, tmp_path_factory):
     """(the photos, the folder of the whole run)"""
@@ -77,28 +68,41 @@ def tensors(value, name=""):
             yield from tensors(item, f"{name}.{index}")
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
+def logged(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each scalar, as TensorBoard shows them."""
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same_run(
+    found: Path,
+    expected: Path,
+    kinds=("state_dict", "current_model_state", "optimizer_states"),
+    files=("metrics.csv", "confusion.csv", "recipe.json"),
+) -> None:
     best, expected_best = load_file(found / "best.safetensors"), load_file(expected / "best.safetensors")
     assert best.keys() == expected_best.keys()
     for key, value in best.items():
         assert torch.equal(value, expected_best[key]), key
     last, expected_last = (dict(tensors(torch.load(folder / "last.ckpt"))) for folder in (found, expected))
     assert last.keys() == expected_last.keys()
-    kinds = {name.split(".")[1] for name in last}
-    assert kinds >= {"state_dict", "current_model_state", "optimizer_states"}
+    assert {name.split(".")[1] for name in last} >= set(kinds)
     for name, value in last.items():
         assert torch.equal(value, expected_last[name]), name
-    for name in ("metrics.csv", "confusion.csv", "recipe.json"):
+    for name in files:
         assert (found / name).read_text() == (expected / name).read_text(), name
+    assert {"train/loss", "epoch/train_loss"} <= logged(expected).keys()
+    assert logged(found) == logged(expected)
     assert not list(found.glob(".*"))  # nothing half-written
 
 
-def run_until_killed(args: list[str], event: str, count: int) -> None:
+def run_until_killed(args: list[str], event: str, count: int, threads: int = 1) -> None:
     """Run the command line and die by SIGKILL at the `count`-th `event`.
 
     Events: "saving NAME" before the file takes its place, half of it written; "saved NAME" just after.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     when, name = event.split()
     seen = 0
     replace = os.replace
@@ -118,6 +122,15 @@ def run_until_killed(args: list[str], event: str, count: int) -> None:
     cli.run(args)
 
 
+def die(*args) -> None:
+    """`run_until_killed` in a process of its own."""
+    process = SERVER.Process(target=run_until_killed, args=args)
+    process.start()
+    process.join(500)
+    assert process.exitcode == -signal.SIGKILL
+    time.sleep(1.1)  # TensorBoard orders files of events by the second
+
+
 @pytest.mark.parametrize(
     ("event", "count", "step"),
     [
@@ -134,13 +147,23 @@ def run_until_killed(args: list[str], event: str, count: int) -> None:
 def test_killed_and_resumed(uninterrupted, tmp_path, event, count, step):
     photos, whole = uninterrupted
     out = tmp_path / "run"
-    process = SERVER.Process(target=run_until_killed, args=(arguments(photos, out), event, count))
-    process.start()
-    process.join(500)
-    assert process.exitcode == -signal.SIGKILL
+    die(arguments(photos, out), event, count)
     last = out / "last.ckpt"
     assert (torch.load(last)["global_step"] if last.exists() else None) == step
     assert cli.run(arguments(photos, out, "--resume")) == 0
+    assert_same_run(out, whole)
+
+
+def test_killed_and_resumed_with_two_threads(photos, tmp_path):
+    """Of pictures so large that linear layers are convolved."""
+    torch.set_num_threads(2)
+    more = "--data.image-size", "128", "--optim.batch-size", "16", "--optim.epochs", "2", "--run.save-every", "1"
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    cli.run(arguments(photos, whole, *more))
+    args = arguments(photos, out, *more)
+    die(args, "saved last.ckpt", 1, 2)
+    assert torch.load(out / "last.ckpt")["global_step"] == 1
+    cli.run([*args, "--resume"])
     assert_same_run(out, whole)
 
 
@@ -186,7 +209,7 @@ def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path, capsys):
     photos, whole = uninterrupted
     out = shutil.copytree(whole, tmp_path / "run")
     assert cli.run(arguments(photos, out, "--resume")) == 0
-    assert "best top-1" in capsys.readouterr().out
+    assert "best: val loss" in capsys.readouterr().out
     assert_same_run(out, whole)
 
 
@@ -229,10 +252,7 @@ def test_accumulated_batches_are_resumed(photos, tmp_path):
     cli.run(arguments(photos, whole, *more))
     assert torch.load(whole / "last.ckpt")["global_step"] == 8
     args = arguments(photos, out, *more)
-    process = SERVER.Process(target=run_until_killed, args=(args, "saved last.ckpt", 3))
-    process.start()
-    process.join(500)
-    assert process.exitcode == -signal.SIGKILL
+    die(args, "saved last.ckpt", 3)
     assert torch.load(out / "last.ckpt")["global_step"] == 3
     cli.run([*args, "--resume"])
     assert_same_run(out, whole)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -152,3 +153,54 @@ def test_mix_tells_every_sequence_apart():
     sequences = [(), (0,), (0, 0), (1,), (1, 0), (0, 1), (-1,), (2**63,), (1, 2, 3), (3, 2, 1)]
     assert len({mix(*sequence) for sequence in sequences}) == len(sequences)
     assert all(0 <= mix(*sequence) < 2**64 for sequence in sequences)
+
+
+def grouped(groups, size, world=1, **args):
+    """The batches of each process: [process][batch][place]."""
+    args = {"groups": groups} | args
+    parts = [batches(Numbers(len(groups)), size, rank=rank, world=world, **args) for rank in range(world)]
+    return [[index.tolist() for index, _ in part] for part in parts]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_step_is_of_one_group(world):
+    groups = [index % 3 % 2 for index in range(100)]  # 67 and 33
+    for epoch in range(5):
+        parts = grouped(groups, 4, world, epoch=epoch)
+        assert {len(part) for part in parts} == {100 // (4 * world)}
+        steps = [[*chain(*step)] for step in zip(*parts, strict=True)]
+        alike = 67 // (4 * world) + 33 // (4 * world)  # then what is left of both
+        assert all(len({groups[index] for index in step}) == 1 for step in steps[:alike])
+        seen = [*chain(*steps)]
+        assert len(seen) == len(set(seen)) == 4 * world * len(steps)
+    assert {groups[step[0]] for step in steps} == {0, 1}
+    assert grouped(groups, 4, world, epoch=3) != grouped(groups, 4, world, epoch=4)
+
+
+def test_groups_neither_depend_on_workers_nor_on_what_was_skipped():
+    groups = [index % 3 % 2 for index in range(50)]
+    whole = batches(Numbers(50), 4, groups=groups)
+    assert equal(whole, batches(Numbers(50), 4, groups=groups, workers=2))
+    assert equal(whole[5:], batches(Numbers(50), 4, groups=groups, skip=5, workers=1))
+    steps = grouped(groups, 2, world=2)
+    assert [sorted(a + b) for a, b in zip(*steps, strict=True)] == [sorted(index.tolist()) for index, _ in whole]
+
+
+def test_one_group_is_as_none():
+    assert grouped([7] * 30, 4) == [[index.tolist() for index, _ in batches(Numbers(30), 4)]]
+
+
+def test_a_group_too_small_for_a_batch_shares_one():
+    ((batch,),) = grouped([0, 0, 0, 0, 0, 1, 1], 7)
+    assert sorted(batch) == list(range(7))
+    with pytest.raises(InputError, match=r"7 training pictures do not fill one batch of 8; .* 7 or less"):
+        grouped([0, 0, 0, 0, 0, 1, 1], 8)
+
+
+def test_validation_takes_no_notice_of_groups():
+    assert grouped([0, 1] * 4, 4, train=False) == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
+
+
+def test_a_batch_of_one_s_own():
+    (batch,) = loader(Numbers(3), 3, train=False, seed=0, collate_fn=lambda samples: [index for index, _ in samples])
+    assert batch == [0, 1, 2]

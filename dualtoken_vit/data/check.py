@@ -2,12 +2,12 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from rich.console import Console
@@ -22,7 +22,7 @@ from dualtoken_vit.recipes import Classification, Data
 _SHOWN = 20  # duplicates and foreign files that are named; unreadable pictures are all named
 
 
-class _Facts(NamedTuple):
+class Facts(NamedTuple):
     """What is known of one picture once it was read."""
 
     name: str
@@ -45,66 +45,84 @@ def check_data(recipe: Classification) -> bool:
     Raises:
         InputError: where there is no such data set.
     """
-    data, console = recipe.data, Console()
+    data = recipe.data
     roles = ("train",) if data.holdout else ("train", "val")
     datasets = {split_name(data, role): read_split(data, role, recipe.model.in_chans) for role in roles}
     found = {split: _read(dataset, split) for split, dataset in datasets.items()}
-
-    def tell(line: str, style: str = "") -> None:
-        console.print(Text(line, style=style), soft_wrap=True)
-
-    console.print(_counts(datasets, found))
-    for split, facts in found.items():
-        for line in _pictures(split, [fact for fact in facts if not fact.problem]):
-            tell(line)
+    class_names = {split: dataset.class_names for split, dataset in datasets.items()}
+    table = count_table(class_names, {split: Counter(fact.label for fact in found[split]) for split in found})
+    told = [line for split, facts in found.items() for line in picture_lines(split, facts)]
     if data.holdout:
-        tell(f"validation: {data.holdout:.0%} of each class of {data.train_split}")
-    for line in _notes(data, found):
-        tell(f"note: {line}")
+        told.append(f"validation: {data.holdout:.0%} of each class of {data.train_split}")
+    told += [f"note: {line}" for line in _notes(data, found)]
     unreadable = [fact.problem for facts in found.values() for fact in facts if fact.problem]
-    classes, copies = list(_class_problems(datasets, found)), _copies(found)
-    for line in (*classes, *unreadable, *(line for lines in copies for line in _first(lines))):
-        tell(line, "red")
-    count = len(classes) + len(unreadable) + sum(map(len, copies))
-    tell(f"problems: {count}" if count else "no problems", "bold red" if count else "bold green")
+    mixed = [f"equal pictures in different classes: {names}" for names in copies(found, lambda _, fact: fact.label)]
+    return report(table, told, [*_class_problems(datasets, found), *unreadable], [in_both(found), mixed])
+
+
+def report(table: Table, told: list[str], problems: list[str], many: list[list[str]]) -> bool:
+    """Print what was found.
+
+    Args:
+        table: Comes first.
+        told: What is no problem.
+        problems: Each is printed.
+        many: Kinds of problems of which only the first few are.
+
+    Returns:
+        True where there is no problem.
+    """
+    console = Console()
+    console.print(table)
+    for line in told:
+        console.print(Text(line), soft_wrap=True)
+    for line in (*problems, *(line for lines in many for line in first(lines))):
+        console.print(Text(line, style="red"), soft_wrap=True)
+    count = len(problems) + sum(map(len, many))
+    verdict = Text(f"problems: {count}", "bold red") if count else Text("no problems", "bold green")
+    console.print(verdict, soft_wrap=True)
     return not count
 
 
-def _read(dataset: Pictures, split: str) -> list[_Facts]:
+def _read(dataset: Pictures, split: str) -> list[Facts]:
     """Read every picture of a split, under a progress bar."""
 
-    def look(record: Record) -> _Facts:
+    def look(record: Record) -> Facts:
         name, source, target = record
-        label = dataset.class_names[target]
-        try:
-            with naming(name):
-                picture = source if isinstance(source, Image.Image) else Image.open(source)
-            with nullcontext(picture) if picture is source else picture:
-                pixels = load_image(picture, name=name)
-        except InputError as error:
-            return _Facts(name, label, str(error))
-        digest = blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).digest()
-        return _Facts(name, label, "", pixels.size, picture.mode, digest)
+        return look_at(name, source, dataset.class_names[target])
 
     return list(in_threads(look, dataset.records(), len(dataset), f"reading {split}"))
 
 
-def _counts(datasets: dict[str, Pictures], found: dict[str, list[_Facts]]) -> Table:
-    """Pictures a class and split."""
+def look_at(name: str, source: Any, label: str = "") -> Facts:
+    """Read one picture."""
+    try:
+        with naming(name):
+            picture = source if isinstance(source, Image.Image) else Image.open(source)
+        with nullcontext(picture) if picture is source else picture:
+            pixels = load_image(picture, name=name)
+    except InputError as error:
+        return Facts(name, label, str(error))
+    digest = blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).digest()
+    return Facts(name, label, "", pixels.size, picture.mode, digest)
+
+
+def count_table(class_names: dict[str, tuple[str, ...]], counts: dict[str, Counter]) -> Table:
+    """How many of each class there are in each split."""
     table = Table("class")
-    for split in found:
+    for split in counts:
         table.add_column(Text(split), justify="right")
-    counts = {split: Counter(fact.label for fact in facts) for split, facts in found.items()}
-    for name in dict.fromkeys(name for dataset in datasets.values() for name in dataset.class_names):
-        cells = [str(counts[split][name]) if name in datasets[split].class_names else "-" for split in found]
+    for name in dict.fromkeys(name for names in class_names.values() for name in names):
+        cells = [str(counts[split][name]) if name in class_names[split] else "-" for split in counts]
         table.add_row(Text(name), *(Text(cell, style="red" if cell in ("0", "-") else "") for cell in cells))
     table.add_section()
-    table.add_row("all", *(str(len(facts)) for facts in found.values()))
+    table.add_row("all", *(str(count.total()) for count in counts.values()))
     return table
 
 
-def _pictures(split: str, facts: list[_Facts]) -> Iterator[str]:
-    """Sizes and modes of a split."""
+def picture_lines(split: str, facts: list[Facts]) -> Iterator[str]:
+    """Sizes and modes of the pictures of a split that can be read."""
+    facts = [fact for fact in facts if not fact.problem]
     if facts:
         for side, values in zip(("width", "height"), zip(*(fact.size for fact in facts), strict=True), strict=True):
             yield f"{split}: {side} {min(values)} to {max(values)} px, median {median(values):g}"
@@ -112,41 +130,52 @@ def _pictures(split: str, facts: list[_Facts]) -> Iterator[str]:
         yield f"{split}: modes {', '.join(f'{mode} {count}' for mode, count in modes)}"
 
 
-def _class_problems(datasets: dict[str, Pictures], found: dict[str, list[_Facts]]) -> Iterator[str]:
+def _class_problems(datasets: dict[str, Pictures], found: dict[str, list[Facts]]) -> Iterator[str]:
     for split, dataset in datasets.items():
         filled = {fact.label for fact in found[split]}
         yield from (f"empty class: {split}/{name}" for name in dataset.class_names if name not in filled)
-        others = {name for other in datasets.values() for name in other.class_names} - set(dataset.class_names)
+    yield from missing_classes({split: dataset.class_names for split, dataset in datasets.items()})
+
+
+def missing_classes(class_names: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    """The classes that are only in other splits."""
+    for split, names in class_names.items():
+        others = {name for other in class_names.values() for name in other} - set(names)
         yield from (f"class missing: {split}/{name}" for name in sorted(others))
 
 
-def _copies(found: dict[str, list[_Facts]]) -> tuple[list[str], list[str]]:
-    """Pictures that are in both splits, and pictures that are in two classes."""
-    across, labels = [], []
+def in_both(found: dict[str, list[Facts]]) -> list[str]:
+    """The pictures that are in both splits."""
+    return [f"in both splits: {names}" for names in copies(found, lambda split, _: split)]
+
+
+def copies(found: dict[str, list[Facts]], differing: Callable[[str, Facts], str]) -> Iterator[str]:
+    """The names of equal pictures of which something (of split and picture) differs."""
     for group in _equal(found):
-        names = " = ".join(fact.name for _, fact in group)
-        if len({split for split, _ in group}) > 1:
-            across.append(f"in both splits: {names}")
-        if len({fact.label for _, fact in group}) > 1:
-            labels.append(f"equal pictures in different classes: {names}")
-    return across, labels
+        if len({differing(split, fact) for split, fact in group}) > 1:
+            yield " = ".join(fact.name for _, fact in group)
 
 
-def _notes(data: Data, found: dict[str, list[_Facts]]) -> Iterator[str]:
+def copy_notes(found: dict[str, list[Facts]]) -> Iterator[str]:
+    """How many pictures are copies within a split."""
+    for split, facts in found.items():
+        number = sum(len(group) - 1 for group in _equal({split: facts}))
+        if number:
+            yield f"{number} pictures of {split} are exact copies of others in it"
+
+
+def _notes(data: Data, found: dict[str, list[Facts]]) -> Iterator[str]:
     counts = Counter(fact.label for fact in found[data.train_split])
     if counts:
         (most, many), *_, (least, few) = [*counts.most_common(), counts.most_common()[-1]]
         yield f"largest class {most} ({many}), smallest {least} ({few}): {many / few:.1f} to 1"
-    for split in found:
-        copies = sum(len(group) - 1 for group in _equal({split: found[split]}))
-        if copies:
-            yield f"{copies} pictures of {split} are exact copies of others in it"
+    yield from copy_notes(found)
     if data.dataset == "folder":
         for split in found:
-            yield from _first([f"not a picture of a class: {path}" for path in _foreign(Path(data.root, split))])
+            yield from first([f"not a picture of a class: {path}" for path in _foreign(Path(data.root, split))])
 
 
-def _equal(found: dict[str, list[_Facts]]) -> list[list[tuple[str, _Facts]]]:
+def _equal(found: dict[str, list[Facts]]) -> list[list[tuple[str, Facts]]]:
     """Groups of two or more pictures with the same pixels, each with its split."""
     groups = defaultdict(list)
     for split, facts in found.items():
@@ -163,7 +192,7 @@ def _foreign(folder: Path) -> list[str]:
     return sorted(p for p in visible if not p.lower().endswith(EXTENSIONS) or os.path.dirname(p) == str(folder))
 
 
-def _first(lines: list[str]) -> list[str]:
+def first(lines: list[str]) -> list[str]:
     """The first lines, and how many there are beside them."""
     more = [f"... and {len(lines) - _SHOWN} more: {lines[0].partition(':')[0]}"] if len(lines) > _SHOWN else []
     return lines[:_SHOWN] + more

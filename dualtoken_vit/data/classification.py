@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import copy
 from io import BytesIO
 from itertools import islice
@@ -87,7 +87,7 @@ class PictureDataset(Dataset):
         """Every picture, undecoded where that is possible."""
         return ((self.paths[i], self.sources[i], self.targets[i]) for i in range(len(self)))
 
-    def verify(self, skip: bool = False, progress: bool = True) -> int:
+    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
         """Read every picture once.
 
         Args:
@@ -95,22 +95,32 @@ class PictureDataset(Dataset):
             progress: Show a bar.
 
         Returns:
-            How many were left out.
+            The names of those left out.
 
         Raises:
             InputError: names the first that cannot be read, and says how many there are.
         """
         if isinstance(self.sources, ShapePictures):  # drawn, not read
-            return 0
-        bad = unreadable(self, skip, progress)
-        if bad:
-            kept = self.keep([i for i in range(len(self)) if i not in bad])
-            lost = set(self.targets) - set(kept.targets)
-            if lost:
-                names = _some([self.class_names[label] for label in sorted(lost)])
-                raise InputError(f"no readable pictures in class {names}, for example {self.paths[min(bad)]}")
+            return []
+        names = unreadable(self, skip, progress)
+        self.leave_out(names)
+        return names
+
+    def leave_out(self, names: Collection[str], root: str = "") -> None:
+        """Drop the pictures of these names, which do without their beginning `root`.
+
+        Raises:
+            InputError: where that leaves a class without pictures.
+        """
+        names = set(names)
+        kept = self.keep([i for i, path in enumerate(self.paths) if path.removeprefix(root) not in names])
+        lost = set(self.targets) - set(kept.targets)
+        if lost:
+            classes = _some([self.class_names[label] for label in sorted(lost)])
+            example = next(path for path, label in zip(self.paths, self.targets, strict=True) if label in lost)
+            raise InputError(f"no readable pictures in class {classes}, for example {example}")
+        if len(kept) < len(self):
             self.sources, self.targets, self.paths = kept.sources, kept.targets, kept.paths
-        return len(bad)
 
 
 class PictureStream(IterableDataset):
@@ -187,18 +197,24 @@ class PictureStream(IterableDataset):
                 raise InputError(f"{name}: class {label}, but there are {len(self.class_names)} class names")
             yield name, source, self.labels[label]
 
-    def verify(self, skip: bool = False, progress: bool = True) -> int:
-        """As `PictureDataset.verify`; timm's readers leave out what they cannot read anyhow."""
-        return len(unreadable(self, skip, progress))
+    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
+        """As `PictureDataset.verify`."""
+        return unreadable(self, skip, progress)
+
+    def leave_out(self, names: Collection[str], root: str = "") -> None:
+        """Nothing to do: timm's readers leave out what they cannot read anyhow."""
 
 
 Pictures = PictureDataset | PictureStream
 
 
 def in_threads(
-    look: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str
+    look: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str, ahead: int = 256
 ) -> Iterator[Result]:
-    """`look` of each item, in order, on all the processors; with a `title`, under a progress bar on stderr."""
+    """`look` of each item, in order, on all the processors; with a `title`, under a progress bar on stderr.
+
+    No more than `ahead` items are looked at before their results are asked for.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -209,31 +225,49 @@ def in_threads(
     items = iter(items)
     with ThreadPool() as pool, Progress(*columns, console=Console(stderr=True), disable=not title) as bar:
         task = bar.add_task(title, total=total, rate="")
-        while chunk := list(islice(items, 256)):  # a pool takes in its whole input at once: keep that small
+        while chunk := list(islice(items, ahead)):  # a pool takes in its whole input at once: keep that small
             for result in pool.imap(look, chunk):
                 yield result
-                speed = bar.tasks[0].speed
+                speed = bar.tasks[0].speed if bar.tasks[0].elapsed > 1 else None  # the first moments say nothing
                 bar.update(task, advance=1, rate=f"{speed:.0f}/s" if speed else "")
 
 
-def unreadable(dataset: Pictures, skip: bool, progress: bool) -> dict[int, str]:
-    """Index of each picture that cannot be read: what is wrong with it. One is an InputError, unless `skip`."""
+def verify_each(load: Callable[[int], Any], count: int, title: str) -> None:
+    """`load` each of `count` samples once; with a `title`, under a progress bar.
 
-    def look(record: Record) -> str:
-        name, source, _ = record
+    Raises:
+        InputError: the first that there was, with the number of the others.
+    """
+
+    def look(index: int) -> str:
         try:
-            load_image(source, dataset.channels, name)
+            load(index)
         except InputError as error:
             return str(error)
         return ""
 
+    bad = [problem for problem in in_threads(look, range(count), count, title) if problem]
+    if bad:
+        raise InputError(bad[0] + (f" (and {len(bad) - 1} more: check-data names all)" if len(bad) > 1 else ""))
+
+
+def unreadable(dataset: Pictures, skip: bool, progress: bool) -> list[str]:
+    """The names of the pictures that cannot be read. One is an InputError, unless `skip`."""
+
+    def look(record: Record) -> tuple[str, str]:
+        name, source, _ = record
+        try:
+            load_image(source, dataset.channels, name)
+        except InputError as error:
+            return name, str(error)
+        return name, ""
+
     found = in_threads(look, dataset.records(), len(dataset), "reading every picture" if progress else "")
-    bad = {index: problem for index, problem in enumerate(found) if problem}
+    bad = [(name, problem) for name, problem in found if problem]
     if bad and not skip:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-        first = next(iter(bad.values()))
-        raise InputError(f"{first}{more} (check-data names all; --data.unreadable skip leaves them out)")
-    return bad
+        raise InputError(f"{bad[0][1]}{more} (check-data names all; --data.unreadable skip leaves them out)")
+    return [name for name, _ in bad]
 
 
 def split_name(data: Data, split: str) -> str:

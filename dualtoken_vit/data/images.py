@@ -1,7 +1,7 @@
 """Reading pictures: any kind of file becomes one 8-bit RGB or grey picture, then timm's transforms a tensor."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import BinaryIO
@@ -19,8 +19,9 @@ MODES = {1: "L", 3: "RGB"}  # channels of the network's input: PIL's mode
 def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, name: str | None = None) -> Image.Image:
     """Read a picture whole and bring it to 8 bits.
 
-    The EXIF rotation is applied, transparency is laid on white, 16 bits are scaled to 8, of an animation the first
-    picture is taken; palette, CMYK, black-and-white and the like are converted.
+    The EXIF rotation is applied (of a damaged EXIF block, as far as it can be read), transparency is laid
+    on white, 16 bits are scaled to 8, of an animation the first picture is taken; palette, CMYK, black-and-white and
+    the like are converted.
 
     Args:
         source: A file's name, an open file, or a PIL picture.
@@ -31,8 +32,12 @@ def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, n
         InputError: where there is no picture that can be read to its end.
     """
     name = name or str(getattr(source, "filename", None) or getattr(source, "name", None) or source)
-    with naming(name), nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as picture:
-        return _to_8_bit(ImageOps.exif_transpose(picture), MODES[channels])
+    given = isinstance(source, Image.Image)
+    with naming(name), nullcontext(source.copy()) if given else Image.open(source) as picture:
+        picture.load()
+        with suppress(Exception):  # a damaged EXIF block raises anything, often only after the pixels were turned
+            ImageOps.exif_transpose(picture, in_place=True)
+        return _to_8_bit(picture, MODES[channels])
 
 
 @contextmanager

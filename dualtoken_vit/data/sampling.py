@@ -5,7 +5,8 @@ the same order with the same augmentation.
 """
 
 import random
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -63,6 +64,32 @@ class _Rest(DataLoader):
         return islice(super().__iter__(), self.skip, None)
 
 
+def _steps(order: list[int], size: int, groups: Sequence[int] | None) -> list[list[int]]:
+    """`order` in steps of `size` pictures of one group, in the order in which they are filled; then of what is left."""
+    steps, filling = [], defaultdict(list)
+    for index in order:
+        step = filling[groups[index] if groups else 0]
+        step.append(index)
+        if len(step) == size:
+            steps.append(step.copy())
+            step.clear()
+    rest = [index for step in filling.values() for index in step]
+    return steps + [rest[start : start + size] for start in range(0, len(rest) - size + 1, size)]
+
+
+def full_batches(count: int, batch_size: int) -> int:
+    """How often `count` training pictures fill a batch.
+
+    Raises:
+        InputError: where they do not fill one.
+    """
+    if count < batch_size:
+        raise InputError(
+            f"{count} training pictures do not fill one batch of {batch_size}; give --optim.batch-size {count} or less"
+        )
+    return count // batch_size
+
+
 def loader(
     dataset: Dataset,
     batch_size: int,
@@ -74,6 +101,8 @@ def loader(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    groups: Sequence[int] | None = None,
+    collate_fn: Callable | None = None,
 ) -> DataLoader:
     """The batches that process `rank` of `world` sees in one epoch.
 
@@ -85,14 +114,18 @@ def loader(
         batch_size: Pictures a batch of this process.
         skip: Batches at the start of the epoch that were already done.
         workers: Processes that read pictures; 0: this one.
+        groups: One number a picture: in training, those of a step, over all the processes, have the same, but for the
+            last steps, of what is left of each group. Not for a stream.
+        collate_fn: Makes a batch of a list of samples; by default tensors are stacked.
 
     Returns:
-        A loader of (pictures (B, C, S, S), targets (B,)).
+        A loader of (pictures (B, C, S, S), targets (B,)), or of what `collate_fn` makes.
 
     Raises:
         InputError: where training pictures do not fill one batch.
     """
     common = dict(
+        collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(mix(seed, epoch)),  # or a loader would draw from the global one
     )
@@ -104,15 +137,10 @@ def loader(
         return rest
     if train:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix(seed, epoch))).tolist()
-        full = len(dataset) // (batch_size * world)
-        if full == 0:
-            raise InputError(
-                f"{len(dataset)} training pictures do not fill one batch of {batch_size * world}: "
-                f"give --optim.batch-size {len(dataset)} or less"
-            )
-        own = order[rank::world][: full * batch_size]
+        full_batches(len(dataset), batch_size * world)
+        batches = [step[rank::world] for step in _steps(order, batch_size * world, groups)]
         dataset = _Seeded(dataset, seed, epoch)
     else:
         own = list(range(rank, len(dataset), world))
-    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)][skip:]
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, **common)
+        batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    return DataLoader(dataset, batch_sampler=batches[skip:], num_workers=workers, **common)

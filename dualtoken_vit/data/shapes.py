@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 COUNTS = {"train": 3000, "val": 600}
+SCENES = {"train": 1000, "val": 200}
 
 
 class Shape(NamedTuple):
@@ -48,13 +49,16 @@ _OUTLINES = {
 }
 
 
-def draw(rng: np.random.Generator, size: int, labels: Sequence[int]) -> tuple[Image.Image, list[Shape]]:
+def draw(
+    rng: np.random.Generator, size: int, labels: Sequence[int], radii: tuple[float, float] = (0.3, 0.45)
+) -> tuple[Image.Image, list[Shape]]:
     """Draw a picture with one shape a label; later ones lie over earlier ones.
 
     Args:
         rng: Decides everything but the classes.
         size: Side of the picture in pixels.
         labels: Indices into CLASSES.
+        radii: Smallest and largest radius of a shape, in sides of the picture.
 
     Returns:
         The RGB picture, and its shapes in the order of `labels`.
@@ -65,7 +69,7 @@ def draw(rng: np.random.Generator, size: int, labels: Sequence[int]) -> tuple[Im
     masks: list[np.ndarray] = []
     for label in labels:
         colour = (ground + rng.integers(90, 167, 3)) % 256  # 90 or more from the ground in every channel
-        radius = size * rng.uniform(0.3, 0.45)
+        radius = size * rng.uniform(*radii)
         centre = rng.uniform(radius, size - radius, 2)
         angle = rng.uniform(0, 2 * np.pi)
         axes = radius * np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
@@ -104,6 +108,14 @@ class ShapePictures(Sequence):
     def __getitem__(self, index: int) -> Image.Image:
         rng = np.random.default_rng([list(COUNTS).index(self.split), index])
         return draw(rng, self.size, [self.targets[index]])[0]
+
+
+def scene(split: str, index: int, size: int) -> tuple[Image.Image, list[Shape]]:
+    """Picture `index` of a split, with up to five smaller shapes; those that are all but hidden do not count."""
+    rng = np.random.default_rng([len(COUNTS) + list(COUNTS).index(split), index])
+    labels = rng.integers(0, len(CLASSES), rng.integers(0, 6)).tolist()
+    picture, shapes = draw(rng, size, labels, radii=(0.1, 0.25))
+    return picture, [shape for shape in shapes if shape.mask.mean() > 0.004]  # a third of the smallest star
 
 
 def save(folder: str | Path, count: int = 36, size: int = 64) -> None:

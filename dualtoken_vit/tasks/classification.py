@@ -1,36 +1,45 @@
-"""Image classification: loss, mixing of pictures, metrics; and the evaluation of what was trained."""
+"""Image classification: loss, mixing of pictures, metrics; what training and evaluation need."""
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.table import Table
 from timm.data import Mixup
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from dualtoken_vit.checkpoint import load_model
-from dualtoken_vit.cpu import tune_cpu
-from dualtoken_vit.data.classification import build_val_dataset
-from dualtoken_vit.data.images import eval_transform
-from dualtoken_vit.data.sampling import loader
+from dualtoken_vit import plots
+from dualtoken_vit.backbone import statistics
+from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_weights
+from dualtoken_vit.data.classification import build_datasets, build_val_dataset
+from dualtoken_vit.data.images import eval_transform, train_transform
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Classification, from_dict
-from dualtoken_vit.tasks.base import ProgressBar, Task, check_ranges, check_size, first_line, quiet
+from dualtoken_vit.recipes import Classification, Model
+from dualtoken_vit.tasks.base import Setup, Task, check_size, create_model
 
 
 class ClassificationTask(Task):
     """Cross-entropy over (pictures (B, C, S, S), targets (B,)), with Mixup and CutMix as the recipe says."""
 
     score = "top1"
+    panels: ClassVar = {
+        "loss": {"train_loss": "training", "val_loss": "validation"},
+        "accuracy (%)": {"val_top1": "top-1", "val_top5": "top-5"},
+    }
 
-    def __init__(self, model: nn.Module, recipe: Classification, num_classes: int, steps_per_epoch: int = 1):
+    def __init__(
+        self, model: nn.Module, recipe: Classification, class_names: tuple[str, ...], steps_per_epoch: int = 1
+    ):
         super().__init__(model, recipe, steps_per_epoch)
+        self.class_names = class_names
+        num_classes = len(class_names)
         augment = recipe.augment
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
@@ -52,6 +61,8 @@ class ClassificationTask(Task):
         self.loss = MeanMetric()
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
         """Pictures of each class (row) that were taken for each class (column), of the last validation."""
+        self.last: dict[str, float] = {}
+        """Its other metrics."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, S, S) -> (B, num_classes)
         return self.model(x.contiguous(memory_format=torch.channels_last))
@@ -75,15 +86,35 @@ class ClassificationTask(Task):
     def compute_metrics(self) -> dict[str, float]:
         metrics = self.metrics.compute()
         self.confusion = metrics.pop("confusion").cpu().numpy()
-        values = {"val_loss": self.loss.compute(), **{f"val_{name}": value for name, value in metrics.items()}}
+        values = {"loss": self.loss.compute(), **metrics}
         self.metrics.reset()
         self.loss.reset()
-        return {name: round(value.item(), 6) for name, value in values.items()}
+        self.last = {name: round(value.item(), 6) for name, value in values.items()}
+        return {f"val_{name}": value for name, value in self.last.items()}
+
+    def headline(self, row: dict[str, Any]) -> str:
+        return f"val loss {row['val_loss']:.3f}  top-1 {row['val_top1']:.1%}  top-5 {row['val_top5']:.1%}"
+
+    def save_details(self, out: Path) -> None:
+        """evaluation.json, and the confusion matrix as confusion.csv and confusion.png."""
+        result = self.evaluation()
+        with atomic_write(out / "evaluation.json", "w") as file:
+            json.dump(result.to_json() | {"per_class": result.per_class}, file, indent=2)
+        plots.save_confusion_csv(self.confusion, self.class_names, out / "confusion.csv")
+        plots.save_confusion(self.confusion, self.class_names, out / "confusion.png")
+
+    def evaluation(self) -> "ClassificationEvaluation":
+        counts = self.confusion.sum(1)
+        right = self.confusion.diagonal() / np.maximum(counts, 1)
+        pairs = zip(right.tolist(), counts.tolist(), strict=True)
+        return ClassificationEvaluation(
+            **self.last, images=int(counts.sum()), per_class=dict(zip(self.class_names, pairs, strict=True))
+        )
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What a model does on a validation set; shares are between 0 and 1."""
+class ClassificationEvaluation:
+    """What a classifier does on a validation set; shares are between 0 and 1."""
 
     top1: float
     top5: float
@@ -92,73 +123,67 @@ class Evaluation:
     per_class: dict[str, tuple[float, int]]
     """Class: (top-1 accuracy, pictures)."""
 
+    def to_json(self) -> dict[str, Any]:
+        return {"top1": self.top1, "top5": self.top5, "loss": self.loss, "images": self.images}
 
-def evaluate(
-    checkpoint: Path,
-    *,
-    data: dict[str, Any] | None = None,
-    batch_size: int | None = None,
-    accelerator: str = "auto",
-    precision: str = "32-true",
-) -> Evaluation:
-    """Run a best.safetensors over its validation pictures, prepared as the file says.
+    def table(self) -> Table:
+        table = Table("class", "pictures", "top-1")
+        for name, (accuracy, pictures) in self.per_class.items():
+            table.add_row(name, str(pictures), f"{accuracy:.1%}" if pictures else "-")
+        table.add_section()
+        table.add_row("all", str(self.images), f"{self.top1:.1%}")
+        return table
 
-    Args:
-        checkpoint: the file
-        data: fields of `recipes.Data` that are to differ from the stored ones, for example root
-        batch_size: pictures at a time; by default as many as in training
-        accelerator: Lightning's
-        precision: Lightning's
+    def headline(self) -> str:
+        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}, {self.images} pictures"
+
+
+def _preprocessing(recipe: Classification, cfg: dict[str, Any]) -> dict[str, Any]:
+    """timm's data config for the recipe's pictures, with the network's own mean and deviation."""
+    data, channels = recipe.data, recipe.model.in_chans
+    size = (channels, data.image_size, data.image_size)
+    return dict(input_size=size, interpolation=data.interpolation, crop_pct=data.crop_pct, **statistics(cfg, channels))
+
+
+def prepare(recipe: Classification, start: Model) -> Setup:
+    """The recipe's pictures and network, which starts as `start` says.
 
     Raises:
-        InputError: for a file or data that cannot be used.
+        InputError: for whatever is wrong with them.
     """
-    quiet()
-    tune_cpu()
-    model, stored = load_model(checkpoint)
-    if stored.task != "classification":
-        raise InputError(f"{checkpoint} is a model for {stored.task}; evaluate takes classification")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"--batch-size {batch_size}: must be at least 1")
-    try:
-        recipe = from_dict(stored.recipe)
-    except TypeError as error:
-        raise InputError(f"{checkpoint} was written by another version of dualtoken-vit: {error}") from error
-    recipe = replace(recipe, data=replace(recipe.data, **(data or {})))
-    check_ranges(recipe)
+    train, val = build_datasets(recipe.data, recipe.model.in_chans)
+    names = tuple(train.class_names)
+    if len(names) < 2:
+        raise InputError(f"there is one class only, {names[0]!r}: nothing to tell apart")
+    model, model_args = create_model(start, len(names), recipe.data.image_size)
+    preprocessing = _preprocessing(recipe, model.pretrained_cfg)
+    scale = preprocessing["mean"], preprocessing["std"]
+    train.transform = train_transform(recipe.data, recipe.augment, *scale)
+    val.transform = eval_transform(recipe.data, *scale)
+    return Setup(
+        model=model,
+        train=train,
+        val=val,
+        class_names=names,
+        preprocessing=preprocessing,
+        model_args=model_args,
+        report=load_weights(model, start.checkpoint, names) if start.checkpoint else None,
+        build_task=lambda model, steps: ClassificationTask(model, recipe, names, steps),
+    )
+
+
+def prepare_evaluation(
+    model: nn.Module, stored: Checkpoint, recipe: Classification
+) -> tuple[ClassificationTask, Dataset]:
+    """A trained network as a task, and the recipe's validation pictures, prepared as the checkpoint says.
+
+    Raises:
+        InputError: for pictures that do not fit.
+    """
     channels = stored.preprocessing["input_size"][0]
     check_size(model, channels, recipe.data.image_size)
-    dataset = build_val_dataset(recipe.data, channels, stored.class_names)
-    dataset.transform = eval_transform(recipe.data, stored.preprocessing["mean"], stored.preprocessing["std"])
+    val = build_val_dataset(recipe.data, channels, stored.class_names)
+    val.transform = eval_transform(recipe.data, stored.preprocessing["mean"], stored.preprocessing["std"])
     if recipe.data.unreadable == "skip":
-        dataset.verify(skip=True)
-    task = ClassificationTask(model, recipe, len(stored.class_names))
-    try:
-        trainer = lightning.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            precision=precision,
-            logger=False,
-            enable_checkpointing=False,
-            callbacks=[ProgressBar()],
-        )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise InputError(f"--accelerator {accelerator}, --precision {precision}: {first_line(error)}") from error
-    batches = loader(
-        dataset,
-        batch_size or recipe.optim.batch_size // recipe.optim.accumulate,
-        train=False,
-        seed=recipe.run.seed,
-        workers=recipe.data.workers,
-    )
-    trainer.validate(task, batches, verbose=False)
-    metrics = task.compute_metrics()
-    counts = task.confusion.sum(1)
-    right = task.confusion.diagonal() / np.maximum(counts, 1)
-    return Evaluation(
-        top1=metrics["val_top1"],
-        top5=metrics["val_top5"],
-        loss=metrics["val_loss"],
-        images=int(counts.sum()),
-        per_class=dict(zip(stored.class_names, zip(right.tolist(), counts.tolist(), strict=True), strict=True)),
-    )
+        val.verify(skip=True)
+    return ClassificationTask(model, recipe, stored.class_names), val

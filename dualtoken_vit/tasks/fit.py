@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,26 +25,43 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
 from dualtoken_vit import plots
-from dualtoken_vit.checkpoint import atomic_write, load_weights, save_checkpoint
+from dualtoken_vit.checkpoint import atomic_write, save_checkpoint
 from dualtoken_vit.cpu import tune_cpu
-from dualtoken_vit.data.classification import build_datasets
-from dualtoken_vit.data.images import eval_transform, train_transform
-from dualtoken_vit.data.sampling import loader
+from dualtoken_vit.data.images import reason
+from dualtoken_vit.data.sampling import full_batches, loader
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.optim import build_optimizer
-from dualtoken_vit.recipes import Classification, from_dict, to_dict
-from dualtoken_vit.tasks.base import ProgressBar, Task, check_ranges, create_model, quiet, synchronise_batchnorm
-from dualtoken_vit.tasks.classification import ClassificationTask
+from dualtoken_vit.recipes import Classification, Recipe, Run, from_dict, to_dict
+from dualtoken_vit.tasks import classification, detection, segmentation
+from dualtoken_vit.tasks.base import ProgressBar, Task, check_ranges, flatten, quiet, synchronise_batchnorm
+
+PREPARE = {
+    "classification": classification.prepare,
+    "detection": detection.prepare,
+    "segmentation": segmentation.prepare,
+}
 
 RECIPE, LAST, BEST = "recipe.json", "last.ckpt", "best.safetensors"
 
 # A resumed run may read its data elsewhere and run on other machines; anything else would make it another run.
-FREE_ON_RESUME = ("data.root", "data.workers", "run.accelerator", "run.devices", "run.nodes", "run.save_every")
+FREE_ON_RESUME = (
+    "data.root",
+    "data.images",
+    "data.val_images",
+    "data.train_json",
+    "data.val_json",
+    "data.classes",
+    "data.workers",
+    "run.accelerator",
+    "run.devices",
+    "run.nodes",
+    "run.save_every",
+)
 
 LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, each of which makes it wait
 
 
-def stored_recipe(out: Path) -> Classification | None:
+def stored_recipe(out: Path) -> Recipe | None:
     """The recipe of the run in a folder; none: no run there.
 
     Raises:
@@ -58,21 +76,19 @@ def stored_recipe(out: Path) -> Classification | None:
         raise InputError(f"{path} is not a recipe of this version ({error}); give another --out") from error
 
 
-def check_resume(stored: Classification, asked: Classification, out: Path) -> None:
+def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
     """Refuse settings that would make the resumed run another one.
 
     Raises:
         InputError: names the first of them.
     """
-    sections = to_dict(stored)
-    for section, fields in to_dict(asked).items():
-        for key, value in fields.items():
-            if value != sections[section][key] and f"{section}.{key}" not in FREE_ON_RESUME:
-                flag = f"--{section}.{key}".replace("_", "-")
-                raise InputError(
-                    f"{flag} is {sections[section][key]} in the run in {out}, not {value}: a resumed run keeps its "
-                    f"settings; leave it out, or start another with --out and --model.checkpoint {out / BEST}"
-                )
+    before = flatten(stored)
+    for key, value in flatten(asked).items():
+        if value != before[key] and key not in FREE_ON_RESUME:
+            raise InputError(
+                f"--{key.replace('_', '-')} is {before[key]} in the run in {out}, not {value}: a resumed run keeps its "
+                f"settings; leave it out, or start another with --out and --model.checkpoint {out / BEST}"
+            )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -106,42 +122,108 @@ class _Batches:
 
 
 class Loaders(lightning.LightningDataModule):
-    """The batches of each process and epoch; `batch_size` is per process and accumulated batch."""
+    """The batches of each process and epoch; `batch_size` is per process and accumulated batch.
 
-    def __init__(self, train: Dataset, val: Dataset, recipe: Classification, batch_size: int, steps_per_epoch: int):
+    Before a run the first process reads every picture. What it leaves out all processes leave out, and later those of
+    a resumed run, which does not read everything again.
+    """
+
+    def __init__(self, train: Dataset, val: Dataset, recipe: Recipe, batch_size: int, resumed: bool):
         super().__init__()
         self.train, self.val = train, val
         self.recipe = recipe
         self.batch_size = batch_size
-        self.batches_per_epoch = steps_per_epoch * recipe.optim.accumulate
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer validation pictures than processes
+        self.resumed = resumed
+        self.skipped: tuple[list[str], ...] = [], []
+        """Names of unreadable training and validation pictures, below data.root: it may move."""
+        self.root = str(Path(getattr(recipe.data, "root", "")))
+        self.problem = ""
+        self.prepare_data_per_node = False
+
+    @property
+    def pictures(self) -> list[int]:
+        """Numbers of training and validation pictures."""
+        return [len(self.train), len(self.val)]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps.
+
+        Raises:
+            InputError: where the pictures do not suffice for one.
+        """
+        return full_batches(len(self.train), self.recipe.optim.batch_size)
+
+    def prepare_data(self) -> None:
+        """Read every picture; called on the first process only, the others wait for it however long it takes."""
+        if self.resumed:
+            return
+        skip = getattr(self.recipe.data, "unreadable", "stop") == "skip"
+        try:
+            for title, dataset, names in zip(
+                ("training", "validation"), (self.train, self.val), self.skipped, strict=True
+            ):
+                names += [name.removeprefix(self.root) for name in dataset.verify(skip=skip)]
+                if names:
+                    print(f"skipped {len(names)} unreadable {title} pictures")
+        except InputError as error:
+            self.problem = str(error)
+
+    def setup(self, stage: str) -> None:
+        """Hand what `prepare_data` found to every process.
+
+        Raises:
+            InputError: on all of them, so that none waits for another that has stopped.
+        """
+        self.problem, skipped = self.trainer.strategy.broadcast((self.problem, self.skipped))
+        if self.problem:
+            raise InputError(self.problem)
+        self.load_state_dict({"skipped": skipped})
+        count, world = len(self.val), self.trainer.world_size
+        if count < world:
+            raise InputError(
+                f"{count} validation pictures cannot be shared by {world} processes; use fewer --run.devices"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
+        for dataset, names in zip((self.train, self.val), self.skipped, strict=True):
+            if names:
+                dataset.leave_out(names, self.root)
+        self.trainer.lightning_module.steps_per_epoch = self.steps_per_epoch
 
     def _arguments(self) -> dict[str, Any]:
         trainer, recipe = self.trainer, self.recipe
         place = dict(rank=trainer.global_rank, world=trainer.world_size)
-        return dict(batch_size=self.batch_size, seed=recipe.run.seed, workers=recipe.data.workers, **place)
+        collate = trainer.lightning_module.collate
+        work = dict(batch_size=self.batch_size, workers=recipe.data.workers, collate_fn=collate)
+        return dict(seed=recipe.run.seed, **work, **place)
 
     def train_dataloader(self) -> _Batches:
         loop = self.trainer.fit_loop
         done = loop.epoch_loop.batch_progress.current.processed if loop.restarting else 0
-        batches = loader(self.train, train=True, epoch=self.trainer.current_epoch, skip=done, **self._arguments())
-        return _Batches(batches, min(done + len(batches), self.batches_per_epoch))
+        place = dict(epoch=self.trainer.current_epoch, skip=done)
+        batches = loader(
+            self.train, train=True, groups=getattr(self.train, "groups", None), **place, **self._arguments()
+        )
+        return _Batches(batches, min(done + len(batches), self.steps_per_epoch * self.recipe.optim.accumulate))
 
     def val_dataloader(self) -> Any:
         return loader(self.val, train=False, **self._arguments())
 
 
 class RunFolder(Callback):
-    """Watches the loss, and keeps the history and the best weights in the run's folder.
+    """Watches the loss, and keeps the recipe, the history and the best weights in the run's folder.
 
     Must stand before weight averaging: it saves the averaged weights while those are in the model.
     """
 
-    def __init__(self, out: Path, save_every: int, pictures: tuple[int, int], **saved: Any):
+    def __init__(self, out: Path, save_every: int, **saved: Any):
         self.out = out
         self.save_every = save_every
-        self.pictures = pictures
-        """Numbers of training and validation pictures, which a resumed run must find again."""
         self.saved = saved
         """Arguments of `save_checkpoint`."""
         self.history: list[dict[str, Any]] = []
@@ -158,19 +240,39 @@ class RunFolder(Callback):
             "history": self.history,
             "loss_sum": trainer.strategy.reduce(torch.as_tensor(self.loss_sum)).item(),  # mean over the processes
             "batches": self.batches,
-            "pictures": list(self.pictures),
+            "pictures": trainer.datamodule.pictures,
             "class_names": list(self.saved["class_names"]),
         }
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["run"]
         self.history, self.loss_sum, self.batches = run["history"], run["loss_sum"], run["batches"]
-        if run["pictures"] != list(self.pictures) or run["class_names"] != list(self.saved["class_names"]):
+        pictures, names = trainer.datamodule.pictures, list(self.saved["class_names"])
+        if run["pictures"] != pictures or run["class_names"] != names:
             raise InputError(
                 f"the data changed since the run in {self.out} began: {run['pictures']} training and validation "
-                f"pictures of {len(run['class_names'])} classes then, {list(self.pictures)} of "
-                f"{len(self.saved['class_names'])} now; restore them, or start another run with --out"
+                f"pictures of {len(run['class_names'])} classes then, {pictures} of {len(names)} now; "
+                "restore them, or start another run with --out"
             )
+
+    def on_train_start(self, trainer: lightning.Trainer, task: Task) -> None:
+        """Begin to write, now that nothing is wrong with the data."""
+        if trainer.is_global_zero:
+            if not (self.out / RECIPE).exists():
+                with atomic_write(self.out / RECIPE, "w") as file:
+                    json.dump(self.saved["recipe"], file, indent=2)
+            train, val = trainer.datamodule.pictures
+            print(f"{train} training and {val} validation pictures, {task.steps_per_epoch} steps an epoch", flush=True)
+        trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
+        # TensorBoard forgets what a run that was stopped had logged from this step on: it comes again.
+        trainer.logger = TensorBoardLogger(self.out, name="", version="tensorboard", purge_step=trainer.global_step)
+        for row in self.history:
+            if row["step"] == trainer.global_step:
+                self._log(trainer, row)
+
+    def _log(self, trainer: lightning.Trainer, row: dict[str, Any]) -> None:
+        trainer.logger.log_metrics({f"epoch/{key}": value for key, value in row.items()}, step=row["step"])
+        trainer.logger.save()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, task: Task) -> None:
         self.loss_sum, self.batches = 0.0, 0
@@ -205,39 +307,29 @@ class RunFolder(Callback):
             "train_loss": train_loss,
             **task.compute_metrics(),
         }
-        if not math.isfinite(row["val_loss"]):
-            self.stop(trainer, f"the validation loss is not a finite number at step {trainer.global_step}")
+        for name, value in row.items():
+            if not math.isfinite(value):
+                what = name.replace("val_", "validation ")
+                self.stop(trainer, f"the {what} is not a finite number at step {trainer.global_step}")
         score = f"val_{task.score}"
         best = self.best(task.score)
         better = best is None or row[score] > best[score]
         self.history.append(row)
         if trainer.is_global_zero:
             if better:
-                self._save_best(task, row)
-            self._write_history()
-            trainer.logger.log_metrics({f"epoch/{key}": value for key, value in row.items()}, step=trainer.global_step)
-            print(
-                f"epoch {row['epoch']}/{trainer.max_epochs}  train loss {row['train_loss']:.3f}  "
-                f"val loss {row['val_loss']:.3f}  top-1 {row['val_top1']:.1%}  top-5 {row['val_top5']:.1%}"
-                f"{'  best' if better else ''}",
-                flush=True,
-            )
+                save_checkpoint(self.out / BEST, task.model, metrics=row, **self.saved)
+                task.save_details(self.out)
+            self._write_history(task)
+            self._log(trainer, row)
+            progress = f"epoch {row['epoch']}/{trainer.max_epochs}  train loss {row['train_loss']:.3f}"
+            print(f"{progress}  {task.headline(row)}{'  best' if better else ''}", flush=True)
 
-    def _save_best(self, task: Task, row: dict[str, Any]) -> None:
-        names = self.saved["class_names"]
-        save_checkpoint(self.out / BEST, task.model, metrics=row, **self.saved)
-        with atomic_write(self.out / "confusion.csv", "w") as file:
-            writer = csv.writer(file)
-            writer.writerow(["true \\ predicted", *names])
-            writer.writerows([name, *counts] for name, counts in zip(names, task.confusion.tolist(), strict=True))
-        plots.save_confusion(task.confusion, names, self.out / "confusion.png")
-
-    def _write_history(self) -> None:
+    def _write_history(self, task: Task) -> None:
         with atomic_write(self.out / "metrics.csv", "w") as file:
             writer = csv.DictWriter(file, self.history[0])
             writer.writeheader()
             writer.writerows(self.history)
-        plots.save_curves(self.history, self.out / "curves.png")
+        plots.save_curves(self.history, task.panels, f"val_{task.score}", self.out / "curves.png")
 
 
 class LastCheckpoint(Checkpoint):
@@ -263,7 +355,12 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.folder.out / LAST)
 
 
-def _trainer(recipe: Classification, folder: RunFolder, steps_per_epoch: int) -> lightning.Trainer:
+def _trainer(recipe: Recipe, folder: RunFolder) -> lightning.Trainer:
+    """Lightning's Trainer.
+
+    Raises:
+        InputError: for a machine that is not as the recipe says.
+    """
     run, optim = recipe.run, recipe.optim
     callbacks: list[Callback] = [folder]
     gpus = torch.cuda.device_count() if run.accelerator in ("auto", "gpu", "cuda") else 0
@@ -280,23 +377,26 @@ def _trainer(recipe: Classification, folder: RunFolder, steps_per_epoch: int) ->
             strategy=DDPStrategy(broadcast_buffers=False) if processes > 1 else "auto",
             precision=run.precision,
             max_epochs=optim.epochs,
-            limit_train_batches=steps_per_epoch * optim.accumulate,
+            check_val_every_n_epoch=run.validate_every,
             accumulate_grad_batches=optim.accumulate,
             gradient_clip_val=optim.clip_grad,
             callbacks=[*callbacks, LastCheckpoint(folder), ProgressBar()],
             plugins=[AtomicCheckpointIO()],
-            logger=TensorBoardLogger(folder.out, name="", version="tensorboard"),
-            log_every_n_steps=min(LOOK_EVERY, steps_per_epoch),
+            logger=False,  # `folder` adds one when the run begins
             num_sanity_val_steps=0,
             reload_dataloaders_every_n_epochs=1,
             use_distributed_sampler=False,
             enable_model_summary=False,
         )
     except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
-        raise InputError(f"--run.accelerator {run.accelerator}: {str(error).splitlines()[0]}") from error
+        fields = "accelerator", "devices", "nodes", "precision"
+        named = [name for name in fields if re.search(rf"\b(num_)?{name}\b", str(error))]
+        chosen = [name for name in fields if getattr(run, name) != getattr(Run, name)]
+        flags = ", ".join(f"--run.{name} {getattr(run, name)}" for name in named or chosen or fields)
+        raise InputError(f"{flags}: {reason(error)}") from error
 
 
-def _share(recipe: Classification, world: int) -> int:
+def _share(recipe: Recipe, world: int) -> int:
     """Pictures in each batch of each process.
 
     Raises:
@@ -310,7 +410,7 @@ def _share(recipe: Classification, world: int) -> int:
             f"accumulated batches; give a multiple of {parts}"
         )
     share = optim.batch_size // parts
-    if share % 2 and (augment.mixup > 0 or augment.cutmix > 0):
+    if share % 2 and isinstance(recipe, Classification) and (augment.mixup > 0 or augment.cutmix > 0):
         raise InputError(
             f"--augment.mixup and --augment.cutmix mix pairs, but a batch of a process has {share} pictures; "
             f"give --optim.batch-size {(share + 1) * parts}"
@@ -318,23 +418,13 @@ def _share(recipe: Classification, world: int) -> int:
     return share
 
 
-def _preprocessing(recipe: Classification, cfg: dict[str, Any]) -> dict[str, Any]:
-    """timm's data config for the recipe's pictures, with the network's own mean and deviation."""
-    data, channels = recipe.data, recipe.model.in_chans
-    statistics = {key: tuple(cfg[key]) for key in ("mean", "std")}
-    if channels != len(statistics["mean"]):
-        statistics = {key: (sum(value) / len(value),) * channels for key, value in statistics.items()}
-    size = (channels, data.image_size, data.image_size)
-    return dict(input_size=size, interpolation=data.interpolation, crop_pct=data.crop_pct, **statistics)
-
-
-def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
+def fit(recipe: Recipe, out: Path, resume: bool = False) -> None:
     """Train, validate after each epoch, and leave everything in `out`.
 
     Args:
         recipe: the experiment
-        out: folder of the run: recipe.json, metrics.csv, curves.png, confusion.{png,csv}, tensorboard/, last.ckpt,
-            best.safetensors
+        out: folder of the run: recipe.json, metrics.csv, curves.png, tensorboard/, last.ckpt, best.safetensors, and
+            what the task says of the best epoch (confusion.{png,csv}, evaluation.json, detections, the worst pictures)
         resume: continue the run in `out` where it was interrupted
 
     Raises:
@@ -342,6 +432,11 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
     """
     quiet()
     check_ranges(recipe)
+    if recipe.optim.epochs % recipe.run.validate_every:
+        raise InputError(
+            f"--run.validate-every {recipe.run.validate_every}: must divide --optim.epochs {recipe.optim.epochs}, "
+            "so that the last epoch is validated"
+        )
     main = rank_zero_only.rank == 0  # other processes run this too, after the first has begun to write
     stored = stored_recipe(out)
     if stored is not None and resume:
@@ -354,63 +449,38 @@ def fit(recipe: Classification, out: Path, resume: bool = False) -> None:
 
     tune_cpu()
     torch.manual_seed(recipe.run.seed)
-    train, val = build_datasets(recipe.data, recipe.model.in_chans)
-    names = tuple(train.class_names)
-    if len(names) < 2:
-        raise InputError(f"there is one class only, {names[0]!r}: nothing to tell apart")
     start = replace(recipe.model, pretrained=False, checkpoint=None) if last else recipe.model  # last.ckpt has it all
-    model, model_args = create_model(start, len(names), recipe.data.image_size)
+    setup = PREPARE[recipe.task](recipe, start)
+    model = setup.model
     build_optimizer(model, recipe.optim)  # refuses a wrong name now, not after the pictures were read
-    report = load_weights(model, start.checkpoint) if start.checkpoint else None
-    preprocessing = _preprocessing(recipe, model.pretrained_cfg)
-    statistics = preprocessing["mean"], preprocessing["std"]
-    train.transform = train_transform(recipe.data, recipe.augment, *statistics)
-    val.transform = eval_transform(recipe.data, *statistics)
-    skip = recipe.data.unreadable == "skip"
-    if main or skip:
-        for title, dataset in (("training", train), ("validation", val)):
-            skipped = dataset.verify(skip=skip, progress=main)
-            if main and skipped:
-                print(f"skipped {skipped} unreadable {title} pictures")
-
-    steps_per_epoch = len(train) // recipe.optim.batch_size
-    if steps_per_epoch == 0:
-        raise InputError(
-            f"{len(train)} training pictures do not fill one batch of {recipe.optim.batch_size}; "
-            f"give --optim.batch-size {len(train)} or less"
-        )
-
     folder = RunFolder(
         out,
         recipe.run.save_every,
-        (len(train), len(val)),
-        task="classification",
-        class_names=names,
-        preprocessing=preprocessing,
+        task=recipe.task,
+        class_names=setup.class_names,
+        preprocessing=setup.preprocessing,
         recipe=to_dict(recipe),
-        model_args=model_args,
+        model_args=setup.model_args,
+        category_ids=setup.category_ids,
     )
-    trainer = _trainer(recipe, folder, steps_per_epoch)
+    trainer = _trainer(recipe, folder)
     share = _share(recipe, trainer.world_size)
+    loaders = Loaders(setup.train, setup.val, recipe, share, resumed=last is not None)
     if trainer.world_size > 1:
         model = synchronise_batchnorm(model, trainer.strategy.root_device)
     if recipe.run.compile:
         model.compile()
-    task = ClassificationTask(model, recipe, len(names), steps_per_epoch)
+    task = setup.build_task(model, loaders.steps_per_epoch)
     if main:
-        if stored is None or not resume:
-            with atomic_write(out / RECIPE, "w") as file:
-                json.dump(to_dict(recipe), file, indent=2)
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{recipe.model.name}: {parameters / 1e6:.2f} M parameters, {len(names)} classes")
-        print(f"{len(train)} training and {len(val)} validation pictures, {steps_per_epoch} steps an epoch")
-        if report is not None:
-            print(report)
-    trainer.fit(task, datamodule=Loaders(train, val, recipe, share, steps_per_epoch), ckpt_path=last, weights_only=True)
+        print(f"{recipe.model.name}: {parameters / 1e6:.2f} M parameters, {len(setup.class_names)} classes")
+        for line in (*setup.notes, *([setup.report] if setup.report else [])):
+            print(line)
+    trainer.fit(task, datamodule=loaders, ckpt_path=last, weights_only=True)
     if not trainer.state.finished:  # Lightning ends quietly when it is told to
         raise InputError(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume --out {out}")
     best = folder.best(task.score)
     if main and best is not None:
-        print(f"best top-1 {best['val_top1']:.1%} in epoch {best['epoch']} of {len(folder.history)}; all in {out}")
+        print(f"best: {task.headline(best)}, in epoch {best['epoch']} of {len(folder.history)}; all in {out}")
         print(f"  dualtoken-vit evaluate {out / BEST}")
         print(f"  dualtoken-vit predict {out / BEST} PICTURES --out {out / 'predictions'}")

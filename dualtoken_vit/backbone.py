@@ -1,0 +1,102 @@
+"""What detectors and segmenters share: a timm network's maps, and the network inside."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import group_parameters
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from dualtoken_vit.errors import InputError, first_line
+
+__all__ = ["Backbone", "OverBackbone", "create_body", "statistics"]
+
+
+class Backbone(FeatureGetterNet):
+    """Some of a timm network's maps, (B, C, H, W) each, the finest first; what lies behind the last is cut off.
+
+    Args:
+        model: from timm.create_model, with `forward_intermediates`
+        indices: places in the network's `feature_info`
+        user: who needs them, for errors
+        size: height and width of the picture that it is tried with
+        in_chans: channels of the pictures
+
+    Raises:
+        InputError: for a network that refuses that picture.
+    """
+
+    def __init__(self, model: nn.Module, indices: Sequence[int], user: str, size: tuple[int, int], in_chans: int = 3):
+        super().__init__(model, out_indices=list(indices))
+        self.strides: list[int] = self.feature_info.reduction()
+        try:
+            with torch.no_grad():
+                maps = self.eval()(torch.zeros(1, in_chans, *size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            name, pixels = model.pretrained_cfg["architecture"], f"{size[0]}x{size[1]} pixels"
+            raise InputError(f"--model.name {name}: refuses {pixels}; {user} needs a network for any size") from error
+        self.sizes = [tuple(m.shape[2:]) for m in maps]
+        """Those of its maps of that picture."""
+        self.train()
+
+
+class OverBackbone:
+    """What the tasks need of a network over a `Backbone`, beside its forward."""
+
+    class_layers: tuple[str, ...]
+    """Those whose weights belong to single classes."""
+
+    def _inside(self) -> tuple[str, nn.Module]:
+        name, backbone = next((n, m) for n, m in self.named_modules() if isinstance(m, Backbone))
+        return f"{name}.model", backbone.model
+
+    @property
+    def network(self) -> nn.Module:
+        """The timm network inside: for `checkpoint.load_weights`, `set_grad_checkpointing`, `pretrained_cfg`."""
+        return self._inside()[1]
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """timm's layers, for `layer_decay`: those of the network inside, and all else one above them.
+
+        Raises:
+            InputError: for a network whose layers timm does not know.
+        """
+        place, network = self._inside()
+        if not hasattr(network, "group_matcher"):
+            name = network.pretrained_cfg["architecture"]
+            raise InputError(f"--optim.layer-decay: timm does not know the layers of {name}; leave it out")
+        layers = group_parameters(network, network.group_matcher(coarse=coarse), reverse=True)
+        top = max(layers.values()) + 1
+        return lambda name: layers.get(name.removeprefix(f"{place}."), top)
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's list of parameters that are not decayed (beside biases and norms)."""
+        place, network = self._inside()
+        return {f"{place}.{name}" for name in getattr(network, "no_weight_decay", set)()}
+
+
+def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation of each channel by which a timm network's pictures are normalised.
+
+    Args:
+        cfg: the network's `pretrained_cfg`
+        channels: of the pictures; where it is not the cfg's number, each has the mean of those
+    """
+    found = {key: tuple(cfg[key]) for key in ("mean", "std")}
+    if channels != len(found["mean"]):
+        found = {key: (sum(values) / len(values),) * channels for key, values in found.items()}
+    return found
+
+
+def create_body(name: str, **model_args: Any) -> nn.Module:
+    """timm's network of that name without a classifier.
+
+    Raises:
+        InputError: for an unknown name, or arguments that it refuses.
+    """
+    try:
+        return timm.create_model(name, num_classes=0, **model_args)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise InputError(f"--model.name {name}: {first_line(error)}") from error

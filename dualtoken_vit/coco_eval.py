@@ -1,0 +1,117 @@
+"""Average precision of detections as COCO defines it, computed by faster-coco-eval.
+
+Detections are gathered as COCO results, one list a picture, which is also what is written to a file.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
+
+from dualtoken_vit.checkpoint import atomic_write
+from dualtoken_vit.data.coco import encode_masks
+
+KINDS = {"box": "bbox", "mask": "segmentation"}  # what is compared: its key in a result
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # in COCO's order
+CURVES = (0.5, 0.75)  # IoUs
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good boxes or masks are; -1 is COCO's sign for a figure of which there is no true object."""
+
+    figures: dict[str, float]
+    """FIGURES, 0 to 1: AP over IoU 0.5 to 0.95; for small, medium, large objects; AR with 1, 10, 100 detections."""
+    per_class: dict[str, float]
+    """AP of each class."""
+    precision: np.ndarray
+    """(IoUs of CURVES, classes, 101): the best precision at recall 0, 0.01, ..., 1 or above."""
+
+
+def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The detections of one picture as COCO results.
+
+    Args:
+        image_id: The json's.
+        detections: boxes (N, 4) XYXY in pixels of the picture as it is stored, labels (N,) class indices, scores (N,),
+            and masks (N, 1, H, W) where there are any.
+        category_ids: The json's id of each class index.
+    """
+    left, top, right, bottom = detections["boxes"].double().unbind(1)
+    sides = [x.tolist() for x in (left, top, right - left, bottom - top)]
+    rows = zip(*sides, detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": list(box), "score": score}
+        for *box, label, score in rows
+    ]
+    if "masks" in detections:
+        for result, mask in zip(results, encode_masks(detections["masks"].flatten(0, 1)), strict=True):
+            result["segmentation"] = mask
+    return results
+
+
+def gather(found: dict[int, list[dict]]) -> dict[int, list[dict]]:
+    """The results of all the processes, in each of them: image id to results, each image once."""
+    parts = [found]
+    if dist.is_available() and dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
+    merged = {image_id: results for part in parts for image_id, results in part.items()}
+    return dict(sorted(merged.items()))  # files should not depend on the number of processes
+
+
+def evaluate(truth: dict[str, list[dict]], found: dict[int, list[dict]], masks: bool) -> dict[str, Score]:
+    """Compare results with what is there, in all the images of `truth`.
+
+    Args:
+        truth: A COCO file whose annotations have area and iscrowd, and, for masks, a segmentation.
+        found: Image id to results, as `to_results` makes them; images may be missing.
+        masks: Whether to score masks too.
+
+    Returns:
+        "box": its score; and if there are masks, "mask": theirs.
+    """
+    results = [result for one in found.values() for result in one]
+    return {kind: _score(truth, results, kind) for kind in KINDS if kind == "box" or masks}
+
+
+def of_kind(results: Iterable[dict], kind: str) -> list[dict]:
+    """The results with boxes alone or masks alone.
+
+    Given both, COCO's programs take the box's area for the mask's when they sort objects by size.
+    """
+    (other,) = (key for name, key in KINDS.items() if name != kind)
+    return [{key: value for key, value in result.items() if key != other} for result in results]
+
+
+def _score(truth: dict[str, list[dict]], results: list[dict], kind: str) -> Score:
+    # The library writes into the annotations.
+    there = COCO(truth | {"annotations": [annotation.copy() for annotation in truth["annotations"]]})
+    evaluation = COCOeval_faster(there, there.loadRes(of_kind(results, kind)), {"box": "bbox", "mask": "segm"}[kind])
+    evaluation.run()
+    order = [evaluation.params.catIds.index(category["id"]) for category in truth["categories"]]
+    precision = evaluation.eval["precision"][:, :, order, 0, -1]  # (IoUs, recalls, classes): any size, 100 detections
+    names = [category["name"] for category in truth["categories"]]
+    ious = [int(np.isclose(evaluation.params.iouThrs, iou).argmax()) for iou in CURVES]
+    return Score(
+        figures=dict(zip(FIGURES, map(float, evaluation.stats), strict=True)),
+        per_class=dict(zip(names, precision.mean((0, 1)).tolist(), strict=True)),  # -1 throughout, or nowhere
+        precision=precision[ious].transpose(0, 2, 1),
+    )
+
+
+def save_results(folder: str | Path, found: dict[int, list[dict]], masks: bool) -> list[Path]:
+    """Write FOLDER/detections-box.json and, if there are masks, detections-mask.json, which pycocotools reads."""
+    paths = []
+    for kind in KINDS:
+        if kind == "box" or masks:
+            paths.append(Path(folder, f"detections-{kind}.json"))
+            with atomic_write(paths[-1], "w") as file:
+                json.dump(of_kind((result for one in found.values() for result in one), kind), file)
+    return paths

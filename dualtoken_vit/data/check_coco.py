@@ -1,0 +1,203 @@
+"""The report on pictures with objects: what is in COCO json files, and what would stop or spoil a training run."""
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from faster_coco_eval.core import mask as rle
+from PIL import Image
+
+from dualtoken_vit.data.check import (
+    Facts,
+    copy_notes,
+    count_table,
+    in_both,
+    look_at,
+    missing_classes,
+    picture_lines,
+    report,
+)
+from dualtoken_vit.data.classification import in_threads
+from dualtoken_vit.data.coco import (
+    MIN_SIDE,
+    ObjectPictures,
+    coco_paths,
+    decode_masks,
+    degenerate,
+    read_coco,
+    segmentation_fault,
+    sift,
+    size_fault,
+)
+from dualtoken_vit.draw import draw_objects, fit, save_image
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Detection
+
+_SLACK = 2.0  # pixels by which boxes may reach out of the picture, and masks out of the box: annotators round
+_CELLS, _COLUMNS, _CELL, _GAP = 12, 3, 640, 8  # of the contact sheet; the last two in pixels
+
+
+class _Split(NamedTuple):
+    """A COCO json and its pictures, once they were looked at."""
+
+    path: str
+    coco: dict[str, list[dict]]  # the sound entries
+    broken: list[str]  # a line on each of the others
+    facts: list[Facts]  # one a sound image
+    odd: dict[str, list[str]]  # what is odd in sound annotations: kind to lines
+
+
+def check_detection_data(recipe: Detection, out: Path) -> bool:
+    """`check_coco` of a recipe's data; its contact sheet is OUT/labels.png.
+
+    Raises:
+        InputError: where the files are not named, or no COCO files.
+    """
+    if recipe.data.dataset != "coco":
+        raise InputError(f"--data.dataset {recipe.data.dataset}: drawn by the program; there is nothing to check")
+    splits = {split: coco_paths(recipe.data, split) for split in ("train", "val")}
+    return check_coco(splits, recipe.detector == "mask-rcnn", out / "labels.png")
+
+
+def check_coco(splits: dict[str, tuple[str | Path, str | Path]], masks: bool, sheet: str | Path | None = None) -> bool:
+    """Read every annotation and picture once and print what is found.
+
+    Problems are whatever training would stop at (broken entries and references, pictures that are missing, unreadable
+    or of another size), boxes outside of the picture or of no area, segmentations that do not fit, categories of one
+    split only, and pictures that are in both. Objects a class and size, crowds, pictures without objects and copies
+    are only told.
+
+    Args:
+        splits: Name of a split: the folder of its pictures, and its json.
+        masks: Whether each annotation must have a segmentation; those that there are, are checked anyhow.
+        sheet: Where to draw some pictures of the first split with their labels, as PNG.
+
+    Returns:
+        True where there is no problem.
+
+    Raises:
+        InputError: for a json that is missing, not JSON, or no COCO file.
+    """
+    found = {name: _look(name, folder, path, masks) for name, (folder, path) in splits.items()}
+    facts = {name: split.facts for name, split in found.items()}
+    class_names = {name: tuple(one["name"] for one in split.coco["categories"]) for name, split in found.items()}
+    table = count_table(class_names, {name: _objects(split) for name, split in found.items()})
+    told = [line for name, split in found.items() for line in (*picture_lines(name, split.facts), *_told(name, split))]
+    told += [f"note: {line}" for line in copy_notes(facts)]
+    if sheet is not None:
+        name, split = next(iter(found.items()))
+        told.append(_contact_sheet(split, Path(sheet)) or f"no picture of {name} has labels to draw")
+    pictures = [fact.problem for split in found.values() for fact in split.facts if fact.problem]
+    odd = [lines for split in found.values() for lines in split.odd.values()]
+    many = [*(split.broken for split in found.values()), *odd, in_both(facts)]
+    return report(table, told, [*missing_classes(class_names), *pictures], many)
+
+
+def _look(name: str, folder: str | Path, path: str | Path, masks: bool) -> _Split:
+    coco, broken = sift(read_coco(path), masks)
+
+    def look(image: dict) -> Facts:
+        picture = os.path.join(folder, image["file_name"])
+        facts = look_at(picture, picture)
+        return facts if facts.problem else facts._replace(problem=size_fault(picture, facts.size, image, str(path)))
+
+    facts = list(in_threads(look, coco["images"], len(coco["images"]), f"reading {name}"))
+    images = {image["id"]: image for image in coco["images"]}
+    odd = defaultdict(list)
+    for annotation in coco["annotations"]:
+        for kind, text in _oddities(annotation, images[annotation["image_id"]]):
+            odd[kind].append(f"{kind}: {path}: annotation {annotation['id']} {text}")
+    return _Split(str(path), coco, [f"{path}: {line}" for line in broken], facts, odd)
+
+
+def _oddities(annotation: dict, image: dict) -> Iterator[tuple[str, str]]:
+    """What training would get along with, but is hardly meant: (kind, text)."""
+    left, top, width, height = annotation["bbox"]
+    place = f"{width:g}x{height:g} at ({left:g}, {top:g}) in a picture of {image['width']}x{image['height']}"
+    outside = max(-left, -top, left + width - image["width"], top + height - image["height"])
+    if min(width, height) <= 0:
+        yield "box of no area", f"is {place}"
+        return
+    if outside > _SLACK:
+        yield "box outside the picture", f"is {place}"
+    elif degenerate(annotation, image):  # told with the counts
+        return
+    if annotation.get("area") is not None and annotation["area"] <= 0:
+        yield "no area", f"has area {annotation['area']}"
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        return
+    fault = segmentation_fault(segmentation, image)
+    if fault:
+        yield "broken segmentation", f"cannot be drawn: {fault}"
+        return
+    mask = rle.segmToRle(segmentation, image["width"], image["height"])
+    if not rle.area(mask):
+        yield "empty mask", "has a segmentation that covers no pixel"
+        return
+    x, y, across, down = rle.toBbox(mask).tolist()
+    if max(left - x, top - y, x + across - left - width, y + down - top - height) > _SLACK:
+        yield "mask outside its box", f"has a mask of {across:g}x{down:g} at ({x:g}, {y:g}), and its box is {place}"
+
+
+def _objects(split: _Split) -> Counter:
+    """Objects a class, crowds left out."""
+    names = {category["id"]: category["name"] for category in split.coco["categories"]}
+    return Counter(names[one["category_id"]] for one in split.coco["annotations"] if not one.get("iscrowd"))
+
+
+def _told(name: str, split: _Split) -> Iterator[str]:
+    images = {image["id"]: image for image in split.coco["images"]}
+    objects = [one for one in split.coco["annotations"] if not one.get("iscrowd")]
+    crowds = len(split.coco["annotations"]) - len(objects)
+    masks = sum(bool(one.get("segmentation")) for one in split.coco["annotations"])
+    most = Counter(one["image_id"] for one in objects)
+    areas = [one["bbox"][2] * one["bbox"][3] for one in objects]
+    small, large = sum(area < 32**2 for area in areas), sum(area >= 96**2 for area in areas)
+    empty = len(images) - len(most)
+    yield f"{name}: {len(images)} pictures, {empty} without objects; up to {max(most.values(), default=0)} in one"
+    yield f"{name}: {len(areas)} objects, {small} below 32x32 px, {large} of 96x96 and more; {crowds} crowds"
+    yield f"{name}: {masks} of the {len(split.coco['annotations'])} annotations have a segmentation"
+    unused = [one["name"] for one in split.coco["categories"] if not _objects(split)[one["name"]]]
+    if unused:
+        yield f"note: {len(unused)} of the {len(split.coco['categories'])} categories of {name} have no object"
+    tiny = [one["id"] for one in split.coco["annotations"] if degenerate(one, images[one["image_id"]])]
+    if tiny:
+        ids = ", ".join(map(str, tiny[:5])) + (", ..." if len(tiny) > 5 else "")
+        yield f"note: {name}: not trained on, below {MIN_SIDE:g} px in the picture: {len(tiny)} annotations ({ids})"
+
+
+def _contact_sheet(split: _Split, path: Path) -> str:
+    """Draw pictures with labels from all over a split; returns what to tell."""
+    pairs = zip(split.coco["images"], split.facts, strict=True)
+    good = {image["id"]: (image, fact.name) for image, fact in pairs if not fact.problem}
+    drawable = [
+        one
+        for one in split.coco["annotations"]
+        if one["image_id"] in good
+        and not (one.get("segmentation") and segmentation_fault(one["segmentation"], good[one["image_id"]][0]))
+    ]
+    labelled = list(dict.fromkeys(one["image_id"] for one in drawable))
+    chosen = labelled[:: max(1, len(labelled) // _CELLS)][:_CELLS]
+    if not chosen:
+        return ""
+    images, paths = zip(*(good[image_id] for image_id in chosen), strict=True)
+    annotations = [one for one in drawable if one["image_id"] in chosen]
+    coco = {"images": images, "categories": split.coco["categories"], "annotations": annotations}
+    dataset = ObjectPictures(coco, paths, paths, split.path, all(one.get("segmentation") for one in annotations))
+    sheet = Image.new("RGB", (_COLUMNS * _CELL, math.ceil(len(chosen) / _COLUMNS) * _CELL), "white")
+    for index in range(len(dataset)):
+        objects, crowds = dataset[index][1], dataset.crowds[index]
+        labels = torch.full((len(crowds),), len(dataset.class_names))
+        objects["boxes"] = torch.cat([objects["boxes"], objects["crowd"]])
+        objects["labels"] = torch.cat([objects["labels"], labels])
+        if dataset.masks:
+            objects["masks"] = torch.cat([objects["masks"], decode_masks(crowds, images[index])])
+        drawn = draw_objects(dataset.picture(index), objects, (*dataset.class_names, "crowd"))
+        sheet.paste(fit(drawn, _CELL - _GAP), (index % _COLUMNS * _CELL, index // _COLUMNS * _CELL))
+    save_image(sheet, path)
+    return f"{len(chosen)} pictures with their labels: {path}"

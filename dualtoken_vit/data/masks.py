@@ -1,0 +1,389 @@
+"""Pictures with a class for every pixel: trees of mask files, or drawn by the program."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from dualtoken_vit.checkpoint import atomic_write
+from dualtoken_vit.data.classification import in_threads, picture_files, verify_each
+from dualtoken_vit.data.images import load_image, naming
+from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import SegmentationAugment, SegmentationData
+
+IGNORE = 255  # of pixels that count for nothing, here and in targets, whatever they are in files
+BEYOND = 254  # of labels that no class has
+MOST = 254  # classes
+TRIES = 10  # at a crop
+CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's
+
+MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # PIL's, of mask files
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """The labels (H, W), uint8 or int32, of a mask file as they are in it; of a palette picture the indices.
+
+    Raises:
+        InputError: for a file that cannot be read, or has colours.
+    """
+    with naming(str(path)), Image.open(path) as mask:
+        mask.load()
+        labels, mode = np.asarray(mask), mask.mode
+    if mode not in MODES:
+        raise InputError(
+            f"{path}: a mask of mode {mode}, but one number a pixel is meant: turn its colours into labels and save "
+            "them as one channel, PIL.Image.fromarray(labels.astype('uint8')).save(...)"
+        )
+    return labels.astype(np.uint8 if mode in ("L", "P", "1") else np.int32)
+
+
+def label_table(num_classes: int, ignore_index: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
+    """(257,) uint8: what a file's labels become: a class, `IGNORE` or `BEYOND`; the last is for all the others."""
+    first = int(reduce_zero_label)
+    table = np.full(257, BEYOND, dtype=np.uint8)
+    table[first : first + num_classes] = np.arange(num_classes)
+    table[:first] = IGNORE
+    table[ignore_index] = IGNORE
+    return table
+
+
+def to_classes(labels: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, str]:
+    """What labels (H, W) become by a `label_table`, and what is wrong with them."""
+    classes = table[labels if labels.dtype == np.uint8 else np.clip(labels, -1, 256)]
+    beyond = classes == BEYOND
+    if not beyond.any():
+        return classes, ""
+    values, counts = np.unique(labels[beyond], return_counts=True)
+    more = f" (and {len(values) - 1} more such labels)" if len(values) > 1 else ""
+    return classes, (
+        f"label {values[0]} in {counts[0]} pixels{more}, but there are {(table < BEYOND).sum()} classes: mend it, or "
+        "see --data.classes, --data.ignore-index and --data.reduce-zero-label"
+    )
+
+
+class ScenePictures(Dataset):
+    """Pictures with a mask each.
+
+    Sample i is (picture, mask), a tv_tensors.Image (C, H, W) uint8 and a tv_tensors.Mask (H, W) uint8 of indices into
+    class_names or `IGNORE`, after `transform`, if there is one.
+
+    Args:
+        paths: Display name of each picture.
+        class_names: Name of each class.
+        channels: 3 (RGB) or 1 (grey).
+    """
+
+    def __init__(self, paths: Sequence[str], class_names: Sequence[str], channels: int = 3) -> None:
+        self.paths, self.class_names, self.channels = list(paths), tuple(class_names), channels
+        self.transform: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        picture, mask = self.load(index)
+        sample = v2.functional.to_image(picture), tv_tensors.Mask(torch.from_numpy(mask))
+        return self.transform(*sample) if self.transform else sample
+
+    def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Picture `index`, and its mask (H, W) uint8.
+
+        Raises:
+            InputError: where one cannot be read or they do not fit.
+        """
+        raise NotImplementedError
+
+    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
+        """Read every picture and mask once, as `classification.PictureDataset.verify`; none is left out.
+
+        Raises:
+            InputError: names the first that cannot be used, and says how many there are.
+        """
+        verify_each(self.load, len(self), "reading every picture and mask" if progress else "")
+        return []
+
+
+class MaskPictures(ScenePictures):
+    """Picture files with a mask file each; see `ScenePictures`.
+
+    Args:
+        pairs: Files of the picture and its mask.
+        class_names: Name of each class.
+        table: Of `label_table`.
+        channels: 3 (RGB) or 1 (grey).
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[str, str]], class_names: Sequence[str], table: np.ndarray, channels: int = 3
+    ) -> None:
+        super().__init__([picture for picture, _ in pairs], class_names, channels)
+        self.masks = [mask for _, mask in pairs]
+        self.table = table
+
+    def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        picture = load_image(self.paths[index], self.channels)
+        labels = read_mask(self.masks[index])
+        classes, fault = to_classes(labels, self.table)
+        fault = size_fault(self.paths[index], picture.size, labels) or fault
+        if fault:
+            raise InputError(f"{self.masks[index]}: {fault}")
+        return picture, classes
+
+
+def size_fault(path: str, size: tuple[int, int], labels: np.ndarray) -> str:
+    """What is wrong with a mask whose size is not that (width, height) of its picture."""
+    height, width = labels.shape
+    if size == (width, height):
+        return ""
+    shown = f"{size[0]}x{size[1]} as it is shown (after any EXIF rotation)"
+    return f"{width}x{height} pixels, but {path} is {shown}: make them equal"
+
+
+class ShapeScenes(ScenePictures):
+    """Scenes of up to five drawn shapes, of the class "ground" where there is none; they need no file.
+
+    Args:
+        split: train or val.
+        size: Side of the pictures in pixels.
+        channels: 3 (RGB) or 1 (grey).
+        count: How many; by default all of the split.
+    """
+
+    def __init__(self, split: str, size: int, channels: int = 3, count: int | None = None) -> None:
+        count = min(count or SCENES[split], SCENES[split])
+        super().__init__([f"{split}-{index:04d}" for index in range(count)], ("ground", *CLASSES), channels)
+        self.split, self.size = split, size
+
+    def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        picture, shapes = scene(self.split, index, self.size)
+        mask = np.zeros((self.size, self.size), dtype=np.uint8)
+        for shape in shapes:
+            mask[shape.mask] = shape.label + 1
+        return load_image(picture, self.channels), mask
+
+
+def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
+    """Write scenes as FOLDER/{images,annotations}/{train,val}/*.png and FOLDER/classes.txt.
+
+    Args:
+        folder: Made where it is missing.
+        size: Side of the pictures in pixels.
+        counts: How many of a split (train=100), by default all.
+    """
+    for split in SCENES:
+        scenes = ShapeScenes(split, size, count=counts.get(split))
+        for index, name in enumerate(scenes.paths):
+            picture, mask = scenes.load(index)
+            for kind, image in (("images", picture), ("annotations", Image.fromarray(mask))):
+                with atomic_write(Path(folder, kind, split, f"{name}.png")) as file:
+                    image.save(file, format="png")
+        with atomic_write(Path(folder, "classes.txt"), "w") as file:
+            file.write("\n".join(scenes.class_names) + "\n")
+
+
+def find_pairs(root: str | Path, split: str) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+    """The pictures of a split that have a mask, with it; pictures without one; masks without a picture.
+
+    Raises:
+        InputError: for a folder that is missing or has no pictures.
+    """
+    if not root:
+        raise InputError("--data.root is missing: give the folder that has images/train, annotations/train, ...")
+    folders = [Path(root, kind, split) for kind in ("images", "annotations")]
+    for folder in folders:
+        if not folder.is_dir():
+            layout = f"{folders[0]}/NAME.jpg and {folders[1]}/NAME.png"
+            raise InputError(f"{folder}: no such folder; expected {layout}; see --data.train-split, --data.val-split")
+    pictures, masks = map(_by_stem, folders)
+    if not pictures:
+        raise InputError(f"{folders[0]}: no pictures in this folder")
+    pairs = [(path, masks[name]) for name, path in pictures.items() if name in masks]
+    alone = [path for name, path in pictures.items() if name not in masks]
+    return pairs, alone, [path for name, path in masks.items() if name not in pictures]
+
+
+def _by_stem(folder: Path) -> dict[str, str]:
+    """The pictures in and below a folder by their path in it without extension."""
+    found: dict[str, str] = {}
+    for path in picture_files(folder):
+        name = os.path.splitext(os.path.relpath(path, folder))[0]
+        if name in found:
+            raise InputError(f"{found[name]} and {path} have one name; rename or remove one")
+        found[name] = path
+    return found
+
+
+def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
+    """The names in the file of the classes; None without one.
+
+    Raises:
+        InputError: for a file that cannot be read, names a class twice or too many, or none.
+    """
+    files = [Path(data.classes)] if data.classes else [Path(data.root, name) for name in CLASS_FILES]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None and data.classes:
+        raise InputError(f"--data.classes {data.classes}: no such file")
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error}); give a class a line") from error
+    names: tuple[str, ...] = ()
+    for line in lines:
+        number, *columns = line.strip().split("\t")
+        if number.isdecimal() and columns:  # NUMBER<TAB>NAME; ADE20K has more columns, the name in the last
+            if int(number) == data.ignore_index:
+                continue
+            if int(number) != len(names) + data.reduce_zero_label:
+                raise InputError(
+                    f"{path}: label {number} is the class number {len(names)}: labels must count up from 0, or from 1 "
+                    "with --data.reduce-zero-label"
+                )
+        elif not number or columns:  # an empty line, or the head of ADE20K's table
+            continue
+        names += (columns[-1].strip() if columns else number,)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: the class {twice!r} is there twice")
+    if not 2 <= len(names) <= MOST:
+        raise InputError(f"{path}: {len(names)} classes; 2 to {MOST} can be told apart")
+    return names
+
+
+def count_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
+    """Numbers for names: as many as the masks have labels.
+
+    Raises:
+        InputError: for a mask that cannot be read, or labels that do not begin at 0 and end below `MOST`.
+    """
+
+    def highest(path: str) -> tuple[int, str]:
+        labels = read_mask(path)
+        labels = labels[labels != data.ignore_index]
+        return int(labels.max(initial=0)), path
+
+    found = in_threads(highest, masks, len(masks), "counting the classes")
+    most, path = max(found)
+    count = most + 1 - data.reduce_zero_label
+    if not 2 <= count <= MOST:
+        raise InputError(
+            f"{path}: the highest label in the training masks is {most}; 2 to {MOST} classes can be told apart; "
+            "give --data.ignore-index, or a file of the classes as --data.classes"
+        )
+    return tuple(map(str, range(count)))
+
+
+class RandomScale(v2.Transform):
+    """Resize to a random factor of `side` (short side in pixels; None: of the size that a picture has)."""
+
+    def __init__(self, scale: tuple[float, float], side: int | None) -> None:
+        super().__init__()
+        self.scale, self.side = scale, side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        factor = torch.empty(()).uniform_(*sorted(self.scale)).item()
+        factor *= self.side / min(height, width) if self.side else 1.0
+        return {"size": [max(1, round(side * factor)) for side in (height, width)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)
+
+
+class CappedCrop(v2.RandomCrop):
+    """A random crop, of several tries the first in which no class covers more than `cap` of what counts.
+
+    Smaller pictures are padded, in masks with `IGNORE`.
+    """
+
+    def __init__(self, size: tuple[int, int], cap: float) -> None:
+        super().__init__(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE})
+        self.cap = cap
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        mask = next(one for one in flat_inputs if isinstance(one, tv_tensors.Mask))
+        for _ in range(TRIES):
+            params = super().make_params(flat_inputs)
+            counts = torch.bincount(self.transform(mask, params).flatten(), minlength=IGNORE + 1)[:IGNORE]
+            if 0 < counts.max() <= self.cap * counts.sum():
+                break
+        return params
+
+
+def train_transform(data: SegmentationData, augment: SegmentationAugment) -> Callable:
+    """The joint transform of a picture and its mask in training, to the crop's size."""
+    return v2.Compose(
+        [
+            RandomScale(augment.scale, data.image_size),
+            CappedCrop(data.crop_size, augment.class_cap),
+            v2.RandomHorizontalFlip(augment.hflip),
+            v2.RandomPhotometricDistort(p=augment.photometric),
+        ]
+    )
+
+
+def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """A batch of pictures of any size: a list of pictures, and one of masks."""
+    pictures, masks = map(list, zip(*samples, strict=True))
+    return pictures, masks
+
+
+def _tree(data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None) -> MaskPictures:
+    """ROOT/{images,annotations}/SPLIT; the classes are `class_names`, if given: the file's must then be the same."""
+    pairs, alone, _ = find_pairs(data.root, split)
+    if alone:
+        more = f", and {len(alone) - 1} more pictures have none" if len(alone) > 1 else ""
+        raise InputError(f"{alone[0]}: a picture without a mask in {Path(data.root, 'annotations', split)}{more}")
+    pairs = pairs[: data.limit]
+    names = read_class_names(data)
+    if class_names is None:
+        names = names or count_classes([mask for _, mask in pairs], data)
+    elif names is not None and names != tuple(class_names):
+        raise InputError(_difference(names, tuple(class_names), data))
+    else:
+        names = tuple(class_names)
+    return MaskPictures(pairs, names, label_table(len(names), data.ignore_index, data.reduce_zero_label), channels)
+
+
+def _difference(names: tuple[str, ...], trained: tuple[str, ...], data: SegmentationData) -> str:
+    place = data.classes or f"the file of the classes in {data.root}"
+    if len(names) != len(trained):
+        return f"{place}: {len(names)} classes, but the checkpoint has {len(trained)}"
+    number, ours, theirs = next(
+        (i, *pair) for i, pair in enumerate(zip(names, trained, strict=True)) if len({*pair}) > 1
+    )
+    return f"{place}: class {number} is {ours!r}, but {theirs!r} in the checkpoint; the order counts"
+
+
+def build_datasets(data: SegmentationData, channels: int) -> tuple[ScenePictures, ScenePictures]:
+    """The training and the validation pictures; set `transform` before use.
+
+    Raises:
+        InputError: a folder that is missing, a picture without a mask, ...
+    """
+    if data.dataset == "shapes":
+        train: ScenePictures = ShapeScenes("train", max(data.crop_size), channels, data.limit)
+    else:
+        train = _tree(data, data.train_split, channels, None)
+    return train, build_val_dataset(data, channels, train.class_names)
+
+
+def build_val_dataset(data: SegmentationData, channels: int, class_names: Sequence[str]) -> ScenePictures:
+    """The validation pictures alone, of `class_names` in their order.
+
+    Raises:
+        InputError: as `build_datasets`, and for other classes than `class_names` in a file of them.
+    """
+    if data.dataset == "shapes":
+        return ShapeScenes("val", max(data.crop_size), channels, data.limit)
+    return _tree(data, data.val_split, channels, class_names)

@@ -1,0 +1,231 @@
+"""DeepLabv3 and PSPNet over any timm backbone, from torchvision's parts (section 4.3 of the paper).
+
+    segmenter = create_segmenter("deeplabv3", "dualtoken_vit_small", num_classes=150)
+    logits = segmenter(images)                  # in training {"out": ..., "aux": ...}
+    labels = segment(segmenter.eval(), images, View())
+
+Images are (B, C, H, W) in [0, 1], of any size from 32x32 up; the segmenter normalises. Logits are
+(B, num_classes, H, W) float32, those of the auxiliary head ("aux") in training only.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
+
+from dualtoken_vit.backbone import Backbone, OverBackbone, create_body, statistics
+from dualtoken_vit.errors import InputError
+
+__all__ = ["SEGMENTERS", "Segmenter", "View", "build_segmenter", "create_segmenter", "segment"]
+
+STRIDE = 8  # that the last map is resized to
+AUX_WIDTH = 256
+DROPOUT = 0.1  # before the classifiers
+LEAST_SIDE = 32  # of pictures, in pixels
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def atrous_pooling(channels: int, width: int) -> nn.Module:
+    """DeepLabv3's context (Chen et al., arXiv 1706.05587): rates 1, 12, 24, 36 and the whole picture, then a 3x3."""
+    pool = ASPP(channels, (12, 24, 36), width)
+    pool.project = Conv2dNormActivation(5 * width, width, 3)
+    return pool
+
+
+class PyramidPooling(nn.Module):
+    """PSPNet's context (Zhao et al., arXiv 1612.01105): means over 1, 4, 9 and 36 parts of the picture, then a 3x3."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(parts), Conv2dNormActivation(channels, width, 1))
+            for parts in (1, 2, 3, 6)
+        )
+        self.project = Conv2dNormActivation(channels + 4 * width, width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, channels, H, W) -> (B, width, H, W)
+        return self.project(torch.cat([x, *(resize(level(x), x.shape[-2:]) for level in self.levels)], dim=1))
+
+
+SEGMENTERS = {"deeplabv3": atrous_pooling, "pspnet": PyramidPooling}
+
+
+def classifier(width: int, num_classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout(DROPOUT), nn.Conv2d(width, num_classes, 1))
+
+
+class Segmenter(OverBackbone, nn.Module):
+    """The last map of a network under a head, the map before it under an auxiliary one; see `build_segmenter`."""
+
+    class_layers = ("head.1.1", "aux_head.1.1")
+
+    def __init__(
+        self, context: nn.Module, model: nn.Module, num_classes: int, stride: int | None, width: int, in_chans: int
+    ):
+        super().__init__()
+        name, info = model.pretrained_cfg["architecture"], getattr(model, "feature_info", ())
+        if not hasattr(model, "forward_intermediates") or len(info) < 2:
+            raise InputError(f"--model.name {name}: gives no maps of its stages; a segmenter needs the last two")
+        self.backbone = Backbone(model, (len(info) - 2, len(info) - 1), "a segmenter", (70, 99), in_chans)
+        self.stride = stride
+        middle, last = self.backbone.feature_info.channels()
+        self.head = nn.Sequential(context(last, width), classifier(width, num_classes))
+        self.aux_head = nn.Sequential(Conv2dNormActivation(middle, AUX_WIDTH, 3), classifier(AUX_WIDTH, num_classes))
+        for key, values in statistics(model.pretrained_cfg, in_chans).items():  # saved: a name alone may have others
+            self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:  # (B, C, H, W)
+        size = x.shape[-2:]
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        middle, last = self.backbone(x)
+        if self.stride:
+            last = resize(last, [-(-side // self.stride) for side in size])
+        out = resize(self.head(last).float(), size)
+        return {"out": out, "aux": resize(self.aux_head(middle).float(), size)} if self.training else out
+
+
+def build_segmenter(
+    segmenter: str,
+    model: nn.Module,
+    num_classes: int,
+    *,
+    output_stride: int | None = None,
+    width: int = 512,
+    in_chans: int = 3,
+) -> Segmenter:
+    """A segmenter over a timm network, in training mode; the module's docstring says what it takes and gives.
+
+    Args:
+        segmenter: "deeplabv3" or "pspnet"
+        model: of timm.create_model
+        num_classes: of pixels
+        output_stride: what the network was made with, 8 or 16, if it was: then its last map goes into the head as it
+            is, else resized to stride 8, as in the paper
+        width: channels of the head
+        in_chans: channels of the pictures
+
+    Raises:
+        InputError: for an unknown segmenter, or a network without two maps or for one size of pictures only.
+    """
+    if segmenter not in SEGMENTERS:
+        raise InputError(f"--segmenter {segmenter}: choose one of {', '.join(SEGMENTERS)}")
+    stride = None if output_stride else STRIDE
+    built = Segmenter(SEGMENTERS[segmenter], model, num_classes, stride, width, in_chans)
+    return built.to(memory_format=torch.channels_last)
+
+
+def create_segmenter(
+    segmenter: str,
+    name: str,
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    output_stride: int | None = None,
+    width: int = 512,
+    in_chans: int = 3,
+    **model_args: Any,
+) -> Segmenter:
+    """`build_segmenter` over the timm network of that name.
+
+    Args:
+        segmenter: "deeplabv3" or "pspnet"
+        name: timm's name of the backbone
+        num_classes: of pixels
+        pretrained: take timm's weights of the backbone
+        output_stride: 8 or 16: make the backbone with this stride, and take its last map as it is; None: resize it
+        width: channels of the head
+        in_chans: channels of the pictures
+        model_args: other arguments of timm.create_model
+
+    Raises:
+        InputError: as `build_segmenter`, and for an unknown network or refused arguments.
+    """
+    stride = {"output_stride": output_stride} if output_stride else {}
+    model = create_body(name, pretrained=pretrained, in_chans=in_chans, **stride, **model_args)
+    return build_segmenter(segmenter, model, num_classes, output_stride=output_stride, width=width, in_chans=in_chans)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a trained segmenter looks at a picture."""
+
+    image_size: int | None = None
+    """Short side that pictures are resized to, in pixels; None: they stay as they are."""
+    mode: Literal["whole", "slide"] = "whole"
+    """The whole picture at once, or windows over it, whose logits are averaged where they overlap."""
+    window: int = 512
+    """Side of the windows in pixels."""
+    window_stride: int = 341
+    """Pixels from one window to the next."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes relative to the first; with several the probabilities are averaged."""
+    flip: bool = False
+    """Look at the mirror image too."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.window_stride <= self.window:
+            raise InputError(
+                f"--data.window-stride {self.window_stride}: must be at least 1 and at most the window's {self.window}"
+            )
+        if not self.scales or min(self.scales) <= 0:
+            raise InputError("--data.scales: give one or more numbers above 0")
+
+
+@torch.inference_mode()
+def segment(model: Segmenter, pictures: Sequence[Tensor], view: View) -> list[Tensor]:
+    """The class of every pixel of pictures (C, H, W) in [0, 1] of any sizes -> (H, W) int64 each.
+
+    Pictures of one size go through the network together. No side is made smaller than 32 pixels.
+    """
+    alike: dict[torch.Size, list[int]] = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        alike[picture.shape].append(index)
+    labels: list[Tensor] = [torch.empty(0)] * len(pictures)
+    for indices in alike.values():
+        found = _scores(model, torch.stack([pictures[index] for index in indices]), view).argmax(1)
+        for index, one in zip(indices, found, strict=True):
+            labels[index] = one
+    return labels
+
+
+def _scores(model: Segmenter, x: Tensor, view: View) -> Tensor:  # (B, C, H, W) -> (B, num_classes, H, W)
+    size = x.shape[-2:]
+    base = view.image_size / min(size) if view.image_size else 1.0
+    views = list(product(view.scales, (False, True) if view.flip else (False,)))
+    total: Tensor | float = 0.0
+    for scale, flip in views:
+        inner = [max(LEAST_SIDE, round(side * base * scale)) for side in size]
+        y = x.flip(-1) if flip else x
+        if inner != list(size):
+            y = F.interpolate(y, inner, mode="bilinear", align_corners=False, antialias=True)
+        logits = resize(_slide(model, y, view) if view.mode == "slide" else model(y), size)
+        logits = logits.flip(-1) if flip else logits
+        total = total + (logits.softmax(1) if len(views) > 1 else logits)
+    return total
+
+
+def _slide(model: Segmenter, x: Tensor, view: View) -> Tensor:
+    """Logits of windows over the picture, averaged where they overlap; the last ones end at its border."""
+    starts = [
+        sorted({min(start, max(side - view.window, 0)) for start in range(0, side, view.window_stride)})
+        for side in x.shape[-2:]
+    ]
+    total, count = 0.0, x.new_zeros(x.shape[-2:])
+    for top, left in product(*starts):
+        place = ..., slice(top, top + view.window), slice(left, left + view.window)
+        logits = model(x[place])
+        if isinstance(total, float):
+            total = logits.new_zeros(*logits.shape[:2], *x.shape[-2:])
+        total[place] += logits
+        count[place] += 1
+    return total / count

@@ -1,0 +1,200 @@
+"""The report finds what was planted, and nothing in sound data."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualtoken_vit.data.check_coco import check_coco
+from dualtoken_vit.data.coco import CLASSES, save_scenes
+from dualtoken_vit.errors import InputError
+
+SPLITS = ("train", "val")
+
+
+@pytest.fixture(scope="module")
+def _scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    save_scenes(root, 48, train=14, val=6)
+    return root
+
+
+@pytest.fixture
+def check(_scenes, tmp_path, capsys):
+    """The jsons of both splits, to be spoilt, and the check of what they then are: (verdict, lines of the report)."""
+    (tmp_path / "images").mkdir()
+    for path in (_scenes / "images").iterdir():
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
+
+    def run(masks=True, **args):
+        for split in SPLITS:
+            (tmp_path / f"{split}.json").write_text(json.dumps(run.coco[split]))
+        verdict = check_coco({s: (tmp_path / "images", tmp_path / f"{s}.json") for s in SPLITS}, masks, **args)
+        return verdict, capsys.readouterr().out.splitlines()
+
+    run.coco = {s: json.loads((_scenes / f"annotations/instances_{s}.json").read_text()) for s in SPLITS}
+    run.root = tmp_path
+    return run
+
+
+def problems(lines):
+    start = next(index for index, line in reversed(list(enumerate(lines))) if re.match("(train|val|note): ", line))
+    return lines[start + 1 : -1]
+
+
+def row(lines, name):
+    (line,) = (line for line in lines if line.startswith("│") and line.split("│")[1].strip() == name)
+    return [int(cell) for cell in line.split("│")[2:-1]]
+
+
+def test_sound_data(check):
+    check.coco["train"]["annotations"][0]["iscrowd"] = 1
+    verdict, lines = check()
+    assert verdict
+    assert lines[-1] == "no problems"
+    objects = {s: [one for one in check.coco[s]["annotations"] if not one["iscrowd"]] for s in SPLITS}
+    for label, name in enumerate(CLASSES):
+        assert row(lines, name) == [sum(one["category_id"] == label + 1 for one in objects[s]) for s in SPLITS]
+    assert row(lines, "all") == [len(objects[s]) for s in SPLITS]
+    filled = [one["image_id"] for one in objects["train"]]
+    most = max(map(filled.count, filled))
+    assert f"train: 14 pictures, {14 - len(set(filled))} without objects; up to {most} in one" in lines
+    small = sum(one["bbox"][2] * one["bbox"][3] < 1024 for one in objects["train"])
+    assert f"train: {len(filled)} objects, {small} below 32x32 px, 0 of 96x96 and more; 1 crowds" in lines
+    assert "val: width 48 to 48 px, median 48" in lines
+    assert "val: modes RGB 6" in lines
+
+
+def test_everything_that_can_be_wrong(check):
+    train, val = check.coco["train"], check.coco["val"]
+    some, images = train["annotations"], train["images"]
+    folder = check.root / "images"
+    some[0]["image_id"] = 99
+    some[1]["category_id"] = 50
+    some[2]["id"] = some[3]["id"]
+    some[4]["segmentation"] = [[1, 2, 3, 4]]
+    some[5]["bbox"] = [40, 40, 20, 5]
+    some[6]["bbox"] = [5, 5, 0, 5]
+    some[7]["area"] = 0
+    some[8]["segmentation"] = [[60, 60, 70, 60, 70, 70]]
+    some[9].update(bbox=[0, 0, 5, 5], segmentation=[[0, 0, 20, 0, 20, 29, 0, 29]])
+    some[10].update(bbox=[5, 5, 0.5, 5], area=1)
+    (folder / images[0]["file_name"]).unlink()
+    (folder / images[1]["file_name"]).write_bytes(b"no picture")
+    Image.fromarray(np.zeros((20, 48, 3), np.uint8)).save(folder / images[2]["file_name"])
+    (folder / val["images"][0]["file_name"]).write_bytes((folder / images[3]["file_name"]).read_bytes())
+    val["categories"].append({"id": 70, "name": "hexagon"})
+    verdict, lines = check()
+    assert not verdict
+    ids = [one["id"] for one in some]
+    json_name, pictures = f"{check.root}/train.json", [f"{folder}/{one['file_name']}" for one in images]
+    expected = [
+        "class missing: train/hexagon",
+        f"{pictures[0]}: no such file",
+        f"{pictures[1]}: cannot be read as a picture",
+        f"{pictures[2]} is 48x20 pixels as it is shown",
+        f"{json_name}: annotation {ids[0]}: names image 99",
+        f"{json_name}: annotation {ids[1]}: names category 50",
+        f"{json_name}: annotation {ids[3]}: its id is that of another",
+        f"{json_name}: annotation {ids[4]}: its segmentation has a polygon",
+        f"box outside the picture: {json_name}: annotation {ids[5]} is 20x5 at (40, 40) in a picture of 48x48",
+        f"mask outside its box: {json_name}: annotation {ids[5]} ",
+        f"box of no area: {json_name}: annotation {ids[6]} is 0x5",
+        f"no area: {json_name}: annotation {ids[7]} has area 0",
+        f"empty mask: {json_name}: annotation {ids[8]} ",
+        f"mask outside its box: {json_name}: annotation {ids[9]} has a mask of 20x29 at (0, 0), and its box is 5x5",
+        f"in both splits: {pictures[3]} = {folder}/{val['images'][0]['file_name']}",
+    ]
+    found = problems(lines)
+    assert len(found) == len(expected)
+    for one, beginning in zip(sorted(found), sorted(expected), strict=True):
+        assert one.startswith(beginning)
+    assert lines[-1] == f"problems: {len(expected)}"
+    tiny = sum(line.startswith("note: train: not trained on") for line in lines)
+    assert tiny == 1
+    assert f"note: train: not trained on, below 1 px in the picture: 2 annotations ({ids[6]}, {ids[10]})" in lines
+
+
+def test_segmentations_are_checked_where_they_are_not_needed(check):
+    some = check.coco["val"]["annotations"]
+    for one in some:
+        one["segmentation"] = []
+    verdict, lines = check(masks=False)
+    assert verdict
+    assert f"val: 0 of the {len(some)} annotations have a segmentation" in lines
+    some[0]["segmentation"] = {"size": [48, 48], "counts": "~~"}
+    verdict, lines = check(masks=False)
+    assert not verdict
+    assert problems(lines) == [
+        f"broken segmentation: {check.root}/val.json: annotation {some[0]['id']} cannot be drawn: "
+        "its segmentation has run lengths that do not fill the picture"
+    ]
+    verdict, lines = check(masks=True)
+    assert lines[-1] == f"problems: {len(some)}"
+
+
+def test_many_problems_of_a_kind_are_counted(check):
+    some = check.coco["train"]["annotations"]
+    for one in some:
+        one["area"] = 0
+    verdict, lines = check()
+    assert not verdict
+    assert sum(line.startswith("no area: ") for line in lines) == 20
+    assert f"... and {len(some) - 20} more: no area" in lines
+    assert lines[-1] == f"problems: {len(some)}"
+
+
+def test_the_contact_sheet_shows_the_labels(check, tmp_path):
+    coco = check.coco["train"]
+    coco["categories"] = coco["categories"][:1]
+    coco["annotations"] = [
+        {
+            "id": 1,
+            "image_id": 3,
+            "category_id": 1,
+            "bbox": [8, 16, 24, 12],
+            "segmentation": [[8, 16, 32, 16, 32, 28, 8, 28]],
+        },
+        {
+            "id": 2,
+            "image_id": 9,
+            "category_id": 1,
+            "bbox": [0, 0, 8, 8],
+            "iscrowd": 1,
+            "segmentation": [[0, 0, 8, 0, 8, 8]],
+        },
+    ]
+    for name in ("train-0002.png", "train-0008.png"):
+        Image.fromarray(np.full((48, 48, 3), 64, np.uint8)).save(check.root / "images" / name)
+    check.coco["val"]["annotations"] = []
+    path = tmp_path / "sheet/labels.png"
+    _, lines = check(sheet=path)
+    assert f"2 pictures with their labels: {path}" in lines
+    sheet = np.asarray(Image.open(path)).astype(int)
+    assert sheet.shape == (640, 3 * 640, 3)
+    scale = 632 / 48
+    first, second = sheet[:632, :632], sheet[:632, 640:1272]
+    for cell, (left, top, right, bottom) in ((first, (8, 16, 32, 28)), (second, (0, 0, 8, 8))):
+        drawn = np.ptp(cell, axis=-1) > 30  # the pictures are grey
+        rows, columns = drawn.nonzero()
+        found = columns.min(), columns.max(), rows.max()
+        assert found == pytest.approx((left * scale, right * scale, bottom * scale), abs=4)
+        assert top * scale - 30 < rows.min() < top * scale + 4  # its name is above the box, where there is room
+        assert (cell[~drawn] == 64).mean() > 0.97
+    inside = first[int(16 * scale) + 3 : int(28 * scale) - 3, int(8 * scale) + 3 : int(32 * scale) - 3]
+    assert (np.ptp(inside, axis=-1) > 30).all()  # the mask
+
+
+def test_nothing_to_draw(check, tmp_path):
+    check.coco["train"]["annotations"] = []
+    _, lines = check(sheet=tmp_path / "sheet.png")
+    assert "no picture of train has labels to draw" in lines
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_no_coco_file(check):
+    check.coco["val"] = []
+    with pytest.raises(InputError, match=r"val\.json is no COCO file"):
+        check()

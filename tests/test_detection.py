@@ -1,0 +1,262 @@
+"""Detection from the command line: training, resuming, several processes, evaluation, prediction."""
+
+import contextlib
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file
+from test_distributed import run
+from test_resume import assert_same_run, die
+
+from dualtoken_vit import cli
+from dualtoken_vit.checkpoint import load_model, read_checkpoint, save_checkpoint
+from dualtoken_vit.data.coco import save_scenes
+from dualtoken_vit.draw import color_of, draw_objects
+from dualtoken_vit.errors import InputError
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Drawn shapes as COCO files: images/, annotations/instances_{train,val}.json."""
+    folder = tmp_path_factory.mktemp("scenes")
+    save_scenes(folder, size=64, train=13, val=5)
+    return folder
+
+
+def arguments(scenes, out, *more, detector="retinanet", **settings):
+    settings = {
+        "data.images": scenes / "images",
+        "data.train-json": scenes / "annotations" / "instances_train.json",
+        "data.val-json": scenes / "annotations" / "instances_val.json",
+        "data.image-size": 64,
+        "data.workers": 0,
+        "optim.batch-size": 4,
+        "optim.epochs": 8,
+        "optim.lr": 2e-3,
+        "optim.warmup-steps": 2,
+        "run.accelerator": "cpu",
+        "run.save-every": 2,
+    } | {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
+    given = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    network = "--model.args", "dims=(16,32,32)", "depths=(1,1,1)"
+    roi = ("--roi-samples", "16") if detector == "mask-rcnn" else ()
+    return ["train", "coco", "--detector", detector, *network, *roi, *given, "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module", params=["retinanet", "mask-rcnn"])
+def trained(request, scenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    torch.set_num_threads(1)
+    assert cli.run(arguments(scenes, out, detector=request.param, augment__multi_scale=48)) == 0
+    return request.param, out
+
+
+def call(capsys, *args):
+    capsys.readouterr()
+    status = cli.run([*map(str, args)])
+    return status, capsys.readouterr().out
+
+
+def load_and_store(path, **data):
+    """Change fields of the data section of a checkpoint's recipe."""
+    model, info = load_model(path)
+    recipe = info.recipe | {"data": info.recipe["data"] | data}
+    keys = ("task", "class_names", "preprocessing", "metrics", "model_args", "category_ids")
+    save_checkpoint(path, model, recipe=recipe, **{key: getattr(info, key) for key in keys})
+
+
+def test_the_run_folder_agrees_with_pycocotools(trained, scenes, capsys):
+    detector, out = trained
+    kinds = {"box": "bbox", "mask": "segm"} if detector == "mask-rcnn" else {"box": "bbox"}
+    files = {"recipe.json", "metrics.csv", "curves.png", "evaluation.json", "best.safetensors", "last.ckpt"}
+    files |= {f"{name}-{kind}.{end}" for kind in kinds for name, end in (("detections", "json"), ("pr", "png"))}
+    assert files <= {path.name for path in out.iterdir()}
+    rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
+    score = f"val_{list(kinds)[-1]}_AP"
+    best = max(rows, key=lambda row: float(row[score]))
+    assert json.loads((out / "recipe.json").read_text())["task"] == "detection"
+    truth = COCO(str(scenes / "annotations" / "instances_val.json"))
+    for kind, theirs in kinds.items():
+        detections = json.loads((out / f"detections-{kind}.json").read_text())
+        assert detections
+        evaluation = COCOeval(truth, truth.loadRes(str(out / f"detections-{kind}.json")), theirs)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        found = json.loads((out / "evaluation.json").read_text())[kind]
+        assert list(found.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-6)
+        assert float(best[f"val_{kind}_AP"]) == pytest.approx(evaluation.stats[0], abs=1e-6)
+
+    status, printed = call(capsys, "evaluate", out / "best.safetensors", "--json", "--accelerator", "cpu")
+    result = json.loads(printed)
+    assert status == 0
+    assert result.keys() == {*kinds, "images"}
+    assert result["images"] == 5
+    for kind in kinds:
+        assert result[kind]["AP"] == pytest.approx(float(best[f"val_{kind}_AP"]), abs=1e-6)
+
+
+def test_evaluation_of_other_pictures(trained, scenes, tmp_path, capsys):
+    detector, out = trained
+    for name in ("images", "annotations"):
+        shutil.copytree(scenes / name, tmp_path / name)
+    path = tmp_path / "annotations" / "instances_val.json"
+    coco = json.loads(path.read_text())
+    for entry in (*coco["categories"], *coco["annotations"]):  # the same classes by other numbers
+        key = "category_id" if "category_id" in entry else "id"
+        entry[key] = 90 - 7 * entry[key]
+    path.write_text(json.dumps(coco))
+    best, data = out / "best.safetensors", ("--data.images", tmp_path / "images", "--data.val-json", path)
+    common = ("--accelerator", "cpu", "--json")
+    status, printed = call(capsys, "evaluate", best, *data, *common, "--out", tmp_path / "out")
+    assert status == 0
+    if detector == "retinanet":  # the pictures named now go before those of the recipe's validation
+        shutil.copytree(out, tmp_path / "run")
+        load_and_store(tmp_path / "run" / "best.safetensors", val_images="nowhere")
+        again = call(capsys, "evaluate", tmp_path / "run" / "best.safetensors", *data, *common)[1]
+        assert json.loads(again) == json.loads(printed)
+    stored = json.loads(call(capsys, "evaluate", best, *common)[1])
+    for kind in stored.keys() - {"images"}:  # the mean over the classes is taken in another order
+        assert json.loads(printed)[kind] == pytest.approx(stored[kind], abs=1e-9)
+    found = json.loads((tmp_path / "out" / "detections-box.json").read_text())
+    assert {one["category_id"] for one in found} <= {one["id"] for one in coco["categories"]}
+
+    coco["categories"][0]["name"] = "blob"
+    path.write_text(json.dumps(coco))
+    with pytest.raises(InputError, match=r"instances_val\.json: other categories than the 6 .*an unknown 'blob'"):
+        cli.run([*map(str, ("evaluate", best, *data, *common))])
+    with pytest.raises(InputError, match=r"--data\.root: .*best\.safetensors is of detection; .*--data\.images DIR"):
+        cli.run(["evaluate", str(best), "--data.root", str(tmp_path)])
+
+
+def test_predictions_are_a_coco_file(trained, scenes, tmp_path, capsys):
+    detector, out = trained
+    best, pictures = out / "best.safetensors", scenes / "images"
+    # One at a time, as below: in a batch the last bits differ, and a box of the many may pass that did not.
+    how = ("--json", "--score", "0.05", "--device", "cpu", "--batch-size", "1")
+    status, printed = call(capsys, "predict", best, pictures, *how, "--out", tmp_path / "out")
+    found = json.loads(printed)
+    assert status == 0
+    assert found == json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [image["file_name"] for image in found["images"]] == sorted(map(str, pictures.iterdir()))
+    (tmp_path / "coco.json").write_text(printed)
+    with contextlib.redirect_stdout(None):
+        coco = COCO(str(tmp_path / "coco.json"))
+    model, info = load_model(best)
+    first = found["images"][found["annotations"][0]["image_id"] - 1]
+    pixels = torch.from_numpy(np.array(Image.open(first["file_name"]).convert("RGB"))).permute(2, 0, 1) / 255
+    with torch.inference_mode():
+        (expected,) = model([pixels])
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=[first["id"]]))
+    assert [one["score"] for one in annotations] == pytest.approx(expected["scores"].tolist(), abs=1e-4)
+    left, top, right, bottom = expected["boxes"].unbind(1)
+    boxes = torch.stack((left, top, right - left, bottom - top), dim=1)
+    np.testing.assert_allclose([one["bbox"] for one in annotations], boxes.numpy(), atol=1e-2)
+    assert [one["category_id"] for one in annotations] == [info.category_ids[label] for label in expected["labels"]]
+    if detector == "mask-rcnn":
+        for one, mask in zip(annotations, expected["masks"], strict=True):
+            assert np.mean(coco.annToMask(one) == mask[0].numpy()) > 0.99
+    drawings = {path.name for path in (tmp_path / "out").rglob("*.png")}
+    assert drawings == {"sheet.png"} | {f"{path.name}.png" for path in pictures.iterdir()}
+
+
+def test_a_checkpoint_says_what_it_is(trained):
+    detector, out = trained
+    checkpoint = read_checkpoint(out / "best.safetensors")
+    assert checkpoint.task == "detection"
+    assert checkpoint.class_names == ("circle", "cross", "ring", "square", "star", "triangle")
+    assert checkpoint.category_ids == (1, 2, 3, 4, 5, 6)
+    assert checkpoint.model == "dualtoken_vit_small"
+    assert checkpoint.model_args["detector"] == detector
+    assert checkpoint.model_args["image_size"] == 64
+
+
+def test_killed_and_resumed(trained, scenes, tmp_path):
+    detector, whole = trained
+    out = tmp_path / "run"
+    args = arguments(scenes, out, detector=detector, augment__multi_scale=48)
+    die(args, "saved last.ckpt", 1)
+    assert torch.load(out / "last.ckpt")["global_step"] == 2  # of 3 in the first epoch
+    assert cli.run([*args, "--resume"]) == 0
+    assert_same_run(out, whole, kinds={"state_dict", "optimizer_states"}, files=("metrics.csv", "detections-box.json"))
+
+
+def test_two_processes_count_each_picture_once(scenes, tmp_path, capsys):
+    start = tmp_path / "start"
+    assert cli.run(arguments(scenes, start)) == 0
+    settings = {"optim__optimizer": "sgd", "optim__epochs": 1, "augment__hflip": 0, "optim__warmup_steps": 0}
+    settings |= {"optim__lr": 1e-3, "model__checkpoint": start / "best.safetensors"}
+    assert cli.run(arguments(scenes, tmp_path / "begin", **settings | {"optim__lr": 1e-12})) == 0
+    assert cli.run(arguments(scenes, tmp_path / "one", **settings)) == 0
+    finished = run(["-m", "dualtoken_vit.cli", *arguments(scenes, tmp_path / "two", **settings, run__devices=2)])
+    assert finished.returncode == 0, finished.stderr
+    begin, one, two = (load_file(tmp_path / name / "best.safetensors") for name in ("begin", "one", "two"))
+    step, difference = (
+        torch.cat([(there[key] - here[key]).flatten().double() for key in here if "num_batches" not in key])
+        for there, here in ((one, begin), (one, two))
+    )
+    # Each process divides by its own number of objects, so the steps are only nearly the same.
+    assert difference.norm() < 0.5 * step.norm()
+    alone = json.loads(call(capsys, "evaluate", tmp_path / "two" / "best.safetensors", "--json")[1])
+    found = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert found["images"] == alone["images"] == 5
+    assert found["box"] == pytest.approx(alone["box"], abs=1e-6)
+    assert found["box"]["AR100"] > 0
+
+
+def test_the_backbone_of_a_classification_run(photos, scenes, tmp_path, capsys):
+    network = "--model.args", "dims=(16,32,32)", "depths=(1,1,1)"
+    args = ("--data.root", photos, "--data.image-size", "32", "--optim.batch-size", "12", "--optim.epochs", "1")
+    more = ("--model.name", "dualtoken_vit_small", "--run.accelerator", "cpu", "--data.workers", "0")
+    assert cli.run([*map(str, ("train", "folder", *network, *args, *more, "--out", tmp_path / "classes"))]) == 0
+    classes = tmp_path / "classes" / "best.safetensors"
+    start = {"model__checkpoint": classes, "optim__epochs": 1, "optim__lr": 1e-12}
+    capsys.readouterr()
+    assert cli.run(arguments(scenes, tmp_path / "objects", **start)) == 0
+    old, new = load_file(classes), load_file(tmp_path / "objects" / "best.safetensors")
+    assert f"{classes}: loaded" in capsys.readouterr().out
+    taken = [key for key in new if key.startswith("backbone.body.model.")]
+    assert len(taken) > 100
+    for key in taken:
+        torch.testing.assert_close(new[key], old[key.removeprefix("backbone.body.model.")], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data__train_json": ""}, "--data.train-json is missing"),
+        ({"data__train_json": "nothing.json"}, "nothing.json: no such file"),
+        ({"data__images": "nowhere"}, "nowhere: no such folder"),
+        ({"data__image_size": 0}, "--data.image-size 0: must be at least 1"),
+        ({"model__name": "resnet18"}, "--model.args dims=.16, 32, 32.: resnet18 has no such argument"),
+        ({"optim__batch_size": 64}, "do not fill one batch of 64"),
+    ],
+)
+def test_mistakes_cost_one_line_and_leave_nothing(scenes, tmp_path, settings, message):
+    with pytest.raises(InputError, match=message) as error:
+        cli.run(arguments(scenes, tmp_path / "run", **settings))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_drawing_shows_box_mask_and_name():
+    masks = torch.zeros(1, 1, 100, 200, dtype=torch.bool)
+    masks[..., 40:60, 50:150] = True
+    objects = {"boxes": torch.tensor([[50.0, 40, 150, 60]]), "labels": torch.tensor([3]), "masks": masks}
+    blank = Image.new("RGB", (200, 100))
+    drawing = np.asarray(draw_objects(blank, objects, tuple("abcd")))
+    assert drawing.shape == (400, 800, 3)  # enlarged, to be legible
+    color = np.array(color_of(3))
+    assert (drawing[160, 400] == color).all()  # the box
+    np.testing.assert_allclose(drawing[200, 400], 0.45 * color, atol=1)  # the mask
+    assert (drawing[350] == 0).all()
+    assert len({color_of(label) for label in range(80)}) == 80

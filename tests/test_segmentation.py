@@ -1,0 +1,276 @@
+"""Segmentation from the command line: training, resuming, several processes, evaluation, prediction; its metrics."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_distributed import run
+from test_resume import assert_same_run, die
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from dualtoken_vit import cli
+from dualtoken_vit.checkpoint import load_model, read_checkpoint
+from dualtoken_vit.data.masks import IGNORE, save_scenes
+from dualtoken_vit.draw import color_of, draw_scene
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.tasks.segmentation import Scores, cross_entropy
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Drawn shapes as files: {images,annotations}/{train,val}/*.png, classes.txt."""
+    folder = tmp_path_factory.mktemp("scenes")
+    save_scenes(folder, size=48, train=12, val=5)
+    return folder
+
+
+def arguments(scenes, out, *more, segmenter="deeplabv3", **settings):
+    settings = {
+        "data.root": scenes,
+        "data.workers": 0,
+        "width": 8,
+        "optim.batch-size": 4,
+        "optim.epochs": 4,
+        "optim.lr": 4e-3,
+        "optim.warmup-steps": 2,
+        "run.accelerator": "cpu",
+        "run.save-every": 2,
+    } | {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
+    given = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    network = "--model.args", "dims=(16,32,32)", "depths=(1,1,1)"
+    crop = "--data.crop-size", "32", "40"
+    return ["train", "masks", "--segmenter", segmenter, *network, *crop, *given, "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module", params=["deeplabv3", "pspnet"])
+def trained(request, scenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    torch.set_num_threads(1)
+    assert cli.run(arguments(scenes, out, segmenter=request.param)) == 0
+    return request.param, out
+
+
+def call(capsys, *args):
+    capsys.readouterr()
+    status = cli.run([*map(str, args)])
+    return status, capsys.readouterr().out
+
+
+# Metrics
+
+
+def reference(found, truth, classes):
+    """The figures by their definitions, in numpy."""
+    counts = truth != IGNORE
+    found, truth = found[counts], truth[counts]
+    iou = [
+        np.mean((found == k) & (truth == k)) / np.mean((found == k) | (truth == k))
+        if ((found == k) | (truth == k)).any()
+        else None
+        for k in range(classes)
+    ]
+    accuracy = [np.mean(found[truth == k] == k) for k in range(classes) if (truth == k).any()]
+    return {
+        "miou": np.mean([share for share in iou if share is not None]),
+        "pixel_accuracy": np.mean(found == truth),
+        "mean_accuracy": np.mean(accuracy),
+    }, iou
+
+
+def test_scores_are_torchmetrics_and_numpy_s():
+    rng = np.random.default_rng(0)
+    truth, found = rng.integers(0, 5, (2, 3, 20, 30))
+    truth[truth == 3] = 1
+    found[found == 3] = 2  # class 3 is nowhere; class 4 is true, never found
+    found[found == 4] = 0
+    truth[rng.random(truth.shape) < 0.1] = IGNORE
+    confusion = np.zeros((5, 5), dtype=np.int64)
+    for t, f in zip(truth.ravel(), found.ravel(), strict=True):
+        if t != IGNORE:
+            confusion[t, f] += 1
+    scores = Scores.of(confusion)
+    figures, iou = reference(found, truth, 5)
+    assert {name: getattr(scores, name) for name in figures} == pytest.approx(figures)
+    assert scores.per_class == pytest.approx(iou)
+    assert scores.per_class[3] is None
+    assert scores.per_class[4] == 0
+    tensors = torch.from_numpy(found), torch.from_numpy(truth)
+    jaccard = MulticlassJaccardIndex(5, ignore_index=IGNORE)
+    assert scores.miou == pytest.approx(jaccard(*tensors).item())
+    for average, name in (("micro", "pixel_accuracy"), ("macro", "mean_accuracy")):
+        if average == "macro":  # torchmetrics counts a class that is only predicted as 0
+            tensors = tuple(each[(tensors[1] != 3)] for each in tensors)
+        theirs = MulticlassAccuracy(5, average=average, ignore_index=IGNORE)(*tensors)
+        assert getattr(scores, name) == pytest.approx(theirs.item())
+
+
+def test_the_loss_leaves_out_what_is_ignored():
+    logits, mask = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    mask[0, :2] = IGNORE
+    picked = -logits.log_softmax(1).gather(1, mask.clamp(max=2)[:, None])[:, 0]
+    assert cross_entropy(logits, mask).item() == pytest.approx(picked[mask != IGNORE].mean().item(), rel=1e-5)
+    assert cross_entropy(logits, torch.full_like(mask, IGNORE)).item() == 0
+
+
+# Runs
+
+
+def own_scores(best, scenes):
+    """The figures of a checkpoint on the validation pictures, without the task: one picture at a time, numpy."""
+    model, info = load_model(best)
+    found, truth = [], []
+    for path in sorted((scenes / "images" / "val").iterdir()):
+        x = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+        with torch.inference_mode():
+            found.append(model(x)[0].argmax(0).numpy())
+        truth.append(np.asarray(Image.open(scenes / "annotations" / "val" / path.name)))
+    return reference(np.stack(found), np.stack(truth), len(info.class_names))
+
+
+def test_the_run_folder(trained, scenes, capsys):
+    _, out = trained
+    files = {"recipe.json", "metrics.csv", "curves.png", "evaluation.json", "best.safetensors", "last.ckpt"}
+    files |= {"confusion.csv", "confusion.png", "worst"}
+    assert files <= {path.name for path in out.iterdir()}
+    assert {path.name for path in (out / "worst").iterdir()} == {f"{n}.png" for n in range(1, 6)}
+    rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
+    assert float(rows[-1]["train_loss"]) < 0.9 * float(rows[0]["train_loss"])
+    best = max(rows, key=lambda row: float(row["val_miou"]))
+    figures, iou = own_scores(out / "best.safetensors", scenes)
+    assert {name: float(best[f"val_{name}"]) for name in figures} == pytest.approx(figures, abs=1e-4)
+
+    status, printed = call(capsys, "evaluate", out / "best.safetensors", "--json", "--accelerator", "cpu")
+    result = json.loads(printed)
+    assert status == 0
+    assert result == json.loads((out / "evaluation.json").read_text())
+    assert {name: result[name] for name in figures} == pytest.approx(figures, abs=1e-4)
+    assert list(result["per_class"]) == (scenes / "classes.txt").read_text().split()
+    assert list(result["per_class"].values()) == pytest.approx(iou, abs=1e-3)
+    assert result["images"] == 5
+    matrix = [row[1:] for row in csv.reader((out / "confusion.csv").read_text().splitlines())][1:]
+    truth = [np.asarray(Image.open(path)) for path in (scenes / "annotations" / "val").iterdir()]
+    assert np.array(matrix, dtype=int).sum(1).tolist() == np.bincount(np.ravel(truth), minlength=7).tolist()
+
+
+def test_evaluation_of_another_split_and_by_other_views(trained, scenes, tmp_path, capsys):
+    _, out = trained
+    best, common = out / "best.safetensors", ("--accelerator", "cpu", "--json")
+    shutil.copytree(scenes, tmp_path / "data")
+    for kind in ("images", "annotations"):
+        (tmp_path / "data" / kind / "val").rename(tmp_path / "data" / kind / "test")
+    before = json.loads(call(capsys, "evaluate", best, *common)[1])
+    given = "--data.root", tmp_path / "data", "--data.split", "test"
+    assert json.loads(call(capsys, "evaluate", best, *given, *common)[1]) == before
+    whole = "--data.mode", "slide", "--data.window", "48", "--data.window-stride", "32"  # one window
+    assert json.loads(call(capsys, "evaluate", best, *given, *whole, *common)[1]) == before
+    other = "--data.scales", "0.75", "1", "--data.flip", "True", "--data.image-size", "40"
+    _, printed = call(capsys, "evaluate", best, *given, *other, *common, "--out", tmp_path / "out")
+    assert json.loads(printed)["images"] == 5
+    assert json.loads(printed) == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    (tmp_path / "data" / "classes.txt").write_text("ground\ncircle\n")
+    with pytest.raises(InputError, match=r"2 classes, but the checkpoint has 7"):
+        cli.run([*map(str, ("evaluate", best, *given, *common))])
+
+
+def test_predictions(trained, scenes, tmp_path, capsys):
+    _, out = trained
+    best, pictures = out / "best.safetensors", scenes / "images" / "val"
+    Image.open(pictures / "val-0000.png").resize((70, 40)).save(tmp_path / "wide.jpg")
+    given = "--json", "--device", "cpu", "--out", tmp_path / "out"
+    status, printed = call(capsys, "predict", best, pictures, tmp_path / "wide.jpg", *given)
+    found = json.loads(printed)
+    assert status == 0
+    assert found["classes"] == (scenes / "classes.txt").read_text().split()
+    assert [Image.open(one["picture"]).size for one in found["predictions"]] == [(48, 48)] * 5 + [(70, 40)]
+    labels = Image.open(tmp_path / "out" / "wide.jpg.labels.png")
+    model, _ = load_model(best)
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "wide.jpg"))).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        expected = model(pixels)[0].argmax(0).numpy()
+    assert labels.mode == "P"
+    assert np.mean(np.asarray(labels) == expected) > 0.999
+    assert labels.getpalette()[:21] == [part for label in range(7) for part in color_of(label)]
+    shares = {one["class"]: one["share"] for one in found["predictions"][-1]["classes"]}
+    assert shares == pytest.approx({found["classes"][k]: np.mean(expected == k) for k in np.unique(expected)}, abs=2e-3)
+    names = {path.name for path in (tmp_path / "out").rglob("*.png")}
+    drawn = {"wide.jpg", *(path.name for path in pictures.iterdir())}
+    assert names == {"sheet.png"} | {f"{n}.png" for n in drawn} | {f"{n}.labels.png" for n in drawn}
+
+
+def test_a_checkpoint_says_what_it_is(trained):
+    segmenter, out = trained
+    checkpoint = read_checkpoint(out / "best.safetensors")
+    assert (checkpoint.task, checkpoint.model) == ("segmentation", "dualtoken_vit_tiny")
+    assert checkpoint.model_args["segmenter"] == segmenter
+    assert checkpoint.class_names[:2] == ("ground", "circle")
+
+
+def test_killed_and_resumed(trained, scenes, tmp_path):
+    segmenter, whole = trained
+    out = tmp_path / "run"
+    args = arguments(scenes, out, segmenter=segmenter)
+    die(args, "saved last.ckpt", 1)
+    assert torch.load(out / "last.ckpt")["global_step"] == 2  # of 3 in the first epoch
+    assert cli.run([*args, "--resume"]) == 0
+    files = "metrics.csv", "confusion.csv", "evaluation.json"
+    assert_same_run(out, whole, kinds={"state_dict", "optimizer_states"}, files=files)
+
+
+def test_two_processes_count_each_picture_once(scenes, tmp_path):
+    settings = {"optim__optimizer": "sgd", "optim__lr": 0.01, "optim__epochs": 1}
+    assert cli.run(arguments(scenes, tmp_path / "one", **settings)) == 0
+    finished = run(["-m", "dualtoken_vit.cli", *arguments(scenes, tmp_path / "two", **settings, run__devices=2)])
+    assert finished.returncode == 0, finished.stderr
+    one, two = (load_file(tmp_path / name / "best.safetensors") for name in ("one", "two"))
+    for key, value in one.items():  # each process drops its own channels and divides by its own pixels: only nearly
+        torch.testing.assert_close(two[key], value, rtol=0.05, atol=5e-3)
+    counts = []
+    for name in ("one", "two"):
+        rows = list(csv.reader((tmp_path / name / "confusion.csv").read_text().splitlines()))[1:]
+        counts.append(np.array([row[1:] for row in rows], dtype=int))
+        assert len(list((tmp_path / name / "worst").iterdir())) == 5
+    assert counts[0].sum() == 5 * 48 * 48
+    assert counts[0].sum(1).tolist() == counts[1].sum(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data__root": ""}, "--data.root is missing"),
+        ({"data__root": "nowhere"}, "nowhere/images/train: no such folder"),
+        ({"data__window": 16}, "--data.window 16: must be at least 32"),
+        ({"data__window_stride": 0}, "--data.window-stride 0: must be at least 1"),
+        ({"augment__class_cap": 2.0}, "--augment.class-cap 2.0: must be at most 1"),
+        ({"optim__batch_size": 1}, "--optim.batch-size 1: batch normalisation .* needs 2 or more"),
+        ({"optim__batch_size": 64}, "do not fill one batch of 64"),
+        ({"model__name": "vgg11", "output_stride": 8}, "--model.args dims"),
+    ],
+)
+def test_mistakes_cost_one_line_and_leave_nothing(scenes, tmp_path, settings, message):
+    with pytest.raises(InputError, match=message) as error:
+        cli.run(arguments(scenes, tmp_path / "run", **settings))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_drawing_shows_labels_and_legend():
+    labels = np.zeros((50, 100), dtype=np.uint8)
+    labels[:, 50:] = 2
+    labels[:10] = IGNORE
+    grey = Image.new("RGB", (100, 50), (100, 100, 100))
+    drawing = np.asarray(draw_scene([("", grey, None), ("", grey, labels)], ("a", "b", "c")))
+    assert drawing.shape == (240 + 16 + 32, 480 + 16 + 480, 3)  # enlarged, to be legible
+    assert (drawing[:240, :480] == 100).all()
+    assert (drawing[:40, 496:] == 100).all()  # ignored
+    for column, label in ((600, 0), (900, 2)):
+        np.testing.assert_allclose(drawing[150, column], 40 + 0.6 * np.array(color_of(label)), atol=1)
+    legend = {tuple(pixel) for pixel in drawing[256:].reshape(-1, 3).tolist()}
+    assert {color_of(0), color_of(2)} <= legend
+    assert color_of(1) not in legend

@@ -1,0 +1,235 @@
+"""DeepLabv3 and PSPNet: structure, counts, and the ways of looking at a picture."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dualtoken_vit.checkpoint import load_weights, save_checkpoint
+from dualtoken_vit.counting import RULES
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.optim import build_optimizer
+from dualtoken_vit.recipes import Optim
+from dualtoken_vit.segmenters import View, create_segmenter, segment
+
+KINDS = ("deeplabv3", "pspnet")
+
+
+def create(kind="deeplabv3", name="dualtoken_vit_tiny_mix", num_classes=3, **kwargs):
+    torch.manual_seed(0)
+    args = dict(dims=(16, 32, 32), depths=(1, 1, 1)) if name.startswith("dualtoken") else {}
+    return create_segmenter(kind, name, num_classes, **{"width": 16, **args, **kwargs})
+
+
+# The numbers of the paper
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "printed", "macs"),
+    [("deeplabv3", 26.25e6, 26.3e6, 68.3e9), ("pspnet", 21.80e6, 21.7e6, 48.4e9)],
+)
+def test_parameters_and_macs(kind, params, printed, macs):
+    segmenter = create_segmenter(kind, "dualtoken_vit_small", 150).to("meta").eval().requires_grad_(False)
+    found = sum(p.numel() for p in segmenter.parameters())
+    assert found == pytest.approx(params, abs=0.005e6)
+    assert found == pytest.approx(printed, rel=0.005)
+    for module in segmenter.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
+        segmenter(torch.empty(1, 3, 512, 512, device="meta"))
+    counts = counter.get_flop_counts()["Global"]
+    found = sum(n / 2 for op, n in counts.items() if op not in RULES)
+    assert found - counts[torch.ops.aten.bmm] / 2 == pytest.approx(macs, abs=0.05e9)
+
+
+def convolution(inside, outside, kernel, places):
+    return inside * outside * kernel * kernel * places
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_s_macs_in_closed_form(kind):
+    segmenter = create_segmenter(kind, "dualtoken_vit_small", 150).eval()
+    with FlopCounterMode(display=False) as counter:
+        segmenter.head.to("meta")(torch.empty(1, 256, 64, 64, device="meta"))
+    places = 64 * 64
+    if kind == "deeplabv3":
+        context = convolution(256, 512, 1, places + 1) + 3 * convolution(256, 512, 3, places)
+        context += convolution(2560, 512, 3, places)
+    else:
+        context = convolution(256, 512, 1, 1 + 4 + 9 + 36) + convolution(2304, 512, 3, places)
+    assert counter.get_total_flops() / 2 == context + convolution(512, 150, 1, places)
+
+
+# Structure
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["dualtoken_vit_tiny_mix", "resnet18", "mobilevitv2_050"])
+def test_logits_have_the_size_of_the_picture(kind, name):
+    segmenter, x = create(kind, name), torch.rand(2, 3, 40, 72)
+    out = segmenter(x)
+    assert out.keys() == {"out", "aux"}
+    assert {tuple(logits.shape) for logits in out.values()} == {(2, 3, 40, 72)}
+    with torch.no_grad():
+        assert segmenter.eval()(x).shape == (2, 3, 40, 72)
+
+
+@torch.no_grad()
+def test_the_head_sees_the_last_map_at_stride_8_of_a_normalised_picture():
+    segmenter = create(name="resnet18").eval()
+    plain = timm.create_model("resnet18", features_only=True, out_indices=(4,)).eval()
+    plain.load_state_dict(segmenter.network.state_dict(), strict=False)
+    seen = []
+    segmenter.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.rand(1, 3, 64, 100)
+    segmenter(x)
+    mean, std = (torch.tensor(plain.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    (last,) = plain((x - mean) / std)
+    torch.testing.assert_close(seen[0], F.interpolate(last, (8, 13), mode="bilinear"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@torch.no_grad()
+def test_output_stride(stride):
+    segmenter = create(output_stride=stride).eval()
+    assert segmenter.backbone.strides[-1] == stride
+    seen = []
+    segmenter.head.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    assert segmenter(torch.rand(1, 3, 64, 96)).shape == (1, 3, 64, 96)
+    assert seen == [(64 // stride, 96 // stride)]
+
+
+@torch.no_grad()
+def test_pspnet_s_context_is_the_whole_picture():
+    """In one place, through the pooled levels alone: the mean over the picture, linearly."""
+    pool = create("pspnet").eval().head[0]
+    for module in pool.modules():
+        if isinstance(module, nn.ReLU):
+            module.forward = lambda x: x
+    x = torch.randn(1, 32, 6, 6)
+    expected = [x]
+    for level, parts in zip(pool.levels, (1, 2, 3, 6), strict=True):
+        means = x.unfold(2, 6 // parts, 6 // parts).unfold(3, 6 // parts, 6 // parts).mean((4, 5))
+        expected.append(F.interpolate(level[1](means), (6, 6), mode="bilinear"))
+    seen = []
+    pool.project.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pool(x)
+    torch.testing.assert_close(seen[0], torch.cat(expected, 1))
+
+
+def test_every_parameter_learns_and_tokens_are_not_decayed():
+    segmenter = create(name="dualtoken_vit_tiny")
+    out = segmenter(torch.rand(2, 3, 64, 64))
+    (out["out"].square().mean() + out["aux"].square().mean()).backward()
+    assert [name for name, p in segmenter.named_parameters() if p.grad is None] == []
+    (name,) = segmenter.no_weight_decay()
+    plain = [group for group in build_optimizer(segmenter, Optim()).param_groups if group["weight_decay"] == 0]
+    assert any(p is segmenter.get_parameter(name) for group in plain for p in group["params"])
+
+
+def test_grey_pictures():
+    segmenter = create(in_chans=1).eval()
+    assert segmenter.mean.flatten().tolist() == pytest.approx([sum((0.485, 0.456, 0.406)) / 3])
+    with torch.no_grad():
+        assert segmenter(torch.rand(1, 1, 32, 32)).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("unet", "resnet18", "--segmenter unet: choose one of deeplabv3, pspnet"),
+        ("pspnet", "deit_tiny_patch16_224", "deit_tiny_patch16_224: refuses 70x99 pixels; a segmenter needs"),
+        ("pspnet", "no_such_net", "--model.name no_such_net: "),
+    ],
+)
+def test_refusals(kind, name, message):
+    with pytest.raises(InputError, match=message):
+        create(kind, name)
+
+
+def test_starting_from_other_files(tmp_path):
+    source = create()
+    args = dict(dims=(16, 32, 32), depths=(1, 1, 1))
+    about = dict(preprocessing={"input_size": (3, 32, 32)}, recipe={}, metrics={})
+    made = {**args, "segmenter": "deeplabv3", "width": 16}
+    save_checkpoint(
+        tmp_path / "a.safetensors", source, task="segmentation", class_names=("a", "b", "c"), model_args=made, **about
+    )
+    same = create()
+    for p in same.parameters():
+        nn.init.zeros_(p)
+    report = load_weights(same, tmp_path / "a.safetensors", ("a", "b", "c"))
+    assert not report.new
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), source.parameters(), strict=True))
+    report = load_weights(create(num_classes=2), tmp_path / "a.safetensors", ("a", "d"))
+    layers = "head.1.1", "aux_head.1.1"
+    assert set(report.new) == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+
+
+# Looking at pictures
+
+
+class Colours(nn.Module):
+    """Logits that are the picture's channels: what is right is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(tuple(x.shape))
+        return x.clone()
+
+
+def blocks(height, width, side=16):
+    """A picture of blocks of one channel each, and the channels (H, W)."""
+    labels = (torch.arange(height)[:, None] // side + torch.arange(width) // side) % 3
+    return F.one_hot(labels, 3).permute(2, 0, 1).float(), labels
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(),
+        View(mode="slide", window=40, window_stride=25),
+        View(flip=True),
+        View(scales=(1.0, 2.0), flip=True),
+        View(mode="slide", window=48, window_stride=48, flip=True, image_size=160),
+    ],
+)
+def test_all_views_agree_on_a_sharp_picture(view):
+    pictures, labels = zip(blocks(80, 112), blocks(96, 64), blocks(80, 112), strict=True)
+    for found, expected in zip(segment(Colours(), pictures, view), labels, strict=True):
+        assert found.shape == expected.shape
+        assert (found == expected).float().mean() > 0.97  # a resized edge may shift by a pixel
+        if not view.image_size and view.scales == (1.0,):
+            assert torch.equal(found, expected)
+
+
+def test_what_the_network_sees():
+    model = Colours()
+    segment(model, [torch.rand(3, 60, 90), torch.rand(3, 60, 90), torch.rand(3, 90, 60)], View(image_size=40))
+    assert model.sizes == [(2, 3, 40, 60), (1, 3, 60, 40)]
+    model.sizes.clear()
+    segment(model, [torch.rand(3, 50, 100)], View(mode="slide", window=40, window_stride=30, scales=(1.0, 0.5)))
+    assert model.sizes == [(1, 3, 40, 40)] * 6 + [(1, 3, 32, 40)] * 2  # 50x100; then 25x50, no side below 32
+    with pytest.raises(InputError, match=r"--data\.window-stride 50: must be at least 1 and at most the window's 40"):
+        View(window=40, window_stride=50)
+
+
+@torch.no_grad()
+def test_probabilities_of_views_are_averaged():
+    """A mirror pass of a network that only looks at the left half."""
+
+    class Half(nn.Module):
+        def forward(self, x):
+            left = torch.arange(x.shape[-1]) < x.shape[-1] // 2
+            return torch.stack([4.0 * left, 3.0 * ~left]).expand(x.shape[-2], 2, -1).transpose(0, 1)[None]
+
+    (plain,) = segment(Half(), [torch.rand(3, 32, 32)], View())
+    (both,) = segment(Half(), [torch.rand(3, 32, 32)], View(flip=True))
+    assert plain[0].tolist() == [0] * 16 + [1] * 16
+    assert both.unique().tolist() == [0]  # softmax(4, 0) + softmax(0, 3) favours class 0 everywhere

@@ -357,6 +357,15 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
             Pyramid(Stages(model, 4, len(transform.image_mean)), 4, LastLevelMaxPool()), proposals, heads, transform
         )
 
+    @property
+    def score_thresh(self) -> float:
+        """The least score of a detection, as RetinaNet has it; torchvision's proposal network has one of its own."""
+        return self.roi_heads.score_thresh
+
+    @score_thresh.setter
+    def score_thresh(self, score: float) -> None:
+        self.roi_heads.score_thresh = score
+
     @staticmethod
     def roi_pool(size: int) -> MultiScaleRoIAlign:
         pool = MultiScaleRoIAlign(["0", "1", "2", "3"], size, sampling_ratio=2)

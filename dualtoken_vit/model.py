@@ -78,12 +78,12 @@ def onednn_is_faster() -> bool:
 
 
 def goes_to_onednn(x: Tensor) -> bool:
-    """Whether PyTorch gives a 1x1 convolution of one picture with the numbers of `x` to oneDNN."""
+    """Whether `linear` convolves: oneDNN reorders the weights each time, which pays from about 1024 tokens on."""
     if torch.jit.is_scripting():  # cannot ask for threads and processor
         return False
     else:
         on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not is_exporting()
-        return on_cpu and not is_known(x.numel() <= 20480) and onednn_is_faster()
+        return on_cpu and not is_known(x.numel() < 1024 * x.shape[-1]) and onednn_is_faster()
 
 
 @register_notrace_function

@@ -125,9 +125,7 @@ class Detector:
 
     def __init__(self, model: nn.Module, loaded: Checkpoint, score: float):
         self.model, self.class_names = model, loaded.class_names
-        for module in model.modules():
-            if hasattr(module, "score_thresh"):
-                module.score_thresh = score  # before masks are drawn, which takes memory
+        model.score_thresh = score  # before masks are drawn, which takes memory
         self.category_ids = loaded.category_ids
         self.channels = loaded.preprocessing["input_size"][0]
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.class_names, strict=True)]

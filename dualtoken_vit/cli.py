@@ -191,6 +191,13 @@ def predict(args: list[str]) -> bool:
     return _call(run, "predict", args)
 
 
+def attention(args: list[str]) -> bool:
+    """Draw what the image tokens of a trained classifier attend to."""
+    from dualtoken_vit.attention import attention as run
+
+    return _call(run, "attention", args)
+
+
 def benchmark(args: list[str]) -> bool:
     """Measure speed, memory and size of timm models side by side."""
     from dualtoken_vit.benchmark import benchmark as run
@@ -239,6 +246,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "attention": attention,
     "benchmark": benchmark,
     "tables": tables,
     "check-data": check_data,

@@ -14,10 +14,11 @@ from matplotlib.ticker import MaxNLocator
 from dualtoken_vit.checkpoint import atomic_write
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a drawing as PNG, whole or not at all."""
     FigureCanvasAgg(figure)
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def save_curves(history: Sequence[dict[str, Any]], panels: dict[str, dict[str, str]], score: str, path: Path) -> None:
@@ -45,7 +46,7 @@ def save_curves(history: Sequence[dict[str, Any]], panels: dict[str, dict[str, s
             place = (best["epoch"], scale * best[score])
             shift = dict(xytext=(0, -14), textcoords="offset points", ha="center")
             axes.annotate(f"{best[score]:.1%}", place, **shift)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_precision_recall(curves: dict[str, tuple[Sequence[float], Sequence[float]]], title: str, path: Path) -> None:
@@ -58,7 +59,7 @@ def save_precision_recall(curves: dict[str, tuple[Sequence[float], Sequence[floa
     axes.grid(alpha=0.3)
     if curves:
         axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_confusion_csv(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -91,7 +92,7 @@ def save_confusion(matrix: np.ndarray, class_names: Sequence[str], path: Path, p
             color = "white" if share[row, column] > 0.5 else "black"
             text = f"{100 * share[row, column]:.0f}" if percent else matrix[row, column]
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_growth(results: Sequence[Any], path: Path) -> None:
@@ -112,4 +113,4 @@ def save_growth(results: Sequence[Any], path: Path) -> None:
         axes.set_xlabel("size of the pictures (log scale of their pixels)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)

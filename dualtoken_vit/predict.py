@@ -272,7 +272,7 @@ def predict(
         raise InputError(f"score={score}: must be between 0 and 1")
     pictures = find_pictures(images, out)
     model, loaded = load_model(checkpoint)
-    model = model.to(_device(device)).eval()
+    model = model.to(pick_device(device)).eval()
     predictor = {
         "classification": lambda: Classifier(model, loaded, top_k),
         "detection": lambda: Detector(model, loaded, score),
@@ -288,7 +288,7 @@ def predict(
     record: dict[str, Any] = {"checkpoint": str(checkpoint), **predictor.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(pictures) > 1 else None
     if out and not (out / RECORD).exists():  # else a run that is cut short leaves a folder that the next one refuses
-        _save_record(record, out)
+        save_record(record, out / RECORD)
     pairs = zip(pictures, in_threads(read, pictures, len(pictures), "predicting", predictor.ahead), strict=True)
     while chunk := list(islice(pairs, batch_size or predictor.batch_size)):
         good = []
@@ -317,7 +317,7 @@ def predict(
 
     record |= predictor.record()
     if out:
-        _save_record(record, out)
+        save_record(record, out / RECORD)
     if json:
         print(dumps(record))
     else:
@@ -329,21 +329,23 @@ def predict(
     return not record["unreadable"]
 
 
-def _save_record(record: dict[str, Any], out: Path) -> None:
-    with atomic_write(out / RECORD, "w") as file:
+def save_record(record: dict[str, Any], path: Path) -> None:
+    """Write what was found as JSON."""
+    with atomic_write(path, "w") as file:
         file.write(dumps(record, indent=2) + "\n")
 
 
-def find_pictures(images: tuple[Path, ...], out: Path | None = None) -> list[Picture]:
+def find_pictures(images: tuple[Path, ...], out: Path | None = None, record: str = RECORD) -> list[Picture]:
     """The files among `images` and the pictures in the folders among them, each once, in order.
 
     Drawings are named after the pictures, x.jpg.png for x.jpg, in the folders' own tree; where two would have one
-    name, or one that of a picture, a number is added. The output folder is not searched.
+    name, or one that of a picture, a number is added. The output folder is not searched; it must be new or empty, or
+    have the file `record`, by which a command knows its own folder again.
 
     Raises:
         InputError: where something does not exist, nothing is found, or `out` holds other things.
     """
-    _check_out(out, images)
+    _check_out(out, images, record)
     found: dict[str, tuple[Path, Path]] = {}  # absolute path: as given, place in the output
     for given in images:
         if given.is_dir():
@@ -380,7 +382,7 @@ def _is_in(path: Path, folder: Path) -> bool:
     return folder.resolve() in path.resolve().parents
 
 
-def _check_out(out: Path | None, images: tuple[Path, ...]) -> None:
+def _check_out(out: Path | None, images: tuple[Path, ...], record: str) -> None:
     """Refuse an output folder that is not this command's own: nothing of the user's may be overwritten there."""
     if out is None or not out.exists():
         return
@@ -388,13 +390,18 @@ def _check_out(out: Path | None, images: tuple[Path, ...]) -> None:
         raise InputError(f"--out {out}: a file; name a folder")
     if any(given.resolve() == out.resolve() for given in images):
         raise InputError(f"--out {out}: the pictures are read from there; name another folder")
-    if any(out.iterdir()) and not (out / RECORD).exists():
+    if any(out.iterdir()) and not (out / record).exists():
         raise InputError(
-            f"--out {out}: the folder holds other files; name a new one, for example {out / 'predictions'}"
+            f"--out {out}: the folder holds other files; name a new one, for example {out / Path(record).stem}"
         )
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """torch's device of that name; auto: the accelerator if there is one.
+
+    Raises:
+        InputError: for one that this machine does not have.
+    """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")

@@ -23,12 +23,12 @@ PREPROCESSING = {
 }
 
 
-def save(path: Path, model: torch.nn.Module, channels: int = 3) -> Path:
+def save(path: Path, model: torch.nn.Module, channels: int = 3, **model_args) -> Path:
     preprocessing = PREPROCESSING | {"input_size": (channels, 32, 32)}
     if channels == 1:
         preprocessing |= {"mean": (0.5,), "std": (0.3,)}
     info = dict(task="classification", class_names=NAMES, preprocessing=preprocessing, recipe={}, metrics={})
-    save_checkpoint(path, model, **info)
+    save_checkpoint(path, model, model_args=model_args, **info)
     return path
 
 

@@ -1,0 +1,406 @@
+"""What a network attends to: the maps of the Global Broadcast, drawn as in the paper's Figures 1 and 4.
+
+    with recording(model) as maps:
+        logits = model(x)
+    maps["stages.2.blocks.5"]    # (B, H, W, h, w): how much each image token (H, W) reads from each place (h, w)
+
+A map is the mean over the heads. Position-aware global tokens are a grid themselves. Normal ones have no place of their
+own; each stands for the places of X_ga that it was gathered from, in the shares in which it was.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from json import dumps
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torchmetrics.functional import spearman_corrcoef
+
+from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_model
+from dualtoken_vit.data.classification import in_threads
+from dualtoken_vit.data.images import eval_transform, load_image
+from dualtoken_vit.draw import printable
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.model import STRIDE, Attention, Block, PositionAwareFusion
+from dualtoken_vit.plots import save_figure
+from dualtoken_vit.predict import find_pictures, pick_device, save_record
+from dualtoken_vit.recipes import Data
+
+__all__ = ["attention", "blocks_of", "gradient_importance", "occlusion_importance", "recording"]
+
+RECORD = "attention.json"  # marks a folder as one that `attention` wrote
+HIGHEST = 8  # global tokens that Figure 4 marks
+ROWS = 8  # pictures on the pages of all of them
+OCCLUDED = 64  # pictures in a batch of occlusions
+
+
+def blocks_of(model: nn.Module) -> dict[str, Block]:
+    """The Dual Token Blocks of a network by name, from the first to the last.
+
+    Raises:
+        InputError: for a network that has none.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
+    if not blocks:
+        raise InputError("the network has no Dual Token Blocks: only a DualToken-ViT has such maps")
+    return blocks
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inside, a forward pass leaves every block's map in the dict, by the block's name: (B, H, W, h, w).
+
+    What an image token reads from the h * w places adds up to 1.
+
+    Fused attention gives no map, so what is recorded goes the unfused way meanwhile.
+
+    Raises:
+        InputError: for a network without Dual Token Blocks.
+    """
+    maps: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, block in blocks_of(model).items():
+            _watch(block, stack, lambda found, name=name: maps.__setitem__(name, found))
+        yield maps
+
+
+def _watch(block: Block, stack: ExitStack, keep: Callable[[Tensor], None]) -> None:
+    """Call `keep` with the map of each forward pass of a block, until the stack is closed."""
+    seen: dict[str, Any] = {}
+
+    def note(key: str) -> Callable:
+        return lambda module, args, out: seen.__setitem__(key, out.mean(1))  # over the heads
+
+    def note_grid(fusion: nn.Module, args: tuple, out: Tensor) -> None:
+        x_ga = args[0]  # (B, h, w, C)
+        seen["grid"] = [fusion.grid] * 2 if isinstance(fusion, PositionAwareFusion) else x_ga.shape[1:3]
+
+    def assemble(broadcast: nn.Module, args: tuple, out: Tensor) -> None:
+        found = seen["broadcast"]  # (B, H * W, M)
+        if "fusion" in seen:
+            found = found @ seen["fusion"]  # (B, M, h * w): where each token was gathered
+        keep(found.unflatten(1, args[0].shape[1:3]).unflatten(3, seen["grid"]).detach())
+
+    for key, module in (("broadcast", block.broadcast_attn), ("fusion", block.fusion)):
+        if isinstance(module, Attention):
+            stack.callback(setattr, module, "fused_attn", module.fused_attn)
+            module.fused_attn = False
+            stack.callback(module.attn_drop.register_forward_hook(note(key)).remove)
+    stack.callback(block.fusion.register_forward_hook(note_grid).remove)
+    stack.callback(block.broadcast_attn.register_forward_hook(assemble).remove)
+
+
+def gradient_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
+    """How much each image token that enters a block speaks for the class that is predicted.
+
+    To first order, what the log-probability of that class would lose if the token were the mean token of its picture:
+    the gradient with respect to the token times the token's difference from the mean.
+
+    Args:
+        model: in evaluation mode
+        block: of it
+        x: (B, C, H, W)
+
+    Returns:
+        (B, h, w), of the block's map.
+    """
+    inputs: list[Tensor] = []
+    hook = block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with hook, torch.enable_grad():
+        best = model(x.requires_grad_()).float().log_softmax(-1).amax(-1)
+        (gradient,) = torch.autograd.grad(best.sum(), inputs)
+    tokens = inputs[0].detach()
+    return (gradient * (tokens - tokens.mean((1, 2), keepdim=True))).sum(-1)
+
+
+@torch.inference_mode()
+def occlusion_importance(model: nn.Module, x: Tensor) -> Tensor:
+    """What the log-probability of the predicted class loses when a square of the picture is covered by the mean colour.
+
+    Args:
+        model: in evaluation mode
+        x: (B, C, H, W), normalised: 0 is the mean colour
+
+    Returns:
+        (B, ceil(H / 32), ceil(W / 32)), of squares as wide as the last stage's tokens stand apart.
+    """
+    height, width = (ceil(side / STRIDE) for side in x.shape[2:])
+    lost = []
+    for picture in x:
+        before, best = model(picture[None]).float().log_softmax(-1).max(-1)
+        covered = picture.repeat(height * width, 1, 1, 1)
+        for place, one in enumerate(covered):
+            top, left = (STRIDE * index for index in divmod(place, width))
+            one[:, top : top + STRIDE, left : left + STRIDE] = 0
+        after = [model(some).float().log_softmax(-1)[:, best] for some in covered.split(OCCLUDED)]
+        lost.append((before - torch.cat(after)).reshape(height, width))
+    return torch.stack(lost)
+
+
+def highest(grid: np.ndarray, count: int = HIGHEST) -> np.ndarray:
+    """Which places of a map (h, w) are its `count` highest -> (h, w) bool."""
+    chosen = np.zeros(grid.size, dtype=bool)
+    chosen[np.argsort(-grid, axis=None, kind="stable")[:count]] = True
+    return chosen.reshape(grid.shape)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a network attends to in one picture."""
+
+    title: str
+    picture: Image.Image
+    """As the network saw it."""
+    label: str
+    """The class that it predicts, with its probability."""
+    token: tuple[int, int]
+    """Row and column of the key token among the block's image tokens."""
+    maps: dict[str, np.ndarray]
+    """(H, W, h, w) by block."""
+    block: str
+    """The block in question."""
+
+    @property
+    def map(self) -> np.ndarray:
+        return self.maps[self.block]
+
+
+def _plain(axes: Axes, title: str = "") -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=9)
+
+
+def _show_picture(axes: Axes, seen: Seen, boxed: bool, title: str) -> None:
+    """The picture, the key token boxed if asked for."""
+    axes.imshow(seen.picture)
+    if boxed:
+        (height, width), (row, column) = seen.map.shape[:2], seen.token
+        down, across = seen.picture.height / height, seen.picture.width / width
+        axes.add_patch(Rectangle((column * across, row * down), across, down, fill=False, color="red", linewidth=2))
+    _plain(axes, title)
+
+
+def _mosaic(maps: np.ndarray, gap: int = 1) -> np.ndarray:
+    """Sub-images (H, W, h, w) side by side in one array, white (nan) between them."""
+    height, width, h, w = maps.shape
+    page = np.full((height * (h + gap) - gap, width * (w + gap) - gap), np.nan)
+    for row in range(height):
+        for column in range(width):
+            top, left = row * (h + gap), column * (w + gap)
+            page[top : top + h, left : left + w] = maps[row, column]
+    return page
+
+
+def draw_key_tokens(seen: Sequence[Seen]) -> Figure:
+    """Figure 1, a row a picture: the picture with its key token boxed, and that token's map over the global tokens."""
+    figure = Figure(figsize=(5.2, 2.6 * len(seen)), layout="constrained")
+    for (left, right), one in zip(figure.subplots(len(seen), 2, squeeze=False), seen, strict=True):
+        _show_picture(left, one, True, one.label)
+        heat = right.imshow(one.map[one.token], cmap="viridis")
+        _plain(right, "read from the global tokens")
+        figure.colorbar(heat, ax=right, shrink=0.8, format=lambda share, _: f"{share:.1%}").ax.tick_params(labelsize=7)
+    return figure
+
+
+def draw_maps(seen: Sequence[Seen], most: int = 7) -> Figure:
+    """Figure 4, a row a picture: it; the map of every image token; their highest global tokens; the mean of all maps.
+
+    Args:
+        seen: one a row
+        most: sub-images a side; a finer map of image tokens is averaged down to so many
+    """
+    figure = Figure(figsize=(11, 2.9 * len(seen)), layout="constrained")
+    for row, one in zip(figure.subplots(len(seen), 4, squeeze=False), seen, strict=True):
+        size = [min(side, most) for side in one.map.shape[:2]]
+        tokens = torch.from_numpy(one.map).permute(2, 3, 0, 1)  # (h, w, H, W)
+        maps = F.adaptive_avg_pool2d(tokens, size).permute(2, 3, 0, 1).numpy()
+        marks = np.stack([[highest(grid) for grid in line] for line in maps]).astype(float)
+        mean = maps.mean((0, 1))
+        _show_picture(row[0], one, False, one.label)
+        row[1].imshow(_mosaic(maps), cmap="viridis")
+        _plain(row[1], "map of the token at each place")
+        row[2].imshow(_mosaic(marks), cmap="Reds", vmin=0, vmax=1)
+        _plain(row[2], f"its {HIGHEST} highest")
+        row[3].imshow(mean, cmap="viridis")
+        for top, left in zip(*highest(mean).nonzero(), strict=True):
+            row[3].add_patch(Rectangle((left - 0.5, top - 0.5), 1, 1, fill=False, color="red", linewidth=1.5))
+        _plain(row[3], f"mean of all, its {HIGHEST} highest")
+    return figure
+
+
+def draw_blocks(seen: Seen, columns: int = 6) -> Figure:
+    """What the image tokens read on average in each block, beside the picture."""
+    names = list(seen.maps)
+    rows = ceil((len(names) + 1) / columns)
+    figure = Figure(figsize=(1.9 * columns, 2.1 * rows), layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False).flat
+    _show_picture(cells[0], seen, False, seen.label)
+    for axes, name in zip(cells[1:], names, strict=False):
+        axes.imshow(seen.maps[name].mean((0, 1)), cmap="viridis")
+        _plain(axes, name.removeprefix("stages.").replace(".blocks.", ", block "))
+    for axes in cells[len(names) + 1 :]:
+        axes.axis("off")
+    return figure
+
+
+def _numbers(token: str) -> tuple[int, int]:
+    row, comma, column = token.partition(",")
+    if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
+        raise InputError(f"--token {token}: give ROW,COL, counted from 0, for example 3,4")
+    return int(row), int(column)
+
+
+class Viewer:
+    """A classifier as `attention` uses one."""
+
+    def __init__(self, model: nn.Module, loaded: Checkpoint, block: int, image_size: int | None, occlusion: bool):
+        self.model, self.class_names, self.occlusion = model, loaded.class_names, occlusion
+        self.blocks = blocks_of(model)
+        if not -len(self.blocks) <= block < len(self.blocks):
+            raise InputError(f"--block {block}: there are {len(self.blocks)}, 0 to {len(self.blocks) - 1}")
+        self.block = list(self.blocks)[block]
+        preprocessing = loaded.preprocessing
+        self.channels, size, _ = preprocessing["input_size"]
+        self.mean, self.std = (tuple(preprocessing[key]) for key in ("mean", "std"))
+        data = Data(
+            image_size=image_size or size,
+            crop_pct=preprocessing["crop_pct"],
+            interpolation=preprocessing["interpolation"],
+        )
+        self.transform = eval_transform(data, self.mean, self.std)
+
+    def picture(self, x: Tensor) -> Image.Image:
+        """The picture (C, H, W) that the network sees, for people."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = ((x.cpu() * std + mean).clamp(0, 1) * 255).round().byte()
+        return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+    def look(self, title: str, x: Tensor, token: tuple[int, int] | None) -> tuple[Seen, dict[str, Any]]:
+        """The maps of a picture (C, H, W), and what is to be told of it."""
+        x = x[None].to(next(self.model.parameters()).device)
+        with torch.inference_mode(), recording(self.model) as maps:
+            probability, best = self.model(x).float().softmax(-1).max(-1)
+        name = self.class_names[best.item()]
+        told: dict[str, Any] = {"picture": title, "class": name, "probability": round(probability.item(), 6)}
+        height, width = maps[self.block].shape[1:3]
+        if token is None:
+            importance = gradient_importance(self.model, self.blocks[self.block], x)
+            token = divmod(importance.argmax().item(), width)
+            if self.occlusion:
+                lost = occlusion_importance(self.model, x)
+                places = F.adaptive_avg_pool2d(importance, lost.shape[1:])
+                told["occlusion_token"] = [int(i) for i in divmod(lost.argmax().item(), lost.shape[2])]
+                told["agreement"] = round(spearman_corrcoef(places.flatten(), lost.flatten()).item(), 3)
+        elif not (token[0] < height and token[1] < width):
+            raise InputError(f"--token {token[0]},{token[1]}: {self.block} has {height}x{width} image tokens here")
+        told["token"] = list(token)
+        found = {key: value[0].cpu().numpy() for key, value in maps.items()}
+        return Seen(title, self.picture(x[0]), f"{name} {probability.item():.0%}", token, found, self.block), told
+
+
+def attention(
+    checkpoint: Path,
+    images: tuple[Path, ...],
+    out: Path = Path("runs", "attention"),
+    block: int = -1,
+    token: str | None = None,
+    every_block: bool = False,
+    image_size: int | None = None,
+    occlusion: bool = True,
+    device: str = "auto",
+    json: bool = False,
+) -> bool:
+    """Draw what the image tokens of a trained classifier read from the global tokens, as the paper's Figures 1 and 4.
+
+    Writes for each picture NAME.key.png (the key token boxed, beside its map), NAME.maps.png (the maps of all tokens)
+    and the maps as NAME.npy (H, W, h, w); of several pictures also figure-1.png and figure-4.png of the first 8. The
+    key token is the one whose replacement by the mean token would cost the predicted class most, by its gradient. As a
+    check the same is asked by covering squares of the picture.
+
+    Args:
+        checkpoint: A best.safetensors of a classification run of a DualToken-ViT.
+        images: Picture files, and folders to search for them, subfolders included.
+        out: Folder for the drawings: a new one, or one that this command made.
+        block: Which block's maps, counted from 0; -1 is the last.
+        token: ROW,COL of the token to show in place of the key token, counted from 0.
+        every_block: Also draw what is read on average in every block, NAME.blocks.png, and save all their maps as
+            NAME.BLOCK.npy.
+        image_size: Side of the pictures that the network sees, in pixels; by default as in training.
+        occlusion: Compare the key token with the place that is found by covering the picture.
+        device: auto, or any of torch's: cpu, cuda, mps.
+        json: Print one JSON object on stdout instead of the table, and nothing else there.
+
+    Returns:
+        True: every picture could be read.
+
+    Raises:
+        InputError: for a picture that cannot be read, another kind of checkpoint, a block or token that is not there.
+    """
+    place = _numbers(token) if token is not None else None
+    pictures = find_pictures(images, out, RECORD)
+    model, loaded = load_model(checkpoint)
+    if loaded.task != "classification":
+        raise InputError(f"{checkpoint} is of {loaded.task}; give the best.safetensors of a classification run")
+    viewer = Viewer(model.to(pick_device(device)).eval(), loaded, block, image_size, occlusion)
+
+    def read(path: Path) -> Tensor:
+        return viewer.transform(load_image(path, viewer.channels, printable(path)))
+
+    record: dict[str, Any] = {"checkpoint": str(checkpoint), "block": viewer.block, "pictures": []}
+    save_record(record, out / RECORD)  # else a run that is cut short leaves a folder that the next one refuses
+    first: list[Seen] = []
+    pixels = in_threads(read, [picture.path for picture in pictures], len(pictures), "looking", 16)
+    for picture, x in zip(pictures, pixels, strict=True):
+        seen, told = viewer.look(printable(picture.path), x, place)
+        record["pictures"].append(told)
+        first += [seen] * (len(first) < ROWS)
+        stem = out / picture.drawing.removesuffix(".png")
+        save_figure(draw_key_tokens([seen]), stem.with_name(f"{stem.name}.key.png"), dpi=200)
+        save_figure(draw_maps([seen]), stem.with_name(f"{stem.name}.maps.png"), dpi=200)
+        arrays = {"": seen.map}
+        if every_block:
+            save_figure(draw_blocks(seen), stem.with_name(f"{stem.name}.blocks.png"), dpi=200)
+            arrays |= {f".{name}": found for name, found in seen.maps.items()}
+        for name, found in arrays.items():
+            with atomic_write(stem.with_name(f"{stem.name}{name}.npy")) as file:
+                np.save(file, found)
+    if len(first) > 1:
+        save_figure(draw_key_tokens(first), out / "figure-1.png", dpi=150)
+        save_figure(draw_maps(first), out / "figure-4.png", dpi=150)
+    save_record(record, out / RECORD)
+    if json:
+        print(dumps(record))
+    else:
+        Console().print(_table(record["pictures"]))
+        print(f"{viewer.block}; drawings: {out}")
+    return True
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """What was told of each picture, a line each."""
+    table = Table("picture", "class", "", "key token", box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"
+    if "agreement" in rows[0]:
+        table.add_column("by covering")
+        table.add_column("rank correlation", justify="right")
+    for row in rows:
+        cells = [Text(row["picture"]), Text(row["class"]), f"{row['probability']:.1%}", "{}, {}".format(*row["token"])]
+        if "agreement" in row:
+            cells += ["{}, {}".format(*row["occlusion_token"]), f"{row['agreement']:+.2f}"]
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,190 @@
+"""Attention maps against timm's own extraction, key tokens against brute force, and the command as a user calls it."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import create
+from PIL import Image
+from test_predict import NAMES, save, solid
+from timm.layers import set_fused_attn
+from timm.utils import AttentionExtract
+
+from dualtoken_vit import cli
+from dualtoken_vit.attention import (
+    blocks_of,
+    gradient_importance,
+    highest,
+    occlusion_importance,
+    recording,
+)
+from dualtoken_vit.errors import InputError
+
+
+@pytest.fixture
+def unfused():
+    set_fused_attn(False)
+    yield
+    set_fused_attn(True)
+
+
+def record(model, x):
+    with torch.inference_mode(), recording(model) as maps:
+        model(x)
+    return maps
+
+
+@pytest.mark.parametrize("size", [(224, 224), (97, 160)], ids=str)
+def test_maps_are_those_of_timm_fused_or_not(unfused, size):
+    x = torch.randn(2, 3, *size)
+    plain = create()
+    theirs = AttentionExtract(plain, method="hook")(x)
+    set_fused_attn(True)
+    fused = create()
+    assert fused.stages[0].blocks[0].broadcast_attn.fused_attn
+    assert not plain.stages[0].blocks[0].broadcast_attn.fused_attn
+    before = fused(x)
+    for model in (plain, fused):
+        maps = record(model, x)
+        assert [*maps] == [f"stages.{stage}.blocks.0" for stage in range(3)]
+        for name, found in maps.items():
+            expected = theirs[f"{name}.broadcast_attn.attn_drop"].mean(1)
+            torch.testing.assert_close(found.flatten(1, 2).flatten(2), expected)
+    heights = [-(-size[0] // stride) for stride in (8, 16, 32)]
+    assert [found.shape[1] for found in maps.values()] == heights
+    # afterwards the network is as it was
+    assert fused.stages[0].blocks[0].broadcast_attn.fused_attn
+    torch.testing.assert_close(fused(x), before, rtol=0, atol=0)
+    assert not any(module._forward_hooks for module in fused.modules())
+
+
+@pytest.mark.parametrize("tokens", ["normal", "normal_star"])
+def test_normal_tokens_stand_for_where_they_were_gathered(unfused, tokens):
+    x, model = torch.randn(2, 3, 224, 224), create(global_tokens=tokens)
+    theirs = AttentionExtract(model, method="hook")(x)
+    for name, found in record(model, x).items():
+        broadcast, gathered = (
+            theirs[f"{name}.{key}.attn_drop"].detach().double().mean(1) for key in ("broadcast_attn", "fusion")
+        )
+        expected = np.einsum("bnm,bmp->bnp", broadcast.numpy(), gathered.numpy())
+        np.testing.assert_allclose(found.flatten(1, 2).flatten(2).numpy(), expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found.sum((3, 4)).numpy(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("args", [{"token_grid": 5}, {"token_grid": 0}], ids=str)
+def test_the_grid_of_the_map_is_that_of_the_tokens(args):
+    maps = record(create(**args), torch.randn(1, 3, 128, 96))
+    grid = (5, 5) if args["token_grid"] else (4, 3)  # without tokens the map of X_ga itself
+    assert {found.shape[3:] for found in maps.values()} == {grid}
+
+
+def test_the_gradient_foretells_what_a_token_is_worth():
+    model = create().double()
+    x = torch.randn(2, 3, 96, 128, dtype=torch.double)
+    block = list(blocks_of(model).values())[-1]
+    importance = gradient_importance(model, block, x)
+    assert importance.shape == (2, 3, 4)
+    best = model(x).argmax(-1)
+
+    def lost(row, column, share):
+        """What the predicted class loses, a share of the way from the token to the mean token, scaled up to the end."""
+
+        def move(module, args):
+            tokens, g = args
+            moved = tokens.clone()
+            moved[:, row, column] += share * (tokens.mean((1, 2)) - tokens[:, row, column])
+            return moved, g
+
+        with torch.no_grad():
+            before = model(x).log_softmax(-1).gather(1, best[:, None])[:, 0]
+            with block.register_forward_pre_hook(move):
+                after = model(x).log_softmax(-1).gather(1, best[:, None])[:, 0]
+        return (before - after) / share
+
+    for row, column in ((0, 0), (1, 3), (2, 1)):
+        torch.testing.assert_close(importance[:, row, column], lost(row, column, 1e-6), rtol=1e-3, atol=1e-6)
+
+
+def test_occlusion_finds_the_square_that_decides():
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    x = torch.zeros(1, 3, 70, 96)
+    x[0, 0, 32:64, 64:96] = 1.0  # the only thing to be seen speaks for class 0
+    lost = occlusion_importance(model, x)
+    assert lost.shape == (1, 3, 3)
+    logits = np.array([32 * 32 / (70 * 96), 0, 0])
+    worth = logits[0] - np.log(np.exp(logits).sum()) + np.log(3)
+    expected = np.zeros((3, 3))
+    expected[1, 2] = worth
+    np.testing.assert_allclose(lost[0].numpy(), expected, atol=1e-6)
+
+
+def test_highest():
+    assert highest(np.array([[0.1, 0.5], [0.4, 0.2]]), 2).tolist() == [[False, True], [True, False]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES), depths=(1, 1, 1))
+    torch.nn.init.normal_(model.head.weight, std=1.0)
+    return save(tmp_path_factory.mktemp("checkpoint") / "best.safetensors", model, depths=(1, 1, 1))
+
+
+def run(*args):
+    return cli.run(["attention", *map(str, args), "--device", "cpu"])
+
+
+def test_the_command(checkpoint, tmp_path, capsys):
+    for name in ("a.png", "ü b.png"):
+        pixels = np.random.default_rng(len(name)).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    out = tmp_path / "out"
+    args = (checkpoint, tmp_path, "--out", out, "--image-size", "96", "--every-block", "--json")
+    assert run(*args) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((out / "attention.json").read_text())
+    assert told["block"] == "stages.2.blocks.0"
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*.*") if path.is_file()}
+    ends = ("key.png", "maps.png", "blocks.png", "npy", *(f"stages.{i}.blocks.0.npy" for i in range(3)))
+    folder = tmp_path.name
+    assert names == {"attention.json", "figure-1.png", "figure-4.png"} | {
+        f"{folder}/{name}.{end}" for name in ("a.png", "ü b.png") for end in ends
+    }
+    assert np.load(out / folder / "a.png.npy").shape == (3, 3, 7, 7)
+    assert np.load(out / folder / "a.png.stages.0.blocks.0.npy").shape == (12, 12, 7, 7)
+    with Image.open(out / folder / "a.png.key.png") as key:
+        red = (np.asarray(key.convert("RGB")) == (255, 0, 0)).all(-1)
+    assert red.any()  # the key token's box
+    for one in told["pictures"]:
+        assert one["class"] in NAMES
+        assert -1 <= one["agreement"] <= 1
+        assert all(0 <= place < 3 for place in (*one["token"], *one["occlusion_token"]))
+    assert run(*args) == 0  # into its own folder again
+    assert run(checkpoint, tmp_path / "a.png", "--out", tmp_path / "one", "--block", "0", "--token", "2,3") == 0
+    assert "2, 3" in capsys.readouterr().out
+    assert np.load(tmp_path / "one" / "a.png.npy").shape == (4, 4, 7, 7)  # 32 pixels at stride 8
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--block", "3"), "--block 3: there are 3, 0 to 2"),
+        (("--token", "7"), "--token 7: give ROW,COL"),
+        (("--token", "1,0"), r"--token 1,0: stages.2.blocks.0 has 1x1 image tokens"),
+        (("nothing.png",), "nothing.png: no such file"),
+    ],
+)
+def test_mistakes(checkpoint, tmp_path, more, message):
+    solid(tmp_path / "a.png")
+    with pytest.raises(InputError, match=message):
+        run(checkpoint, tmp_path / "a.png", *more, "--out", tmp_path / "out")
+
+
+def test_other_networks_have_no_such_maps(tmp_path):
+    solid(tmp_path / "a.png")
+    other = save(tmp_path / "best.safetensors", timm.create_model("resnet18", num_classes=len(NAMES)))
+    with pytest.raises(InputError, match="no Dual Token Blocks"):
+        run(other, tmp_path / "a.png", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -22,6 +22,8 @@ Detections are a dict a picture, in the picture's own pixels, the best first, at
 """
 
 import inspect
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from math import ceil, floor
 from typing import Any
 
@@ -153,14 +155,14 @@ class Anchors(AnchorGenerator):
         return [anchors] * len(images.image_sizes)
 
 
-def paste_mask(canvas: Tensor, mask: Tensor, box: Tensor) -> None:
-    """Draw a box's mask (1, M, M) at its place in a canvas (1, H, W) bool of the picture's size.
+def paste_mask(canvas: Tensor, mask: Tensor, box: Sequence[float]) -> None:
+    """Draw a box's mask (1, M, M) at its place x1, y1, x2, y2 in a canvas (1, H, W) bool of the picture's size.
 
     torchvision's way of it works on whole pixels, which makes masks grow: one of 32x32 to 34x34. That costs small
     objects a tenth of their IoU.
     """
     height, width = canvas.shape[1:]
-    x1, y1, x2, y2 = box.tolist()
+    x1, y1, x2, y2 = box
     left, right = max(floor(x1), 0), min(ceil(x2), width)
     top, bottom = max(floor(y1), 0), min(ceil(y2), height)
     if left < right and top < bottom:
@@ -194,15 +196,24 @@ class Transform(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         old = image.shape[-2:]
         short = self.torch_choice(self.multi_scale) if self.training and self.multi_scale else self.min_size[-1]
-        scale = min(short / min(old), self.max_size / max(old))
-        new = tuple(max(1, round(side * scale)) for side in old)  # not 0, however narrow
-        image = F.interpolate(image[None], new, mode="bilinear", align_corners=False)[0]
+        new = self.fit(old, short)
+        image = F.interpolate(image[None], new, mode="bilinear", align_corners=False, antialias=True)[0]
         if target is not None:
             for key in target.keys() & {"boxes", "crowd"}:
                 target[key] = resize_boxes(target[key], old, new)
             if "masks" in target:
                 target["masks"] = F.interpolate(target["masks"][:, None].float(), new)[:, 0].byte()
         return image, target
+
+    def fit(self, size: Sequence[int], short: int) -> tuple[int, int]:
+        """The height and width that a picture of this one is resized to, for this short side."""
+        scale = min(short / min(size), self.max_size / max(size))
+        return tuple(max(1, round(side * scale)) for side in size)  # not 0, however narrow
+
+    def padded(self, picture: Tensor) -> tuple[int, int]:
+        """The height and width that a picture alone has in evaluation, resized and padded."""
+        sides = self.fit(picture.shape[-2:], self.min_size[-1])
+        return tuple(ceil(side / self.size_divisible) * self.size_divisible for side in sides)
 
     def postprocess(self, result, image_shapes, original_image_sizes) -> list[dict[str, Tensor]]:
         for found, size, original in zip(result, image_shapes, original_image_sizes, strict=False):  # [] in training
@@ -211,7 +222,7 @@ class Transform(GeneralizedRCNNTransform):
             if "masks" in found:
                 # torchvision cuts masks out of the targets half a pixel too far right and down (RoIAlign not
                 # `aligned`), so what is predicted belongs there.
-                places = resize_boxes(boxes + 0.5, size, original)
+                places = resize_boxes(boxes + 0.5, size, original).tolist()
                 masks = torch.zeros(len(boxes), 1, *original, dtype=torch.bool, device=boxes.device)
                 for canvas, mask, box in zip(masks, found["masks"], places, strict=True):
                     paste_mask(canvas, mask, box)
@@ -260,6 +271,38 @@ class RegionHeads(RoIHeads):
         return proposals[~ignored]
 
 
+def detect_by_size(
+    detect: Callable[[list[Tensor]], list[dict[str, Tensor]]], images: Sequence[Tensor], transform: Transform
+) -> list[dict[str, Tensor]]:
+    """What `detect` finds in pictures, of which only those go in together that need no padding for each other.
+
+    The global tokens see the whole of a map, padding too: a picture would be seen otherwise in other company.
+    """
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, image in enumerate(images):
+        alike[transform.padded(image)].append(index)
+    found: dict[int, dict[str, Tensor]] = {}
+    for indices in alike.values():
+        found |= zip(indices, detect([images[index] for index in indices]), strict=True)
+    return [found[index] for index in range(len(images))]
+
+
+class CoarseLevels(LastLevelP6P7):
+    """torchvision's P6 and P7, of the last map of the backbone, and in float32.
+
+    torchvision takes the pyramid's last level if the map happens to have as many channels. And PyTorch's convolutions
+    of maps one pixel wide have random gradients in bfloat16 on the CPU (seen in 2.14).
+    """
+
+    def __init__(self, in_channels: int):
+        super().__init__(in_channels, CHANNELS)
+        self.use_P5 = False
+
+    def forward(self, levels: list[Tensor], maps: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        with torch.autocast(levels[-1].device.type, enabled=False):
+            return super().forward(levels, [m.float() for m in maps], names)
+
+
 def to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
     """Forward hook: what a head says, in float32 under autocast too, for boxes, losses and the order of the scores."""
     if isinstance(outputs, Tensor):
@@ -280,11 +323,9 @@ class RetinaNet(OverBackbone, retinanet.RetinaNet):
 
     def __init__(self, model: nn.Module, num_classes: int, transform: Transform):
         body = Stages(model, 8, len(transform.image_mean))
-        coarse = LastLevelP6P7(body.feature_info.channels()[-1], CHANNELS)
-        coarse.use_P5 = False  # which torchvision chooses if the last map happens to have 256 channels
         sizes = tuple(tuple(int(s * 2 ** (i / 3)) for i in range(3)) for s in (32, 64, 128, 256, 512))
         super().__init__(
-            Pyramid(body, 8, coarse),
+            Pyramid(body, 8, CoarseLevels(body.feature_info.channels()[-1])),
             num_classes,
             anchor_generator=Anchors((8, 16, 32, 64, 128), sizes),
             score_thresh=SCORE_THRESHOLD,
@@ -293,6 +334,11 @@ class RetinaNet(OverBackbone, retinanet.RetinaNet):
         )
         self.transform = transform
         self.head.register_forward_hook(to_float32)
+
+    def forward(self, images: list[Tensor], targets: list[Target] | None = None):
+        if self.training:
+            return super().forward(images, targets)
+        return detect_by_size(super().forward, images, self.transform)
 
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]):
         matches = [self.match(a, t) for a, t in zip(anchors, targets, strict=True)]
@@ -376,7 +422,7 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
     def forward(self, images: list[Tensor], targets: list[Target] | None = None):
         if self.training:
             return super().forward(images, [{**t, "labels": t["labels"] + 1} for t in targets])
-        return [{**d, "labels": d["labels"] - 1} for d in super().forward(images)]
+        return [{**d, "labels": d["labels"] - 1} for d in detect_by_size(super().forward, images, self.transform)]
 
 
 DETECTORS = {"retinanet": RetinaNet, "mask-rcnn": MaskRCNN}

@@ -273,6 +273,8 @@ class Segmentation:
     """Make the backbone with this stride, where it can be (dilated); none: its last map is resized to stride 8."""
     width: int = 512
     """Channels of the head."""
+    dropout: float = 0.1
+    """Rate at which channels are left out before the classifiers, in training."""
     model: Model = Model()
     data: SegmentationData = SegmentationData()
     augment: SegmentationAugment = SegmentationAugment()

@@ -9,8 +9,9 @@ Images are (B, C, H, W) in [0, 1], of any size from 32x32 up; the segmenter norm
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -27,7 +28,6 @@ __all__ = ["SEGMENTERS", "Segmenter", "View", "build_segmenter", "create_segment
 
 STRIDE = 8  # that the last map is resized to
 AUX_WIDTH = 256
-DROPOUT = 0.1  # before the classifiers
 LEAST_SIDE = 32  # of pictures, in pixels
 
 
@@ -60,8 +60,8 @@ class PyramidPooling(nn.Module):
 SEGMENTERS = {"deeplabv3": atrous_pooling, "pspnet": PyramidPooling}
 
 
-def classifier(width: int, num_classes: int) -> nn.Sequential:
-    return nn.Sequential(nn.Dropout(DROPOUT), nn.Conv2d(width, num_classes, 1))
+def classifier(width: int, num_classes: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1))
 
 
 class Segmenter(OverBackbone, nn.Module):
@@ -70,7 +70,14 @@ class Segmenter(OverBackbone, nn.Module):
     class_layers = ("head.1.1", "aux_head.1.1")
 
     def __init__(
-        self, context: nn.Module, model: nn.Module, num_classes: int, stride: int | None, width: int, in_chans: int
+        self,
+        context: nn.Module,
+        model: nn.Module,
+        num_classes: int,
+        stride: int | None,
+        width: int,
+        dropout: float,
+        in_chans: int,
     ):
         super().__init__()
         name, info = model.pretrained_cfg["architecture"], getattr(model, "feature_info", ())
@@ -79,8 +86,10 @@ class Segmenter(OverBackbone, nn.Module):
         self.backbone = Backbone(model, (len(info) - 2, len(info) - 1), "a segmenter", (70, 99), in_chans)
         self.stride = stride
         middle, last = self.backbone.feature_info.channels()
-        self.head = nn.Sequential(context(last, width), classifier(width, num_classes))
-        self.aux_head = nn.Sequential(Conv2dNormActivation(middle, AUX_WIDTH, 3), classifier(AUX_WIDTH, num_classes))
+        self.head = nn.Sequential(context(last, width), classifier(width, num_classes, dropout))
+        self.aux_head = nn.Sequential(
+            Conv2dNormActivation(middle, AUX_WIDTH, 3), classifier(AUX_WIDTH, num_classes, dropout)
+        )
         for key, values in statistics(model.pretrained_cfg, in_chans).items():  # saved: a name alone may have others
             self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1))
 
@@ -94,6 +103,25 @@ class Segmenter(OverBackbone, nn.Module):
         return {"out": out, "aux": resize(self.aux_head(middle).float(), size)} if self.training else out
 
 
+def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.Module:
+    """The network that `create` makes, with this output stride if there is one.
+
+    Raises:
+        InputError: for a network that cannot have it, and whatever `create` raises without it.
+    """
+    if not output_stride:
+        return create()
+    try:
+        model = create(output_stride=output_stride)
+    except InputError:
+        model = create()  # raises what has another cause
+    info = getattr(model, "feature_info", ())
+    if info and info[-1]["reduction"] != output_stride:
+        name = model.pretrained_cfg["architecture"]
+        raise InputError(f"--output-stride {output_stride}: {name} cannot be made with it; leave it out")
+    return model
+
+
 def build_segmenter(
     segmenter: str,
     model: nn.Module,
@@ -101,6 +129,7 @@ def build_segmenter(
     *,
     output_stride: int | None = None,
     width: int = 512,
+    dropout: float = 0.1,
     in_chans: int = 3,
 ) -> Segmenter:
     """A segmenter over a timm network, in training mode; the module's docstring says what it takes and gives.
@@ -112,6 +141,7 @@ def build_segmenter(
         output_stride: what the network was made with, 8 or 16, if it was: then its last map goes into the head as it
             is, else resized to stride 8, as in the paper
         width: channels of the head
+        dropout: rate at which channels are left out before the classifiers, in training
         in_chans: channels of the pictures
 
     Raises:
@@ -120,7 +150,7 @@ def build_segmenter(
     if segmenter not in SEGMENTERS:
         raise InputError(f"--segmenter {segmenter}: choose one of {', '.join(SEGMENTERS)}")
     stride = None if output_stride else STRIDE
-    built = Segmenter(SEGMENTERS[segmenter], model, num_classes, stride, width, in_chans)
+    built = Segmenter(SEGMENTERS[segmenter], model, num_classes, stride, width, dropout, in_chans)
     return built.to(memory_format=torch.channels_last)
 
 
@@ -131,8 +161,9 @@ def create_segmenter(
     *,
     pretrained: bool = False,
     output_stride: int | None = None,
-    width: int = 512,
     in_chans: int = 3,
+    width: int = 512,
+    dropout: float = 0.1,
     **model_args: Any,
 ) -> Segmenter:
     """`build_segmenter` over the timm network of that name.
@@ -144,15 +175,16 @@ def create_segmenter(
         pretrained: take timm's weights of the backbone
         output_stride: 8 or 16: make the backbone with this stride, and take its last map as it is; None: resize it
         width: channels of the head
+        dropout: rate at which channels are left out before the classifiers, in training
         in_chans: channels of the pictures
         model_args: other arguments of timm.create_model
 
     Raises:
         InputError: as `build_segmenter`, and for an unknown network or refused arguments.
     """
-    stride = {"output_stride": output_stride} if output_stride else {}
-    model = create_body(name, pretrained=pretrained, in_chans=in_chans, **stride, **model_args)
-    return build_segmenter(segmenter, model, num_classes, output_stride=output_stride, width=width, in_chans=in_chans)
+    body = partial(create_body, name, pretrained=pretrained, in_chans=in_chans, **model_args)
+    head = dict(output_stride=output_stride, width=width, dropout=dropout, in_chans=in_chans)
+    return build_segmenter(segmenter, dilated(body, output_stride), num_classes, **head)
 
 
 @dataclass(frozen=True)

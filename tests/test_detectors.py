@@ -447,7 +447,6 @@ def confident(kind, **kwargs):
 @torch.no_grad()
 def test_batch_of_mixed_sizes_is_its_pictures(kind):
     detector = confident(kind)
-    detector.transform.size_divisible = 128  # the same padding, to which global attention is not blind
     pictures = [torch.rand(3, 64, 80), torch.rand(3, 100, 50), torch.rand(3, 32, 32)]
     together = detector(pictures)
     for picture, found in zip(pictures, together, strict=True):

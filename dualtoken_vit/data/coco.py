@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from dualtoken_vit.checkpoint import atomic_write
 from dualtoken_vit.data.classification import verify_each
-from dualtoken_vit.data.images import load_image, reason
+from dualtoken_vit.data.images import PhotometricDistort, load_image, reason
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import DetectionData
@@ -435,7 +435,7 @@ def train_transform(hflip: float = 0.5, photometric: float = 0.0) -> Callable:
         hflip: Chance of a mirror image.
         photometric: Chance of each change of brightness, contrast, saturation and hue.
     """
-    distort = [v2.RandomPhotometricDistort(p=photometric)] if photometric > 0 else []
+    distort = [PhotometricDistort(p=photometric)] if photometric > 0 else []
     return v2.Compose([v2.RandomHorizontalFlip(hflip), *distort])
 
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from torchvision.transforms import v2
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Augment, Data
@@ -99,6 +100,13 @@ def train_transform(data: Data, augment: Augment, mean: tuple[float, ...], std: 
         raise InputError(
             f"--augment.auto-augment {augment.auto_augment}: not a policy of timm; for example rand-m9-n2-mstd0.5"
         ) from error
+
+
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """torchvision's changes of brightness, contrast, saturation and hue, without its exchange of colour channels."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
 def eval_transform(data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:

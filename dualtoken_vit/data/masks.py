@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from dualtoken_vit.checkpoint import atomic_write
 from dualtoken_vit.data.classification import in_threads, picture_files, verify_each
-from dualtoken_vit.data.images import load_image, naming
+from dualtoken_vit.data.images import PhotometricDistort, load_image, naming
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import SegmentationAugment, SegmentationData
@@ -27,6 +27,7 @@ TRIES = 10  # at a crop
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # PIL's, of mask files
+STRETCHED = {"L;2": 85, "L;4": 17}  # PIL brings grey of 2 and 4 bits to 0 ... 255
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -36,20 +37,24 @@ def read_mask(path: str | Path) -> np.ndarray:
         InputError: for a file that cannot be read, or has colours.
     """
     with naming(str(path)), Image.open(path) as mask:
+        stored = next((tile.args if isinstance(tile.args, str) else tile.args[0] for tile in mask.tile), "")
         mask.load()
         labels, mode = np.asarray(mask), mask.mode
     if mode not in MODES:
         raise InputError(
-            f"{path}: a mask of mode {mode}, but one number a pixel is meant: turn its colours into labels and save "
-            "them as one channel, PIL.Image.fromarray(labels.astype('uint8')).save(...)"
+            f"{path}: a mask of mode {mode}, but one number a pixel is meant. With numpy, and colours as the list of "
+            "the classes' (R, G, B): labels = (np.asarray(mask.convert('RGB'))[:, :, None] == colours).all(-1)"
+            ".argmax(-1), and then Image.fromarray(labels.astype('uint8')).save(NAME.png)"
         )
+    if stored in STRETCHED:
+        labels = labels // STRETCHED[stored]
     return labels.astype(np.uint8 if mode in ("L", "P", "1") else np.int32)
 
 
 def label_table(num_classes: int, ignore_index: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
-    """(257,) uint8: what a file's labels become: a class, `IGNORE` or `BEYOND`; the last is for all the others."""
+    """(257 or more,) uint8: what labels become: a class, `IGNORE` or `BEYOND`; the last is for all the others."""
     first = int(reduce_zero_label)
-    table = np.full(257, BEYOND, dtype=np.uint8)
+    table = np.full(max(257, ignore_index + 2), BEYOND, dtype=np.uint8)
     table[first : first + num_classes] = np.arange(num_classes)
     table[:first] = IGNORE
     table[ignore_index] = IGNORE
@@ -58,15 +63,19 @@ def label_table(num_classes: int, ignore_index: int = 255, reduce_zero_label: bo
 
 def to_classes(labels: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, str]:
     """What labels (H, W) become by a `label_table`, and what is wrong with them."""
-    classes = table[labels if labels.dtype == np.uint8 else np.clip(labels, -1, 256)]
+    classes = table[labels if labels.dtype == np.uint8 else np.clip(labels, -1, len(table) - 1)]
     beyond = classes == BEYOND
     if not beyond.any():
         return classes, ""
-    values, counts = np.unique(labels[beyond], return_counts=True)
+    return classes, beyond_fault(*np.unique(labels[beyond], return_counts=True), int((table < BEYOND).sum()))
+
+
+def beyond_fault(values: np.ndarray, counts: np.ndarray, num_classes: int) -> str:
+    """What to say of a mask with these labels beyond the classes."""
     more = f" (and {len(values) - 1} more such labels)" if len(values) > 1 else ""
-    return classes, (
-        f"label {values[0]} in {counts[0]} pixels{more}, but there are {(table < BEYOND).sum()} classes: mend it, or "
-        "see --data.classes, --data.ignore-index and --data.reduce-zero-label"
+    return (
+        f"label {values[0]} in {counts[0]} pixels{more}, but there are {num_classes} classes: mend it, or see "
+        "--data.classes, --data.ignore-index and --data.reduce-zero-label"
     )
 
 
@@ -235,28 +244,34 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
     if path is None:
         return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors on Windows begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error}); give a class a line") from error
     names: tuple[str, ...] = ()
-    for line in lines:
+    for place, line in enumerate(lines, start=1):
         number, *columns = line.strip().split("\t")
-        if number.isdecimal() and columns:  # NUMBER<TAB>NAME; ADE20K has more columns, the name in the last
+        if not number or (columns and place == 1 and not number.isdecimal()):  # empty, or the head of ADE20K's table
+            continue
+        if columns and not number.isdecimal():
+            raise InputError(f"{path}, line {place}: {line.strip()!r} is neither NAME nor NUMBER<TAB>NAME")
+        if columns:  # ADE20K has more of them, the name in the last
             if int(number) == data.ignore_index:
                 continue
             if int(number) != len(names) + data.reduce_zero_label:
-                raise InputError(
-                    f"{path}: label {number} is the class number {len(names)}: labels must count up from 0, or from 1 "
-                    "with --data.reduce-zero-label"
-                )
-        elif not number or columns:  # an empty line, or the head of ADE20K's table
-            continue
+                given = "1, as --data.reduce-zero-label is given" if data.reduce_zero_label else "0"
+                raise InputError(f"{path}, line {place}: label {number}, but labels must count up from {given}")
         names += (columns[-1].strip() if columns else number,)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{path}: the class {twice!r} is there twice")
     if not 2 <= len(names) <= MOST:
         raise InputError(f"{path}: {len(names)} classes; 2 to {MOST} can be told apart")
+    ignored = data.ignore_index - data.reduce_zero_label
+    if 0 <= ignored < len(names):
+        raise InputError(
+            f"--data.ignore-index {data.ignore_index} is the label of {names[ignored]!r} in {path}: take the class out "
+            "there, and let the labels of the others count up without it"
+        )
     return names
 
 
@@ -327,7 +342,7 @@ def train_transform(data: SegmentationData, augment: SegmentationAugment) -> Cal
             RandomScale(augment.scale, data.image_size),
             CappedCrop(data.crop_size, augment.class_cap),
             v2.RandomHorizontalFlip(augment.hflip),
-            v2.RandomPhotometricDistort(p=augment.photometric),
+            PhotometricDistort(p=augment.photometric),
         ]
     )
 
@@ -344,7 +359,6 @@ def _tree(data: SegmentationData, split: str, channels: int, class_names: Sequen
     if alone:
         more = f", and {len(alone) - 1} more pictures have none" if len(alone) > 1 else ""
         raise InputError(f"{alone[0]}: a picture without a mask in {Path(data.root, 'annotations', split)}{more}")
-    pairs = pairs[: data.limit]
     names = read_class_names(data)
     if class_names is None:
         names = names or count_classes([mask for _, mask in pairs], data)
@@ -352,7 +366,8 @@ def _tree(data: SegmentationData, split: str, channels: int, class_names: Sequen
         raise InputError(_difference(names, tuple(class_names), data))
     else:
         names = tuple(class_names)
-    return MaskPictures(pairs, names, label_table(len(names), data.ignore_index, data.reduce_zero_label), channels)
+    table = label_table(len(names), data.ignore_index, data.reduce_zero_label)
+    return MaskPictures(pairs[: data.limit], names, table, channels)
 
 
 def _difference(names: tuple[str, ...], trained: tuple[str, ...], data: SegmentationData) -> str:

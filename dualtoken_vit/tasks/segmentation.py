@@ -26,7 +26,7 @@ from dualtoken_vit.data.masks import (
 from dualtoken_vit.draw import draw_scene, save_image
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Model, Segmentation, model_kwargs
-from dualtoken_vit.segmenters import View, build_segmenter, segment
+from dualtoken_vit.segmenters import View, build_segmenter, dilated, segment
 from dualtoken_vit.tasks.base import Setup, Task, create_network
 
 AUX_WEIGHT = 0.4
@@ -196,9 +196,8 @@ def prepare(recipe: Segmentation, start: Model) -> Setup:
     train, val = build_datasets(recipe.data, start.in_chans)
     train.transform = train_transform(recipe.data, recipe.augment)
     args = model_kwargs(start)
-    made = {"output_stride": recipe.output_stride} if recipe.output_stride else {}
-    network = create_network(start, 0, **{**args, **made})
-    head = dict(output_stride=recipe.output_stride, width=recipe.width)
+    network = dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
+    head = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
     model = build_segmenter(recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head)
     statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
     return Setup(

@@ -1,4 +1,4 @@
-"""What detectors and segmenters share: a timm network's maps, and the network inside."""
+"""What is asked of a timm network: its size of pictures, its maps for detectors and segmenters."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from dualtoken_vit.errors import InputError, first_line
 
-__all__ = ["Backbone", "OverBackbone", "create_body", "statistics"]
+__all__ = ["Backbone", "OverBackbone", "check_size", "create_body", "statistics"]
 
 
 class Backbone(FeatureGetterNet):
@@ -88,6 +88,23 @@ def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...
     if channels != len(found["mean"]):
         found = {key: (sum(values) / len(values),) * channels for key, values in found.items()}
     return found
+
+
+@torch.no_grad()
+def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
+    """See whether the network takes pictures of this size, by timm's record and by trial; leaves it in evaluation mode.
+
+    Raises:
+        InputError: if not.
+    """
+    refusal = f"--data.image-size {image_size} is not a size that {model.pretrained_cfg['architecture']} takes"
+    least = max(model.pretrained_cfg.get("min_input_size") or (0,))  # of (C, H, W)
+    if image_size < least:
+        raise InputError(f"{refusal}: give at least {least}")
+    try:
+        model.eval()(torch.zeros(1, in_chans, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f"{refusal}: {first_line(error)}") from error
 
 
 def create_body(name: str, **model_args: Any) -> nn.Module:

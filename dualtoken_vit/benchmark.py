@@ -447,7 +447,10 @@ def benchmark(
         "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
     }
     if any(":" in name for name in models):
-        about["MACs"] += "; of detectors, of a picture of noise: on it an untrained one finds little or nothing"
+        about["detectors"] = (
+            "untrained, on noise: they find little or nothing, so speed, memory and MACs are without mask heads, and "
+            "with little suppression of boxes and pasting of masks"
+        )
     if json:
         print(dumps({"machine": machine, "about": about, "results": [asdict(r) for r in flat]}, indent=2))
     else:

@@ -239,14 +239,21 @@ def _metadata(path: Path) -> dict[str, Any]:
     return {"model": json.loads(metadata["model"]), "class_names": tuple(json.loads(metadata["class_names"]))}
 
 
+def _network(found: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The part of a detector's or segmenter's tensors that belongs to the network inside; of other files, all."""
+    first = next(iter(network.state_dict()))
+    prefix = next((key.removesuffix(first) for key in found if key.endswith(f".{first}")), "")
+    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+
+
 def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...] = ()) -> LoadReport:
     """Start from the weights of a file: of this project or any timm checkpoint, of other classes, size or channels.
 
     What has another shape is adapted (first convolution, grids of tokens and positions, by timm's own functions) or,
     as a classifier of other classes, left as initialised. Where the file names its classes, as a best.safetensors
     does, a classifier of the same `class_names` in another order is brought to theirs, and one of other names left as
-    initialised, even if their number is the same. A detector or segmenter takes a file of its kind whole, and of
-    any other file what fits its backbone. Pickled files are read with `weights_only`.
+    initialised, even if their number is the same. A detector or segmenter takes a file of its kind whole; between
+    different kinds the network inside is handed on. Pickled files are read with `weights_only`.
 
     Raises:
         InputError: for a file that is missing, cannot be read, or is of another network.
@@ -265,8 +272,10 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     if all(key.startswith("model.") for key in found):  # Lightning's
         found = {key.removeprefix("model."): value for key, value in found.items()}
 
-    if hasattr(model, "network") and not found.keys() & model.state_dict().keys():
-        model, class_names = model.network, ()
+    if not found.keys() & model.state_dict().keys():  # of another kind: from network to network
+        if hasattr(model, "network"):
+            model, class_names = model.network, ()
+        found = _network(found, model)
     state_dict, own = dict(found), model.state_dict()
     cfg = getattr(model, "network", model).pretrained_cfg
     for name in _names(cfg.get("first_conv")):

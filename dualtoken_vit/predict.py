@@ -7,7 +7,7 @@ from itertools import islice
 from json import dumps
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torchvision.ops import box_area
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from dualtoken_vit.backbone import check_size
 from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_model
 from dualtoken_vit.coco_eval import to_results
 from dualtoken_vit.data.classification import in_threads, picture_files
@@ -65,11 +67,17 @@ class Classifier:
     ahead = 256
     """Pictures that may wait in memory for their turn."""
 
-    def __init__(self, model: nn.Module, loaded: Checkpoint, top_k: int):
+    def __init__(self, model: nn.Module, loaded: Checkpoint, top_k: int, image_size: int | None):
         self.model, self.class_names, self.top_k = model, loaded.class_names, min(top_k, len(loaded.class_names))
         preprocessing = loaded.preprocessing
         self.channels, size, _ = preprocessing["input_size"]
-        data = Data(image_size=size, crop_pct=preprocessing["crop_pct"], interpolation=preprocessing["interpolation"])
+        data = Data(
+            image_size=image_size or size,
+            crop_pct=preprocessing["crop_pct"],
+            interpolation=preprocessing["interpolation"],
+        )
+        if image_size:
+            check_size(model, self.channels, image_size)
         self.transform = eval_transform(data, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
         self.predictions: list[dict[str, Any]] = []
 
@@ -118,14 +126,17 @@ class Classifier:
 
 
 class Detector:
-    """A detector as `predict` uses one: it finds the objects of each picture whose score is at least `score`."""
+    """A detector as `predict` uses one: it finds the objects of each picture whose score is above `score`."""
 
     batch_size = 4
     ahead = 16
 
-    def __init__(self, model: nn.Module, loaded: Checkpoint, score: float):
+    def __init__(self, model: nn.Module, loaded: Checkpoint, score: float, image_size: int | None):
         self.model, self.class_names = model, loaded.class_names
         model.score_thresh = score  # before masks are drawn, which takes memory
+        if image_size:
+            model.transform.min_size = (image_size,)
+            model.transform.max_size = max(model.transform.max_size, image_size)
         self.category_ids = loaded.category_ids
         self.channels = loaded.preprocessing["input_size"][0]
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.class_names, strict=True)]
@@ -145,8 +156,9 @@ class Detector:
         images, annotations = self.coco["images"], self.coco["annotations"]
         width, height = image.size
         images.append({"id": len(images) + 1, "file_name": str(path), "width": width, "height": height})
-        for one in to_results(len(images), objects, self.category_ids):
-            annotations.append({"id": len(annotations) + 1, **one})
+        areas = objects["masks"].flatten(1).sum(1) if "masks" in objects else box_area(objects["boxes"])
+        for one, area in zip(to_results(len(images), objects, self.category_ids), areas.tolist(), strict=True):
+            annotations.append({"id": len(annotations) + 1, **one, "area": area, "iscrowd": 0})
 
     def draw(
         self, title: str, image: Image.Image, objects: dict[str, Tensor]
@@ -182,9 +194,10 @@ class Segmenter:
     batch_size = 4
     ahead = 16
 
-    def __init__(self, model: nn.Module, loaded: Checkpoint):
+    def __init__(self, model: nn.Module, loaded: Checkpoint, view: dict[str, Any]):
         self.model, self.class_names = model, loaded.class_names
-        self.view = View(**{field.name: loaded.recipe["data"][field.name] for field in fields(View)})
+        stored = {field.name: loaded.recipe["data"][field.name] for field in fields(View)}
+        self.view = View(**stored | view)
         self.channels = loaded.preprocessing["input_size"][0]
         self.predictions: list[dict[str, Any]] = []
 
@@ -243,6 +256,12 @@ def predict(
     json: bool = False,
     top_k: int = 5,
     score: float = 0.5,
+    image_size: int | None = None,
+    mode: Literal["whole", "slide"] | None = None,
+    window: int | None = None,
+    window_stride: int | None = None,
+    scales: tuple[float, ...] | None = None,
+    flip: bool | None = None,
     batch_size: int | None = None,
     device: str = "auto",
 ) -> bool:
@@ -255,7 +274,14 @@ def predict(
             all of them, and predictions.json.
         json: Print one JSON object on stdout instead of the table, and nothing else there.
         top_k: Classification: classes to name for each picture (all of them, if there are fewer).
-        score: Detection: only objects with at least this score, 0 to 1, are drawn and told.
+        score: Detection: only objects with a score above this, 0 to 1, are drawn and told.
+        image_size: Side of the pictures that a classifier sees, otherwise their short side, in pixels. Without it, and
+            without what follows, pictures are looked at as in training's validation.
+        mode: Segmentation: the whole picture at once, or windows over it.
+        window: Segmentation: side of the windows in pixels.
+        window_stride: Segmentation: pixels from one window to the next.
+        scales: Segmentation: sizes to look at a picture in, relative to image_size.
+        flip: Segmentation: look at the mirror image too.
         batch_size: Pictures that go through the network at once; by default 32, in detection and segmentation 4.
         device: auto, or any of torch's: cpu, cuda, mps.
 
@@ -265,18 +291,22 @@ def predict(
     Raises:
         InputError: where there is no picture, none can be read, or `out` holds other things.
     """
-    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+    for name, value in (("top_k", top_k), ("batch_size", batch_size), ("image_size", image_size), ("window", window)):
         if value is not None and value < 1:
             raise InputError(f"{name}={value}: must be at least 1")
     if not 0 <= score <= 1:
         raise InputError(f"score={score}: must be between 0 and 1")
     pictures = find_pictures(images, out)
     model, loaded = load_model(checkpoint)
+    views = dict(mode=mode, window=window, window_stride=window_stride, scales=scales, flip=flip)
+    given = {name: value for name, value in views.items() if value is not None}
+    if given and loaded.task != "segmentation":
+        raise InputError(f"{next(iter(given))}: is for segmentation, but {checkpoint} is of {loaded.task}")
     model = model.to(pick_device(device)).eval()
     predictor = {
-        "classification": lambda: Classifier(model, loaded, top_k),
-        "detection": lambda: Detector(model, loaded, score),
-        "segmentation": lambda: Segmenter(model, loaded),
+        "classification": lambda: Classifier(model, loaded, top_k, image_size),
+        "detection": lambda: Detector(model, loaded, score, image_size),
+        "segmentation": lambda: Segmenter(model, loaded, given | ({"image_size": image_size} if image_size else {})),
     }[loaded.task]()
 
     def read(picture: Picture) -> tuple[Tensor, Any] | InputError:

@@ -21,7 +21,7 @@ class Model:
     """Any timm model name; DualToken-ViT: dualtoken_vit_{tiny,tiny_mix,small,small_mix}."""
     args: tuple[str, ...] = ()
     """Further arguments of timm.create_model, NAME=VALUE each, for example: token_grid=5 token_mlp=mix."""
-    in_chans: int = 3
+    in_chans: Literal[1, 3] = 3
     """Channels of the pictures the network takes: 3 (RGB) or 1 (grey)."""
     checkpoint: str | None = None
     """Weights to start from: a best.safetensors of this project or any timm checkpoint file."""
@@ -447,7 +447,7 @@ _ALL: dict[str, tuple[str, Recipe]] = {
             optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),
         ),
     ),
-    "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from ImageNet weights: 40.3 AP on COCO.", COCO),
+    "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP on COCO.", COCO),
     "coco-mask-rcnn-1x": ("Table 3, Mask R-CNN 1x with S (mix), likewise: 41.1 box and 38.1 mask AP.", COCO_MASK),
     "coco-mask-rcnn-3x": (
         "Table 3, Mask R-CNN 3x with S (mix), likewise, multi-scale: 43.7 box and 39.9 mask AP.",
@@ -471,9 +471,12 @@ _ALL: dict[str, tuple[str, Recipe]] = {
         "Your own masks: --data.root DIR with images/{train,val}/*.jpg and annotations/{train,val}/*.png.",
         Segmentation(optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2)),
     ),
-    "ade20k-deeplabv3": ("Section 4.3, DeepLabv3 with DualToken-ViT-S: 39.0 mIoU on ADE20K.", ADE20K),
+    "ade20k-deeplabv3": (
+        "Section 4.3, DeepLabv3 with S, from an ImageNet --model.checkpoint: 39.0 mIoU.",
+        ADE20K,
+    ),
     "ade20k-pspnet": (
-        "Section 4.3, PSPNet with DualToken-ViT-S: 38.8 mIoU on ADE20K.",
+        "Section 4.3, PSPNet with S, likewise: 38.8 mIoU.",
         replace(ADE20K, segmenter="pspnet"),
     ),
 }

@@ -29,10 +29,12 @@ __all__ = ["SEGMENTERS", "Segmenter", "View", "build_segmenter", "create_segment
 STRIDE = 8  # that the last map is resized to
 AUX_WIDTH = 256
 LEAST_SIDE = 32  # of pictures, in pixels
+LOGITS = 2**26  # numbers that the scores of pictures that go in together may be: 256 MiB, of which several are held
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+    same = tuple(x.shape[-2:]) == tuple(size)
+    return x if same else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
 def atrous_pooling(channels: int, width: int) -> nn.Module:
@@ -84,7 +86,7 @@ class Segmenter(OverBackbone, nn.Module):
         if not hasattr(model, "forward_intermediates") or len(info) < 2:
             raise InputError(f"--model.name {name}: gives no maps of its stages; a segmenter needs the last two")
         self.backbone = Backbone(model, (len(info) - 2, len(info) - 1), "a segmenter", (70, 99), in_chans)
-        self.stride = stride
+        self.stride, self.num_classes = stride, num_classes
         middle, last = self.backbone.feature_info.channels()
         self.head = nn.Sequential(context(last, width), classifier(width, num_classes, dropout))
         self.aux_head = nn.Sequential(
@@ -207,27 +209,32 @@ class View:
     def __post_init__(self) -> None:
         if not 0 < self.window_stride <= self.window:
             raise InputError(
-                f"--data.window-stride {self.window_stride}: must be at least 1 and at most the window's {self.window}"
+                f"window_stride={self.window_stride}: must be at least 1 and at most the window's {self.window}"
             )
-        if not self.scales or min(self.scales) <= 0:
-            raise InputError("--data.scales: give one or more numbers above 0")
+        if self.window < LEAST_SIDE:
+            raise InputError(f"window={self.window}: must be at least {LEAST_SIDE}")
+        if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
+            raise InputError(f"scales={self.scales}: give one or more numbers between 0.1 and 10")
 
 
 @torch.inference_mode()
 def segment(model: Segmenter, pictures: Sequence[Tensor], view: View) -> list[Tensor]:
     """The class of every pixel of pictures (C, H, W) in [0, 1] of any sizes -> (H, W) int64 each.
 
-    Pictures of one size go through the network together. No side is made smaller than 32 pixels.
+    Pictures of one size go through the network together, as many as `LOGITS` allows. No side is made smaller than 32
+    pixels.
     """
     alike: dict[torch.Size, list[int]] = defaultdict(list)
     for index, picture in enumerate(pictures):
         alike[picture.shape].append(index)
-    labels: list[Tensor] = [torch.empty(0)] * len(pictures)
-    for indices in alike.values():
-        found = _scores(model, torch.stack([pictures[index] for index in indices]), view).argmax(1)
-        for index, one in zip(indices, found, strict=True):
-            labels[index] = one
-    return labels
+    labels: dict[int, Tensor] = {}
+    for size, indices in alike.items():
+        most = max(1, LOGITS // (model.num_classes * size[1] * size[2]))
+        for start in range(0, len(indices), most):
+            some = indices[start : start + most]
+            found = _scores(model, torch.stack([pictures[index] for index in some]), view).argmax(1)
+            labels |= zip(some, found, strict=True)
+    return [labels[index] for index in range(len(pictures))]
 
 
 def _scores(model: Segmenter, x: Tensor, view: View) -> Tensor:  # (B, C, H, W) -> (B, num_classes, H, W)
@@ -241,8 +248,8 @@ def _scores(model: Segmenter, x: Tensor, view: View) -> Tensor:  # (B, C, H, W) 
         if inner != list(size):
             y = F.interpolate(y, inner, mode="bilinear", align_corners=False, antialias=True)
         logits = resize(_slide(model, y, view) if view.mode == "slide" else model(y), size)
-        logits = logits.flip(-1) if flip else logits
-        total = total + (logits.softmax(1) if len(views) > 1 else logits)
+        scores = logits.softmax(1) if len(views) > 1 else logits
+        total = total + (scores.flip(-1) if flip else scores)
     return total
 
 

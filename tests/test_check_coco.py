@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dualtoken_vit.data.check_coco import check_coco
 from dualtoken_vit.data.coco import CLASSES, save_scenes
@@ -189,9 +189,53 @@ def test_the_contact_sheet_shows_the_labels(check, tmp_path):
 
 def test_nothing_to_draw(check, tmp_path):
     check.coco["train"]["annotations"] = []
-    _, lines = check(sheet=tmp_path / "sheet.png")
+    verdict, lines = check(sheet=tmp_path / "sheet.png")
+    assert not verdict
+    assert problems(lines) == [f"no objects: {check.root}/train.json has none of a pixel or more"]
     assert "no picture of train has labels to draw" in lines
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_boxes_in_shares_of_the_picture(check):
+    """Normalised boxes are a common mistake."""
+    some = check.coco["val"]["annotations"]
+    for one in some:
+        one["bbox"] = [side / 48 for side in one["bbox"]]
+    verdict, lines = check()
+    assert not verdict
+    assert problems(lines)[0] == f"no objects: {check.root}/val.json has none of a pixel or more"
+    some[0]["bbox"] = [0, 0, 48, 48]
+    some[0]["segmentation"] = [[0, 0, 48, 0, 48, 48]]
+    assert (
+        f"tiny boxes: {len(some) - 1} of the {len(some)} of val are below a pixel: bbox must be in pixels" in check()[1]
+    )
+
+
+def test_the_sheet_shows_pictures_from_all_over_a_split(check, tmp_path):
+    check.coco["train"]["annotations"] = [
+        {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 20, 20]} for i in range(1, 15)
+    ]
+    _, lines = check(masks=False, sheet=tmp_path / "labels.png")
+    assert f"7 pictures with their labels: {tmp_path}/labels.png" in lines  # every second of 14
+
+
+def test_pictures_that_are_turned(check):
+    name = check.coco["train"]["images"][0]["file_name"]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down: the size does not tell
+    Image.open(check.root / "images" / name).save(check.root / "images" / name, exif=exif)
+    verdict, lines = check()
+    assert verdict
+    (line,) = (line for line in lines if "turned by EXIF" in line)
+    assert line.startswith("note: 1 pictures of train are turned by EXIF; their boxes and masks must fit what is shown")
+
+
+def test_a_broken_entry_is_told_once(check):
+    image = check.coco["train"]["images"][0]
+    image["width"] = 0
+    verdict, lines = check()
+    assert not verdict
+    assert problems(lines) == [f"{check.root}/train.json: image {image['id']}: a size of 0x48"]
 
 
 def test_no_coco_file(check):

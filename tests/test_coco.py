@@ -1,6 +1,7 @@
 """COCO files become samples: every form of them, and one clear error for each that is broken."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from torchvision.ops import masks_to_boxes
 
 from dualtoken_vit.data.coco import (
     CocoPictures,
+    Packed,
     ShapeScenes,
     build_datasets,
     collate,
@@ -345,6 +347,16 @@ def test_verify_counts_what_cannot_be_read(files):
         InputError, match=r"7\.png: cannot be read as a picture .* \(and 1 more: check-data names all\)"
     ):
         data.verify(progress=False)
+
+
+def test_packed_data_is_what_was_packed():
+    items = [[], [{"a": 1.5, "b": [1, 2]}], [{"ü": None}] * 3]
+    packed = Packed(items)
+    assert len(packed) == 3
+    assert [*packed] == items
+    assert pickle.loads(pickle.dumps(packed))[1] == items[1]
+    with pytest.raises(IndexError):
+        packed[3]
 
 
 def test_scenes():

@@ -27,7 +27,7 @@ def perturbed(data):
     found = {}
     for index in range(len(data)):
         generator = torch.Generator().manual_seed(index)
-        image, objects = data.images[index], data.objects[index] + data.crowds[index]
+        image, objects = data.images[index], [one for some in data.objects(index) for one in some]
         objects = [objects[i] for i in torch.randint(max(1, len(objects)), (2 * len(objects),), generator=generator)]
         boxes = torch.tensor([clip(one, image) for one in objects]).reshape(-1, 4)
         boxes = boxes + 0.05 * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2) * torch.randn(
@@ -101,8 +101,9 @@ def folder(tmp_path_factory):
 def test_all_figures_are_those_of_pycocotools(folder, tmp_path, masks):
     path = folder / "annotations/instances_val.json"
     data = CocoPictures(folder / "images", path, masks)
-    assert any(data.crowds)
-    assert not all(data.objects)
+    objects, crowds = zip(*map(data.objects, range(len(data))), strict=True)
+    assert any(crowds)
+    assert not all(objects)
     scores = assert_equal(data, path, tmp_path)
     assert scores["box"].per_class["none"] == -1
     assert scores["box"].figures["APl"] == -1  # nothing that large

@@ -489,19 +489,28 @@ def test_regions_are_cut_out_where_they_are():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind):
-    """Under autocast: the losses of float32 to bfloat16's precision, boxes of float32's."""
-    pictures, truth = [torch.rand(3, 32, 64)], [target(32, 64)]  # no mask: slow without the processor's support
-    detector = create(kind, image_size=32)
-    torch.manual_seed(1)
-    expected = detector(pictures, truth)
-    torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = detector(pictures, truth)
+    """Under autocast losses and gradients are those of float32 to bfloat16's precision."""
+    pictures, truth = [torch.rand(3, 32, 64)], [target(32, 64, [[4, 6, 30, 28], [20, 2, 60, 26]], [0, 1])]
+    extra = {"roi_samples": 16} if kind == "mask-rcnn" else {}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        detector = create(kind, image_size=32, **extra)
+        torch.manual_seed(1)  # for the samples
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses = detector(pictures, truth)
+        sum(losses.values()).backward()
+        found.append((losses, {name: p.grad for name, p in detector.named_parameters()}))
+    (expected, wanted), (losses, gradients) = found
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=1e-3)
-    sum(losses.values()).backward()
-    assert all(p.grad.isfinite().all() for p in detector.parameters())
+        assert loss > 0
+        torch.testing.assert_close(loss, expected[name], rtol=0.1, atol=1e-2)
+    # The layers of the heads, where gradients begin; deeper down bfloat16's rounding adds up.
+    heads = ("head.", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all(), name
+        if name.startswith(heads) and wanted[name].norm() > 1e-3:
+            assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.9, name
 
 
 @torch.no_grad()

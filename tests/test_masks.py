@@ -1,12 +1,14 @@
 """Pictures with masks: what is read, what is refused, what training sees, and the report of check-data."""
 
 import re
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision import tv_tensors
 
 from dualtoken_vit.data.check_masks import check_segmentation_data
@@ -90,6 +92,7 @@ def test_labels_are_shifted_and_ignored(tree):
     mask = build_datasets(data(tree, reduce_zero_label=True), 3)[0][0][1]
     assert mask.tolist() == [[table[label] for label in row] for row in labels_of(tree).tolist()]
     spoil(tree, lambda labels: np.where(labels == 255, 2, labels))
+    (tree / "classes.txt").write_text("road\ncar\n")
     mask = build_datasets(data(tree, ignore_index=2), 3)[0][0][1]
     assert mask.tolist() == [[{0: 0, 1: 1, 2: IGNORE}[label] for label in row] for row in labels_of(tree).tolist()]
 
@@ -98,6 +101,8 @@ def test_classes_without_a_file_are_counted(tree):
     (tree / "classes.txt").unlink()
     assert build_datasets(data(tree), 3)[0].class_names == ("0", "1", "2")
     assert build_datasets(data(tree, reduce_zero_label=True), 3)[0].class_names == ("0", "1")
+    spoil(tree, lambda labels: labels % 2, "0")
+    assert build_datasets(data(tree, limit=1), 3)[0].class_names == ("0", "1", "2")  # of all the masks
 
 
 def test_ade20k_s_layout(tree):
@@ -118,10 +123,60 @@ def test_ade20k_s_layout(tree):
 def test_classes_with_their_numbers(tree):
     (tree / "classes.txt").write_text("0\tsky\n1\ta road\n2\tcar\n255\tnothing\n")
     assert build_datasets(data(tree), 3)[0].class_names == ("sky", "a road", "car")
-    with pytest.raises(
-        InputError, match=r"classes\.txt: label 0 is the class number 0: labels must count up from 0, or"
-    ):
+    with pytest.raises(InputError, match=r"line 1: label 0, but labels must count up from 1, as --data\.reduce-zero"):
         build_datasets(data(tree, reduce_zero_label=True), 3)
+
+
+def test_a_file_of_the_classes_from_another_editor(tree):
+    (tree / "classes.txt").write_bytes("\ufeff0\tsky\r\n1\troad\r\n2\tcar\r\n".encode())
+    assert build_datasets(data(tree), 3)[0].class_names == ("sky", "road", "car")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sky\nroad\ncar\tvehicle\nperson\n", r"classes\.txt, line 3: 'car\\tvehicle' is neither NAME nor NUMBER<TAB>"),
+        ("0\tsky\n2\troad\n", r"classes\.txt, line 2: label 2, but labels must count up from 0"),
+        ("sky\n", r"classes\.txt: 1 classes; 2 to 254"),
+    ],
+)
+def test_a_file_of_the_classes_that_cannot_be_meant(tree, text, message):
+    (tree / "classes.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        build_datasets(data(tree), 3)
+
+
+def test_a_class_cannot_be_ignored(tree):
+    with pytest.raises(InputError, match=r"--data\.ignore-index 1 is the label of 'road' in .*classes\.txt"):
+        build_datasets(data(tree, ignore_index=1), 3)
+    with pytest.raises(InputError, match=r"--data\.ignore-index 1 is the label of 'sky'"):
+        build_datasets(data(tree, ignore_index=1, reduce_zero_label=True), 3)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masks_of_few_bits_keep_their_labels(tree, bits):
+    """PIL writes no grey of 2 or 4 bits: here by the format's own rules."""
+    labels = labels_of(tree) % 3
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width = labels.shape
+    bit_rows = (labels[..., None] >> np.arange(bits - 1, -1, -1)) & 1  # (H, W, bits), the highest first
+    rows = b"".join(b"\0" + np.packbits(row.ravel()).tobytes() for row in bit_rows)
+    head = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tree / "annotations" / "train" / "0.png").write_bytes(png)
+    assert torch.equal(build_datasets(data(tree), 3)[0][0][1], torch.from_numpy(labels))
+
+
+def test_the_label_to_ignore_may_need_16_bits(tree):
+    spoil(tree, lambda labels: np.where(labels == 255, 65535, labels.astype(np.uint16)).astype(np.uint16))
+    mask = build_datasets(data(tree, ignore_index=65535), 3)[0][0][1]
+    assert mask[0, :5].tolist() == [IGNORE] * 5
+    assert (mask != IGNORE).sum() == mask.numel() - 5
+    with pytest.raises(InputError, match=r"label 65535 in 5 pixels"):
+        build_datasets(data(tree), 3)[0][0]
 
 
 # Mistakes
@@ -157,7 +212,7 @@ def change(tree, what):
         ("beyond", r"train/0\.png: label 7 in 3 pixels \(and 1 more such labels\), but there are 3 classes: mend it"),
         ("beyond in 16 bits", r"train/0\.png: label 700 in \d+ pixels, but there are 3 classes"),
         ("size", r"annotations/train/0\.png: 20x10 pixels, but .*images/train/0\.jpg is 20x12 .* make them equal"),
-        ("colours", r"train/0\.png: a mask of mode RGB, but one number a pixel is meant: .*fromarray"),
+        ("colours", r"train/0\.png: a mask of mode RGB, but one number a pixel is meant\. With numpy.*fromarray"),
         ("no mask", r"images/train/0\.jpg: a picture without a mask in .*annotations/train"),
         ("damaged", r"annotations/train/0\.png: cannot be read as a picture"),
         ("twins", r"images/train/0\.jpg and .*0\.png have one name"),
@@ -220,6 +275,21 @@ def test_picture_and_mask_are_changed_alike():
     assert len(flipped) > 6
 
 
+def test_photometric_changes_keep_the_channels():
+    """torchvision's own transform would exchange them: a green field could come out blue."""
+    picture = torch.tensor([40, 200, 90], dtype=torch.uint8)[:, None, None].expand(3, 32, 32).contiguous()
+    sample = tv_tensors.Image(picture), tv_tensors.Mask(torch.arange(4).repeat(32, 8).byte())
+    augment = SegmentationAugment(photometric=1.0, scale=(1, 1), class_cap=1.0)
+    transform = train_transform(SegmentationData(crop_size=(32, 32)), augment)
+    colours = set()
+    for seed in range(30):
+        with seeded(seed):
+            red, green, blue = transform(*sample)[0].float().mean((1, 2)).tolist()
+        assert red < blue < green
+        colours.add((red, green, blue))
+    assert len(colours) == 30
+
+
 def test_a_crop_is_capped():
     mask = torch.zeros(40, 40, dtype=torch.uint8)
     mask[:, 30:] = 1
@@ -280,6 +350,29 @@ def test_check_of_sound_data(tree, capsys):
         share = (labels == label).sum() / (labels < 3).sum()
         assert re.search(rf"│ {name} +│ +{share:.2%} │", out)
     assert Image.open(tree / "out" / "labels.png").width == 1920
+
+
+def test_check_tells_of_pictures_that_are_turned(tree, capsys):
+    path = tree / "images" / "train" / "1.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down: the size does not tell
+    Image.open(path).save(path, exif=exif)
+    verdict, out = check(tree, capsys)
+    assert verdict
+    assert f"note: 1 pictures of train are turned by EXIF; their masks must fit what is shown: {path}" in out
+
+
+def test_check_counts_classes_and_knows_large_pictures(tree, capsys):
+    (tree / "classes.txt").unlink()
+    verdict, out = check(tree, capsys, crop_size=(5, 5))
+    assert verdict
+    assert [re.search(rf"│ {label} +│", out) is not None for label in range(4)] == [True, True, True, False]
+    assert "--data.image-size makes training faster" in out
+    assert "--data.image-size makes training faster" not in check(tree, capsys)[1]
+    for path in (tree / "annotations" / "train").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="no training mask can be read"):
+        check(tree, capsys)
 
 
 def test_check_names_what_was_planted(tree, capsys):

@@ -4,11 +4,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dualtoken_vit import segmenters
 from dualtoken_vit.checkpoint import load_weights, save_checkpoint
 from dualtoken_vit.counting import RULES
+from dualtoken_vit.detectors import create_detector
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.optim import build_optimizer
 from dualtoken_vit.recipes import Optim
@@ -169,11 +172,38 @@ def test_starting_from_other_files(tmp_path):
     assert set(report.new) == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
 
 
+@pytest.mark.parametrize("detector", ["retinanet", "mask-rcnn"])
+def test_a_detector_s_network_in_a_segmenter_and_back(tmp_path, detector):
+    args = dict(dims=(16, 32, 32), depths=(1, 1, 1))
+    source = create_detector(detector, "dualtoken_vit_tiny_mix", 2, **args)
+    save_file({key: value.contiguous() for key, value in source.state_dict().items()}, tmp_path / "d.safetensors")
+    model = create()
+    report = load_weights(model, tmp_path / "d.safetensors", ("a", "b", "c"))
+    assert not report.new
+    found, given = model.network.state_dict(), source.network.state_dict()
+    assert found.keys() == given.keys()
+    assert all(torch.equal(value, given[key]) for key, value in found.items())
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "s.safetensors")
+    other = create_detector(detector, "dualtoken_vit_tiny_mix", 2, **args)
+    assert not load_weights(other, tmp_path / "s.safetensors", ("a", "b")).new
+    assert all(torch.equal(value, given[key]) for key, value in other.network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vgg11", "pvt_v2_b0"])
+def test_a_network_that_cannot_be_dilated(name):
+    with pytest.raises(InputError, match=f"--output-stride 8: {name} cannot be made with it; leave it out"):
+        create_segmenter("pspnet", name, 3, output_stride=8)
+    with pytest.raises(InputError, match="nonsense"):  # what has another cause is said as it is
+        create_segmenter("pspnet", name, 3, output_stride=8, nonsense=1)
+
+
 # Looking at pictures
 
 
 class Colours(nn.Module):
     """Logits that are the picture's channels: what is right is known."""
+
+    num_classes = 3
 
     def __init__(self):
         super().__init__()
@@ -216,8 +246,17 @@ def test_what_the_network_sees():
     model.sizes.clear()
     segment(model, [torch.rand(3, 50, 100)], View(mode="slide", window=40, window_stride=30, scales=(1.0, 0.5)))
     assert model.sizes == [(1, 3, 40, 40)] * 6 + [(1, 3, 32, 40)] * 2  # 50x100; then 25x50, no side below 32
-    with pytest.raises(InputError, match=r"--data\.window-stride 50: must be at least 1 and at most the window's 40"):
+    with pytest.raises(InputError, match=r"window_stride=50: must be at least 1 and at most the window's 40"):
         View(window=40, window_stride=50)
+
+
+def test_many_pictures_go_in_a_few_at_a_time(monkeypatch):
+    pictures, labels = zip(*[blocks(64, 48)] * 5, strict=True)
+    monkeypatch.setattr(segmenters, "LOGITS", 2 * 3 * 64 * 48 + 1)
+    model = Colours()
+    found = segment(model, pictures, View())
+    assert [size[0] for size in model.sizes] == [2, 2, 1]
+    assert all(torch.equal(one, expected) for one, expected in zip(found, labels, strict=True))
 
 
 @torch.no_grad()
@@ -225,6 +264,8 @@ def test_probabilities_of_views_are_averaged():
     """A mirror pass of a network that only looks at the left half."""
 
     class Half(nn.Module):
+        num_classes = 2
+
         def forward(self, x):
             left = torch.arange(x.shape[-1]) < x.shape[-1] // 2
             return torch.stack([4.0 * left, 3.0 * ~left]).expand(x.shape[-2], 2, -1).transpose(0, 1)[None]

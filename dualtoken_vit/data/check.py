@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +31,7 @@ class Facts(NamedTuple):
     size: tuple[int, int] = (0, 0)  # width, height
     mode: str = ""
     digest: bytes = b""  # of the size and the 8-bit RGB pixels
+    turned: bool = False  # EXIF says that it is to be shown turned or mirrored
 
 
 def check_data(recipe: Classification) -> bool:
@@ -100,11 +101,12 @@ def look_at(name: str, source: Any, label: str = "") -> Facts:
         with naming(name):
             picture = source if isinstance(source, Image.Image) else Image.open(source)
         with nullcontext(picture) if picture is source else picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
             pixels = load_image(picture, name=name)
     except InputError as error:
         return Facts(name, label, str(error))
     digest = blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).digest()
-    return Facts(name, label, "", pixels.size, picture.mode, digest)
+    return Facts(name, label, "", pixels.size, picture.mode, digest, turned)
 
 
 def count_table(class_names: dict[str, tuple[str, ...]], counts: dict[str, Counter]) -> Table:
@@ -162,6 +164,15 @@ def copy_notes(found: dict[str, list[Facts]]) -> Iterator[str]:
         number = sum(len(group) - 1 for group in _equal({split: facts}))
         if number:
             yield f"{number} pictures of {split} are exact copies of others in it"
+
+
+def turned_notes(found: dict[str, list[Facts]], labels: str) -> Iterator[str]:
+    """Which pictures are turned by EXIF, where `labels` must have been drawn on them as they are shown."""
+    for split, facts in found.items():
+        names = [fact.name for fact in facts if fact.turned]
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            yield f"{len(names)} pictures of {split} are turned by EXIF; their {labels} must fit what is shown: {some}"
 
 
 def _notes(data: Data, found: dict[str, list[Facts]]) -> Iterator[str]:

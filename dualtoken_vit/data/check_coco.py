@@ -20,6 +20,7 @@ from dualtoken_vit.data.check import (
     missing_classes,
     picture_lines,
     report,
+    turned_notes,
 )
 from dualtoken_vit.data.classification import in_threads
 from dualtoken_vit.data.coco import (
@@ -67,9 +68,9 @@ def check_coco(splits: dict[str, tuple[str | Path, str | Path]], masks: bool, sh
     """Read every annotation and picture once and print what is found.
 
     Problems are whatever training would stop at (broken entries and references, pictures that are missing, unreadable
-    or of another size), boxes outside of the picture or of no area, segmentations that do not fit, categories of one
-    split only, and pictures that are in both. Objects a class and size, crowds, pictures without objects and copies
-    are only told.
+    or of another size, no objects), boxes that reach more than 2 pixels out of the picture, have no area or, for the
+    most part, less than a pixel, segmentations that do not fit, categories of one split only, and pictures that are in
+    both. Objects a class and size, crowds, pictures without objects or turned by EXIF, and copies are only told.
 
     Args:
         splits: Name of a split: the folder of its pictures, and its json.
@@ -87,14 +88,15 @@ def check_coco(splits: dict[str, tuple[str | Path, str | Path]], masks: bool, sh
     class_names = {name: tuple(one["name"] for one in split.coco["categories"]) for name, split in found.items()}
     table = count_table(class_names, {name: _objects(split) for name, split in found.items()})
     told = [line for name, split in found.items() for line in (*picture_lines(name, split.facts), *_told(name, split))]
-    told += [f"note: {line}" for line in copy_notes(facts)]
+    told += [f"note: {line}" for line in (*copy_notes(facts), *turned_notes(facts, "boxes and masks"))]
     if sheet is not None:
         name, split = next(iter(found.items()))
         told.append(_contact_sheet(split, Path(sheet)) or f"no picture of {name} has labels to draw")
     pictures = [fact.problem for split in found.values() for fact in split.facts if fact.problem]
     odd = [lines for split in found.values() for lines in split.odd.values()]
+    idle = [line for name, split in found.items() if (line := _idle(name, split))]
     many = [*(split.broken for split in found.values()), *odd, in_both(facts)]
-    return report(table, told, [*missing_classes(class_names), *pictures], many)
+    return report(table, told, [*missing_classes(class_names), *idle, *pictures], many)
 
 
 def _look(name: str, folder: str | Path, path: str | Path, masks: bool) -> _Split:
@@ -156,13 +158,14 @@ def _told(name: str, split: _Split) -> Iterator[str]:
     crowds = len(split.coco["annotations"]) - len(objects)
     masks = sum(bool(one.get("segmentation")) for one in split.coco["annotations"])
     most = Counter(one["image_id"] for one in objects)
+    counts = _objects(split)
     areas = [one["bbox"][2] * one["bbox"][3] for one in objects]
     small, large = sum(area < 32**2 for area in areas), sum(area >= 96**2 for area in areas)
     empty = len(images) - len(most)
     yield f"{name}: {len(images)} pictures, {empty} without objects; up to {max(most.values(), default=0)} in one"
     yield f"{name}: {len(areas)} objects, {small} below 32x32 px, {large} of 96x96 and more; {crowds} crowds"
     yield f"{name}: {masks} of the {len(split.coco['annotations'])} annotations have a segmentation"
-    unused = [one["name"] for one in split.coco["categories"] if not _objects(split)[one["name"]]]
+    unused = [one["name"] for one in split.coco["categories"] if not counts[one["name"]]]
     if unused:
         yield f"note: {len(unused)} of the {len(split.coco['categories'])} categories of {name} have no object"
     tiny = [one["id"] for one in split.coco["annotations"] if degenerate(one, images[one["image_id"]])]
@@ -171,32 +174,46 @@ def _told(name: str, split: _Split) -> Iterator[str]:
         yield f"note: {name}: not trained on, below {MIN_SIDE:g} px in the picture: {len(tiny)} annotations ({ids})"
 
 
+def _idle(name: str, split: _Split) -> str:
+    """What to say of a split that has nothing, or little, to learn from."""
+    images = {image["id"]: image for image in split.coco["images"]}
+    objects = [one for one in split.coco["annotations"] if not one.get("iscrowd")]
+    tiny = sum(degenerate(one, images[one["image_id"]]) for one in objects)
+    if len(objects) == tiny:
+        return f"no objects: {split.path} has none of a pixel or more"
+    if 2 * tiny > len(objects):
+        return f"tiny boxes: {tiny} of the {len(objects)} of {name} are below a pixel: bbox must be in pixels"
+    return ""
+
+
+def _drawable(annotation: dict, image: dict) -> dict:
+    """The annotation, with an empty mask if it has none that can be drawn."""
+    if annotation.get("segmentation") and not segmentation_fault(annotation["segmentation"], image):
+        return annotation
+    size = [image["height"], image["width"]]
+    return annotation | {"segmentation": {"size": size, "counts": [math.prod(size)]}}
+
+
 def _contact_sheet(split: _Split, path: Path) -> str:
     """Draw pictures with labels from all over a split; returns what to tell."""
     pairs = zip(split.coco["images"], split.facts, strict=True)
     good = {image["id"]: (image, fact.name) for image, fact in pairs if not fact.problem}
-    drawable = [
-        one
-        for one in split.coco["annotations"]
-        if one["image_id"] in good
-        and not (one.get("segmentation") and segmentation_fault(one["segmentation"], good[one["image_id"]][0]))
-    ]
-    labelled = list(dict.fromkeys(one["image_id"] for one in drawable))
-    chosen = labelled[:: max(1, len(labelled) // _CELLS)][:_CELLS]
+    labelled = list(dict.fromkeys(one["image_id"] for one in split.coco["annotations"] if one["image_id"] in good))
+    chosen = labelled[:: max(1, math.ceil(len(labelled) / _CELLS))]
     if not chosen:
         return ""
     images, paths = zip(*(good[image_id] for image_id in chosen), strict=True)
-    annotations = [one for one in drawable if one["image_id"] in chosen]
+    shown = (one for one in split.coco["annotations"] if one["image_id"] in chosen)
+    annotations = [_drawable(one, good[one["image_id"]][0]) for one in shown]
     coco = {"images": images, "categories": split.coco["categories"], "annotations": annotations}
-    dataset = ObjectPictures(coco, paths, paths, split.path, all(one.get("segmentation") for one in annotations))
+    dataset = ObjectPictures(coco, paths, paths, split.path, masks=True)
     sheet = Image.new("RGB", (_COLUMNS * _CELL, math.ceil(len(chosen) / _COLUMNS) * _CELL), "white")
     for index in range(len(dataset)):
-        objects, crowds = dataset[index][1], dataset.crowds[index]
+        objects, crowds = dataset[index][1], dataset.objects(index)[1]
         labels = torch.full((len(crowds),), len(dataset.class_names))
         objects["boxes"] = torch.cat([objects["boxes"], objects["crowd"]])
         objects["labels"] = torch.cat([objects["labels"], labels])
-        if dataset.masks:
-            objects["masks"] = torch.cat([objects["masks"], decode_masks(crowds, images[index])])
+        objects["masks"] = torch.cat([objects["masks"], decode_masks(crowds, images[index])])
         drawn = draw_objects(dataset.picture(index), objects, (*dataset.class_names, "crowd"))
         sheet.paste(fit(drawn, _CELL - _GAP), (index % _COLUMNS * _CELL, index // _COLUMNS * _CELL))
     save_image(sheet, path)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -10,15 +11,17 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from dualtoken_vit.data.check import Facts, copy_notes, in_both, look_at, picture_lines, report
+from dualtoken_vit.data.check import Facts, copy_notes, in_both, look_at, picture_lines, report, turned_notes
 from dualtoken_vit.data.classification import in_threads
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.masks import (
     BEYOND,
     IGNORE,
-    count_classes,
+    beyond_fault,
     find_pairs,
+    highest_label,
     label_table,
+    number_classes,
     read_class_names,
     read_mask,
     size_fault,
@@ -26,7 +29,7 @@ from dualtoken_vit.data.masks import (
 )
 from dualtoken_vit.draw import draw_scene, fit, save_image
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Segmentation, SegmentationData
+from dualtoken_vit.recipes import Segmentation
 
 _CELLS, _COLUMNS, _CELL, _GAP = 12, 3, 640, 8  # of the contact sheet; the last two in pixels
 
@@ -36,7 +39,9 @@ class _Look(NamedTuple):
 
     facts: Facts  # of the picture
     problem: str  # with the mask
-    counts: np.ndarray  # (256,) pixels of each class, `IGNORE` and `BEYOND`
+    labels: np.ndarray  # that are in the mask, in order
+    pixels: np.ndarray  # of each of them
+    mask: str = ""  # its file
 
 
 def check_segmentation_data(recipe: Segmentation, out: Path) -> bool:
@@ -56,13 +61,23 @@ def check_segmentation_data(recipe: Segmentation, out: Path) -> bool:
     if data.dataset != "masks":
         raise InputError(f"--data.dataset {data.dataset}: drawn by the program; there is nothing to check")
     splits = {split: find_pairs(data.root, split) for split in (data.train_split, data.val_split)}
-    names = read_class_names(data) or _count(data, [mask for _, mask in splits[data.train_split][0]])
+    names = read_class_names(data)
+    looks = {split: _look(split, pairs) for split, (pairs, _, _) in splits.items()}
+    if names is None:
+        highest = [(highest_label(one.labels, data), one.mask) for one in looks[data.train_split] if one.labels.size]
+        if not highest:
+            raise InputError(f"{data.root}: no training mask can be read")
+        names = number_classes(*max(highest), data)
     table = label_table(len(names), data.ignore_index, data.reduce_zero_label)
-    looks = {split: _look(split, pairs, table) for split, (pairs, _, _) in splits.items()}
+    looks = {split: [_judge(look, table) for look in found] for split, found in looks.items()}
     facts = {split: [look.facts for look in found] for split, found in looks.items()}
-    counts = {split: sum((look.counts for look in found), np.zeros(256, np.int64)) for split, found in looks.items()}
-    told = [line for split, one in facts.items() for line in (*picture_lines(split, one), *_told(split, looks[split]))]
-    told += [f"note: {line}" for line in copy_notes(facts)]
+    counts = {split: sum((_counts(look, table) for look in found), np.zeros(256)) for split, found in looks.items()}
+    told = [
+        line
+        for split, found in looks.items()
+        for line in (*picture_lines(split, facts[split]), *_told(split, found, counts[split]))
+    ]
+    told += [f"note: {line}" for line in (*copy_notes(facts), *turned_notes(facts, "masks"), *_slow(recipe, facts))]
     sound = [
         pair
         for pair, look in zip(splits[data.train_split][0], looks[data.train_split], strict=True)
@@ -81,38 +96,41 @@ def check_segmentation_data(recipe: Segmentation, out: Path) -> bool:
     return report(_shares(names, counts), told, [*missing, *pictures], [alone, orphans, masks, in_both(facts)])
 
 
-def _count(data: SegmentationData, masks: list[str]) -> tuple[str, ...]:
-    """The classes by the masks that can be read."""
-
-    def sound(path: str) -> bool:
-        try:
-            read_mask(path)
-        except InputError:
-            return False
-        return True
-
-    good = [path for path in masks if sound(path)]
-    if not good:
-        raise InputError(f"{data.root}: no training mask can be read")
-    return count_classes(good, data)
-
-
-def _look(split: str, pairs: list[tuple[str, str]], table: np.ndarray) -> list[_Look]:
+def _look(split: str, pairs: list[tuple[str, str]]) -> list[_Look]:
     """Read every picture and mask of a split, under a progress bar."""
 
     def look(pair: tuple[str, str]) -> _Look:
         picture, mask = pair
-        facts, nothing = look_at(picture, picture), np.zeros(256, np.int64)
+        facts = look_at(picture, picture)
         try:
             labels = read_mask(mask)
         except InputError as error:
-            return _Look(facts, str(error), nothing)
-        classes, fault = to_classes(labels, table)
-        if not facts.problem:
-            fault = size_fault(picture, facts.size, labels) or fault
-        return _Look(facts, f"{mask}: {fault}" if fault else "", np.bincount(classes.ravel(), minlength=256))
+            return _Look(facts, str(error), np.zeros(0, np.int64), np.zeros(0, np.int64))
+        fault = "" if facts.problem else size_fault(picture, facts.size, labels)
+        return _Look(facts, f"{mask}: {fault}" if fault else "", *np.unique(labels, return_counts=True), mask)
 
     return list(in_threads(look, pairs, len(pairs), f"reading {split}"))
+
+
+def _judge(look: _Look, table: np.ndarray) -> _Look:
+    """The same, with labels beyond the classes as a problem."""
+    beyond = to_classes(look.labels, table) == BEYOND
+    if look.problem or not beyond.any():
+        return look
+    fault = beyond_fault(look.labels[beyond], look.pixels[beyond], table)
+    return look._replace(problem=f"{look.mask}: {fault}")
+
+
+def _counts(look: _Look, table: np.ndarray) -> np.ndarray:
+    """(256,): pixels of each class, `IGNORE` and `BEYOND`."""
+    return np.bincount(to_classes(look.labels, table), weights=look.pixels, minlength=256)
+
+
+def _slow(recipe: Segmentation, facts: dict[str, list[Facts]]) -> Iterator[str]:
+    """What to say of pictures so large that training spends its time on making them small."""
+    sides = [min(one.size) for one in facts[recipe.data.train_split] if not one.problem]
+    if recipe.data.image_size is None and sides and median(sides) > 2 * max(recipe.data.crop_size):
+        yield "most pictures are more than twice the crop: --data.image-size makes training faster"
 
 
 def _shares(names: tuple[str, ...], counts: dict[str, np.ndarray]) -> Table:
@@ -120,17 +138,16 @@ def _shares(names: tuple[str, ...], counts: dict[str, np.ndarray]) -> Table:
     table = Table("class")
     for split in counts:
         table.add_column(Text(split), justify="right")
-    sums = {split: max(int(count[:BEYOND].sum()), 1) for split, count in counts.items()}
+    sums = {split: max(count[:BEYOND].sum(), 1) for split, count in counts.items()}
     for label, name in enumerate(names):
         cells = [(count[label], f"{count[label] / sums[split]:.2%}") for split, count in counts.items()]
         table.add_row(Text(name), *(Text(cell, style="" if pixels else "red") for pixels, cell in cells))
     return table
 
 
-def _told(split: str, looks: list[_Look]) -> Iterator[str]:
-    pixels = sum(int(look.counts.sum()) for look in looks)
-    ignored = sum(int(look.counts[IGNORE]) for look in looks)
-    yield f"{split}: {len(looks)} pictures with a mask; {ignored / max(pixels, 1):.1%} of the pixels are ignored"
+def _told(split: str, looks: list[_Look], counts: np.ndarray) -> Iterator[str]:
+    share = counts[IGNORE] / max(counts.sum(), 1)
+    yield f"{split}: {len(looks)} pictures with a mask; {share:.1%} of the pixels are ignored"
 
 
 def _contact_sheet(pairs: list[tuple[str, str]], names: tuple[str, ...], table: np.ndarray, path: Path) -> str:
@@ -138,7 +155,7 @@ def _contact_sheet(pairs: list[tuple[str, str]], names: tuple[str, ...], table: 
     chosen = pairs[:: max(1, len(pairs) // _CELLS)][:_CELLS]
     sheet = Image.new("RGB", (_COLUMNS * _CELL, math.ceil(len(chosen) / _COLUMNS) * _CELL), "white")
     for index, (picture, mask) in enumerate(chosen):
-        drawn = draw_scene([("", load_image(picture), to_classes(read_mask(mask), table)[0])], names)
+        drawn = draw_scene([("", load_image(picture), to_classes(read_mask(mask), table))], names)
         sheet.paste(fit(drawn, _CELL - _GAP), (index % _COLUMNS * _CELL, index // _COLUMNS * _CELL))
     save_image(sheet, path)
     return f"{len(chosen)} pictures with their labels: {path}"

@@ -302,6 +302,8 @@ def _folder(data: Data, split: str, channels: int) -> PictureDataset:
 
 
 def _shapes(data: Data, split: str, channels: int) -> PictureDataset:
+    if data.root:
+        raise InputError("--data.dataset shapes draws its own pictures; for files give --data.dataset folder")
     pictures = ShapePictures(split, data.image_size)
     paths = [f"{split}/{CLASSES[label]}-{index:04d}" for index, label in enumerate(pictures.targets)]
     return PictureDataset(pictures, pictures.targets, CLASSES, paths, channels)

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ def sift(coco: dict[str, list], masks: bool) -> tuple[dict[str, list[dict]], lis
     """
     problems: list[str] = []
     sound: dict[str, dict[int, dict]] = {}  # by id
+    broken: dict[str, set] = {kind: set() for kind in _FIELDS}  # ids
     for kind, fields in _FIELDS.items():
         sound[kind], names = {}, set()
         for number, entry in enumerate(coco[kind]):
@@ -77,9 +80,13 @@ def sift(coco: dict[str, list], masks: bool) -> tuple[dict[str, list[dict]], lis
             elif not fault and kind == "categories" and entry["name"] in names:
                 fault = f"its name {entry['name']!r} is that of another"
             elif not fault and kind == "annotations":
+                if entry["image_id"] in broken["images"] or entry["category_id"] in broken["categories"]:
+                    continue  # of what has been told already
                 fault = _annotation_fault(entry, sound["images"], sound["categories"], masks)
             if fault:
                 problems.append(f"{name}: {fault}")
+                if isinstance(entry, dict) and type(entry.get("id")) is int and entry["id"] not in sound[kind]:
+                    broken[kind].add(entry["id"])
             else:
                 sound[kind][entry["id"]] = entry
                 names.add(entry.get("name"))
@@ -174,21 +181,27 @@ def decode_masks(annotations: Sequence[dict], image: dict) -> Tensor:
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """COCO's compressed RLE of each mask of (N, H, W) bool: {"size": [H, W], "counts": text}.
+    """COCO's compressed RLE of each mask of (N, H, W) bool: {"size": [H, W], "counts": text}."""
+    columns = masks.cpu().numpy().astype(np.uint8).transpose(0, 2, 1)  # the runs go down the columns
+    found = [rle.encode(np.ascontiguousarray(one).T) for one in columns]
+    return [{"size": list(one["size"]), "counts": one["counts"].decode("ascii")} for one in found]
 
-    The ends of the runs are found where the masks are, so that only they leave a GPU.
-    """
-    height, width = masks.shape[1:]
-    columns = masks.transpose(1, 2).flatten(1)  # (N, W * H): the runs go down the columns
-    rows, places = (columns[:, 1:] != columns[:, :-1]).nonzero(as_tuple=True)
-    ends = (places.cpu() + 1).split(torch.bincount(rows, minlength=len(masks)).tolist())
-    found = []
-    for inside, inner in zip(columns[:, 0].tolist(), ends, strict=True):
-        bounds = [0] * (1 + inside) + inner.tolist() + [height * width]  # the first run is outside, if of length 0
-        counts = np.diff(bounds).tolist()
-        coded = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        found.append({"size": [height, width], "counts": coded["counts"].decode("ascii")})
-    return found
+
+class Packed(Sequence):
+    """Plain data in one array, pickled: processes that read share it, where each would copy Python's own objects."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
+        self.bounds = np.cumsum([0, *map(len, parts)])
+        self.bytes = np.frombuffer(b"".join(parts), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return pickle.loads(self.bytes[self.bounds[index] : self.bounds[index + 1]])
 
 
 class ObjectPictures(Dataset):
@@ -203,7 +216,8 @@ class ObjectPictures(Dataset):
     - image_id: int, the json's
 
     Both went through `transform`, if there is one. Objects and crowds of which less than `MIN_SIDE` pixels of width or
-    height are in the picture are left out of the targets, though not of `truth`; `dropped` says how many.
+    height are in the picture are left out of the targets, though not of `truth`; `dropped` says how many, and `trained`
+    how many single objects there are beside them.
 
     Args:
         coco: The sound entries of a COCO file (see `sift`).
@@ -236,28 +250,29 @@ class ObjectPictures(Dataset):
         self.category_ids = [ids[each] for each in self.class_names]  # class index: the json's id
         self.images, self.sources, self.paths, self.name = coco["images"], sources, list(paths), name
         self.masks, self.channels = masks, channels
-        self.annotations = coco["annotations"]
         self.image_ids = [image["id"] for image in self.images]
         self.sizes = [(image["width"], image["height"]) for image in self.images]
         self.groups = [int(height > width) for width, height in self.sizes]  # portrait or not: alike ones share a batch
         self.transform: Callable | None = None
         places = {image_id: index for index, image_id in enumerate(self.image_ids)}
-        self.objects: list[list[dict]] = [[] for _ in self.images]
-        self.crowds: list[list[dict]] = [[] for _ in self.images]
-        self.dropped = 0
-        for annotation in self.annotations:
+        of_image: list[list[dict]] = [[] for _ in self.images]
+        keys = ["id", "image_id", "category_id", "bbox", "area", "iscrowd", *["segmentation"] * masks]
+        self.dropped = self.trained = 0
+        for annotation in coco["annotations"]:
             index = places[annotation["image_id"]]
+            of_image[index].append({key: annotation[key] for key in keys if key in annotation})
             if degenerate(annotation, self.images[index]):
                 self.dropped += 1
             else:
-                (self.crowds if annotation.get("iscrowd") else self.objects)[index].append(annotation)
+                self.trained += not annotation.get("iscrowd")
+        self.annotations = Packed(of_image)
         self._labels = {category: label for label, category in enumerate(self.category_ids)}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
-        image, objects = self.images[index], self.objects[index]
+        image, (objects, crowds) = self.images[index], self.objects(index)
 
         def boxes(annotations: list[dict]) -> tv_tensors.BoundingBoxes:
             corners = torch.tensor([clip(one, image) for one in annotations], dtype=torch.float32).reshape(-1, 4)
@@ -267,13 +282,18 @@ class ObjectPictures(Dataset):
         target = {
             "boxes": boxes(objects),
             "labels": torch.tensor([self._labels[one["category_id"]] for one in objects], dtype=torch.int64),
-            "crowd": boxes(self.crowds[index]),
+            "crowd": boxes(crowds),
             "image_id": image["id"],
         }
         if self.masks:
             target["masks"] = tv_tensors.Mask(decode_masks(objects, image))
         sample = v2.functional.to_image(self.picture(index)), target
         return self.transform(*sample) if self.transform else sample
+
+    def objects(self, index: int) -> tuple[list[dict], list[dict]]:
+        """The annotations of picture `index` that are trained on: single objects, and crowds."""
+        sound = [one for one in self.annotations[index] if not degenerate(one, self.images[index])]
+        return [one for one in sound if not one.get("iscrowd")], [one for one in sound if one.get("iscrowd")]
 
     def picture(self, index: int) -> Image.Image:
         """Picture `index`, whose size is as the json says.
@@ -301,7 +321,8 @@ class ObjectPictures(Dataset):
         """All that the json says, as evaluation needs it: annotations numbered from 1, with iscrowd and area."""
         sizes = dict(zip(self.image_ids, self.sizes, strict=True))
         annotations = []
-        for number, annotation in enumerate(self.annotations, start=1):  # COCO's evaluation takes 0 for "no match"
+        # COCO's evaluation takes 0 for "no match".
+        for number, annotation in enumerate(chain.from_iterable(self.annotations), start=1):
             area = annotation.get("area")
             if area is None and self.masks:
                 area = float(rle.area(rle.segmToRle(annotation["segmentation"], *sizes[annotation["image_id"]])))
@@ -452,6 +473,8 @@ def build_datasets(data: DetectionData, masks: bool, channels: int) -> tuple[Obj
         InputError: a field that is missing, a file that is no COCO file, ...
     """
     if data.dataset == "shapes":
+        if data.images or data.train_json or data.val_json:
+            raise InputError("--data.dataset shapes draws its own pictures; for files give --data.dataset coco")
         train = ShapeScenes("train", data.image_size, masks, channels, data.limit)
     else:
         train = CocoPictures(*coco_paths(data, "train"), masks, channels, limit=data.limit)

@@ -61,21 +61,17 @@ def label_table(num_classes: int, ignore_index: int = 255, reduce_zero_label: bo
     return table
 
 
-def to_classes(labels: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, str]:
-    """What labels (H, W) become by a `label_table`, and what is wrong with them."""
-    classes = table[labels if labels.dtype == np.uint8 else np.clip(labels, -1, len(table) - 1)]
-    beyond = classes == BEYOND
-    if not beyond.any():
-        return classes, ""
-    return classes, beyond_fault(*np.unique(labels[beyond], return_counts=True), int((table < BEYOND).sum()))
+def to_classes(labels: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """What labels become by a `label_table`, uint8."""
+    return table[labels if labels.dtype == np.uint8 else np.clip(labels, -1, len(table) - 1)]
 
 
-def beyond_fault(values: np.ndarray, counts: np.ndarray, num_classes: int) -> str:
-    """What to say of a mask with these labels beyond the classes."""
-    more = f" (and {len(values) - 1} more such labels)" if len(values) > 1 else ""
+def beyond_fault(labels: np.ndarray, pixels: np.ndarray, table: np.ndarray) -> str:
+    """What to say of a mask that has these labels beyond the classes, each in so many pixels."""
+    more = f" (and {len(labels) - 1} more such labels)" if len(labels) > 1 else ""
     return (
-        f"label {values[0]} in {counts[0]} pixels{more}, but there are {num_classes} classes: mend it, or see "
-        "--data.classes, --data.ignore-index and --data.reduce-zero-label"
+        f"label {labels[0]} in {pixels[0]} pixels{more}, but there are {(table < BEYOND).sum()} classes: mend it, or "
+        "see --data.classes, --data.ignore-index and --data.reduce-zero-label"
     )
 
 
@@ -141,8 +137,10 @@ class MaskPictures(ScenePictures):
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
         picture = load_image(self.paths[index], self.channels)
         labels = read_mask(self.masks[index])
-        classes, fault = to_classes(labels, self.table)
-        fault = size_fault(self.paths[index], picture.size, labels) or fault
+        classes = to_classes(labels, self.table)
+        fault, beyond = size_fault(self.paths[index], picture.size, labels), classes == BEYOND
+        if not fault and beyond.any():
+            fault = beyond_fault(*np.unique(labels[beyond], return_counts=True), self.table)
         if fault:
             raise InputError(f"{self.masks[index]}: {fault}")
         return picture, classes
@@ -275,27 +273,34 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
     return names
 
 
-def count_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
-    """Numbers for names: as many as the masks have labels.
+def highest_label(labels: np.ndarray, data: SegmentationData) -> int:
+    """The highest of the labels that count."""
+    return int(labels[labels != data.ignore_index].max(initial=0))
+
+
+def number_classes(highest: int, path: str, data: SegmentationData) -> tuple[str, ...]:
+    """Numbers for names: as many as there must be for the highest label, which is in the mask of `path`.
 
     Raises:
-        InputError: for a mask that cannot be read, or labels that do not begin at 0 and end below `MOST`.
+        InputError: for too few, or more than `MOST`.
     """
-
-    def highest(path: str) -> tuple[int, str]:
-        labels = read_mask(path)
-        labels = labels[labels != data.ignore_index]
-        return int(labels.max(initial=0)), path
-
-    found = in_threads(highest, masks, len(masks), "counting the classes")
-    most, path = max(found)
-    count = most + 1 - data.reduce_zero_label
+    count = highest + 1 - data.reduce_zero_label
     if not 2 <= count <= MOST:
         raise InputError(
-            f"{path}: the highest label in the training masks is {most}; 2 to {MOST} classes can be told apart; "
+            f"{path}: the highest label in the training masks is {highest}; 2 to {MOST} classes can be told apart; "
             "give --data.ignore-index, or a file of the classes as --data.classes"
         )
     return tuple(map(str, range(count)))
+
+
+def count_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
+    """`number_classes` of mask files.
+
+    Raises:
+        InputError: for a mask that cannot be read, or labels that cannot be numbers of classes.
+    """
+    found = in_threads(lambda path: (highest_label(read_mask(path), data), path), masks, len(masks), "counting classes")
+    return number_classes(*max(found), data)
 
 
 class RandomScale(v2.Transform):
@@ -387,6 +392,8 @@ def build_datasets(data: SegmentationData, channels: int) -> tuple[ScenePictures
         InputError: a folder that is missing, a picture without a mask, ...
     """
     if data.dataset == "shapes":
+        if data.root:
+            raise InputError("--data.dataset shapes draws its own pictures; for files give --data.dataset masks")
         train: ScenePictures = ShapeScenes("train", max(data.crop_size), channels, data.limit)
     else:
         train = _tree(data, data.train_split, channels, None)

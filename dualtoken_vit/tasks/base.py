@@ -24,6 +24,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dualtoken_vit.backbone import check_size
 from dualtoken_vit.checkpoint import LoadReport
 from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.errors import InputError, first_line
@@ -43,8 +44,6 @@ RANGES = {
     "data.workers": (0, math.inf),
     "data.ignore_index": (0, 65535),
     "data.crop_size": (32, math.inf),
-    "data.window": (32, math.inf),
-    "data.scales": (0.1, 10),
     "augment.multi_scale": (1, math.inf),
     "augment.scale": (1e-3, math.inf),
     "augment.class_cap": (1e-3, 1),
@@ -169,23 +168,6 @@ def _refusal(recipe: Model, error: Exception) -> str:
     if args and not (fetched and isinstance(error, RuntimeError | OSError)):
         return f"--model.args {' '.join(recipe.args)}: {reason}"
     return f"--model.name {name}: {reason}"
-
-
-@torch.no_grad()
-def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
-    """See whether the network takes pictures of this size, by timm's record and by trial; leaves it in evaluation mode.
-
-    Raises:
-        InputError: if not.
-    """
-    refusal = f"--data.image-size {image_size} is not a size that {model.pretrained_cfg['architecture']} takes"
-    least = max(model.pretrained_cfg.get("min_input_size") or (0,))  # of (C, H, W)
-    if image_size < least:
-        raise InputError(f"{refusal}: give at least {least}")
-    try:
-        model.eval()(torch.zeros(1, in_chans, image_size, image_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise InputError(f"{refusal}: {first_line(error)}") from error
 
 
 class _AllReduce(torch.autograd.Function):

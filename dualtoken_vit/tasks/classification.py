@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.table import Table
+from rich.text import Text
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -16,13 +17,13 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from dualtoken_vit import plots
-from dualtoken_vit.backbone import statistics
+from dualtoken_vit.backbone import check_size, statistics
 from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_weights
 from dualtoken_vit.data.classification import build_datasets, build_val_dataset
 from dualtoken_vit.data.images import eval_transform, train_transform
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Classification, Model
-from dualtoken_vit.tasks.base import Setup, Task, check_size, create_model
+from dualtoken_vit.tasks.base import Setup, Task, create_model
 
 
 class ClassificationTask(Task):
@@ -129,7 +130,7 @@ class ClassificationEvaluation:
     def table(self) -> Table:
         table = Table("class", "pictures", "top-1")
         for name, (accuracy, pictures) in self.per_class.items():
-            table.add_row(name, str(pictures), f"{accuracy:.1%}" if pictures else "-")
+            table.add_row(Text(name), str(pictures), f"{accuracy:.1%}" if pictures else "-")
         table.add_section()
         table.add_row("all", str(self.images), f"{self.top1:.1%}")
         return table

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from dualtoken_vit import plots
@@ -22,6 +23,7 @@ from dualtoken_vit.data.coco import (
     train_transform,
 )
 from dualtoken_vit.detectors import build_detector
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Detection, Model, model_kwargs
 from dualtoken_vit.tasks.base import Setup, Task, create_network
 
@@ -133,7 +135,7 @@ class DetectionEvaluation:
     def table(self) -> Table:
         table = Table("class", *(f"{kind} AP" for kind in self.scores))
         for name in self.scores["box"].per_class:
-            table.add_row(name, *(_percent(score.per_class[name]) for score in self.scores.values()))
+            table.add_row(Text(name), *(_percent(score.per_class[name]) for score in self.scores.values()))
         table.add_section()
         for figure in FIGURES:
             table.add_row(figure, *(_percent(score.figures[figure]) for score in self.scores.values()))
@@ -157,9 +159,16 @@ def prepare(recipe: Detection, start: Model) -> Setup:
     masks = recipe.detector == "mask-rcnn"
     train, val = build_datasets(recipe.data, masks, start.in_chans)
     train.transform = train_transform(recipe.augment.hflip, recipe.augment.photometric)
-    notes = ()
+    if not train.trained:
+        raise InputError(f"{train.name}: no object to train on; see check-data")
+    notes: tuple[str, ...] = ()
     if train.dropped:
-        notes = (f"{train.dropped} objects of which less than {MIN_SIDE:g} pixel is in the picture are not trained on",)
+        notes += (f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the picture are not trained on",)
+    if not (recipe.model.checkpoint or recipe.model.pretrained):
+        notes += (
+            "the backbone starts from random weights, and its batch normalisation, which a detector keeps as it is, "
+            "normalises nothing: give --model.checkpoint or --model.pretrained if you can",
+        )
     args = model_kwargs(start)
     network = create_network(start, 0, **args)
     made = dict(

@@ -11,7 +11,7 @@ from dualtoken_vit.checkpoint import load_model
 from dualtoken_vit.cpu import tune_cpu
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
-from dualtoken_vit.recipes import from_dict
+from dualtoken_vit.recipes import Recipe, from_dict
 from dualtoken_vit.tasks import classification, detection, segmentation
 from dualtoken_vit.tasks.base import Evaluation, ProgressBar, check_ranges, quiet
 
@@ -25,6 +25,18 @@ DATA = {
     "detection": "--data.images DIR --data.val-json FILE",
     "segmentation": "--data.root DIR [--data.split NAME]",
 }
+
+
+def _named(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the data now, with what follows from it: it goes before what the recipe says of its own data."""
+    files = {"detection": ("coco", ("images", "val_json")), "segmentation": ("masks", ("root",))}
+    dataset, names = files.get(recipe.task, ("", ()))
+    if not data.keys() & set(names):
+        return data
+    follows = {"dataset": dataset, "limit": None}
+    if "images" in data:
+        follows["val_images"] = None
+    return follows | data
 
 
 def evaluate(
@@ -63,9 +75,7 @@ def evaluate(
         if name not in known:
             flag = f"--data.{name.replace('_', '-')}"
             raise InputError(f"{flag}: {checkpoint} is of {stored.task}; name its data by {DATA[stored.task]}")
-    if "images" in (data or {}) and "val_images" in known:  # what is said now goes before what was stored
-        data = {**data, "val_images": None}
-    recipe = replace(recipe, data=replace(recipe.data, **(data or {})))
+    recipe = replace(recipe, data=replace(recipe.data, **_named(recipe, data or {})))
     check_ranges(recipe)
     task, pictures = PREPARE[stored.task](model, stored, recipe)
     try:

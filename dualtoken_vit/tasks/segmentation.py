@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -165,7 +166,7 @@ class SegmentationEvaluation:
     def table(self) -> Table:
         table = Table("class", "IoU")
         for name, share in zip(self.class_names, self.scores.per_class, strict=True):
-            table.add_row(name, "-" if share is None else f"{share:.1%}")
+            table.add_row(Text(name), "-" if share is None else f"{share:.1%}")
         table.add_section()
         for name, about in FIGURES.items():
             table.add_row(about, f"{getattr(self.scores, name):.1%}")

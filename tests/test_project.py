@@ -79,5 +79,6 @@ def test_the_readme_s_python_runs():
             exec(block, names)
     assert names["logits"].shape == (2, 10)
     assert [tuple(m.shape) for m in names["maps"]] == [(1, 48, 20, 28), (1, 96, 10, 14), (1, 192, 5, 7)]
+    assert names["attended"]["stages.2.blocks.5"].shape == (2, 7, 7, 7, 7)
     assert names["backbone"].feature_info.channels() == [48, 96, 192]
     assert names["unet"](names["torch"].zeros(2, 3, 64, 96)).shape == (2, 2, 64, 96)

@@ -8,11 +8,11 @@ A map is the mean over the heads. Position-aware global tokens are a grid themse
 own; each stands for the places of X_ga that it was gathered from, in the shares in which it was.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from json import dumps
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,17 @@ from dualtoken_vit.data.classification import in_threads
 from dualtoken_vit.data.images import eval_transform, load_image
 from dualtoken_vit.draw import printable
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.model import STRIDE, Attention, Block, PositionAwareFusion
+from dualtoken_vit.model import Attention, Block, PositionAwareFusion
 from dualtoken_vit.plots import save_figure
 from dualtoken_vit.predict import find_pictures, pick_device, save_record
 from dualtoken_vit.recipes import Data
 
-__all__ = ["attention", "blocks_of", "gradient_importance", "occlusion_importance", "recording"]
+__all__ = ["attention", "blocks_of", "gradient_importance", "recording", "replacement_importance"]
 
 RECORD = "attention.json"  # marks a folder as one that `attention` wrote
 HIGHEST = 8  # global tokens that Figure 4 marks
 ROWS = 8  # pictures on the pages of all of them
-OCCLUDED = 64  # pictures in a batch of occlusions
+TOGETHER = 64  # replacements in a batch
 
 
 def blocks_of(model: nn.Module) -> dict[str, Block]:
@@ -104,6 +104,12 @@ def _watch(block: Block, stack: ExitStack, keep: Callable[[Tensor], None]) -> No
     stack.callback(block.broadcast_attn.register_forward_hook(assemble).remove)
 
 
+def _log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """(B, classes), in float32 or better."""
+    logits = model(x)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
 def gradient_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
     """How much each image token that enters a block speaks for the class that is predicted.
 
@@ -121,33 +127,47 @@ def gradient_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
     inputs: list[Tensor] = []
     hook = block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with hook, torch.enable_grad():
-        best = model(x.requires_grad_()).float().log_softmax(-1).amax(-1)
+        best = _log_probabilities(model, x.requires_grad_()).amax(-1)
         (gradient,) = torch.autograd.grad(best.sum(), inputs)
     tokens = inputs[0].detach()
     return (gradient * (tokens - tokens.mean((1, 2), keepdim=True))).sum(-1)
 
 
 @torch.inference_mode()
-def occlusion_importance(model: nn.Module, x: Tensor) -> Tensor:
-    """What the log-probability of the predicted class loses when a square of the picture is covered by the mean colour.
+def replacement_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
+    """What the log-probability of the predicted class loses when an image token that enters a block is replaced.
+
+    By the mean token of its picture: what `gradient_importance` foretells, measured, in a forward pass a token.
 
     Args:
         model: in evaluation mode
-        x: (B, C, H, W), normalised: 0 is the mean colour
+        block: of it
+        x: (B, C, H, W)
 
     Returns:
-        (B, ceil(H / 32), ceil(W / 32)), of squares as wide as the last stage's tokens stand apart.
+        (B, h, w), of the block's map.
     """
-    height, width = (ceil(side / STRIDE) for side in x.shape[2:])
-    lost = []
-    for picture in x:
-        before, best = model(picture[None]).float().log_softmax(-1).max(-1)
-        covered = picture.repeat(height * width, 1, 1, 1)
-        for place, one in enumerate(covered):
-            top, left = (STRIDE * index for index in divmod(place, width))
-            one[:, top : top + STRIDE, left : left + STRIDE] = 0
-        after = [model(some).float().log_softmax(-1)[:, best] for some in covered.split(OCCLUDED)]
-        lost.append((before - torch.cat(after)).reshape(height, width))
+
+    def replace(module: nn.Module, args: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        tokens, g = args
+        size[:] = tokens.shape[1:3]
+        if places:
+            tokens = tokens.clone()
+            mean = tokens[0].mean((0, 1))
+            for one, place in zip(tokens, places, strict=True):
+                one[divmod(place, size[1])] = mean
+        return tokens, g
+
+    lost, size = [], [0, 0]
+    with block.register_forward_pre_hook(replace):
+        for picture in x:
+            places: list[int] = []  # none: the network as it is
+            before, best = _log_probabilities(model, picture[None]).max(-1)
+            after = []
+            for start in range(0, math.prod(size), TOGETHER):
+                places = list(range(start, min(start + TOGETHER, math.prod(size))))
+                after.append(_log_probabilities(model, picture.expand(len(places), -1, -1, -1))[:, best])
+            lost.append((before - torch.cat(after)).reshape(size))
     return torch.stack(lost)
 
 
@@ -246,7 +266,7 @@ def draw_maps(seen: Sequence[Seen], most: int = 7) -> Figure:
 def draw_blocks(seen: Seen, columns: int = 6) -> Figure:
     """What the image tokens read on average in each block, beside the picture."""
     names = list(seen.maps)
-    rows = ceil((len(names) + 1) / columns)
+    rows = math.ceil((len(names) + 1) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.1 * rows), layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False).flat
     _show_picture(cells[0], seen, False, seen.label)
@@ -268,8 +288,8 @@ def _numbers(token: str) -> tuple[int, int]:
 class Viewer:
     """A classifier as `attention` uses one."""
 
-    def __init__(self, model: nn.Module, loaded: Checkpoint, block: int, image_size: int | None, occlusion: bool):
-        self.model, self.class_names, self.occlusion = model, loaded.class_names, occlusion
+    def __init__(self, model: nn.Module, loaded: Checkpoint, block: int, image_size: int | None):
+        self.model, self.class_names = model, loaded.class_names
         self.blocks = blocks_of(model)
         if not -len(self.blocks) <= block < len(self.blocks):
             raise InputError(f"--block {block}: there are {len(self.blocks)}, 0 to {len(self.blocks) - 1}")
@@ -299,13 +319,13 @@ class Viewer:
         told: dict[str, Any] = {"picture": title, "class": name, "probability": round(probability.item(), 6)}
         height, width = maps[self.block].shape[1:3]
         if token is None:
-            importance = gradient_importance(self.model, self.blocks[self.block], x)
-            token = divmod(importance.argmax().item(), width)
-            if self.occlusion:
-                lost = occlusion_importance(self.model, x)
-                places = F.adaptive_avg_pool2d(importance, lost.shape[1:])
-                told["occlusion_token"] = [int(i) for i in divmod(lost.argmax().item(), lost.shape[2])]
-                told["agreement"] = round(spearman_corrcoef(places.flatten(), lost.flatten()).item(), 3)
+            foretold, lost = (
+                importance(self.model, self.blocks[self.block], x).flatten()
+                for importance in (gradient_importance, replacement_importance)
+            )
+            token = divmod(lost.argmax().item(), width)
+            told["gradient_token"] = list(divmod(foretold.argmax().item(), width))
+            told["agreement"] = round(spearman_corrcoef(foretold, lost).item(), 3) if len(lost) > 1 else 1.0
         elif not (token[0] < height and token[1] < width):
             raise InputError(f"--token {token[0]},{token[1]}: {self.block} has {height}x{width} image tokens here")
         told["token"] = list(token)
@@ -321,7 +341,6 @@ def attention(
     token: str | None = None,
     every_block: bool = False,
     image_size: int | None = None,
-    occlusion: bool = True,
     device: str = "auto",
     json: bool = False,
 ) -> bool:
@@ -329,8 +348,8 @@ def attention(
 
     Writes for each picture NAME.key.png (the key token boxed, beside its map), NAME.maps.png (the maps of all tokens)
     and the maps as NAME.npy (H, W, h, w); of several pictures also figure-1.png and figure-4.png of the first 8. The
-    key token is the one whose replacement by the mean token would cost the predicted class most, by its gradient. As a
-    check the same is asked by covering squares of the picture.
+    key token is the one that enters the block and whose replacement by the mean token of the picture costs the class
+    that is predicted most of its log-probability; the table compares what the gradient says.
 
     Args:
         checkpoint: A best.safetensors of a classification run of a DualToken-ViT.
@@ -341,7 +360,6 @@ def attention(
         every_block: Also draw what is read on average in every block, NAME.blocks.png, and save all their maps as
             NAME.BLOCK.npy.
         image_size: Side of the pictures that the network sees, in pixels; by default as in training.
-        occlusion: Compare the key token with the place that is found by covering the picture.
         device: auto, or any of torch's: cpu, cuda, mps.
         json: Print one JSON object on stdout instead of the table, and nothing else there.
 
@@ -356,7 +374,7 @@ def attention(
     model, loaded = load_model(checkpoint)
     if loaded.task != "classification":
         raise InputError(f"{checkpoint} is of {loaded.task}; give the best.safetensors of a classification run")
-    viewer = Viewer(model.to(pick_device(device)).eval(), loaded, block, image_size, occlusion)
+    viewer = Viewer(model.to(pick_device(device)).eval(), loaded, block, image_size)
 
     def read(path: Path) -> Tensor:
         return viewer.transform(load_image(path, viewer.channels, printable(path)))
@@ -396,11 +414,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table("picture", "class", "", "key token", box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"
     if "agreement" in rows[0]:
-        table.add_column("by covering")
+        table.add_column("by gradient")
         table.add_column("rank correlation", justify="right")
     for row in rows:
         cells = [Text(row["picture"]), Text(row["class"]), f"{row['probability']:.1%}", "{}, {}".format(*row["token"])]
         if "agreement" in row:
-            cells += ["{}, {}".format(*row["occlusion_token"]), f"{row['agreement']:+.2f}"]
+            cells += ["{}, {}".format(*row["gradient_token"]), f"{row['agreement']:+.2f}"]
         table.add_row(*cells)
     return table

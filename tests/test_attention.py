@@ -17,8 +17,8 @@ from dualtoken_vit.attention import (
     blocks_of,
     gradient_importance,
     highest,
-    occlusion_importance,
     recording,
+    replacement_importance,
 )
 from dualtoken_vit.errors import InputError
 
@@ -80,44 +80,34 @@ def test_the_grid_of_the_map_is_that_of_the_tokens(args):
     assert {found.shape[3:] for found in maps.values()} == {grid}
 
 
-def test_the_gradient_foretells_what_a_token_is_worth():
+def moved(model, block, x, row, column, share):
+    """The log-probabilities with one token a share of the way to the mean token of its picture."""
+
+    def move(module, args):
+        tokens, g = args
+        tokens = tokens.clone()
+        tokens[:, row, column] += share * (tokens.mean((1, 2)) - tokens[:, row, column])
+        return tokens, g
+
+    with torch.no_grad(), block.register_forward_pre_hook(move):
+        return model(x).log_softmax(-1)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_what_tokens_are_worth(index):
+    """By replacing them one by one, and by their gradient, which is the beginning of that."""
     model = create().double()
     x = torch.randn(2, 3, 96, 128, dtype=torch.double)
-    block = list(blocks_of(model).values())[-1]
-    importance = gradient_importance(model, block, x)
-    assert importance.shape == (2, 3, 4)
-    best = model(x).argmax(-1)
-
-    def lost(row, column, share):
-        """What the predicted class loses, a share of the way from the token to the mean token, scaled up to the end."""
-
-        def move(module, args):
-            tokens, g = args
-            moved = tokens.clone()
-            moved[:, row, column] += share * (tokens.mean((1, 2)) - tokens[:, row, column])
-            return moved, g
-
-        with torch.no_grad():
-            before = model(x).log_softmax(-1).gather(1, best[:, None])[:, 0]
-            with block.register_forward_pre_hook(move):
-                after = model(x).log_softmax(-1).gather(1, best[:, None])[:, 0]
-        return (before - after) / share
-
+    block = list(blocks_of(model).values())[index]
+    foretold, measured = gradient_importance(model, block, x), replacement_importance(model, block, x)
+    assert foretold.shape == measured.shape == ((2, 12, 16) if index == 0 else (2, 3, 4))
+    with torch.no_grad():
+        before, best = model(x).log_softmax(-1).max(-1)
     for row, column in ((0, 0), (1, 3), (2, 1)):
-        torch.testing.assert_close(importance[:, row, column], lost(row, column, 1e-6), rtol=1e-3, atol=1e-6)
-
-
-def test_occlusion_finds_the_square_that_decides():
-    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    x = torch.zeros(1, 3, 70, 96)
-    x[0, 0, 32:64, 64:96] = 1.0  # the only thing to be seen speaks for class 0
-    lost = occlusion_importance(model, x)
-    assert lost.shape == (1, 3, 3)
-    logits = np.array([32 * 32 / (70 * 96), 0, 0])
-    worth = logits[0] - np.log(np.exp(logits).sum()) + np.log(3)
-    expected = np.zeros((3, 3))
-    expected[1, 2] = worth
-    np.testing.assert_allclose(lost[0].numpy(), expected, atol=1e-6)
+        for share, found in ((1, measured), (1e-6, foretold)):
+            after = moved(model, block, x, row, column, share).gather(1, best[:, None])[:, 0]
+            torch.testing.assert_close(found[:, row, column], (before - after) / share, rtol=1e-3, atol=1e-6)
+    assert not block._forward_pre_hooks
 
 
 def test_highest():
@@ -160,7 +150,7 @@ def test_the_command(checkpoint, tmp_path, capsys):
     for one in told["pictures"]:
         assert one["class"] in NAMES
         assert -1 <= one["agreement"] <= 1
-        assert all(0 <= place < 3 for place in (*one["token"], *one["occlusion_token"]))
+        assert all(0 <= place < 3 for place in (*one["token"], *one["gradient_token"]))
     assert run(*args) == 0  # into its own folder again
     assert run(checkpoint, tmp_path / "a.png", "--out", tmp_path / "one", "--block", "0", "--token", "2,3") == 0
     assert "2, 3" in capsys.readouterr().out

@@ -299,7 +299,10 @@ class CoarseLevels(LastLevelP6P7):
         self.use_P5 = False
 
     def forward(self, levels: list[Tensor], maps: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        with torch.autocast(levels[-1].device.type, enabled=False):
+        device = levels[-1].device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return super().forward(levels, maps, names)
+        with torch.autocast(device, enabled=False):
             return super().forward(levels, [m.float() for m in maps], names)
 
 

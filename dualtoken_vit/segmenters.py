@@ -207,12 +207,12 @@ class View:
     """Look at the mirror image too."""
 
     def __post_init__(self) -> None:
+        if self.window < LEAST_SIDE:
+            raise InputError(f"window={self.window}: must be at least {LEAST_SIDE}")
         if not 0 < self.window_stride <= self.window:
             raise InputError(
                 f"window_stride={self.window_stride}: must be at least 1 and at most the window's {self.window}"
             )
-        if self.window < LEAST_SIDE:
-            raise InputError(f"window={self.window}: must be at least {LEAST_SIDE}")
         if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
             raise InputError(f"scales={self.scales}: give one or more numbers between 0.1 and 10")
 

@@ -127,7 +127,7 @@ def test_no_such_folder(check, photos):
 
 
 def test_shapes(check):
-    verdict, lines = check(dataset="shapes", image_size=16)
+    verdict, lines = check(dataset="shapes", image_size=16, root="")
     assert verdict
     assert row(lines, "star") == ["500", "100"]
     assert "val: width 16 to 16 px, median 16" in lines

@@ -6,6 +6,7 @@ from colorsys import hsv_to_rgb
 from functools import cache
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -35,6 +36,7 @@ MARGIN = 40
 ROW = 80  # height of a class: its name, its bar
 THUMB = 224
 COLUMNS, ROWS = 6, 6  # of a contact sheet
+LABELLED = 12  # pictures on a contact sheet of labels
 INK, MUTED, TRACK, FIRST, OTHER = "#1f2933", "#6b7785", "#e9edf2", "#2f6fde", "#a9c3ee"
 
 
@@ -131,6 +133,20 @@ def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Se
         draw.rectangle((x, y, x + right + 4, y + bottom + 4), color)
         draw.text((x + 2, y + 1), text, INK if sum(color) > 380 else "white", font)
     return canvas
+
+
+def spread(items: Sequence[Any]) -> Sequence[Any]:
+    """Some of the items, from all over them: what `draw_labelled` has room for."""
+    return items[:: max(1, ceil(len(items) / LABELLED))]
+
+
+def draw_labelled(drawings: Sequence[Image.Image]) -> Image.Image:
+    """A contact sheet of pictures with their labels, large enough to judge these."""
+    cell, columns, gap = 640, 3, 8
+    page = Image.new("RGB", (columns * cell, ceil(len(drawings) / columns) * cell), "white")
+    for index, drawing in enumerate(drawings):
+        page.paste(fit(drawing, cell - gap), (index % columns * cell, index // columns * cell))
+    return page
 
 
 def palette(num_classes: int) -> list[int]:

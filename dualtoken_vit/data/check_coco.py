@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from faster_coco_eval.core import mask as rle
-from PIL import Image
 
 from dualtoken_vit.data.check import (
     Facts,
@@ -34,12 +33,11 @@ from dualtoken_vit.data.coco import (
     sift,
     size_fault,
 )
-from dualtoken_vit.draw import draw_objects, fit, save_image
+from dualtoken_vit.draw import draw_labelled, draw_objects, save_image, spread
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Detection
 
 _SLACK = 2.0  # pixels by which boxes may reach out of the picture, and masks out of the box: annotators round
-_CELLS, _COLUMNS, _CELL, _GAP = 12, 3, 640, 8  # of the contact sheet; the last two in pixels
 
 
 class _Split(NamedTuple):
@@ -199,7 +197,7 @@ def _contact_sheet(split: _Split, path: Path) -> str:
     pairs = zip(split.coco["images"], split.facts, strict=True)
     good = {image["id"]: (image, fact.name) for image, fact in pairs if not fact.problem}
     labelled = list(dict.fromkeys(one["image_id"] for one in split.coco["annotations"] if one["image_id"] in good))
-    chosen = labelled[:: max(1, math.ceil(len(labelled) / _CELLS))]
+    chosen = spread(labelled)
     if not chosen:
         return ""
     images, paths = zip(*(good[image_id] for image_id in chosen), strict=True)
@@ -207,14 +205,13 @@ def _contact_sheet(split: _Split, path: Path) -> str:
     annotations = [_drawable(one, good[one["image_id"]][0]) for one in shown]
     coco = {"images": images, "categories": split.coco["categories"], "annotations": annotations}
     dataset = ObjectPictures(coco, paths, paths, split.path, masks=True)
-    sheet = Image.new("RGB", (_COLUMNS * _CELL, math.ceil(len(chosen) / _COLUMNS) * _CELL), "white")
+    drawings = []
     for index in range(len(dataset)):
         objects, crowds = dataset[index][1], dataset.objects(index)[1]
         labels = torch.full((len(crowds),), len(dataset.class_names))
         objects["boxes"] = torch.cat([objects["boxes"], objects["crowd"]])
         objects["labels"] = torch.cat([objects["labels"], labels])
         objects["masks"] = torch.cat([objects["masks"], decode_masks(crowds, images[index])])
-        drawn = draw_objects(dataset.picture(index), objects, (*dataset.class_names, "crowd"))
-        sheet.paste(fit(drawn, _CELL - _GAP), (index % _COLUMNS * _CELL, index // _COLUMNS * _CELL))
-    save_image(sheet, path)
+        drawings.append(draw_objects(dataset.picture(index), objects, (*dataset.class_names, "crowd")))
+    save_image(draw_labelled(drawings), path)
     return f"{len(chosen)} pictures with their labels: {path}"

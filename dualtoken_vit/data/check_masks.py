@@ -1,13 +1,11 @@
 """The report on pictures with masks: what is in them, and what would stop or spoil a training run."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
@@ -27,11 +25,9 @@ from dualtoken_vit.data.masks import (
     size_fault,
     to_classes,
 )
-from dualtoken_vit.draw import draw_scene, fit, save_image
+from dualtoken_vit.draw import draw_labelled, draw_scene, save_image, spread
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Segmentation
-
-_CELLS, _COLUMNS, _CELL, _GAP = 12, 3, 640, 8  # of the contact sheet; the last two in pixels
 
 
 class _Look(NamedTuple):
@@ -152,10 +148,9 @@ def _told(split: str, looks: list[_Look], counts: np.ndarray) -> Iterator[str]:
 
 def _contact_sheet(pairs: list[tuple[str, str]], names: tuple[str, ...], table: np.ndarray, path: Path) -> str:
     """Draw pictures with labels from all over a split; returns what to tell."""
-    chosen = pairs[:: max(1, len(pairs) // _CELLS)][:_CELLS]
-    sheet = Image.new("RGB", (_COLUMNS * _CELL, math.ceil(len(chosen) / _COLUMNS) * _CELL), "white")
-    for index, (picture, mask) in enumerate(chosen):
-        drawn = draw_scene([("", load_image(picture), to_classes(read_mask(mask), table))], names)
-        sheet.paste(fit(drawn, _CELL - _GAP), (index % _COLUMNS * _CELL, index // _COLUMNS * _CELL))
-    save_image(sheet, path)
-    return f"{len(chosen)} pictures with their labels: {path}"
+    drawings = [
+        draw_scene([("", load_image(picture), to_classes(read_mask(mask), table))], names)
+        for picture, mask in spread(pairs)
+    ]
+    save_image(draw_labelled(drawings), path)
+    return f"{len(drawings)} pictures with their labels: {path}"

@@ -37,7 +37,7 @@ from dualtoken_vit.draw import printable
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.model import Attention, Block, PositionAwareFusion
 from dualtoken_vit.plots import save_figure
-from dualtoken_vit.predict import find_pictures, pick_device, save_record
+from dualtoken_vit.predict import find_pictures, none_readable, pick_device, save_record, tell_unreadable
 from dualtoken_vit.recipes import Data
 
 __all__ = ["attention", "blocks_of", "gradient_importance", "recording", "replacement_importance"]
@@ -327,7 +327,8 @@ class Viewer:
             told["gradient_token"] = list(divmod(foretold.argmax().item(), width))
             told["agreement"] = round(spearman_corrcoef(foretold, lost).item(), 3) if len(lost) > 1 else 1.0
         elif not (token[0] < height and token[1] < width):
-            raise InputError(f"--token {token[0]},{token[1]}: {self.block} has {height}x{width} image tokens here")
+            here = f"{height}x{width} image tokens here, 0,0 to {height - 1},{width - 1}"
+            raise InputError(f"--token {token[0]},{token[1]}: {self.block} has {here}")
         told["token"] = list(token)
         found = {key: value[0].cpu().numpy() for key, value in maps.items()}
         return Seen(title, self.picture(x[0]), f"{name} {probability.item():.0%}", token, found, self.block), told
@@ -364,10 +365,10 @@ def attention(
         json: Print one JSON object on stdout instead of the table, and nothing else there.
 
     Returns:
-        True: every picture could be read.
+        Whether every picture could be read; those that could not are named on stderr.
 
     Raises:
-        InputError: for a picture that cannot be read, another kind of checkpoint, a block or token that is not there.
+        InputError: where no picture can be read, for another kind of checkpoint, a block or token that is not there.
     """
     place = _numbers(token) if token is not None else None
     pictures = find_pictures(images, out, RECORD)
@@ -376,15 +377,22 @@ def attention(
         raise InputError(f"{checkpoint} is of {loaded.task}; give the best.safetensors of a classification run")
     viewer = Viewer(model.to(pick_device(device)).eval(), loaded, block, image_size)
 
-    def read(path: Path) -> Tensor:
-        return viewer.transform(load_image(path, viewer.channels, printable(path)))
+    def read(path: Path) -> Tensor | InputError:
+        try:
+            return viewer.transform(load_image(path, viewer.channels, printable(path)))
+        except InputError as error:
+            return error
 
-    record: dict[str, Any] = {"checkpoint": str(checkpoint), "block": viewer.block, "pictures": []}
-    save_record(record, out / RECORD)  # else a run that is cut short leaves a folder that the next one refuses
+    record: dict[str, Any] = {"checkpoint": str(checkpoint), "block": viewer.block, "pictures": [], "unreadable": []}
     first: list[Seen] = []
     pixels = in_threads(read, [picture.path for picture in pictures], len(pictures), "looking", 16)
     for picture, x in zip(pictures, pixels, strict=True):
+        if isinstance(x, InputError):
+            record["unreadable"].append({"picture": str(picture.path), "reason": str(x)})
+            continue
         seen, told = viewer.look(printable(picture.path), x, place)
+        if not record["pictures"]:  # or a run that is cut short leaves a folder that the next one refuses
+            save_record(record, out / RECORD)
         record["pictures"].append(told)
         first += [seen] * (len(first) < ROWS)
         stem = out / picture.drawing.removesuffix(".png")
@@ -397,6 +405,8 @@ def attention(
         for name, found in arrays.items():
             with atomic_write(stem.with_name(f"{stem.name}{name}.npy")) as file:
                 np.save(file, found)
+    if not first:
+        raise InputError(none_readable(record["unreadable"]))
     if len(first) > 1:
         save_figure(draw_key_tokens(first), out / "figure-1.png", dpi=150)
         save_figure(draw_maps(first), out / "figure-4.png", dpi=150)
@@ -405,8 +415,8 @@ def attention(
         print(dumps(record))
     else:
         Console().print(_table(record["pictures"]))
-        print(f"{viewer.block}; drawings: {out}")
-    return True
+        print(f"block {list(viewer.blocks).index(viewer.block)}, {viewer.block}; drawings: {out}")
+    return tell_unreadable(record["unreadable"], len(pictures))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

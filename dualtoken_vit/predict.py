@@ -254,8 +254,8 @@ def predict(
     images: tuple[Path, ...],
     out: Path | None = None,
     json: bool = False,
-    top_k: int = 5,
-    score: float = 0.5,
+    top_k: int | None = None,
+    score: float | None = None,
     image_size: int | None = None,
     mode: Literal["whole", "slide"] | None = None,
     window: int | None = None,
@@ -273,8 +273,8 @@ def predict(
         out: Folder for a drawing of each picture (segmentation: and its labels as a palette PNG), contact sheets of
             all of them, and predictions.json.
         json: Print one JSON object on stdout instead of the table, and nothing else there.
-        top_k: Classification: classes to name for each picture (all of them, if there are fewer).
-        score: Detection: only objects with a score above this, 0 to 1, are drawn and told.
+        top_k: Classification: classes to name for each picture, by default 5 (all of them, if there are fewer).
+        score: Detection: only objects with a score above this, 0 to 1, are drawn and told; by default 0.5.
         image_size: Side of the pictures that a classifier sees, otherwise their short side, in pixels. Without it, and
             without what follows, pictures are looked at as in training's validation.
         mode: Segmentation: the whole picture at once, or windows over it.
@@ -294,18 +294,25 @@ def predict(
     for name, value in (("top_k", top_k), ("batch_size", batch_size), ("image_size", image_size), ("window", window)):
         if value is not None and value < 1:
             raise InputError(f"{name}={value}: must be at least 1")
-    if not 0 <= score <= 1:
+    if score is not None and not 0 <= score <= 1:
         raise InputError(f"score={score}: must be between 0 and 1")
     pictures = find_pictures(images, out)
     model, loaded = load_model(checkpoint)
     views = dict(mode=mode, window=window, window_stride=window_stride, scales=scales, flip=flip)
     given = {name: value for name, value in views.items() if value is not None}
-    if given and loaded.task != "segmentation":
-        raise InputError(f"{next(iter(given))}: is for segmentation, but {checkpoint} is of {loaded.task}")
+    for task, options in (
+        ("classification", {"top_k": top_k}),
+        ("detection", {"score": score}),
+        ("segmentation", views),
+    ):
+        for name, value in options.items():
+            if value is not None and loaded.task != task:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} is for {task}, but {checkpoint} is of {loaded.task}; leave it out")
     model = model.to(pick_device(device)).eval()
     predictor = {
-        "classification": lambda: Classifier(model, loaded, top_k, image_size),
-        "detection": lambda: Detector(model, loaded, score, image_size),
+        "classification": lambda: Classifier(model, loaded, top_k or 5, image_size),
+        "detection": lambda: Detector(model, loaded, 0.5 if score is None else score, image_size),
         "segmentation": lambda: Segmenter(model, loaded, given | ({"image_size": image_size} if image_size else {})),
     }[loaded.task]()
 
@@ -340,8 +347,7 @@ def predict(
                 if sheet:
                     sheet.add(small, *caption)
     if len(record["unreadable"]) == len(pictures):
-        reason = record["unreadable"][0]["reason"]
-        raise InputError(f"none of the {len(pictures)} pictures can be read; the first: {reason}")
+        raise InputError(none_readable(record["unreadable"]))
     if sheet:
         sheet.close()
 
@@ -352,11 +358,21 @@ def predict(
         print(dumps(record))
     else:
         Console().print(predictor.table())
-    for one in record["unreadable"]:
+    return tell_unreadable(record["unreadable"], len(pictures))
+
+
+def none_readable(unreadable: list[dict[str, str]]) -> str:
+    """What to say where all the pictures are unreadable."""
+    return f"none of the {len(unreadable)} pictures can be read; the first: {unreadable[0]['reason']}"
+
+
+def tell_unreadable(unreadable: list[dict[str, str]], total: int) -> bool:
+    """Name the unreadable pictures on stderr; returns whether there are none."""
+    for one in unreadable:
         print(one["reason"], file=sys.stderr)
-    if record["unreadable"]:
-        print(f"{len(record['unreadable'])} of {len(pictures)} pictures could not be read", file=sys.stderr)
-    return not record["unreadable"]
+    if unreadable:
+        print(f"{len(unreadable)} of {total} pictures could not be read", file=sys.stderr)
+    return not unreadable
 
 
 def save_record(record: dict[str, Any], path: Path) -> None:

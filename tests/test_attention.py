@@ -152,6 +152,13 @@ def test_the_command(checkpoint, tmp_path, capsys):
         assert -1 <= one["agreement"] <= 1
         assert all(0 <= place < 3 for place in (*one["token"], *one["gradient_token"]))
     assert run(*args) == 0  # into its own folder again
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    assert run(checkpoint, tmp_path / "a.png", tmp_path / "c.png", "--out", tmp_path / "two") == 1
+    assert "c.png: cannot be read" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"none of the 1 pictures can be read; the first: .*c\.png"):
+        run(checkpoint, tmp_path / "c.png", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     assert run(checkpoint, tmp_path / "a.png", "--out", tmp_path / "one", "--block", "0", "--token", "2,3") == 0
     assert "2, 3" in capsys.readouterr().out
     assert np.load(tmp_path / "one" / "a.png.npy").shape == (4, 4, 7, 7)  # 32 pixels at stride 8
@@ -170,6 +177,7 @@ def test_mistakes(checkpoint, tmp_path, more, message):
     solid(tmp_path / "a.png")
     with pytest.raises(InputError, match=message):
         run(checkpoint, tmp_path / "a.png", *more, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_networks_have_no_such_maps(tmp_path):

@@ -231,6 +231,14 @@ def test_pictures_that_are_turned(check):
     assert line.startswith("note: 1 pictures of train are turned by EXIF; their boxes and masks must fit what is shown")
 
 
+def test_the_first_pictures_alone(check):
+    (check.root / "images" / check.coco["train"]["images"][5]["file_name"]).unlink()
+    assert not check()[0]
+    verdict, lines = check(limit=5)
+    assert verdict
+    assert any(line.startswith("train: 5 pictures, ") for line in lines)
+
+
 def test_a_broken_entry_is_told_once(check):
     image = check.coco["train"]["images"][0]
     image["width"] = 0

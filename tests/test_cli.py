@@ -104,7 +104,7 @@ def test_from_pictures_to_predictions(call, photos, tmp_path):
 
     status, out, _ = call("train", "folder", "--data.root", photos, *given, *TINY, "--data.workers", "0", "--out", run)
     assert status == 0
-    assert "0.07 M parameters, 3 classes" in out
+    assert "0.07 M parameters; classes: 3" in out
     assert "36 training and 18 validation pictures, 3 steps an epoch" in out
     assert "epoch 2/2" in out
     assert f"dualtoken-vit evaluate {run}/best.safetensors" in out

@@ -126,6 +126,10 @@ def test_evaluation_of_other_pictures(trained, scenes, tmp_path, capsys):
         again = call(capsys, "evaluate", tmp_path / "run" / "best.safetensors", *data, *common)[1]
         assert json.loads(again) == json.loads(printed)
     stored = json.loads(call(capsys, "evaluate", best, *common)[1])
+    with pytest.raises(InputError, match=r"--out .* holds a run, whose figures are kept"):
+        cli.run([*map(str, ("evaluate", best, *common, "--out", out))])
+    with pytest.raises(InputError, match=r"--flip is for segmentation, but .* is of detection; leave it out"):
+        cli.run([*map(str, ("predict", best, scenes / "images", "--flip", "True"))])
     for kind in stored.keys() - {"images"}:  # the mean over the classes is taken in another order
         assert json.loads(printed)[kind] == pytest.approx(stored[kind], abs=1e-9)
     found = json.loads((tmp_path / "out" / "detections-box.json").read_text())
@@ -135,7 +139,9 @@ def test_evaluation_of_other_pictures(trained, scenes, tmp_path, capsys):
     path.write_text(json.dumps(coco))
     with pytest.raises(InputError, match=r"instances_val\.json: other categories than the 6 .*an unknown 'blob'"):
         cli.run([*map(str, ("evaluate", best, *data, *common))])
-    with pytest.raises(InputError, match=r"--data\.root: .*best\.safetensors is of detection; .*--data\.images DIR"):
+    with pytest.raises(
+        InputError, match=r"--data\.root does not go with .*, which is of detection: .*--data\.images DIR"
+    ):
         cli.run(["evaluate", str(best), "--data.root", str(tmp_path)])
 
 

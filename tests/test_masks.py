@@ -371,8 +371,18 @@ def test_check_counts_classes_and_knows_large_pictures(tree, capsys):
     assert "--data.image-size makes training faster" not in check(tree, capsys)[1]
     for path in (tree / "annotations" / "train").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="no training mask can be read"):
+    with pytest.raises(
+        InputError,
+        match=r"no training mask can be used; the first: .*annotations/train/\d\.png: cannot be read as a picture",
+    ):
         check(tree, capsys)
+
+
+def test_check_of_the_first_pictures(tree, capsys):
+    spoil(tree, lambda labels: labels[:-2], "1")
+    verdict, out = check(tree, capsys, limit=1)
+    assert verdict
+    assert "train: 1 pictures with a mask" in out
 
 
 def test_check_names_what_was_planted(tree, capsys):

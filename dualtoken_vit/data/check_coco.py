@@ -28,6 +28,7 @@ from dualtoken_vit.data.coco import (
     coco_paths,
     decode_masks,
     degenerate,
+    first_images,
     read_coco,
     segmentation_fault,
     sift,
@@ -59,10 +60,15 @@ def check_detection_data(recipe: Detection, out: Path) -> bool:
     if recipe.data.dataset != "coco":
         raise InputError(f"--data.dataset {recipe.data.dataset}: drawn by the program; there is nothing to check")
     splits = {split: coco_paths(recipe.data, split) for split in ("train", "val")}
-    return check_coco(splits, recipe.detector == "mask-rcnn", out / "labels.png")
+    return check_coco(splits, recipe.detector == "mask-rcnn", out / "labels.png", recipe.data.limit)
 
 
-def check_coco(splits: dict[str, tuple[str | Path, str | Path]], masks: bool, sheet: str | Path | None = None) -> bool:
+def check_coco(
+    splits: dict[str, tuple[str | Path, str | Path]],
+    masks: bool,
+    sheet: str | Path | None = None,
+    limit: int | None = None,
+) -> bool:
     """Read every annotation and picture once and print what is found.
 
     Problems are whatever training would stop at (broken entries and references, pictures that are missing, unreadable
@@ -74,6 +80,7 @@ def check_coco(splits: dict[str, tuple[str | Path, str | Path]], masks: bool, sh
         splits: Name of a split: the folder of its pictures, and its json.
         masks: Whether each annotation must have a segmentation; those that there are, are checked anyhow.
         sheet: Where to draw some pictures of the first split with their labels, as PNG.
+        limit: Look only at the first so many pictures of each split.
 
     Returns:
         True where there is no problem.
@@ -81,7 +88,7 @@ def check_coco(splits: dict[str, tuple[str | Path, str | Path]], masks: bool, sh
     Raises:
         InputError: for a json that is missing, not JSON, or no COCO file.
     """
-    found = {name: _look(name, folder, path, masks) for name, (folder, path) in splits.items()}
+    found = {name: _look(name, folder, path, masks, limit) for name, (folder, path) in splits.items()}
     facts = {name: split.facts for name, split in found.items()}
     class_names = {name: tuple(one["name"] for one in split.coco["categories"]) for name, split in found.items()}
     table = count_table(class_names, {name: _objects(split) for name, split in found.items()})
@@ -97,8 +104,9 @@ def check_coco(splits: dict[str, tuple[str | Path, str | Path]], masks: bool, sh
     return report(table, told, [*missing_classes(class_names), *idle, *pictures], many)
 
 
-def _look(name: str, folder: str | Path, path: str | Path, masks: bool) -> _Split:
+def _look(name: str, folder: str | Path, path: str | Path, masks: bool, limit: int | None) -> _Split:
     coco, broken = sift(read_coco(path), masks)
+    coco = first_images(coco, limit)
 
     def look(image: dict) -> Facts:
         picture = os.path.join(folder, image["file_name"])

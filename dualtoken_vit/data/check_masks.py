@@ -58,11 +58,13 @@ def check_segmentation_data(recipe: Segmentation, out: Path) -> bool:
         raise InputError(f"--data.dataset {data.dataset}: drawn by the program; there is nothing to check")
     splits = {split: find_pairs(data.root, split) for split in (data.train_split, data.val_split)}
     names = read_class_names(data)
+    splits = {split: (pairs[: data.limit], alone, masks) for split, (pairs, alone, masks) in splits.items()}
     looks = {split: _look(split, pairs) for split, (pairs, _, _) in splits.items()}
     if names is None:
         highest = [(highest_label(one.labels, data), one.mask) for one in looks[data.train_split] if one.labels.size]
         if not highest:
-            raise InputError(f"{data.root}: no training mask can be read")
+            problems = [one.problem for one in looks[data.train_split] if one.problem]
+            raise InputError("; the first: ".join([f"{data.root}: no training mask can be used", *problems[:1]]))
         names = number_classes(*max(highest), data)
     table = label_table(len(names), data.ignore_index, data.reduce_zero_label)
     looks = {split: [_judge(look, table) for look in found] for split, found in looks.items()}

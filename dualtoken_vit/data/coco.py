@@ -93,6 +93,13 @@ def sift(coco: dict[str, list], masks: bool) -> tuple[dict[str, list[dict]], lis
     return {kind: list(entries.values()) for kind, entries in sound.items()}, problems
 
 
+def first_images(coco: dict[str, list[dict]], limit: int | None) -> dict[str, list[dict]]:
+    """The first so many images of the sound entries of a COCO file, with their annotations."""
+    images = coco["images"][:limit]
+    kept = {image["id"] for image in images}
+    return coco | {"images": images, "annotations": [one for one in coco["annotations"] if one["image_id"] in kept]}
+
+
 def _field_fault(entry: Any, fields: dict[str, type]) -> str:
     if not isinstance(entry, dict):
         return f"{entry!r:.50} is not an entry with fields"
@@ -111,7 +118,7 @@ def _annotation_fault(annotation: dict, images: dict[int, dict], categories: dic
     if annotation.get("area") is not None and not _finite([annotation["area"]]):
         return f"area must be a number, not {annotation['area']!r:.50}"
     if masks and not annotation.get("segmentation"):
-        return "has no segmentation, which Mask R-CNN needs; use --detector retinanet"
+        return "has no segmentation, which Mask R-CNN needs and RetinaNet does not"
     return segmentation_fault(annotation["segmentation"], images[annotation["image_id"]]) if masks else ""
 
 
@@ -367,9 +374,7 @@ class CocoPictures(ObjectPictures):
         for kind in ("images", "categories"):
             if not coco[kind]:
                 raise InputError(f"{path}: no {kind}")
-        coco["images"] = coco["images"][:limit]
-        kept = {image["id"] for image in coco["images"]}
-        coco["annotations"] = [each for each in coco["annotations"] if each["image_id"] in kept]
+        coco = first_images(coco, limit)
         if not Path(images).is_dir():
             raise InputError(f"{images}: no such folder; give the one that the pictures of {path} are in")
         paths = [os.path.join(images, image["file_name"]) for image in coco["images"]]

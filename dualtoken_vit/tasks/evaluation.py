@@ -20,6 +20,7 @@ PREPARE = {
     "detection": detection.prepare_evaluation,
     "segmentation": segmentation.prepare_evaluation,
 }
+RUN = ("recipe.json", "last.ckpt", "best.safetensors")  # files by which a run's folder is known
 DATA = {
     "classification": "--data.root DIR [--data.val-split NAME]",
     "detection": "--data.images DIR --data.val-json FILE",
@@ -61,6 +62,8 @@ def evaluate(
     Raises:
         InputError: for a file or data that cannot be used.
     """
+    if out is not None and any((out / name).exists() for name in RUN):
+        raise InputError(f"--out {out} holds a run, whose figures are kept; give another, for example {out / 'test'}")
     quiet()
     tune_cpu()
     model, stored = load_model(checkpoint)
@@ -74,7 +77,10 @@ def evaluate(
     for name in data or {}:
         if name not in known:
             flag = f"--data.{name.replace('_', '-')}"
-            raise InputError(f"{flag}: {checkpoint} is of {stored.task}; name its data by {DATA[stored.task]}")
+            raise InputError(
+                f"{flag} does not go with {checkpoint}, which is of {stored.task}: leave it out; its data is named by "
+                f"{DATA[stored.task]}"
+            )
     recipe = replace(recipe, data=replace(recipe.data, **_named(recipe, data or {})))
     check_ranges(recipe)
     task, pictures = PREPARE[stored.task](model, stored, recipe)

@@ -34,6 +34,7 @@ from dualtoken_vit.optim import build_optimizer
 from dualtoken_vit.recipes import Classification, Recipe, Run, from_dict, to_dict
 from dualtoken_vit.tasks import classification, detection, segmentation
 from dualtoken_vit.tasks.base import ProgressBar, Task, check_ranges, flatten, quiet, synchronise_batchnorm
+from dualtoken_vit.tasks.evaluation import RUN
 
 PREPARE = {
     "classification": classification.prepare,
@@ -41,7 +42,7 @@ PREPARE = {
     "segmentation": segmentation.prepare,
 }
 
-RECIPE, LAST, BEST = "recipe.json", "last.ckpt", "best.safetensors"
+RECIPE, LAST, BEST = RUN
 
 # A resumed run may read its data elsewhere and run on other machines; anything else would make it another run.
 FREE_ON_RESUME = (
@@ -441,7 +442,7 @@ def fit(recipe: Recipe, out: Path, resume: bool = False) -> None:
     stored = stored_recipe(out)
     if stored is not None and resume:
         check_resume(stored, recipe, out)
-    elif main and any((out / name).exists() for name in (RECIPE, LAST, BEST)):
+    elif main and any((out / name).exists() for name in RUN):
         raise InputError(f"{out} holds a run; continue it with --resume, or give another --out")
     last = out / LAST if resume and (out / LAST).is_file() else None
     if main and resume:
@@ -473,7 +474,9 @@ def fit(recipe: Recipe, out: Path, resume: bool = False) -> None:
     task = setup.build_task(model, loaders.steps_per_epoch)
     if main:
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{recipe.model.name}: {parameters / 1e6:.2f} M parameters, {len(setup.class_names)} classes")
+        over = getattr(recipe, "detector", getattr(recipe, "segmenter", None))
+        name = f"{over} over {recipe.model.name}" if over else recipe.model.name
+        print(f"{name}: {parameters / 1e6:.2f} M parameters; classes: {len(setup.class_names)}")
         for line in (*setup.notes, *([setup.report] if setup.report else [])):
             print(line)
     trainer.fit(task, datamodule=loaders, ckpt_path=last, weights_only=True)

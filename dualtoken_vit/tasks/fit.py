@@ -484,6 +484,6 @@ def fit(recipe: Recipe, out: Path, resume: bool = False) -> None:
         raise InputError(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume --out {out}")
     best = folder.best(task.score)
     if main and best is not None:
-        print(f"best: {task.headline(best)}, in epoch {best['epoch']} of {len(folder.history)}; all in {out}")
+        print(f"best: {task.headline(best)}, in epoch {best['epoch']} of {trainer.max_epochs}; all in {out}")
         print(f"  dualtoken-vit evaluate {out / BEST}")
         print(f"  dualtoken-vit predict {out / BEST} PICTURES --out {out / 'predictions'}")

@@ -446,7 +446,7 @@ def benchmark(
         "memory": HOW_MEMORY_IS_MEASURED.get(settings[0].device.type, "not measured on this device"),
         "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
     }
-    if any(":" in name for name in models):
+    if any("rcnn" in name.replace("-", "") or "retinanet" in name for name in models):
         about["detectors"] = (
             "untrained, on noise: they find little or nothing, so speed, memory and MACs are without mask heads, and "
             "with little suppression of boxes and pasting of masks"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from dualtoken_vit.checkpoint import atomic_write
 
@@ -110,6 +110,8 @@ def save_growth(results: Sequence[Any], path: Path) -> None:
         axes.set(xscale="log", yscale="log", title=f"{mode}, batch {batch_size}", ylabel="latency (ms)")
         axes.set_xticks(list(sizes), list(sizes.values()), rotation=45, ha="right")
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("size of the pictures (log scale of their pixels)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

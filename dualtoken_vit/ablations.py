@@ -69,10 +69,10 @@ def crop(x: Tensor, like: Tensor) -> Tensor:
     return x[:, : like.shape[1], : like.shape[2]]
 
 
-class WindowAttention(Attention):
-    """Local attention by windows (Table 8): X + MSA over the 7x7 windows of LN(X), with relative position bias.
+class Windows(Attention):
+    """Attention within 7x7 windows, with relative position bias; what it is part of computes queries, keys, values.
 
-    Neither shifted nor projected; a map that 7 does not divide is padded with zeros.
+    Used for Table 8 and by LightViT, so not shifted.
     """
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, window: int = 7, device=None, dtype=None):
@@ -94,13 +94,22 @@ class WindowAttention(Attention):
         index = dy * (2 * self.window - 1) + dx
         self.relative_position_index.copy_(index)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+    def padded_qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of LN(x), padded with zeros to whole windows: (B, H, W, C) -> (B, H', W', 3C)."""
+        return self.qkv(pad_to_multiple(self.norm(x), self.window))
+
+    def attend_windows(self, qkv: Tensor) -> Tensor:  # (B, H', W', 3C) -> (B, H', W', C)
         w = self.window
-        y = pad_to_multiple(self.norm(x), w)
-        B, H, W, C = y.shape
-        y = y.reshape(B, H // w, w, W // w, w, C).transpose(2, 3).reshape(-1, w * w, C)  # (B * windows, w^2, C)
-        q, k, v = self.qkv(y).chunk(3, dim=-1)
+        B, H, W, C = qkv.shape  # of 3C
+        y = qkv.reshape(B, H // w, w, W // w, w, C).transpose(2, 3).reshape(-1, w * w, C)  # (B * windows, w^2, 3C)
+        q, k, v = y.chunk(3, dim=-1)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, w^2, w^2)
         y = self.attend(q, k, v, bias)
-        y = y.reshape(B, H // w, W // w, w, w, C).transpose(2, 3).reshape(B, H, W, C)
-        return x + crop(y, x)
+        return y.reshape(B, H // w, W // w, w, w, C // 3).transpose(2, 3).reshape(B, H, W, C // 3)
+
+
+class WindowAttention(Windows):
+    """Local attention by windows (Table 8): X + MSA over the windows of LN(X), no output projection."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        return x + crop(self.attend_windows(self.padded_qkv(x)), x)

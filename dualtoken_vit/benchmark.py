@@ -5,8 +5,6 @@ turns, one short visit each a round, and drift hits all of them alike; what is r
 """
 
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +26,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.retinanet import RetinaNet
 
-import dualtoken_vit
+import dualtoken_vit  # noqa: F401  registers the models
+from dualtoken_vit import machine
 from dualtoken_vit.counting import Counts, count
 from dualtoken_vit.cpu import tune_cpu
 from dualtoken_vit.errors import InputError, first_line
@@ -185,7 +184,7 @@ def _count(name: str, setting: Setting) -> Counts:
     """
     try:
         model = setting.build(name)
-        return count(model, (3, *setting.size), forward if detects(model) else None)
+        return count(model, (3, *setting.size), forward, device="cpu" if detects(model) else "meta")
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(f"{name} cannot take pictures of {setting} pixels: {first_line(e)}") from e
 
@@ -288,38 +287,12 @@ def _measure(
 
 def _machine(setting: Setting) -> dict[str, str]:
     """The state of the machine, in words."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cuda = setting.device.type == "cuda"
-    machine = {
-        "CPU": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": f"{cores}, threads used: {torch.get_num_threads()}",
-        "device": torch.cuda.get_device_name(setting.device) if cuda else setting.device.type,
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "versions": f"torch {torch.__version__}, timm {timm.__version__}, dualtoken_vit {dualtoken_vit.__version__}",
-        "precision": f"{setting.precision}, denormals flushed to zero, freed memory kept (glibc)",
-    }
+    found = machine.describe(setting.device)
+    found["precision"] = f"{setting.precision}, denormals flushed to zero, freed memory kept (glibc)"
     if hasattr(os, "getloadavg"):
         load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
-        machine["load"] = f"{load} (mean of the last 1, 5, 15 minutes)"
-    if commit := _commit():
-        machine["commit"] = commit
-    return machine
-
-
-def _commit() -> str | None:
-    """Commit of the source tree that this package is imported from, if it is one."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except FileNotFoundError:  # no git
-        return None
-    return git.stdout.strip() or None
+        found["load"] = f"{load} (mean of the last 1, 5, 15 minutes)"
+    return found
 
 
 def _check_models(models: tuple[str, ...]) -> None:
@@ -421,9 +394,9 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
     tune_cpu()
-    machine = _machine(settings[0])
+    about_machine = _machine(settings[0])
     if not json:
-        lines = [f"{key:<10} {value}" for key, value in machine.items()]
+        lines = [f"{key:<10} {value}" for key, value in about_machine.items()]
         print("\n".join(["```", *lines, "```"] if markdown else lines), flush=True)
 
     cells = [(mode, setting, batch) for mode in modes for setting in settings for batch in batch_sizes]
@@ -452,7 +425,7 @@ def benchmark(
             "with little suppression of boxes and pasting of masks"
         )
     if json:
-        print(dumps({"machine": machine, "about": about, "results": [asdict(r) for r in flat]}, indent=2))
+        print(dumps({"machine": about_machine, "about": about, "results": [asdict(r) for r in flat]}, indent=2))
     else:
         _print(results, about, markdown)
     if plot is not None:

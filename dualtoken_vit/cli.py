@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe
+from dualtoken_vit.recipes import ABOUT, RECIPES, Classification, Recipe
 
 INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
 try:
@@ -41,6 +42,23 @@ class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
     """Detection, segmentation: folder for labels.png, a contact sheet of pictures with their labels drawn."""
+
+
+@dataclass(frozen=True)
+class Study:
+    recipe: Annotated[Classification, tyro.conf.arg(name="")]
+    preset: Literal["cpu", "gpu"] = "cpu"
+    """Budget that the other options start from: two cores for 30 minutes, or one GPU."""
+    base: Literal["small", "tiny"] = "small"
+    """The DualToken-ViT that an ablation changes: small as in the paper, or tiny."""
+    seeds: int = 3
+    """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
+    jobs: int = 1
+    """Runs at a time; they share the processor's cores, or the GPU."""
+    out: Path = Path("runs", "study")
+    """Folder of the runs, which studies share, and of study-NAME.json and .png; the same call goes on from there."""
+    markdown: bool = False
+    """Print the table as Markdown."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +216,14 @@ def attention(args: list[str]) -> bool:
     return _call(run, "attention", args)
 
 
+def localise(args: list[str]) -> bool:
+    """Measure how well the attention maps of trained classifiers say where objects are."""
+    from dualtoken_vit.localise import localise as run
+
+    _call(run, "localise", args)
+    return True
+
+
 def benchmark(args: list[str]) -> bool:
     """Measure speed, memory and size of timm models side by side."""
     from dualtoken_vit.benchmark import benchmark as run
@@ -206,8 +232,33 @@ def benchmark(args: list[str]) -> bool:
     return True
 
 
+def study(args: list[str]) -> bool:
+    """Train the networks of one of the paper's comparisons at one equal budget, with several seeds."""
+    from dualtoken_vit.study import PRESETS, STUDIES
+    from dualtoken_vit.study import study as run
+
+    if not args or args[0].startswith("-"):
+        console = Console()
+        console.print(f"usage: dualtoken-vit study STUDY [--preset NAME] [OPTIONS]\n\n{study.__doc__}\n\nStudies:")
+        console.print(_listing({name: f"{table} of the paper" for name, (table, _) in STUDIES.items()}))
+        console.print("\nPresets:")
+        console.print(_listing({name: preset.about for name, preset in PRESETS.items()}))
+        console.print("\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help")
+        return bool(args)
+    name, *args = args
+    if name not in STUDIES:
+        raise InputError(f"there is no study {name!r}; {_nearest(name, STUDIES)}")
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults of all that follows depend on it
+    finder.add_argument("--preset", default="cpu")
+    preset = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
+    default = Study(preset.recipe, base=preset.base, seeds=preset.seeds, jobs=preset.jobs)
+    chosen = tyro.cli(Study, default=default, args=args, prog=f"dualtoken-vit study {name}", description=study.__doc__)
+    run(name, chosen.recipe, chosen.base, chosen.seeds, chosen.jobs, chosen.out, chosen.markdown)
+    return True
+
+
 def tables(args: list[str]) -> bool:
-    """Compare parameters and FLOPs with the paper's."""
+    """Print the paper's tables beside what is counted and measured here."""
     from dualtoken_vit.tables import tables as run
 
     _call(run, "tables", args)
@@ -247,7 +298,9 @@ COMMANDS = {
     "evaluate": evaluate,
     "predict": predict,
     "attention": attention,
+    "localise": localise,
     "benchmark": benchmark,
+    "study": study,
     "tables": tables,
     "check-data": check_data,
 }

@@ -24,6 +24,8 @@ class Counts:
     """Multiply-accumulates of convolutions, linear layers and attention products."""
     flops: int
     """FLOPs as the paper counts them: `macs` plus what normalisation and bilinear resizing cost by fvcore's rules."""
+    attention: int = 0
+    """Of `macs`, the products of two activations: Q K^T, and attention's product with V."""
 
 
 # fvcore's rules for what is no matrix product: operations an element. Arguments are shapes where they are tensors.
@@ -58,6 +60,7 @@ def count(
     model: nn.Module,
     input_size: tuple[int, ...] = (3, 224, 224),
     forward: Callable[[nn.Module, Tensor], object] | None = None,
+    device: str = "meta",
 ) -> Counts:
     """Count one image's forward pass through any model, in evaluation mode. The model is left as it is.
 
@@ -66,20 +69,18 @@ def count(
     Args:
         model: on any device, the meta device included.
         input_size: of the image, (channels, height, width).
-        forward: how a model is called whose work depends on what it sees (a detector); it is run on the CPU, on noise.
+        forward: how to call the model, if not with a batch.
+        device: for a model whose work depends on what it sees (a detector) cpu, where it is run on noise.
     """
-    device = "cpu" if forward else "meta"
     model = deepcopy(model).to(device).eval().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # PyTorch's counter has missed fused attention in some versions
     dtype = next((p.dtype for p in model.parameters()), None)
     with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
-        if forward:
-            forward(model, torch.rand(1, *input_size, dtype=dtype))
-        else:
-            model(torch.empty(1, *input_size, device=device, dtype=dtype))
+        (forward or nn.Module.__call__)(model, torch.rand(1, *input_size, device=device, dtype=dtype))
     operations = counter.get_flop_counts()["Global"]
     rest = sum(n for op, n in operations.items() if op in RULES)
     macs = (sum(operations.values()) - rest) // 2  # PyTorch counts a multiply-accumulate as two
-    return Counts(sum(p.numel() for p in model.parameters()), macs, macs + rest)
+    attention = sum(operations.get(op, 0) for op in (aten.bmm, aten.baddbmm)) // 2
+    return Counts(sum(p.numel() for p in model.parameters()), macs, macs + rest, attention)

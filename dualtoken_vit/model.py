@@ -16,6 +16,7 @@ The alternatives of the paper's Tables 6 to 9 are in `ablations.py`; `DualTokenV
 Stem, patch merging, bi-dimensional attention and head follow LightViT (Huang et al., arXiv 2207.05557).
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -442,53 +443,44 @@ class TokenMean(nn.Module):
         return x
 
 
-class DualTokenViT(nn.Module):
-    """Position-aware efficient vision transformer with dual token fusion.
+class TwoStreamViT(nn.Module):
+    """What DualToken-ViT and LightViT share: stem, stages of blocks on both streams, head; all that timm asks for.
 
     Takes (B, in_chans, H, W) of any size from 32x32 up and returns logits (B, num_classes). `forward_features` returns
     a map (B, H/32, W/32, 1280), NHWC, in which the global tokens already have their share (see `TokenMean`);
     `forward_intermediates` returns the pyramid of strides 2, 4 (stem), 8, 16, 32 (stages).
 
-    Raises:
-        ValueError: for a switch with an unknown value, a combination of switches that means nothing, or a setting of
-            the stages that is longer or shorter than dims.
+    Args:
+        make_block: (stage, halvings from its stride to 32, dilation, drop path) -> a block: X, G -> X, G
+        num_tokens: global tokens, 0: none
+        dims: C of each stage
+        depths: blocks of each stage
+        head_hidden_size: width of the head
+        output_stride: of the last stage, 8, 16 or 32
     """
 
     def __init__(
         self,
-        dims: tuple[int, ...] = (64, 128, 256),  # C of each stage (Table 1)
-        depths: tuple[int, ...] = (2, 6, 6),  # blocks
-        num_heads: tuple[int, ...] = (2, 4, 8),
-        mlp_ratios: tuple[float, ...] = (8, 4, 4),  # FFN expansion
-        kernel_sizes: tuple[int, ...] = (5, 7, 0),  # of the Conv Encoder's depth-wise convolution, 0: no Conv Encoder
-        head_hidden_size: int = 1280,
-        alpha: float = 0.1,  # weight of the global tokens in eq. 3.7
-        token_mlp: str = "mlp",  # "mlp" (eq. 3.8) or "mix" (eq. 3.9)
-        token_grid: int = 7,  # n of the n x n global tokens, 0: none (Table 7)
-        global_tokens: str = "position",  # "position", "normal" or "normal_star" (Table 6)
-        local_attention: str = "conv",  # "conv" or "window" (Table 8)
-        downsampling: str = "stepwise",  # "stepwise" or "onestep" (Table 9)
-        output_stride: int = 32,  # 8, 16 or 32
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,  # dropout before the classifier
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
+        make_block: Callable[[int, int, int, float], nn.Module],
+        num_tokens: int,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        head_hidden_size: int,
+        output_stride: int,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        drop_path_rate: float,
+        device,
+        dtype,
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, output_stride)
-        _check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, kernel_sizes=kernel_sizes)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.output_fmt = "NHWC"
-        position_aware = global_tokens == "position"
-        num_tokens = token_grid**2 if position_aware else 8
 
         self.stem = Stem(in_chans, dims[0], **dd)
         self.token_embed = nn.Parameter(torch.empty(1, num_tokens, dims[0], **dd)) if num_tokens else None
@@ -499,34 +491,14 @@ class DualTokenViT(nn.Module):
 
         drop_path = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         stages, prev_dim, stride, dilation = [], dims[0], 8, 1
-        for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
+        for i, dim in enumerate(dims):
             merging = None
             if i > 0:
                 merge_stride = 2 if stride < output_stride else 1
                 merging = PatchMerging(prev_dim, dim, num_tokens > 0, merge_stride, dilation, **dd)
                 stride, dilation = stride * merge_stride, dilation * 2 // merge_stride
             halvings = (STRIDE // stride).bit_length() - 1
-            blocks = []
-            for _ in range(depths[i]):
-                if kernel_sizes[i] == 0:
-                    local = nn.Identity()
-                elif local_attention == "conv":
-                    local = ConvEncoder(dim, kernel_sizes[i], dilation, **dd)
-                else:
-                    local = _ablations().WindowAttention(dim, heads, attn_drop_rate, **dd)
-                if downsampling == "stepwise":  # M = 1 in the first stage, 0 in the others (section 3.3)
-                    downsample = StepwiseDownsample(dim, halvings, convs=int(i == 0), **dd)
-                else:
-                    downsample = _ablations().OneStepDownsample(halvings)
-                if position_aware and token_grid > 0:
-                    fusion = PositionAwareFusion(dim, token_grid, token_mlp, alpha, **dd)
-                elif position_aware:
-                    fusion = _ablations().NoTokens()
-                else:
-                    layer = _ablations().FUSIONS[global_tokens]
-                    fusion = layer(dim, heads, token_mlp, num_tokens, attn_drop_rate, **dd)
-                rates = dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=next(drop_path))
-                blocks.append(Block(local, downsample, fusion, dim, heads, mlp_ratios[i], **rates, **dd))
+            blocks = [make_block(i, halvings, dilation, next(drop_path)) for _ in range(depths[i])]
             stages.append(Stage(merging, blocks))
             prev_dim = dim
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f"stages.{i}"))
@@ -705,6 +677,83 @@ class DualTokenViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+class DualTokenViT(TwoStreamViT):
+    """Position-aware efficient vision transformer with dual token fusion.
+
+    Raises:
+        ValueError: for a switch with an unknown value, a combination of switches that means nothing, or a setting of
+            the stages that is longer or shorter than dims.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, ...] = (64, 128, 256),  # C of each stage (Table 1)
+        depths: tuple[int, ...] = (2, 6, 6),  # blocks
+        num_heads: tuple[int, ...] = (2, 4, 8),
+        mlp_ratios: tuple[float, ...] = (8, 4, 4),  # FFN expansion
+        kernel_sizes: tuple[int, ...] = (5, 7, 0),  # of the Conv Encoder's depth-wise convolution, 0: no Conv Encoder
+        head_hidden_size: int = 1280,
+        alpha: float = 0.1,  # weight of the global tokens in eq. 3.7
+        token_mlp: str = "mlp",  # "mlp" (eq. 3.8) or "mix" (eq. 3.9)
+        token_grid: int = 7,  # n of the n x n global tokens, 0: none (Table 7)
+        global_tokens: str = "position",  # "position", "normal" or "normal_star" (Table 6)
+        local_attention: str = "conv",  # "conv" or "window" (Table 8)
+        downsampling: str = "stepwise",  # "stepwise" or "onestep" (Table 9)
+        output_stride: int = 32,  # 8, 16 or 32
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,  # dropout before the classifier
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, output_stride)
+        check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, kernel_sizes=kernel_sizes)
+        position_aware = global_tokens == "position"
+        num_tokens = token_grid**2 if position_aware else 8
+
+        def make_block(i: int, halvings: int, dilation: int, drop_path: float) -> Block:
+            dim, heads = dims[i], num_heads[i]
+            if kernel_sizes[i] == 0:
+                local = nn.Identity()
+            elif local_attention == "conv":
+                local = ConvEncoder(dim, kernel_sizes[i], dilation, **dd)
+            else:
+                local = _ablations().WindowAttention(dim, heads, attn_drop_rate, **dd)
+            if downsampling == "stepwise":  # M = 1 in the first stage, 0 in the others (section 3.3)
+                downsample = StepwiseDownsample(dim, halvings, convs=int(i == 0), **dd)
+            else:
+                downsample = _ablations().OneStepDownsample(halvings)
+            if position_aware and token_grid > 0:
+                fusion = PositionAwareFusion(dim, token_grid, token_mlp, alpha, **dd)
+            elif position_aware:
+                fusion = _ablations().NoTokens()
+            else:
+                layer = _ablations().FUSIONS[global_tokens]
+                fusion = layer(dim, heads, token_mlp, num_tokens, attn_drop_rate, **dd)
+            rates = dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=drop_path)
+            return Block(local, downsample, fusion, dim, heads, mlp_ratios[i], **rates, **dd)
+
+        super().__init__(
+            make_block,
+            num_tokens,
+            dims,
+            depths,
+            head_hidden_size,
+            output_stride,
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            drop_path_rate,
+            **dd,
+        )
+
+
 def _ablations():
     """The paper's alternatives, loaded only where one is chosen (that file builds on the layers of this one)."""
     from dualtoken_vit import ablations
@@ -735,7 +784,7 @@ def _check_switches(token_mlp, token_grid, global_tokens, local_attention, downs
         raise ValueError("token_mlp='mix' does not go with global_tokens='normal', which has no MLP; use 'mlp'")
 
 
-def _check_stages(dims: tuple[int, ...], **settings: tuple[float, ...]) -> None:
+def check_stages(dims: tuple[int, ...], **settings: tuple[float, ...]) -> None:
     """Refuse a setting that does not have one value for each stage, naming it."""
     for name, values in settings.items():
         if len(values) != len(dims):
@@ -756,7 +805,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return state_dict
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def model_cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "url": "",
         "num_classes": 1000,
@@ -779,17 +828,18 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "dualtoken_vit_tiny.untrained": _cfg(),
-        "dualtoken_vit_tiny_mix.untrained": _cfg(),
-        "dualtoken_vit_small.untrained": _cfg(),
-        "dualtoken_vit_small_mix.untrained": _cfg(),
+        "dualtoken_vit_tiny.untrained": model_cfg(),
+        "dualtoken_vit_tiny_mix.untrained": model_cfg(),
+        "dualtoken_vit_small.untrained": model_cfg(),
+        "dualtoken_vit_small_mix.untrained": model_cfg(),
     }
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> DualTokenViT:
+def create(cls: type[TwoStreamViT], variant: str, pretrained: bool, **kwargs: Any) -> TwoStreamViT:
+    """A network by timm's rules."""
     return build_model_with_cfg(
-        DualTokenViT,
+        cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
@@ -806,22 +856,22 @@ SMALL = dict(dims=(64, 128, 256), depths=(2, 6, 6), num_heads=(2, 4, 8))
 @register_model
 def dualtoken_vit_tiny(pretrained: bool = False, **kwargs: Any) -> DualTokenViT:
     """DualToken-ViT-T with the plain MLP on the global tokens (not in the paper's tables)."""
-    return _create("dualtoken_vit_tiny", pretrained, **{**TINY, **kwargs})
+    return create(DualTokenViT, "dualtoken_vit_tiny", pretrained, **{**TINY, **kwargs})
 
 
 @register_model
 def dualtoken_vit_tiny_mix(pretrained: bool = False, **kwargs: Any) -> DualTokenViT:
     """DualToken-ViT-T (mix): 5.8 M parameters, 0.5 G FLOPs, 75.4 % on ImageNet-1k (Table 2)."""
-    return _create("dualtoken_vit_tiny_mix", pretrained, **{**TINY, "token_mlp": "mix", **kwargs})
+    return create(DualTokenViT, "dualtoken_vit_tiny_mix", pretrained, **{**TINY, "token_mlp": "mix", **kwargs})
 
 
 @register_model
 def dualtoken_vit_small(pretrained: bool = False, **kwargs: Any) -> DualTokenViT:
     """DualToken-ViT-S: 11.9 M parameters, 1.1 G FLOPs, 79.5 % on ImageNet-1k (Table 2)."""
-    return _create("dualtoken_vit_small", pretrained, **{**SMALL, **kwargs})
+    return create(DualTokenViT, "dualtoken_vit_small", pretrained, **{**SMALL, **kwargs})
 
 
 @register_model
 def dualtoken_vit_small_mix(pretrained: bool = False, **kwargs: Any) -> DualTokenViT:
     """DualToken-ViT-S (mix): 11.4 M parameters, 1.0 G FLOPs, 79.4 % on ImageNet-1k (Table 2)."""
-    return _create("dualtoken_vit_small_mix", pretrained, **{**SMALL, "token_mlp": "mix", **kwargs})
+    return create(DualTokenViT, "dualtoken_vit_small_mix", pretrained, **{**SMALL, "token_mlp": "mix", **kwargs})

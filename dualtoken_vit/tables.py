@@ -1,78 +1,227 @@
-"""The paper's sizes beside ours: parameters and FLOPs of every row of Tables 2 and 6 to 9, counted as you look."""
+"""The paper's Tables 2 to 9 beside what this code has: sizes counted as you look, accuracies read from results.
 
+What the paper prints is in `PUBLISHED`; nothing else is stored here.
+"""
+
+import json as jsonlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from json import dumps
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import timm
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
+import dualtoken_vit  # noqa: F401  registers the models
 from dualtoken_vit.counting import Counts, count
-from dualtoken_vit.recipes import ABOUT, RECIPES, Model, model_kwargs
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import RECIPES, Detection, Model, Segmentation, model_kwargs
 
-__all__ = ["Row", "compare", "print_table", "tables"]
+__all__ = ["PUBLISHED", "Published", "Row", "compare", "print_table", "read_studies", "tables"]
 
-# recipe: (parameters in M, FLOPs in G, top-1 in %) as printed
-PAPER = {
-    "in1k-tiny-mix": ("5.8", "0.5", "75.4"),
-    "in1k-small-mix": ("11.4", "1.0", "79.4"),
-    "in1k-small": ("11.9", "1.1", "79.5"),
-    "table6-normal": ("13.0", "0.99", "79.2"),
-    "table6-normal-star": ("13.4", "0.98", "79.0"),
-    "table6-position": ("11.9", "1.05", "79.5"),
-    "table7-grid-0": ("10.8", "0.99", "79.2"),
-    "table7-grid-3": ("11.9", "0.93", "79.1"),
-    "table7-grid-4": ("11.9", "0.95", "79.2"),
-    "table7-grid-5": ("11.9", "0.98", "79.4"),
-    "table7-grid-6": ("11.9", "1.01", "79.3"),
-    "table7-grid-7": ("11.9", "1.05", "79.5"),
-    "table7-grid-8": ("11.9", "1.10", "79.3"),
-    "table8-window": ("10.8", "0.92", "78.6"),
-    "table8-conv": ("11.4", "1.04", "79.4"),
-    "table9-onestep": ("11.3", "1.01", "79.2"),
-    "table9-stepwise": ("11.4", "1.04", "79.4"),
+
+@dataclass(frozen=True)
+class Published:
+    """One network as the paper prints it."""
+
+    table: str
+    network: str
+    key: str
+    """How it is had here: a recipe, a timm name, KIND:NAME for a detector or segmenter over one; "": not at all."""
+    params: str
+    """In millions."""
+    flops: str
+    """In billions."""
+    score: str
+    """Top-1 on ImageNet-1k, box and mask AP on COCO, or mIoU on ADE20K, in percent."""
+
+
+# fmt: off
+_PRINTED: dict[str, tuple[tuple[str, str, str, str, str], ...]] = {
+    "Table 2": (
+        ("MobileNetV2 (1.4)", "mobilenetv2_140", "6.9", "0.6", "74.7"),
+        ("MobileViTv1-XXS", "mobilevit_xxs", "1.3", "0.4", "69.0"),
+        ("MobileViTv2-0.5", "mobilevitv2_050", "1.4", "0.5", "70.2"),
+        ("PVTv2-B0", "pvt_v2_b0", "3.4", "0.6", "70.5"),
+        ("EdgeViT-XXS", "", "4.1", "0.6", "74.4"),
+        ("DualToken-ViT-T (mix)", "in1k-tiny-mix", "5.8", "0.5", "75.4"),
+        ("RegNetY-800M", "regnety_008", "6.3", "0.8", "76.3"),
+        ("DeiT-Ti", "deit_tiny_patch16_224", "5.7", "1.3", "72.2"),
+        ("T2T-ViT-7", "", "4.3", "1.1", "71.7"),
+        ("SimViT-Micro", "", "3.3", "0.7", "71.1"),
+        ("MobileViTv1-XS", "mobilevit_xs", "2.3", "1.0", "74.8"),
+        ("TNT-Ti", "", "6.1", "1.4", "73.9"),
+        ("LVT", "", "5.5", "0.9", "74.8"),
+        ("EdgeViT-XS", "", "6.7", "1.1", "77.5"),
+        ("XCiT-T12", "xcit_tiny_12_p16_224", "6.7", "1.3", "77.1"),
+        ("LightViT-T", "lightvit_tiny", "9.4", "0.7", "78.7"),
+        ("DualToken-ViT-S (mix)", "in1k-small-mix", "11.4", "1.0", "79.4"),
+        ("DualToken-ViT-S", "in1k-small", "11.9", "1.1", "79.5"),
+    ),
+    "Table 3": (  # 1x; of the compared networks those that can be had
+        ("Mask R-CNN, ResNet-18", "mask-rcnn:resnet18", "31", "207", "34.0 31.2"),
+        ("Mask R-CNN, ResNet-50", "mask-rcnn:resnet50", "44", "260", "38.0 34.4"),
+        ("Mask R-CNN, PVTv2-B0", "mask-rcnn:pvt_v2_b0", "24", "196", "38.2 36.2"),
+        ("Mask R-CNN, LightViT-T", "mask-rcnn:lightvit_tiny", "28", "187", "37.8 35.9"),
+        ("Mask R-CNN, S (mix)", "coco-mask-rcnn-1x", "30", "191", "41.1 38.1"),
+        ("Mask R-CNN 3x, S (mix)", "coco-mask-rcnn-3x", "30", "191", "43.7 39.9"),
+    ),
+    "Table 4": (
+        ("RetinaNet, ResNet-18", "retinanet:resnet18", "21.3", "181", "31.8"),
+        ("RetinaNet, ResNet-50", "retinanet:resnet50", "37.7", "239", "36.3"),
+        ("RetinaNet, PVTv2-B0", "retinanet:pvt_v2_b0", "13.0", "178", "37.2"),
+        ("RetinaNet, S", "coco-retinanet-1x", "20.0", "170", "40.3"),
+    ),
+    "Table 5": (
+        ("DeepLabv3, MobileNetV2", "deeplabv3:mobilenetv2_100", "18.7", "75.4", "34.1"),
+        ("DeepLabv3, MobileViTv2-1.0", "deeplabv3:mobilevitv2_100", "13.4", "56.4", "37.0"),
+        ("DeepLabv3, S", "ade20k-deeplabv3", "26.3", "68.4", "39.0"),
+        ("PSPNet, MobileNetV2", "pspnet:mobilenetv2_100", "13.7", "53.1", "29.7"),
+        ("PSPNet, MobileViTv2-1.0", "pspnet:mobilevitv2_100", "9.4", "40.3", "36.5"),
+        ("PSPNet, S", "ade20k-pspnet", "21.7", "58.3", "38.8"),
+    ),
+    "Table 6": (
+        ("normal global tokens", "table6-normal", "13.0", "0.99", "79.2"),
+        ("normal* global tokens", "table6-normal-star", "13.4", "0.98", "79.0"),
+        ("position-aware global tokens", "table6-position", "11.9", "1.05", "79.5"),
+    ),
+    "Table 7": (
+        ("no global tokens", "table7-grid-0", "10.8", "0.99", "79.2"),
+        ("3x3 global tokens", "table7-grid-3", "11.9", "0.93", "79.1"),
+        ("4x4 global tokens", "table7-grid-4", "11.9", "0.95", "79.2"),
+        ("5x5 global tokens", "table7-grid-5", "11.9", "0.98", "79.4"),
+        ("6x6 global tokens", "table7-grid-6", "11.9", "1.01", "79.3"),
+        ("7x7 global tokens", "table7-grid-7", "11.9", "1.05", "79.5"),
+        ("8x8 global tokens", "table7-grid-8", "11.9", "1.10", "79.3"),
+    ),
+    "Table 8": (
+        ("window self-attention", "table8-window", "10.8", "0.92", "78.6"),
+        ("Conv Encoder", "table8-conv", "11.4", "1.04", "79.4"),
+    ),
+    "Table 9": (
+        ("one-step downsampling", "table9-onestep", "11.3", "1.01", "79.2"),
+        ("step-wise downsampling", "table9-stepwise", "11.4", "1.04", "79.4"),
+    ),
 }
+# fmt: on
+PUBLISHED = [Published(table, *row) for table, rows in _PRINTED.items() for row in rows]
 
 WHAT_IS_COUNTED = """\
-One image of 224x224 pixels, 1000 classes. All is counted now but what the paper prints (in1k-*: its Table 2).
+Parameters and FLOPs are counted now; "paper" is what it prints.
 MACs   multiply-accumulates of convolutions, linear layers and attention products (Q K^T, and its product with V).
 FLOPs  as the paper counts them: one MAC is one FLOP, plus, by fvcore's rules, 5 an element of a LayerNorm,
        2 of a BatchNorm and 4 of a bilinear resize. Activations, softmax, pooling, additions: none.
-=      rounds to what the paper prints (in Table 2 FLOPs have one decimal only).
+       Classification (Tables 2, 6 to 9): one image of 224x224 pixels, 1000 classes. Others' figures in Table 2 are
+       those that their papers give, by rules of their own.
+       Detection (3, 4): 1280x800 pixels, 80 classes, without attention products, as MMDetection's counter; 1,000
+       proposals and 100 detections in Mask R-CNN. Segmentation (5): 512x512, 150 classes, without attention products.
+=      rounds to what the paper prints.
+published  by the paper: top-1 on ImageNet-1k; box and mask AP on COCO; mIoU on ADE20K; in percent.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network of the paper: counted, and as printed there."""
+    """One network: counted, published and measured."""
 
-    recipe: str
-    about: str
-    params: int
-    params_paper: str
-    """In millions."""
-    macs: int
-    flops: int
-    flops_paper: str
-    """In billions."""
-    top1_paper: str
-    """In percent, on ImageNet-1k."""
+    published: Published
+    counts: Counts | None
+    """None: neither timm nor this project has it."""
+    measured: str
+    """Top-1 by this project in percent, the mean over seeds, and the letter of its budget."""
+
+    @property
+    def flops(self) -> int:
+        """By the rule of the row's table."""
+        assert self.counts is not None
+        without = self.published.table in ("Table 3", "Table 4", "Table 5")
+        return self.counts.flops - without * self.counts.attention
 
 
-def compare() -> list[Row]:
-    """Count every network of the paper's Tables 2 and 6 to 9."""
-    counted: dict[Model, Counts] = {}  # some networks stand in several tables
+def model_of(key: str) -> Model:
+    """The network of a row: of a recipe, or a timm name."""
+    return RECIPES[key].model if key in RECIPES else Model(name=key)
+
+
+def _heads(detector: nn.Module, x: Tensor) -> None:
+    """A detector's work on a picture, with 1000 proposals and 100 detections, whatever it would find."""
+    maps = list(detector.backbone(x).values())
+    if hasattr(detector, "head"):  # RetinaNet
+        detector.head(maps)
+        return
+    detector.rpn.head(maps)
+    regions = detector.roi_heads
+    regions.box_predictor(regions.box_head(x.new_empty(1000, 256, 7, 7)))
+    regions.mask_predictor(regions.mask_head(x.new_empty(100, 256, 14, 14)))
+
+
+@cache  # some networks stand in several tables
+def counts_of(kind: str, model: Model) -> Counts:
+    """What a network has, or a detector or segmenter over it, of which `kind` says which."""
+    from dualtoken_vit.detectors import create_detector  # after the command line has answered --help
+    from dualtoken_vit.segmenters import create_segmenter
+
+    kwargs = model_kwargs(model)
+    with torch.device("meta"):
+        if kind in ("retinanet", "mask-rcnn"):
+            return count(create_detector(kind, model.name, 80, **kwargs), (3, 800, 1280), _heads)
+        if kind in ("deeplabv3", "pspnet"):
+            return count(create_segmenter(kind, model.name, 150, **kwargs), (3, 512, 512))
+        return count(timm.create_model(model.name, **kwargs))
+
+
+def _counts(key: str) -> Counts | None:
+    """What a row's network has, if it can be had."""
+    if not key:
+        return None
+    kind, _, name = key.rpartition(":")
+    recipe = RECIPES.get(key)
+    if isinstance(recipe, Detection):
+        kind = recipe.detector
+    elif isinstance(recipe, Segmentation):
+        kind = recipe.segmenter
+    model = model_of(name)
+    # Rates and weights to start from change nothing that is counted.
+    return counts_of(kind, Model(name=model.name, args=model.args))
+
+
+def read_studies(folder: Path) -> list[dict[str, Any]]:
+    """What `study` has written below a folder, the oldest names first; none where there is none.
+
+    Raises:
+        InputError: for a file that is damaged.
+    """
+    studies = []
+    for path in sorted(folder.glob("**/study-*.json")):
+        try:
+            found = jsonlib.loads(path.read_text(encoding="utf-8"))
+            studies.append({"file": str(path), "budget": found["budget"], "networks": found["networks"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is not what `study` writes ({error}); repair or remove it") from error
+    return studies
+
+
+def compare(studies: Sequence[dict[str, Any]] = ()) -> list[Row]:
+    """Count every network of the paper's tables, and add what `read_studies` found of it."""
     rows = []
-    for name, (params, flops, top1) in PAPER.items():
-        model = RECIPES[name].model
-        if model not in counted:
-            counted[model] = count(timm.create_model(model.name, **model_kwargs(model)))
-        found = counted[model]
-        about = ABOUT[name].partition(":")[0]
-        rows.append(Row(name, about, found.params, params, found.macs, found.flops, flops, top1))
+    for row in PUBLISHED:
+        found = [
+            f"{100 * network['mean']:.1f} ({letter})"
+            for letter, study in zip(_letters(), studies, strict=False)
+            for network in study["networks"]
+            if row.key and network["key"] == row.key
+        ]
+        rows.append(Row(row, _counts(row.key), ", ".join(found)))
     return rows
+
+
+def _letters() -> Iterable[str]:
+    return "abcdefghijklmnopqrstuvwxyz"
 
 
 def difference(found: float, printed: str) -> str:
@@ -105,24 +254,38 @@ def print_table(columns: Sequence[str], groups: Iterable[Iterable[Sequence[str]]
     console.print(table)
 
 
-def tables(*, json: bool = False, markdown: bool = False) -> None:
-    """Print the paper's parameters and FLOPs beside those of this implementation, counted now.
+def _cells(row: Row) -> tuple[str, ...]:
+    it = row.published
+    if row.counts is None:
+        return ("", it.network, "", it.params, "", "", it.flops, "", "", it.score, "")
+    params, flops, macs = row.counts.params / 1e6, row.flops / 1e9, row.counts.macs / 1e9
+    digits = 3 if flops < 10 else 1
+    sizes = (f"{params:.3f}", it.params, difference(params, it.params))
+    sizes += (f"{flops:.{digits}f}", it.flops, difference(flops, it.flops), f"{macs:.{digits}f}")
+    return (it.key, it.network, *sizes, it.score, row.measured)
+
+
+def tables(*, json: bool = False, markdown: bool = False, results: Path = Path("results")) -> None:
+    """Print the paper's Tables 2 to 9 beside this implementation: parameters and FLOPs, counted now, and accuracies.
+
+    Accuracies are the paper's, and those that `study` has measured.
 
     Args:
         json: print one JSON object.
         markdown: print the table as Markdown.
+        results: folder below which `study` has left study-*.json, each with its budget.
     """
-    rows = compare()
+    studies = read_studies(results)
+    rows = compare(studies)
     if json:
-        print(dumps({"what_is_counted": WHAT_IS_COUNTED, "rows": [asdict(row) for row in rows]}, indent=2))
+        told = [asdict(row.published) | {"counts": row.counts and asdict(row.counts)} for row in rows]
+        print(jsonlib.dumps({"what_is_counted": WHAT_IS_COUNTED, "rows": told, "studies": studies}, indent=2))
         return
     print(f"```\n{WHAT_IS_COUNTED}```\n" if markdown else WHAT_IS_COUNTED)
     groups: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
-        params, macs, flops = row.params / 1e6, row.macs / 1e9, row.flops / 1e9
-        table, _, network = row.about.partition(", ")
-        cells = (row.recipe, network, f"{params:.3f}", row.params_paper, difference(params, row.params_paper))
-        cells += (f"{flops:.3f}", row.flops_paper, difference(flops, row.flops_paper), f"{macs:.3f}", row.top1_paper)
-        groups.setdefault(table, []).append(cells)
-    columns = ("<recipe", "<network", "params M", "paper", "diff %", "FLOPs G", "paper", "diff %", "MACs G")
-    print_table((*columns, "top-1 published"), groups.values(), markdown)
+        groups.setdefault(row.published.table, []).append((row.published.table, *_cells(row)))
+    columns = ("<table", "<recipe or model", "<network", "params M", "paper", "diff %", "FLOPs G", "paper", "diff %")
+    print_table((*columns, "MACs G", "published", "<measured"), groups.values(), markdown)
+    for letter, study in zip(_letters(), studies, strict=False):
+        print(f"{'- ' if markdown else ''}({letter}) top-1, {study['budget']['text']} ({study['file']})")

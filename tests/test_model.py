@@ -36,7 +36,7 @@ ABLATIONS = [
     dict(local_attention="window"),
     dict(downsampling="onestep"),
 ]
-VARIANTS = [{}, *ABLATIONS]
+VARIANTS = [{}, *ABLATIONS, dict(name="lightvit_tiny")]
 NARROW = dict(dims=(8, 16, 24), num_heads=(1, 2, 3), head_hidden_size=32)  # for tests of structure
 
 

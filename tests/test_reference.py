@@ -109,7 +109,8 @@ def conv_encoder(x, w):
     return x + linear(gelu(linear(y, w.at("mlp.fc1"))), w.at("mlp.fc2"))
 
 
-def window_attention(x, w, heads):
+def windows(x, w, heads):
+    """Attention within the 7x7 windows of LN(x)."""
     height, width, channels = x.shape
     y = np.zeros((-(-height // 7) * 7, -(-width // 7) * 7, channels))
     y[:height, :width] = layer_norm(x, w.at("norm"))
@@ -120,7 +121,7 @@ def window_attention(x, w, heads):
         for j in range(0, y.shape[1], 7):
             q, k, v = split(y[i : i + 7, j : j + 7].reshape(49, channels), w.at("qkv"), 3)
             y[i : i + 7, j : j + 7] = attention(q, k, v, heads, bias).reshape(7, 7, channels)
-    return x + y[:height, :width]
+    return y[:height, :width]
 
 
 def token_mlp(g, w):
@@ -147,7 +148,7 @@ def fusion(x_ga, g, w, heads, grid, tokens):
 
 def bidim(x, w):
     y = layer_norm(x, w.at("norm"))
-    channel = gelu(linear(y.mean((0, 1)), w.at("channel_reduce")))
+    channel = gelu(linear(y.reshape(-1, y.shape[-1]).mean(0), w.at("channel_reduce")))
     spatial = gelu(linear(y, w.at("spatial_reduce")))
     both = np.concatenate((spatial, np.broadcast_to(channel, spatial.shape)), -1)
     return x * sigmoid(linear(channel, w.at("channel_expand"))) * sigmoid(linear(both, w.at("spatial_select")))
@@ -156,7 +157,7 @@ def bidim(x, w):
 def block(x, g, w, stage, grid=7, tokens="position", local="conv", downsampling="stepwise"):
     heads = HEADS[stage]
     if KERNELS[stage]:
-        x = conv_encoder(x, w.at("local")) if local == "conv" else window_attention(x, w.at("local"), heads)
+        x = conv_encoder(x, w.at("local")) if local == "conv" else x + windows(x, w.at("local"), heads)
     y = layer_norm(x, w.at("norm1"))
     if downsampling == "onestep":
         x_ds = pool(y, (4, 2, 1)[stage])
@@ -172,6 +173,19 @@ def block(x, g, w, stage, grid=7, tokens="position", local="conv", downsampling=
     x = x + linear(attention(q, k, v, heads), broadcast.at("proj")).reshape(x.shape)
     ffn = linear(gelu(linear(layer_norm(x, w.at("norm2")), w.at("mlp.fc1"))), w.at("mlp.fc2"))
     return x + bidim(ffn, w.at("bidim")), None if g is None else g + g_new
+
+
+def light_block(x, g, w, stage):
+    """LightViT's: global tokens gather from the image tokens, which read windows and them; then all pass the FFN."""
+    heads, attn = HEADS[stage], w.at("attn")
+    q, k, v = split(layer_norm(x, attn.at("norm")).reshape(-1, x.shape[-1]), attn.at("qkv"), 3)
+    gathered = attention(split(layer_norm(g, attn.at("norm")), attn.at("qkv"), 3)[0], k, v, heads)
+    seen = windows(x, attn, heads).reshape(q.shape) + attention(q, *split(gathered, attn.at("kv"), 2), heads)
+    tokens = np.concatenate((g, x.reshape(q.shape)))
+    tokens = tokens + linear(np.concatenate((gathered, seen)), attn.at("proj"))
+    ffn = linear(gelu(linear(layer_norm(tokens, w.at("norm2")), w.at("mlp.fc1"))), w.at("mlp.fc2"))
+    tokens = tokens + bidim(ffn, w.at("bidim"))
+    return tokens[len(g) :].reshape(x.shape), tokens[: len(g)]
 
 
 def stem(x, w):
@@ -205,7 +219,7 @@ def head(x, g, w):
     return linear(gelu(layer_norm(y, w.at("token_mean.norm"))).mean(0), w.at("head"))
 
 
-def network(image, w, depths, **switches):
+def network(image, w, depths, block=block, **switches):
     """(H, W, channels) -> logits and the five maps of the pyramid."""
     x2, x4, x = stem(image, w.at("stem"))
     maps = [x2, x4]
@@ -255,6 +269,7 @@ def test_block(name, stage, size, dtype, tolerance):
         ((64, 96), dict(global_tokens="normal")),
         ((64, 96), dict(global_tokens="normal_star")),
         ((64, 96), dict(global_tokens="normal_star", name="dualtoken_vit_tiny_mix")),
+        ((97, 131), dict(name="lightvit_tiny")),
     ],
     ids=str,
 )
@@ -264,6 +279,8 @@ def test_network(size, kwargs):
     depths = kwargs.get("depths", (1, 1, 1))
     names = dict(token_grid="grid", global_tokens="tokens", local_attention="local", downsampling="downsampling")
     switches = {names[key]: value for key, value in kwargs.items() if key in names}
+    if model.default_cfg["architecture"].startswith("lightvit"):
+        switches["block"] = light_block
     x = torch.randn(1, model.in_chans, *size, dtype=torch.float64)
     logits, maps = network(x[0].permute(1, 2, 0).numpy(), Weights.of(model), depths, **switches)
     assert_close(model(x)[0], logits)

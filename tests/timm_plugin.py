@@ -4,14 +4,14 @@ import timm
 
 import dualtoken_vit  # noqa: F401  registers the models before timm's tests ask for their names
 
-PATTERN = "dualtoken_vit*"
+PATTERNS = ["dualtoken_vit*", "lightvit*"]
 _list_models = timm.list_models
 
 
 def _list_ours(*args, **kwargs) -> list[str]:
     """`timm.list_models` narrowed to our models; a `module` filter lists timm's own modules only, so it is dropped."""
     kwargs.pop("module", None)
-    ours = {*_list_models(PATTERN), *_list_models(PATTERN, include_tags=True)}
+    ours = {*_list_models(PATTERNS), *_list_models(PATTERNS, include_tags=True)}
     return [name for name in _list_models(*args, **kwargs) if name in ours]
 
 
@@ -23,7 +23,9 @@ def pytest_collection_modifyitems(config, items):
 
     def is_ours(item) -> bool:
         callspec = getattr(item, "callspec", None)
-        return callspec is not None and str(callspec.params.get("model_name", "")).startswith("dualtoken_vit")
+        return callspec is not None and str(callspec.params.get("model_name", "")).startswith(
+            ("dualtoken_vit", "lightvit")
+        )
 
     config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
     items[:] = [item for item in items if is_ours(item)]

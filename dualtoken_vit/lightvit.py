@@ -1,0 +1,136 @@
+"""LightViT (Huang et al., arXiv 2207.05557), the closest relative of DualToken-ViT, to compare it with.
+
+Stem, patch merging, bi-dimensional attention and head are those that DualToken-ViT took over. Its blocks differ: image
+tokens attend within windows, and eight global tokens, which have no place, gather from all of the image and are read
+by all of it. The same queries, keys and values serve both kinds of attention, and both kinds of tokens go through the
+same layers.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from dualtoken_vit.ablations import Windows, crop
+from dualtoken_vit.model import BiDim, LayerNorm, Linear, Mlp, TwoStreamViT, check_stages, create, model_cfg
+
+__all__ = ["LightViT"]
+
+
+class LocalGlobalAttention(Windows):
+    """MSA within windows, plus what image tokens read from global tokens that have gathered from all of them."""
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, window: int = 7, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, attn_drop, window, **dd)
+        self.kv = Linear(dim, 2 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:  # (B, H, W, C), (B, M, C) -> (B, M + H*W, C)
+        qkv = self.padded_qkv(x)
+        local = crop(self.attend_windows(qkv), x).flatten(1, 2)
+        q, k, v = crop(qkv, x).flatten(1, 2).chunk(3, dim=-1)
+        g = self.attend(self.qkv(self.norm(g)).chunk(3, dim=-1)[0], k, v)  # aggregation
+        k, v = self.kv(g).chunk(2, dim=-1)
+        return self.proj(torch.cat((g, local + self.attend(q, k, v)), dim=1))  # broadcast
+
+
+class LightBlock(nn.Module):
+    """Attention, then an FFN gated by bi-dimensional attention, on global and image tokens together."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        window: int = 7,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.attn = LocalGlobalAttention(dim, num_heads, attn_drop, window, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.bidim = BiDim(dim, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, W, C), (B, M, C)
+        tokens = torch.cat((g, x.flatten(1, 2)), dim=1) + self.drop_path1(self.attn(x, g))
+        # BiDim wants a map: its mean runs over the tokens of both kinds.
+        y = self.bidim(self.mlp(self.norm2(tokens))[:, None])[:, 0]
+        tokens = tokens + self.drop_path2(y)
+        return tokens[:, g.shape[1] :].reshape(x.shape), tokens[:, : g.shape[1]]
+
+
+class LightViT(TwoStreamViT):
+    """Light-weight convolution-free vision transformer, with a convolution stem.
+
+    Raises:
+        ValueError: for a setting of the stages that is longer or shorter than dims.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, ...] = (64, 128, 256),  # C of each stage
+        depths: tuple[int, ...] = (2, 6, 6),  # blocks
+        num_heads: tuple[int, ...] = (2, 4, 8),
+        mlp_ratios: tuple[float, ...] = (8, 4, 4),  # FFN expansion
+        num_tokens: int = 8,  # global tokens
+        window: int = 7,
+        head_hidden_size: int = 1280,
+        output_stride: int = 32,  # 8, 16 or 32
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,  # dropout before the classifier
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
+
+        def make_block(i: int, halvings: int, dilation: int, drop_path: float) -> LightBlock:
+            rates = dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=drop_path)
+            return LightBlock(dims[i], num_heads[i], mlp_ratios[i], window, **rates, **dd)
+
+        super().__init__(
+            make_block,
+            num_tokens,
+            dims,
+            depths,
+            head_hidden_size,
+            output_stride,
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            drop_path_rate,
+            **dd,
+        )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "lightvit_tiny.untrained": model_cfg(
+            paper_ids="arXiv:2207.05557",
+            paper_name="LightViT: Towards Light-Weight Convolution-Free Vision Transformers",
+            origin_url="https://arxiv.org/abs/2207.05557",
+        ),
+    }
+)
+
+
+@register_model
+def lightvit_tiny(pretrained: bool = False, **kwargs: Any) -> LightViT:
+    """LightViT-T: 9.4 M parameters, 0.7 G FLOPs, 78.7 % on ImageNet-1k as published."""
+    return create(LightViT, "lightvit_tiny", pretrained, **kwargs)

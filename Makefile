@@ -1,5 +1,5 @@
 # make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
-# make test    the tests
+# make test    the tests, but those that take more than ten seconds each;  make test-slow: these
 # make lint    ruff, without changing anything;  make format: with
 # Each creates .venv first where it is missing. Needs Python 3.11 or later; choose one with PYTHON=...
 # or bring your own environment with BIN=... (its bin folder).
@@ -18,7 +18,7 @@ TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
 endif
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(TRAIN)
 	rm -rf $(DEMO)
@@ -30,7 +30,10 @@ demo: $(TRAIN)
 
 # One thread a process: several processes that each use all the cores are slower than one.
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+test-slow: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -23,10 +23,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
@@ -39,6 +35,7 @@ from dualtoken_vit.model import Attention, Block, PositionAwareFusion
 from dualtoken_vit.plots import save_figure
 from dualtoken_vit.predict import find_pictures, none_readable, pick_device, save_record, tell_unreadable
 from dualtoken_vit.recipes import Data
+from dualtoken_vit.tables import print_table
 
 __all__ = ["attention", "blocks_of", "gradient_importance", "recording", "replacement_importance"]
 
@@ -414,21 +411,19 @@ def attention(
     if json:
         print(dumps(record))
     else:
-        Console().print(_table(record["pictures"]))
+        _print(record["pictures"])
         print(f"block {list(viewer.blocks).index(viewer.block)}, {viewer.block}; drawings: {out}")
     return tell_unreadable(record["unreadable"], len(pictures))
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _print(rows: list[dict[str, Any]]) -> None:
     """What was told of each picture, a line each."""
-    table = Table("picture", "class", "", "key token", box=box.SIMPLE_HEAD)
-    table.columns[0].overflow = "fold"
-    if "agreement" in rows[0]:
-        table.add_column("by gradient")
-        table.add_column("rank correlation", justify="right")
+    columns = ["<picture", "<class", "probability", "key token"]
+    columns += ["by gradient", "rank correlation"] * ("agreement" in rows[0])
+    lines = []
     for row in rows:
-        cells = [Text(row["picture"]), Text(row["class"]), f"{row['probability']:.1%}", "{}, {}".format(*row["token"])]
+        cells = [row["picture"], row["class"], f"{row['probability']:.1%}", "{}, {}".format(*row["token"])]
         if "agreement" in row:
             cells += ["{}, {}".format(*row["gradient_token"]), f"{row['agreement']:+.2f}"]
-        table.add_row(*cells)
-    return table
+        lines.append(cells)
+    print_table(columns, [lines])

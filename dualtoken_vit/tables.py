@@ -15,6 +15,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import dualtoken_vit  # noqa: F401  registers the models
@@ -245,7 +246,7 @@ def print_table(columns: Sequence[str], groups: Iterable[Iterable[Sequence[str]]
         table.add_column(column.removeprefix("<"), justify="left" if column.startswith("<") else "right", no_wrap=True)
     for group in groups:
         for cells in group:
-            table.add_row(*cells)
+            table.add_row(*map(Text, cells))  # [x] in a name is no markup
         if not markdown:
             table.add_section()
     console = Console(highlight=False)

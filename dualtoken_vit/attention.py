@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
 from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_model
+from dualtoken_vit.console import table_text
 from dualtoken_vit.data.classification import in_threads
 from dualtoken_vit.data.images import eval_transform, load_image
 from dualtoken_vit.draw import printable
@@ -35,7 +36,6 @@ from dualtoken_vit.model import Attention, Block, PositionAwareFusion
 from dualtoken_vit.plots import save_figure
 from dualtoken_vit.predict import find_pictures, none_readable, pick_device, save_record, tell_unreadable
 from dualtoken_vit.recipes import Data
-from dualtoken_vit.tables import print_table
 
 __all__ = ["attention", "blocks_of", "gradient_importance", "recording", "replacement_importance"]
 
@@ -426,4 +426,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
         if "agreement" in row:
             cells += ["{}, {}".format(*row["gradient_token"]), f"{row['agreement']:+.2f}"]
         lines.append(cells)
-    print_table(columns, [lines])
+    print(table_text(columns, [lines]))

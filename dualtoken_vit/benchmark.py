@@ -28,11 +28,11 @@ from torchvision.models.detection.retinanet import RetinaNet
 
 import dualtoken_vit  # noqa: F401  registers the models
 from dualtoken_vit import machine
+from dualtoken_vit.console import table_text
 from dualtoken_vit.counting import Counts, count
 from dualtoken_vit.cpu import tune_cpu
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.plots import save_growth
-from dualtoken_vit.tables import print_table
 
 __all__ = ["Result", "benchmark", "take_turns"]
 
@@ -435,7 +435,7 @@ def benchmark(
 
 def _print(results: list[list[Result]], about: dict[str, str], markdown: bool) -> None:
     columns = ("<mode", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %", "memory MiB", "params M")
-    print_table((*columns, "MACs G"), [[_cells(r) for r in cell] for cell in results], markdown)
+    print(table_text((*columns, "MACs G"), [[_cells(r) for r in cell] for cell in results], markdown))
     print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
 
 

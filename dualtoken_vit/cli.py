@@ -50,13 +50,13 @@ class Study:
     preset: Literal["cpu", "gpu"] = "cpu"
     """Budget that the other options start from: two cores for 30 minutes, or one GPU."""
     base: Literal["small", "tiny"] = "small"
-    """The DualToken-ViT that an ablation changes: small as in the paper, or tiny."""
+    """The DualToken-ViT that an ablation changes: small as in the paper, or tiny. The peers are what they are."""
     seeds: int = 3
     """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
     jobs: int = 1
     """Runs at a time; they share the processor's cores, or the GPU."""
     out: Path = Path("runs", "study")
-    """Folder of the runs, which studies share, and of study-NAME.json and .png; the same call goes on from there."""
+    """Folder of the runs, which studies share, and of study-NAME.json, .md, .png; the same call goes on from there."""
     markdown: bool = False
     """Print the table as Markdown."""
 
@@ -237,19 +237,22 @@ def study(args: list[str]) -> bool:
     from dualtoken_vit.study import PRESETS, STUDIES
     from dualtoken_vit.study import study as run
 
-    if not args or args[0].startswith("-"):
+    if args and args[0] in ("-h", "--help"):
         console = Console()
-        console.print(f"usage: dualtoken-vit study STUDY [--preset NAME] [OPTIONS]\n\n{study.__doc__}\n\nStudies:")
+        console.print("usage: dualtoken-vit study STUDY [--preset NAME] [OPTIONS]\n", markup=False)
+        console.print(f"{study.__doc__}\n\nStudies:")
         console.print(_listing({name: f"{table} of the paper" for name, (table, _) in STUDIES.items()}))
         console.print("\nPresets:")
         console.print(_listing({name: preset.about for name, preset in PRESETS.items()}))
         console.print("\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help")
-        return bool(args)
+        return True
+    if not args or args[0].startswith("-"):
+        raise InputError(f"name the study first: dualtoken-vit study {'|'.join(STUDIES)}")
     name, *args = args
     if name not in STUDIES:
         raise InputError(f"there is no study {name!r}; {_nearest(name, STUDIES)}")
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults of all that follows depend on it
-    finder.add_argument("--preset", default="cpu")
+    finder.add_argument("--preset", nargs="?", default="cpu")
     preset = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
     default = Study(preset.recipe, base=preset.base, seeds=preset.seeds, jobs=preset.jobs)
     chosen = tyro.cli(Study, default=default, args=args, prog=f"dualtoken-vit study {name}", description=study.__doc__)
@@ -355,8 +358,8 @@ def main() -> None:
         # Lightning turns the former into the latter.
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        hint = "; --resume continues from the last save" if sys.argv[1:2] == ["train"] else ""
-        _end(f"interrupted{hint}", 130)
+        hints = {"train": "; --resume continues from the last save", "study": "; the same command goes on from here"}
+        _end(f"interrupted{hints.get(sys.argv[1], '')}", 130)
 
 
 if __name__ == "__main__":

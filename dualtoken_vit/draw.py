@@ -102,6 +102,8 @@ def color_of(label: int) -> tuple[int, int, int]:
 def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Sequence[str]) -> Image.Image:
     """A picture with its objects: boxes in the colour of the class, names, scores and masks where there are any.
 
+    Names and colours of a single class would say nothing: then objects differ in colour, and have no names.
+
     Args:
         image: The picture; drawn with its long side between 800 and 1600 pixels.
         objects: boxes (N, 4) XYXY in the picture's pixels, labels (N,); scores (N,) and masks (N, [1,] H, W) if known.
@@ -110,7 +112,9 @@ def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Se
     long = max(image.size)
     scale = min(max(long, 800), 1600) / long
     canvas = fit(image, round(long * scale))
-    colors = [color_of(label) for label in objects["labels"].tolist()]
+    labels = objects["labels"].tolist()
+    alone = len(class_names) == 1
+    colors = [color_of(index if alone else label) for index, label in enumerate(labels)]
     if len(objects.get("masks", ())):
         pixels = np.asarray(canvas).astype(np.float32)
         for mask, color in zip(objects["masks"].reshape(-1, image.height, image.width), colors, strict=True):
@@ -123,10 +127,12 @@ def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Se
     width = max(2, round(max(canvas.size) / 350))
     font = _font(max(14, round(max(canvas.size) / 65)))
     scores = objects["scores"].tolist() if "scores" in objects else [None] * len(colors)
-    rows = zip((objects["boxes"] * scale).tolist(), objects["labels"].tolist(), scores, colors, strict=True)
+    rows = zip((objects["boxes"] * scale).tolist(), labels, scores, colors, strict=True)
     for corners, label, score, color in reversed(list(rows)):  # the best on top
         draw.rectangle(corners, outline=color, width=width)
-        text = printable(class_names[label]) + ("" if score is None else f" {score:.0%}")
+        text = " ".join([printable(class_names[label])] * (not alone) + [f"{score:.0%}"] * (score is not None))
+        if not text:
+            continue
         _, _, right, bottom = font.getbbox(text)
         x = max(0, min(corners[0], canvas.width - right - 4))
         y = corners[1] - bottom - 4 if corners[1] > bottom + 4 else corners[1]

@@ -3,7 +3,7 @@
 Stem, patch merging, bi-dimensional attention and head are those that DualToken-ViT took over. Its blocks differ: image
 tokens attend within windows, and eight global tokens, which have no place, gather from all of the image and are read
 by all of it. The same queries, keys and values serve both kinds of attention, and both kinds of tokens go through the
-same layers.
+same layers. Weights start as DualToken-ViT's do (`TwoStreamViT.init_weights`), not from LightViT's truncated normal.
 """
 
 from typing import Any
@@ -14,9 +14,19 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from dualtoken_vit.ablations import Windows, crop
-from dualtoken_vit.model import BiDim, LayerNorm, Linear, Mlp, TwoStreamViT, check_stages, create, model_cfg
+from dualtoken_vit.model import (
+    BiDim,
+    LayerNorm,
+    Linear,
+    Mlp,
+    TwoStreamViT,
+    check_stages,
+    checkpoint_filter_fn,
+    create,
+    model_cfg,
+)
 
-__all__ = ["LightViT"]
+__all__ = ["LightViT", "checkpoint_filter_fn"]  # the latter is looked for beside a network's class
 
 
 class LocalGlobalAttention(Windows):
@@ -105,16 +115,16 @@ class LightViT(TwoStreamViT):
 
         super().__init__(
             make_block,
-            num_tokens,
-            dims,
-            depths,
-            head_hidden_size,
-            output_stride,
-            in_chans,
-            num_classes,
-            global_pool,
-            drop_rate,
-            drop_path_rate,
+            num_tokens=num_tokens,
+            dims=dims,
+            depths=depths,
+            head_hidden_size=head_hidden_size,
+            output_stride=output_stride,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
             **dd,
         )
 

@@ -1,8 +1,9 @@
 """How well attention maps say where things are: the paper's claim about position-aware global tokens, measured.
 
-An image token on a labelled object reads from global tokens. Where these have places, as position-aware ones do, they
-should be those of the object; chance is what a map that reads everywhere alike would give. Normal global tokens stand
-for the places that they were gathered from (see `attention.recording`), so both kinds can be compared.
+An image token on a labelled object reads from global tokens. If these carry positions, it should read from what was
+gathered on the same object; chance is what a map that reads everywhere alike would give. Every map is taken to the
+places of X_ga, where global information is gathered: position-aware tokens are X_ga resized, normal ones are mixtures
+of it (see `attention.recording`). So both kinds are judged on the same grid.
 """
 
 import math
@@ -19,46 +20,49 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from dualtoken_vit.attention import blocks_of, recording
+from dualtoken_vit.backbone import check_size
 from dualtoken_vit.checkpoint import load_model
+from dualtoken_vit.console import table_text
 from dualtoken_vit.data.classification import in_threads
 from dualtoken_vit.data.coco import CocoPictures, ObjectPictures, ShapeScenes
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.model import STRIDE, resize_grid
 from dualtoken_vit.plots import save_figure
 from dualtoken_vit.predict import pick_device
-from dualtoken_vit.tables import print_table
 
 __all__ = ["Place", "localise", "measure", "places_of"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """What the tokens on one object attend to, in one block; shares of 1."""
+    """What the tokens on one object read from, in one block; shares of 1."""
 
     on_object: float
     """Share of their attention that lies on the object."""
     chance: float
-    """Share of the picture that the object covers: `on_object` of a map that reads everywhere alike."""
+    """Share of the places that the object covers: `on_object` of a map that reads everywhere alike."""
     highest: float
     """How often the place that they read most from lies on the object (in parts, where it does in parts)."""
     own: float
-    """How often that is the place of the token itself."""
+    """How often no other place is nearer to the token than that."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of a block's `Place`s over the objects."""
+    """A block's `Place`s: the mean over the pictures of the mean over a picture's objects."""
 
     checkpoint: str
     block: str
+    pictures: int
     objects: int
     on_object: float
     error: float
-    """Standard error of `on_object` less `chance`, over the objects."""
+    """Standard error of `on_object` less `chance`, over the pictures."""
     chance: float
     highest: float
     own: float
     own_chance: float
-    """One in the number of places."""
+    """One in the number of places, on average."""
 
     @property
     def lift(self) -> float:
@@ -66,28 +70,54 @@ class Score:
         return self.on_object / self.chance
 
 
+def cells(x: Tensor, stride: int) -> Tensor:
+    """The mean of x (C, Y, X) over cells of `stride` pixels, as the network pools: the last ones may be partial."""
+    return F.avg_pool2d(x[None], stride, ceil_mode=True, count_include_pad=False)[0]
+
+
+def gathered(attended: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map over global tokens (H, W, h, w) as one over the places of X_ga that these were resized from.
+
+    Each token passes what it is given on to the places that it is interpolated from, in their shares.
+
+    Args:
+        attended: what each image token reads from each global token
+        grid: rows and columns of X_ga
+    """
+    if attended.shape[2:] == grid:
+        return attended
+    places = torch.eye(math.prod(grid), dtype=attended.dtype).unflatten(1, grid)[
+        ..., None
+    ]  # (places, rows, columns, 1)
+    shares = resize_grid(places, attended.shape[2])[..., 0]  # (places, h, w); global tokens form a square
+    return torch.einsum("abhw,phw->abp", attended, shares).unflatten(2, grid)
+
+
 def places_of(attended: Tensor, cover: Tensor) -> Place:
-    """Judge one map by one object.
+    """Judge the map of a picture by one object in it.
 
     The tokens on an object are those of whose cell it covers at least a half, or, of a small one, the cell that it
     covers most of.
 
     Args:
-        attended: (H, W, h, w), what each image token reads from each place; each adds up to 1
-        cover: (Y, X), 1 where the object is in the picture, at any resolution
+        attended: (H, W, h, w), what each image token reads from each global token; each adds up to 1
+        cover: (Y, X), 1 where the object is in the picture that the network sees
     """
-    (H, W, h, w), cover = attended.shape, cover[None].to(attended)
-    tokens, places = F.adaptive_avg_pool2d(cover, (H, W))[0], F.adaptive_avg_pool2d(cover, (h, w))[0]
+    cover = cover[None].to(attended.dtype)
+    (rows, columns), (height, width) = attended.shape[:2], cover.shape[1:]
+    stride = next(s for s in (8, 16, 32) if (math.ceil(height / s), math.ceil(width / s)) == (rows, columns))
+    tokens, places = cells(cover, stride)[0], cells(cover, STRIDE)[0]
+    maps = gathered(attended, tuple(places.shape)).flatten(2)  # (H, W, h * w)
     on = tokens >= min(0.5, tokens.max().item())
-    maps = attended[on].flatten(1)  # (N, h * w)
-    best = maps.argmax(1)
-    rows, columns = on.nonzero().T
-    own = (rows * 2 + 1) * h // (2 * H) * w + (columns * 2 + 1) * w // (2 * W)  # where the middle of its cell is
+    best = maps[on].argmax(1)
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    middle = torch.stack((y, x))
+    apart = torch.cdist(cells(middle, stride)[:, on].T, cells(middle, STRIDE).flatten(1).T)  # (N, h * w) pixels
     return Place(
-        on_object=(maps @ places.flatten()).mean().item(),
+        on_object=(maps[on] @ places.flatten()).mean().item(),
         chance=places.mean().item(),
         highest=places.flatten()[best].mean().item(),
-        own=(best == own).float().mean().item(),
+        own=(apart.gather(1, best[:, None])[:, 0] <= apart.amin(1) + 1e-3).float().mean().item(),
     )
 
 
@@ -103,7 +133,7 @@ def _covers(target: dict) -> Tensor:
 
 @torch.inference_mode()
 def measure(model: nn.Module, pictures: ObjectPictures, name: str = "") -> list[Score]:
-    """Judge every block's maps by every object.
+    """Judge every block's maps by every object; objects of less than a pixel there are left out.
 
     Args:
         model: a DualToken-ViT in evaluation mode
@@ -114,37 +144,37 @@ def measure(model: nn.Module, pictures: ObjectPictures, name: str = "") -> list[
         InputError: for another network, or pictures without objects.
     """
     device = next(model.parameters()).device
-    found: dict[str, list[Place]] = {block: [] for block in blocks_of(model)}
-    grids: dict[str, tuple[int, int]] = {}
-    for x, target in in_threads(pictures.__getitem__, range(len(pictures)), len(pictures), f"looking {name}", 16):
+    found: dict[str, list[Tensor]] = {block: [] for block in blocks_of(model)}  # of each picture (objects, 4)
+    sizes: list[int] = []
+    for x, target in in_threads(pictures.__getitem__, range(len(pictures)), len(pictures), name, 16):
+        covers = [cover for cover in _covers(target) if cover.any()]
+        if not covers:
+            continue
         with recording(model) as maps:
             model(x[None].to(device))
-        for cover in _covers(target):
-            if not cover.any():  # less than a pixel in what the network sees
-                continue
-            for block, attended in maps.items():
-                found[block].append(places_of(attended[0].float().cpu(), cover))
-                grids[block] = tuple(attended.shape[3:])
-    if not grids:
+        for block, attended in maps.items():
+            places = [places_of(attended[0].float().cpu(), cover) for cover in covers]
+            found[block].append(torch.tensor([[p.on_object, p.chance, p.highest, p.own] for p in places]))
+        sizes.append(math.prod(math.ceil(side / STRIDE) for side in x.shape[1:]))
+    if not sizes:
         raise InputError(f"{pictures.name}: no objects; nothing to judge attention by")
     scores = []
     for block, places in found.items():
-        on, chance, highest, own = (
-            torch.tensor([getattr(place, key) for place in places], dtype=torch.float64)
-            for key in ("on_object", "chance", "highest", "own")
-        )
-        error = (on - chance).std().item() / math.sqrt(len(places)) if len(places) > 1 else math.nan
+        means = torch.stack([one.double().mean(0) for one in places])  # (pictures, 4)
+        gain = means[:, 0] - means[:, 1]
+        on_object, chance, highest, own = means.mean(0).tolist()
         scores.append(
             Score(
                 checkpoint=name,
                 block=block,
-                objects=len(places),
-                on_object=on.mean().item(),
-                error=error,
-                chance=chance.mean().item(),
-                highest=highest.mean().item(),
-                own=own.mean().item(),
-                own_chance=1 / math.prod(grids[block]),
+                pictures=len(places),
+                objects=sum(map(len, places)),
+                on_object=on_object,
+                error=gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.nan,
+                chance=chance,
+                highest=highest,
+                own=own,
+                own_chance=sum(1 / size for size in sizes) / len(sizes),
             )
         )
     return scores
@@ -158,13 +188,13 @@ def draw(scores: Sequence[Score]) -> Figure:
         rows = [score for score in scores if score.checkpoint == name]
         errors = [score.error / score.chance for score in rows]
         left.errorbar(range(len(rows)), [score.lift for score in rows], errors, fmt=".-", capsize=2, label=name)
-        right.plot([100 * score.own for score in rows], ".-", label=name)
+        (line,) = right.plot([100 * score.own for score in rows], ".-", label=name)
+        right.plot([100 * score.own_chance for score in rows], ":", color=line.get_color())
     left.axhline(1, color="grey", linestyle=":")
-    right.plot([100 * score.own_chance for score in rows], ":", color="grey", label="chance")
     left.set(ylabel="attention on the object / chance")
     right.set(ylabel="reads most from its own place (%)")
     for axes in (left, right):
-        axes.set_xlabel("block")
+        axes.set_xlabel("block (dotted: chance)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     right.legend(fontsize=8)
@@ -174,6 +204,8 @@ def draw(scores: Sequence[Score]) -> Figure:
 def _pictures(images: Path | None, annotations: Path | None, masks: bool, limit: int | None) -> ObjectPictures:
     if (images is None) != (annotations is None):
         raise InputError("--images DIR and --annotations FILE go together; without both, shapes are drawn")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: must be at least 1")
     if images is None or annotations is None:
         return ShapeScenes("val", 128, count=limit)
     return CocoPictures(images, annotations, masks, limit=limit)
@@ -193,16 +225,17 @@ def localise(
 ) -> None:
     """Measure how well attention maps say where objects are, in every block.
 
-    An image token on an object reads from global tokens: how much of that, and how often most of it, comes from places
-    on the same object? Chance is what reading everywhere alike would give. Give several checkpoints to compare them,
-    for example of position-aware and of normal global tokens.
+    An image token on an object reads from global tokens: how much of that, and how often most of it, was gathered on
+    the same object? Chance is what reading everywhere alike would give. Give several checkpoints to compare them, for
+    example of position-aware and of normal global tokens.
 
     Args:
         checkpoints: best.safetensors of classification runs of DualToken-ViTs.
         images: Folder of pictures with labelled objects; without one, scenes of shapes are drawn, with masks.
         annotations: COCO json of these pictures.
-        masks: The objects are their masks, not their boxes.
-        image_size: Short side of the pictures that the network sees, in pixels; by default as in training.
+        masks: The objects are their masks, not their boxes (those of drawn shapes are always masks).
+        image_size: Short side of the pictures that the network sees, in pixels; by default as in training. The finer
+            the better places can be told apart: global information is gathered on a grid of stride 32.
         limit: Only the first so many pictures.
         device: auto, or any of torch's: cpu, cuda, mps.
         plot: PNG to draw the figures against the blocks in.
@@ -212,40 +245,49 @@ def localise(
     Raises:
         InputError: for another kind of checkpoint, or pictures that cannot be used.
     """
-    scores: list[Score] = []
+    if not checkpoints:
+        raise InputError("no checkpoint is given; give the best.safetensors of one or more runs")
+    networks = []
     for checkpoint in checkpoints:
         model, loaded = load_model(checkpoint)
         if loaded.task != "classification":
             raise InputError(f"{checkpoint} is of {loaded.task}; give the best.safetensors of a classification run")
-        blocks_of(model)
-        preprocessing = loaded.preprocessing
-        channels, size, _ = preprocessing["input_size"]
-        pictures = _pictures(images, annotations, masks, limit)
+        try:
+            blocks_of(model)
+        except InputError as error:
+            raise InputError(f"{checkpoint}: {error}") from error
+        channels, size, _ = loaded.preprocessing["input_size"]
+        size = size if image_size is None else image_size
+        check_size(model, channels, size)
+        networks.append((checkpoint, model, loaded.preprocessing, channels, size))
+    pictures = _pictures(images, annotations, masks, limit)
+    scores: list[Score] = []
+    for checkpoint, model, preprocessing, channels, size in networks:
         pictures.channels = channels
         pictures.transform = v2.Compose(
             [
-                v2.Resize(image_size or size, antialias=True),
+                v2.Resize(size, antialias=True),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(preprocessing["mean"], preprocessing["std"]),
             ]
         )
         name = str(checkpoint.parent) if checkpoint.name == "best.safetensors" else str(checkpoint)
-        scores += measure(model.to(pick_device(device)).eval(), pictures, name)
+        scores += measure(model.to(pick_device(device)), pictures, name)
     if plot is not None:
         save_figure(draw(scores), plot, dpi=150)
     if json:
-        print(dumps({"objects": scores[0].objects, "scores": [asdict(s) | {"lift": s.lift} for s in scores]}))
+        print(dumps({"scores": [asdict(s) | {"lift": s.lift} for s in scores]}))
         return
     columns = ("<network", "<block", "on object %", "+-", "chance %", "lift", "highest %", "own place %", "chance %")
     groups: dict[str, list[tuple[str, ...]]] = {}
     for s in scores:
-        percents = (s.on_object, s.error, s.chance)
-        rest = (s.highest, s.own, s.own_chance)
-        cells = (s.checkpoint, s.block, *(f"{100 * share:.1f}" for share in percents), f"{s.lift:.2f}")
-        groups.setdefault(s.checkpoint, []).append((*cells, *(f"{100 * share:.1f}" for share in rest)))
-    print_table(columns, groups.values(), markdown)
+        percents = [f"{100 * share:.1f}" for share in (s.on_object, s.error, s.chance, s.highest, s.own, s.own_chance)]
+        cells = (s.checkpoint, s.block, *percents[:3], f"{s.lift:.2f}", *percents[3:])
+        groups.setdefault(s.checkpoint, []).append(cells)
+    print(table_text(columns, groups.values(), markdown))
     print(
-        f"{scores[0].objects} objects. on object: share of the attention of an object's tokens that lies on it; +-: "
-        "standard error of the\ndistance from chance; lift: the share over chance; highest: how often the place read "
-        "most from lies on it;\nown place: how often that is the token's own."
+        f"\n{scores[0].objects} objects in {scores[0].pictures} pictures. on object: share of what an "
+        "object's tokens read that lies on it; +-: standard\nerror of its distance from chance; lift: the share over "
+        "chance; highest: how often the place read most from\nlies on it; own place: how often no place is nearer to "
+        "the token."
     )

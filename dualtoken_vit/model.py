@@ -740,22 +740,22 @@ class DualTokenViT(TwoStreamViT):
 
         super().__init__(
             make_block,
-            num_tokens,
-            dims,
-            depths,
-            head_hidden_size,
-            output_stride,
-            in_chans,
-            num_classes,
-            global_pool,
-            drop_rate,
-            drop_path_rate,
+            num_tokens=num_tokens,
+            dims=dims,
+            depths=depths,
+            head_hidden_size=head_hidden_size,
+            output_stride=output_stride,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
             **dd,
         )
 
 
 def _ablations():
-    """The paper's alternatives, loaded only where one is chosen (that file builds on the layers of this one)."""
+    """The paper's alternatives, loaded when one is chosen: that file builds on the layers of this one."""
     from dualtoken_vit import ablations
 
     return ablations

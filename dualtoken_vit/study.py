@@ -4,39 +4,55 @@
 
 Every run is `dualtoken-vit train` in a process of its own, in a folder of its own, which a second call goes on from.
 Studies that share networks share their runs. What counts is the accuracy after the last epoch: none is selected.
+
+At fewer pixels than the paper's 224 the grid of X_ga is coarser than 7x7 (4x4 at 112, 2x2 at 64) and resized to the
+global tokens, and most of a 7x7 window lies outside of the last maps: other networks than the paper compares, in part.
 """
 
 import csv
+import hashlib
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from textwrap import wrap
+from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from scipy.stats import tukey_hsd
 
 from dualtoken_vit import machine
 from dualtoken_vit.checkpoint import atomic_write
-from dualtoken_vit.data.classification import build_datasets
+from dualtoken_vit.console import table_text
+from dualtoken_vit.counting import Counts, count
+from dualtoken_vit.data.classification import Pictures, build_datasets
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.optim import build_optimizer
 from dualtoken_vit.plots import save_figure
-from dualtoken_vit.recipes import RECIPES, Augment, Classification, Model, Optim, Run, to_dict
-from dualtoken_vit.tables import PUBLISHED, Published, counts_of, model_of, print_table
-from dualtoken_vit.tasks.base import check_ranges, flatten, quiet
-from dualtoken_vit.tasks.fit import LAST, RECIPE, check_resume, stored_recipe
+from dualtoken_vit.recipes import RECIPES, Classification, Model, Run, to_dict
+from dualtoken_vit.tables import PUBLISHED, Published, bare, model_of
+from dualtoken_vit.tasks.base import check_ranges, create_model, flatten, quiet
+from dualtoken_vit.tasks.fit import FREE_ON_RESUME, LAST, RECIPE, check_resume, stored_recipe
 
 __all__ = ["PRESETS", "STUDIES", "Preset", "Result", "study", "verdict"]
 
 Base = Literal["small", "tiny"]
+
+MACHINE = "machine.json"
+CHANCE = 0.05  # a difference is clear if chance alone would make one of any two networks in fewer studies than this
 
 # name: (the paper's table, its rows; none: all that can be trained)
 STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -92,17 +108,16 @@ PRESETS = {
         jobs=2,
     ),
     "gpu": Preset(
-        "30 epochs at 112 pixels with RandAugment, Mixup and CutMix: one GPU",
+        "20 epochs at 112 pixels, three seeds: one GPU",
         replace(
             _FOLDER,
             data=replace(_FOLDER.data, image_size=112, workers=4),
-            augment=replace(Augment(), scale=(0.35, 1.0), auto_augment="rand-m9-n2-mstd0.5", mixup=0.2, cutmix=1.0),
-            optim=Optim(epochs=30, batch_size=128, warmup_epochs=2),
+            optim=replace(_FOLDER.optim, epochs=20, batch_size=64, warmup_epochs=1),
             run=Run(precision="bf16-mixed", validate_every=5),
         ),
         base="small",
         seeds=3,
-        jobs=3,
+        jobs=4,
     ),
 }
 
@@ -115,6 +130,8 @@ class Result:
     name: str
     """What it is called: as in the paper, or after the smaller network that stands in."""
     model: Model
+    counts: Counts
+    """As it was trained: of the budget's pictures and classes."""
     top1: tuple[float, ...]
     """After the last epoch, one a seed; a share of 1."""
 
@@ -156,33 +173,36 @@ class _Work:
         return float(self.history()[-1]["val_top1"])
 
     @property
+    def begun(self) -> bool:
+        """Whether there is something to go on from."""
+        return any((self.folder / name).exists() for name in (LAST, "metrics.csv"))
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "train.log"
+
+    @property
     def done(self) -> bool:
         return self.epochs == self.recipe.optim.epochs
 
 
 def networks(name: str, base: Base) -> list[tuple[Published, Model]]:
-    """The networks of a study, in the paper's order, with `base` in place of DualToken-ViT-S in an ablation.
-
-    Raises:
-        InputError: for a study that does not exist.
-    """
-    if name not in STUDIES:
-        raise InputError(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
+    """The networks of a study, in the paper's order, with `base` in place of DualToken-ViT-S in an ablation."""
     table, keys = STUDIES[name]
+    size = "small" if name == "peers" else base
     rows = [row for row in PUBLISHED if row.table == table and row.key and (not keys or row.key in keys)]
-    chosen = []
-    for row in rows:
-        model = model_of(row.key)
-        size = base if name != "peers" else "small"
-        chosen.append((row, Model(name=model.name.replace("_small", f"_{size}"), args=model.args)))
-    return chosen
+    models = [bare(model_of(row.key)) for row in rows]
+    return [
+        (row, replace(model, name=model.name.replace("_small", f"_{size}")))
+        for row, model in zip(rows, models, strict=True)
+    ]
 
 
 def _plan(name: str, recipe: Classification, base: Base, seeds: int, out: Path) -> list[_Work]:
     """Every run of a study: all networks with the first seed, then with the next.
 
     Raises:
-        InputError: for a run that is there with another budget.
+        InputError: for a run that has begun with another budget.
     """
     works = []
     for seed in range(recipe.run.seed, recipe.run.seed + seeds):
@@ -194,48 +214,81 @@ def _plan(name: str, recipe: Classification, base: Base, seeds: int, out: Path) 
             )
             works.append(_Work(row, own, out / "runs" / "-".join((model.name, *model.args)) / f"seed-{seed}"))
     for work in works:
-        stored = stored_recipe(work.folder)
+        stored = stored_recipe(work.folder) if work.begun else None
         if stored is not None:
             check_resume(stored, work.recipe, work.folder)
     return works
 
 
+def _counts(name: str, recipe: Classification, base: Base, classes: int) -> dict[str, Counts]:
+    """Build every network once, so that none is refused after hours of others, and count it; by key."""
+    found, size = {}, recipe.data.image_size
+    for row, model in networks(name, base):
+        network, _ = create_model(replace(recipe.model, name=model.name, args=model.args), classes, size)
+        build_optimizer(network, recipe.optim)
+        found[row.key] = count(network, (recipe.model.in_chans, size, size))
+    return found
+
+
+def _remember(data: dict[str, Any], path: Path) -> None:
+    """Note what pictures the runs of a folder are trained on.
+
+    Raises:
+        InputError: where they are others.
+    """
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != data:
+        raise InputError(f"{path.parent} has runs on other pictures, as {path.name} says; give another --out")
+    with atomic_write(path, "w") as file:
+        json.dump(data, file, indent=2)
+
+
+def _facts(train: Pictures, val: Pictures, root: str) -> dict[str, Any]:
+    """What tells a data set from another: how many pictures of which classes, and their names."""
+    names = [str(path).removeprefix(root) for data in (train, val) for path in getattr(data, "paths", ())]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return {"training": len(train), "validation": len(val), "classes": list(train.class_names), "names": digest}
+
+
 def _begin(work: _Work, threads: int) -> subprocess.Popen:
     """Start a run, or go on with it; what it says goes to train.log."""
-    if not (work.folder / RECIPE).exists():
-        with atomic_write(work.folder / RECIPE, "w") as file:
-            json.dump(to_dict(work.recipe), file, indent=2)
+    with atomic_write(work.folder / RECIPE, "w") as file:  # also of a run that goes on: its data may have moved
+        json.dump(to_dict(work.recipe), file, indent=2)
     command = [sys.executable, "-m", "dualtoken_vit.cli", "train", "folder", "--out", str(work.folder), "--resume"]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with (work.folder / "train.log").open("w", encoding="utf-8") as log:
+    with work.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
 
 
-def _end(work: _Work, status: int) -> None:
-    """Look whether a run came to its end; what only resuming needs is deleted.
-
-    Raises:
-        InputError: where it did not, with its last line.
-    """
-    log = work.folder / "train.log"
+def _end(work: _Work, status: int) -> str:
+    """What went wrong with a run, if anything; of one that is done, what only resuming needs is deleted."""
+    if status < 0:
+        return f"{work.folder}: stopped by {signal.Signals(-status).name}"
     if status or not work.done:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing was said"]
-        reason = lines[-1].removeprefix("dualtoken-vit: error: ")
-        raise InputError(f"{work.folder}: {reason}; see {log}; the same command goes on from here")
+        lines = work.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing was said"]
+        return f"{work.folder}: {lines[-1].removeprefix('dualtoken-vit: error: ')}; see {work.log}"
+    device = torch.accelerator.current_accelerator(check_available=True)
+    on = device if device and work.recipe.run.accelerator != "cpu" else torch.device("cpu")
+    with atomic_write(work.folder / MACHINE, "w") as file:
+        json.dump(machine.describe(on), file, indent=2)
     (work.folder / LAST).unlink(missing_ok=True)
+    return ""
 
 
 def _run(works: Sequence[_Work], jobs: int) -> None:
-    """Carry out what is not done yet, `jobs` at a time."""
-    waiting = [work for work in works if not work.done]
+    """Carry out what is not done yet, `jobs` at a time.
+
+    Raises:
+        InputError: after the last one, where runs failed.
+    """
+    todo = [work for work in works if not work.done]
+    waiting, failed = list(todo), []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     running: dict[subprocess.Popen, _Work] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, TextColumn("{task.description}"), console=console, speed_estimate_period=3600) as progress:
-        task = progress.add_task("", total=sum(work.recipe.optim.epochs for work in waiting))
         before = sum(work.epochs for work in waiting)
-        todo = list(waiting)
+        task = progress.add_task("", total=sum(work.recipe.optim.epochs for work in waiting) - before)
         try:
             while todo or running:
                 while todo and len(running) < jobs:
@@ -243,11 +296,9 @@ def _run(works: Sequence[_Work], jobs: int) -> None:
                     running[_begin(work, threads)] = work
                 for process in [process for process in running if process.poll() is not None]:
                     work = running.pop(process)
-                    _end(work, process.returncode)
-                    if not console.is_terminal:
-                        print(
-                            f"{work.folder}: {float(work.history()[-1]['val_top1']):.1%}", file=sys.stderr, flush=True
-                        )
+                    problem = _end(work, process.returncode)
+                    failed += [problem] * bool(problem)
+                    console.print(problem or f"{work.folder}: {work.top1:.1%}", markup=False, soft_wrap=True)
                 names = ", ".join("/".join(work.folder.parts[-2:]) for work in running.values())
                 progress.update(task, completed=sum(work.epochs for work in waiting) - before, description=names)
                 time.sleep(0.5)
@@ -256,75 +307,91 @@ def _run(works: Sequence[_Work], jobs: int) -> None:
                 process.terminate()
             for process in running:
                 process.wait()
+    if failed:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise InputError(f"{failed[0]}{more}; mend that, and the same command goes on from here")
 
 
-def pooled(results: Sequence[Result]) -> float | None:
-    """Standard deviation within networks over their seeds, all networks together; None with one seed each."""
-    squares = [(top1 - result.mean) ** 2 for result in results for top1 in result.top1]
-    freedom = len(squares) - len(results)
-    return math.sqrt(sum(squares) / freedom) if freedom else None
+def _stop(*_: Any) -> NoReturn:
+    raise SystemExit("stopped; the same command goes on from here")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Inside, no other study works in the folder; a polite kill ends this one with the runs that it has started.
+
+    Raises:
+        InputError: where another one does.
+    """
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"another study works in {out}; wait for it, or give another --out") from error
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        lock.release()
 
 
 def verdict(results: Sequence[Result]) -> list[str]:
     """Whether the paper's order holds, in words.
 
-    Two networks differ clearly where their means are more than two standard errors apart: the seeds' standard
-    deviation, pooled over all networks, times the root of 1/n + 1/m.
+    Two networks differ clearly where Tukey's test of all pairs says so: their difference against the spread of the
+    seeds within networks, which it takes to be the same for all of them.
     """
-    spread = pooled(results)
-    same, clear, reverse, against = [], [], [], []
-    for first, left in enumerate(results):
-        for right in results[first + 1 :]:
-            expected = float(left.published.score) - float(right.published.score)
-            found = left.mean - right.mean
-            if expected == 0:
-                continue
-            high, low = (left, right) if expected > 0 else (right, left)
-            words = f"{high.name} over {low.name} ({high.mean - low.mean:+.1%})"
-            error = spread and spread * math.sqrt(1 / len(left.top1) + 1 / len(right.top1))
-            beyond = error is not None and abs(found) > 2 * error
-            holds = found * expected > 0
-            (same if holds else reverse).append(words)
-            if beyond:
-                (clear if holds else against).append(words)
-    pairs = len(same) + len(reverse)
     best, theirs = max(results, key=lambda r: r.mean), max(results, key=lambda r: float(r.published.score))
+    several = min(len(result.top1) for result in results) > 1
+    with np.errstate(divide="ignore", invalid="ignore"):  # where all seeds agree to the last digit: nan
+        chance = tukey_hsd(*(result.top1 for result in results)).pvalue if several else None
+    right, wrong, clear, against = 0, 0, [], []
+    for i, j in combinations(range(len(results)), 2):
+        low, high = sorted((i, j), key=lambda k: float(results[k].published.score))
+        found = results[high].mean - results[low].mean
+        if results[low].published.score == results[high].published.score or found == 0:
+            continue  # no order there, or none here
+        right, wrong = right + (found > 0), wrong + (found < 0)
+        if chance is not None and chance[i, j] < CHANCE:
+            words = f"{results[high].name} over {results[low].name} ({100 * found:+.1f})"
+            (clear if found > 0 else against).append(words)
     lines = [
         f"Best here: {best.name}, {best.mean:.1%}; in the paper: {theirs.name}, {theirs.published.score} %.",
-        f"Of {pairs} pairs of networks {len(same)} come out in the paper's order, {len(reverse)} the other way round.",
+        f"Of {right + wrong} pairs of networks {right} come out in the paper's order, {wrong} the other way round.",
     ]
-    if spread is None:
-        lines.append("One seed: what is chance cannot be told.")
+    if chance is None:
+        return [*lines, "One seed: what is chance cannot be told."]
+    lines.append(
+        f"Clear of the seeds' chance (Tukey's test, {CHANCE:.0%}): {len(clear)} in the paper's order, {len(against)} "
+        "the other way round."
+    )
+    lines += [f"Clearly as in the paper: {', '.join(clear)}."] * bool(clear)
+    lines += [f"Clearly not: {', '.join(against)}."] * bool(against)
+    if against:
+        lines.append("The paper's order does not hold at this budget.")
+    elif clear:
+        lines.append("What is clear at this budget is as in the paper.")
     else:
-        lines.append(
-            f"Clearly (by more than two standard errors; the seeds' standard deviation is {spread:.2%}): {len(clear)} "
-            f"in the paper's order, {len(against)} the other way round."
-        )
-        lines += [f"Clearly against it: {', '.join(against)}."] * bool(against)
-        if clear and not reverse:
-            lines.append("The paper's order holds.")
-        elif against:
-            lines.append("The paper's order does not hold at this budget.")
-        else:
-            lines.append("This budget does not decide about the paper's order.")
+        lines.append("This budget does not decide about the paper's order.")
     return lines
 
 
-def _text(recipe: Classification, base: Base, seeds: int, pictures: tuple[int, int], peers: bool) -> str:
+def _text(recipe: Classification, base: Base | None, seeds: int, data: dict[str, Any]) -> str:
     """The budget in a line."""
-    data, optim = recipe.data, recipe.optim
-    where = Path(data.root).name or data.dataset
-    epochs = f"{optim.epochs} epoch{'s' * (optim.epochs > 1)} of {pictures[0]:,} pictures"
-    over = "" if peers or base == "small" else ", over T in place of S"
+    optim = recipe.optim
+    where = Path(recipe.data.root).resolve().name if recipe.data.root else recipe.data.dataset
+    epochs = f"{optim.epochs} epoch{'s' * (optim.epochs > 1)} of {data['training']:,} pictures"
+    over = ", over T in place of S" if base == "tiny" else ""
     return (
-        f"{where}, {data.image_size} pixels, {epochs}, {seeds} seed{'s' * (seeds > 1)}, AdamW {optim.lr:g}, "
-        f"batch {optim.batch_size}, {pictures[1]:,} validation pictures, last epoch{over}"
+        f"{where}, {recipe.data.image_size} pixels, {epochs}, {seeds} seed{'s' * (seeds > 1)}, {optim.optimizer} "
+        f"{optim.lr:g}, batch {optim.batch_size}, {data['validation']:,} validation pictures, last epoch{over}"
     )
 
 
 def draw(results: Sequence[Result], title: str) -> Figure:
     """Every seed's accuracy and the means, beside what the paper prints, a row a network."""
-    figure = Figure(figsize=(9, 1.2 + 0.34 * len(results)), layout="constrained")
+    figure = Figure(figsize=(9, 1.4 + 0.34 * len(results)), layout="constrained")
     here, paper = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     rows = range(len(results))[::-1]
     for row, result in zip(rows, results, strict=True):
@@ -337,18 +404,31 @@ def draw(results: Sequence[Result], title: str) -> Figure:
     for axes in (here, paper):
         axes.grid(alpha=0.3)
         axes.set_ylim(-0.6, len(results) - 0.4)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle("\n".join(wrap(title, 110)), fontsize=9)
     return figure
 
 
-def _rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
-    for result in results:
-        counts = counts_of("", result.model)
-        spread = "" if result.spread is None else f"{100 * result.spread:.2f}"
-        seeds = " ".join(f"{100 * top1:.1f}" for top1 in result.top1)
-        sizes = (f"{counts.params / 1e6:.2f}", f"{counts.macs / 1e9:.3f}")
-        found = (f"{100 * result.mean:.2f}", spread, seeds)
-        yield (result.name, result.model.name, *sizes, *found, result.published.score)
+def _cells(result: Result) -> tuple[str, ...]:
+    spread = "" if result.spread is None else f"{100 * result.spread:.2f}"
+    seeds = " ".join(f"{100 * top1:.1f}" for top1 in result.top1)
+    sizes = (f"{result.counts.params / 1e6:.2f}", f"{result.counts.macs / 1e9:.3f}")
+    model = " ".join((result.model.name, *result.model.args))
+    return (result.name, model, *sizes, f"{100 * result.mean:.2f}", spread, seeds, result.published.score)
+
+
+def _check_result(path: Path, budget: dict[str, Any]) -> None:
+    """Refuse to put a study in the place of one with another budget, or with more seeds.
+
+    Raises:
+        InputError: names the first field that differs.
+    """
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))["budget"]
+    for key, value in budget.items():
+        differs = value < before[key] if key == "seeds" else value != before[key]
+        if differs and key not in ("text", *FREE_ON_RESUME):
+            raise InputError(f"{path} is of {key} {before[key]}, not {value}; give another --out")
 
 
 def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, out: Path, markdown: bool) -> None:
@@ -367,45 +447,58 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
         InputError: for whatever is wrong with the study, its budget or data, or a run that fails.
     """
     quiet()
-    if recipe.model.name != _FOLDER.model.name or recipe.model.args:
-        raise InputError("--model.name, --model.args: the study chooses the networks; leave them out")
+    for key in ("name", "args", "checkpoint", "pretrained"):
+        if getattr(recipe.model, key) != getattr(_FOLDER.model, key):
+            raise InputError(f"--model.{key}: a study trains networks of its own, from scratch; leave it out")
     for key, value in (("seeds", seeds), ("jobs", jobs)):
         if value < 1:
             raise InputError(f"--{key} {value}: must be at least 1")
     check_ranges(recipe)
     works = _plan(name, recipe, base, seeds, out)
-    pictures = tuple(len(dataset) for dataset in build_datasets(recipe.data, recipe.model.in_chans))
-    text = _text(recipe, base, seeds, pictures, name == "peers")
+    data = _facts(*build_datasets(recipe.data, recipe.model.in_chans), recipe.data.root)
+    counts = _counts(name, recipe, base, len(data["classes"]))
     table, _ = STUDIES[name]
+    changed = None if name == "peers" else base
+    text = _text(recipe, changed, seeds, data)
+    settings = json.loads(json.dumps(flatten(recipe))) | {"data.root": Path(recipe.data.root).name}
+    budget = {"text": text, "base": changed or "small", "seeds": seeds} | settings
+    stem = out / f"study-{name}"
+    _check_result(stem.with_suffix(".json"), budget)
     print(f"{name} ({table}): {text}", flush=True)
-    _run(works, jobs)
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        _remember(data, out / "runs" / "data.json")
+        _run(works, jobs)
 
     top1: dict[str, list[float]] = {}
+    machines: list[dict[str, str]] = []
     for work in works:
         top1.setdefault(work.row.key, []).append(work.top1)
-    results = [
-        Result(row, row.network if name == "peers" else row.network.replace("ViT-S", f"ViT-{base[0].upper()}"), *rest)
-        for row, *rest in ((row, model, tuple(top1[row.key])) for row, model in networks(name, base))
-    ]
+        found = json.loads((work.folder / MACHINE).read_text(encoding="utf-8"))
+        machines += [found] * (found not in machines)
+    results = []
+    for row, model in networks(name, base):
+        called = row.network.replace("ViT-S", "ViT-T") if changed == "tiny" else row.network
+        results.append(Result(row, called, model, counts[row.key], tuple(top1[row.key])))
     lines = verdict(results)
-    device = torch.accelerator.current_accelerator(check_available=True) if recipe.run.accelerator != "cpu" else None
     record: dict[str, Any] = {
         "study": name,
         "table": table,
-        "budget": {"text": text, "base": base, "seeds": seeds} | flatten(recipe),
+        "budget": budget,
         "networks": [
-            {"key": r.published.key, "network": r.name, "model": asdict(r.model)}
+            {"key": r.published.key, "network": r.name, "model": asdict(r.model), "counts": asdict(r.counts)}
             | {"top1": r.top1, "mean": round(r.mean, 6), "spread": r.spread, "published": r.published.score}
             for r in results
         ],
         "verdict": lines,
-        "machine": machine.describe(device or torch.device("cpu")),
+        "machines": machines,
     }
-    stem = out / f"study-{name}"
+    columns = ("<network", "<model", "params M", "MACs G", "top-1 %", "spread", "seeds", "published %")
+    cells = [[_cells(result) for result in results]]
     with atomic_write(stem.with_suffix(".json"), "w") as file:
         json.dump(record, file, indent=2)
+    with atomic_write(stem.with_suffix(".md"), "w") as file:
+        file.write("\n\n".join([f"# {name} ({table})", text, table_text(columns, cells, True), *lines, ""]))
     save_figure(draw(results, f"{name}: {text}"), stem.with_suffix(".png"), dpi=150)
-    columns = ("<network", "<model", "params M", "MACs G", "top-1 %", "spread", "seeds", "published %")
-    print_table(columns, [list(_rows(results))], markdown)
-    print("\n".join(lines))
-    print(f"all in {out}: {stem.name}.json, {stem.name}.png, runs/")
+    print(table_text(columns, cells, markdown), *lines, sep="\n")
+    print(f"parameters and multiply-accumulates of the networks as trained here; all in {out}: {stem.name}.*, runs/")

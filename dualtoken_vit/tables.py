@@ -4,7 +4,7 @@ What the paper prints is in `PUBLISHED`; nothing else is stored here.
 """
 
 import json as jsonlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -12,18 +12,15 @@ from typing import Any
 
 import timm
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 import dualtoken_vit  # noqa: F401  registers the models
+from dualtoken_vit.console import table_text
 from dualtoken_vit.counting import Counts, count
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import RECIPES, Detection, Model, Segmentation, model_kwargs
 
-__all__ = ["PUBLISHED", "Published", "Row", "compare", "print_table", "read_studies", "tables"]
+__all__ = ["PUBLISHED", "Published", "Row", "compare", "read_studies", "tables"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Published:
     flops: str
     """In billions."""
     score: str
-    """Top-1 on ImageNet-1k, box and mask AP on COCO, or mIoU on ADE20K, in percent."""
+    """Top-1 on ImageNet-1k, box AP (/ mask AP) on COCO, or mIoU on ADE20K, in percent."""
 
 
 # fmt: off
@@ -64,27 +61,32 @@ _PRINTED: dict[str, tuple[tuple[str, str, str, str, str], ...]] = {
         ("DualToken-ViT-S (mix)", "in1k-small-mix", "11.4", "1.0", "79.4"),
         ("DualToken-ViT-S", "in1k-small", "11.9", "1.1", "79.5"),
     ),
-    "Table 3": (  # 1x; of the compared networks those that can be had
-        ("Mask R-CNN, ResNet-18", "mask-rcnn:resnet18", "31", "207", "34.0 31.2"),
-        ("Mask R-CNN, ResNet-50", "mask-rcnn:resnet50", "44", "260", "38.0 34.4"),
-        ("Mask R-CNN, PVTv2-B0", "mask-rcnn:pvt_v2_b0", "24", "196", "38.2 36.2"),
-        ("Mask R-CNN, LightViT-T", "mask-rcnn:lightvit_tiny", "28", "187", "37.8 35.9"),
-        ("Mask R-CNN, S (mix)", "coco-mask-rcnn-1x", "30", "191", "41.1 38.1"),
-        ("Mask R-CNN 3x, S (mix)", "coco-mask-rcnn-3x", "30", "191", "43.7 39.9"),
+    "Table 3": (  # 1x, then 3x with several sizes
+        ("ResNet-18", "mask-rcnn:resnet18", "31", "207", "34.0/31.2, 36.9/33.6"),
+        ("ResNet-50", "mask-rcnn:resnet50", "44", "260", "38.0/34.4, 41.0/37.1"),
+        ("ResNet-101", "mask-rcnn:resnet101", "101", "493", "40.4/36.4, 42.8/38.5"),
+        ("PVTv1-T", "", "33", "208", "36.7/35.1, 39.8/37.4"),
+        ("PVTv1-S", "", "44", "245", "40.4/37.8, 43.0/39.9"),
+        ("PVTv2-B0", "mask-rcnn:pvt_v2_b0", "24", "196", "38.2/36.2"),
+        ("LightViT-T", "mask-rcnn:lightvit_tiny", "28", "187", "37.8/35.9, 41.5/38.4"),
+        ("DualToken-ViT-S (mix)", "coco-mask-rcnn-1x", "30", "191", "41.1/38.1, 43.7/39.9"),
     ),
     "Table 4": (
-        ("RetinaNet, ResNet-18", "retinanet:resnet18", "21.3", "181", "31.8"),
-        ("RetinaNet, ResNet-50", "retinanet:resnet50", "37.7", "239", "36.3"),
-        ("RetinaNet, PVTv2-B0", "retinanet:pvt_v2_b0", "13.0", "178", "37.2"),
-        ("RetinaNet, S", "coco-retinanet-1x", "20.0", "170", "40.3"),
+        ("ResNet-18", "retinanet:resnet18", "21.3", "181", "31.8"),
+        ("ResNet-50", "retinanet:resnet50", "37.7", "239", "36.3"),
+        ("PVTv1-T", "", "23.0", "221", "36.7"),
+        ("PVTv2-B0", "retinanet:pvt_v2_b0", "13.0", "178", "37.2"),
+        ("ConT-M", "", "27.0", "217", "37.9"),
+        ("MF-508M", "", "17.9", "168", "38.0"),
+        ("DualToken-ViT-S", "coco-retinanet-1x", "20.0", "170", "40.3"),
     ),
-    "Table 5": (
-        ("DeepLabv3, MobileNetV2", "deeplabv3:mobilenetv2_100", "18.7", "75.4", "34.1"),
-        ("DeepLabv3, MobileViTv2-1.0", "deeplabv3:mobilevitv2_100", "13.4", "56.4", "37.0"),
-        ("DeepLabv3, S", "ade20k-deeplabv3", "26.3", "68.4", "39.0"),
-        ("PSPNet, MobileNetV2", "pspnet:mobilenetv2_100", "13.7", "53.1", "29.7"),
-        ("PSPNet, MobileViTv2-1.0", "pspnet:mobilevitv2_100", "9.4", "40.3", "36.5"),
-        ("PSPNet, S", "ade20k-pspnet", "21.7", "58.3", "38.8"),
+    "Table 5": (  # DeepLabv3, then PSPNet
+        ("MobileNetV2", "deeplabv3:mobilenetv2_100", "18.7", "75.4", "34.1"),
+        ("MobileViTv2-1.0", "deeplabv3:mobilevitv2_100", "13.4", "56.4", "37.0"),
+        ("DualToken-ViT-S", "ade20k-deeplabv3", "26.3", "68.4", "39.0"),
+        ("MobileNetV2", "pspnet:mobilenetv2_100", "13.7", "53.1", "29.7"),
+        ("MobileViTv2-1.0", "pspnet:mobilevitv2_100", "9.4", "40.3", "36.5"),
+        ("DualToken-ViT-S", "ade20k-pspnet", "21.7", "58.3", "38.8"),
     ),
     "Table 6": (
         ("normal global tokens", "table6-normal", "13.0", "0.99", "79.2"),
@@ -118,11 +120,14 @@ MACs   multiply-accumulates of convolutions, linear layers and attention product
 FLOPs  as the paper counts them: one MAC is one FLOP, plus, by fvcore's rules, 5 an element of a LayerNorm,
        2 of a BatchNorm and 4 of a bilinear resize. Activations, softmax, pooling, additions: none.
        Classification (Tables 2, 6 to 9): one image of 224x224 pixels, 1000 classes. Others' figures in Table 2 are
-       those that their papers give, by rules of their own.
-       Detection (3, 4): 1280x800 pixels, 80 classes, without attention products, as MMDetection's counter; 1,000
-       proposals and 100 detections in Mask R-CNN. Segmentation (5): 512x512, 150 classes, without attention products.
+       those that their papers give, by rules of their own (LightViT's 0.7 is without attention products).
+       Detection (3, Mask R-CNN; 4, RetinaNet): 1280x800 pixels, 80 classes, without attention products, as the paper
+       has them for its own networks; its PVTv2-B0 is with them, our MACs. 1,000 proposals, 100 detections.
+       Segmentation (5, DeepLabv3 and PSPNet): 512x512, 150 classes, without attention products.
 =      rounds to what the paper prints.
-published  by the paper: top-1 on ImageNet-1k; box and mask AP on COCO; mIoU on ADE20K; in percent.
+published  by the paper, in percent: top-1 on ImageNet-1k; box/mask AP on COCO, 1x and 3x; mIoU on ADE20K.
+measured   top-1 by this project, the mean over seeds; (1) ... say where and with what budget. "T" and the like: of that
+       DualToken-ViT in place of S.
 """
 
 
@@ -144,6 +149,11 @@ class Row:
         return self.counts.flops - without * self.counts.attention
 
 
+def bare(model: Model) -> Model:
+    """What decides about the network alone: rates and weights to start from change nothing that is counted."""
+    return Model(name=model.name, args=model.args)
+
+
 def model_of(key: str) -> Model:
     """The network of a row: of a recipe, or a timm name."""
     return RECIPES[key].model if key in RECIPES else Model(name=key)
@@ -162,7 +172,7 @@ def _heads(detector: nn.Module, x: Tensor) -> None:
 
 
 @cache  # some networks stand in several tables
-def counts_of(kind: str, model: Model) -> Counts:
+def _count(kind: str, model: Model) -> Counts:
     """What a network has, or a detector or segmenter over it, of which `kind` says which."""
     from dualtoken_vit.detectors import create_detector  # after the command line has answered --help
     from dualtoken_vit.segmenters import create_segmenter
@@ -186,13 +196,11 @@ def _counts(key: str) -> Counts | None:
         kind = recipe.detector
     elif isinstance(recipe, Segmentation):
         kind = recipe.segmenter
-    model = model_of(name)
-    # Rates and weights to start from change nothing that is counted.
-    return counts_of(kind, Model(name=model.name, args=model.args))
+    return _count(kind, bare(model_of(name)))
 
 
 def read_studies(folder: Path) -> list[dict[str, Any]]:
-    """What `study` has written below a folder, the oldest names first; none where there is none.
+    """What `study` has written below a folder, by name; none where there is none.
 
     Raises:
         InputError: for a file that is damaged.
@@ -201,28 +209,34 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("**/study-*.json")):
         try:
             found = jsonlib.loads(path.read_text(encoding="utf-8"))
-            studies.append({"file": str(path), "budget": found["budget"], "networks": found["networks"]})
+            networks = [
+                {"key": one["key"], "model": Model(one["model"]["name"], tuple(one["model"]["args"]))}
+                | {"mean": float(one["mean"])}
+                for one in found["networks"]
+            ]
+            study = {"file": str(path), "table": found["table"], "text": found["budget"]["text"], "networks": networks}
+            studies.append(study | {"base": found["budget"]["base"]})
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not what `study` writes ({error}); repair or remove it") from error
+            raise InputError(f"{path} is not what `study` writes ({error!r}); repair or remove it") from error
     return studies
+
+
+def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The accuracies of a row's network; in the ablation that it stands in, also of a smaller one in its place."""
+    if not row.key:
+        return
+    for number, study in enumerate(studies, start=1):
+        for network in study["networks"]:
+            stands_in = network["key"] == row.key and row.table == study["table"] != "Table 2"
+            if network["model"] == bare(model_of(row.key)):
+                yield f"{100 * network['mean']:.1f} ({number})"
+            elif stands_in:
+                yield f"{study['base'][0].upper()} {100 * network['mean']:.1f} ({number})"
 
 
 def compare(studies: Sequence[dict[str, Any]] = ()) -> list[Row]:
     """Count every network of the paper's tables, and add what `read_studies` found of it."""
-    rows = []
-    for row in PUBLISHED:
-        found = [
-            f"{100 * network['mean']:.1f} ({letter})"
-            for letter, study in zip(_letters(), studies, strict=False)
-            for network in study["networks"]
-            if row.key and network["key"] == row.key
-        ]
-        rows.append(Row(row, _counts(row.key), ", ".join(found)))
-    return rows
-
-
-def _letters() -> Iterable[str]:
-    return "abcdefghijklmnopqrstuvwxyz"
+    return [Row(row, _counts(row.key), ", ".join(_measured(row, studies))) for row in PUBLISHED]
 
 
 def difference(found: float, printed: str) -> str:
@@ -231,28 +245,6 @@ def difference(found: float, printed: str) -> str:
     same = f"{found:.{digits}f}" == printed
     percent = round(100 * (found / float(printed) - 1), 1) + 0.0  # adding 0 turns -0.0 into 0.0
     return f"{percent:+.1f} {'=' if same else ' '}"
-
-
-def print_table(columns: Sequence[str], groups: Iterable[Iterable[Sequence[str]]], markdown: bool = False) -> None:
-    """Print a table, a line between its groups of rows; `columns` that start with < are left-aligned.
-
-    Args:
-        columns: headings.
-        groups: of rows of cells.
-        markdown: as GitHub's Markdown, else drawn.
-    """
-    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown, collapse_padding=not markdown)
-    for column in columns:
-        table.add_column(column.removeprefix("<"), justify="left" if column.startswith("<") else "right", no_wrap=True)
-    for group in groups:
-        for cells in group:
-            table.add_row(*map(Text, cells))  # [x] in a name is no markup
-        if not markdown:
-            table.add_section()
-    console = Console(highlight=False)
-    wide = console.measure(table, options=console.options.update(width=10_000)).maximum
-    console.width = max(wide, console.width)  # rather a long line than a cell that is cut
-    console.print(table)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -279,14 +271,19 @@ def tables(*, json: bool = False, markdown: bool = False, results: Path = Path("
     studies = read_studies(results)
     rows = compare(studies)
     if json:
-        told = [asdict(row.published) | {"counts": row.counts and asdict(row.counts)} for row in rows]
-        print(jsonlib.dumps({"what_is_counted": WHAT_IS_COUNTED, "rows": told, "studies": studies}, indent=2))
+        told = [
+            {"published": asdict(row.published), "counts": row.counts and asdict(row.counts)}
+            | {"flops": row.counts and row.flops, "measured": row.measured}
+            for row in rows
+        ]
+        found = [{key: study[key] for key in ("file", "table", "text", "base")} for study in studies]
+        print(jsonlib.dumps({"what_is_counted": WHAT_IS_COUNTED, "rows": told, "studies": found}, indent=2))
         return
     print(f"```\n{WHAT_IS_COUNTED}```\n" if markdown else WHAT_IS_COUNTED)
     groups: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
         groups.setdefault(row.published.table, []).append((row.published.table, *_cells(row)))
     columns = ("<table", "<recipe or model", "<network", "params M", "paper", "diff %", "FLOPs G", "paper", "diff %")
-    print_table((*columns, "MACs G", "published", "<measured"), groups.values(), markdown)
-    for letter, study in zip(_letters(), studies, strict=False):
-        print(f"{'- ' if markdown else ''}({letter}) top-1, {study['budget']['text']} ({study['file']})")
+    print(table_text((*columns, "MACs G", "published", "<measured"), groups.values(), markdown))
+    for number, study in enumerate(studies, start=1):
+        print(f"{'- ' if markdown else ''}({number}) {study['text']}: {study['file']}")

@@ -13,76 +13,113 @@ from test_predict import NAMES, save
 from torchvision.transforms import v2
 
 from dualtoken_vit import cli
+from dualtoken_vit.attention import blocks_of
 from dualtoken_vit.data.coco import ShapeScenes, save_scenes
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.localise import measure, places_of
+from dualtoken_vit.localise import gathered, measure, places_of
+from dualtoken_vit.model import resize_grid
 
 
-def by_hand(attended, cover):
-    """The same by loops, for maps and pictures whose sides divide."""
-    (H, W, h, w), (Y, X) = attended.shape, cover.shape
-    token = cover.reshape(H, Y // H, W, X // W).mean((1, 3))
-    place = cover.reshape(h, Y // h, w, X // w).mean((1, 3))
+def pixels_of(size, stride):
+    """The pixels along a side that each cell of a stride holds."""
+    return [range(start, min(start + stride, size)) for start in range(0, size, stride)]
+
+
+def by_hand(attended, cover, stride):
+    """The same by loops over tokens, places and pixels; `attended` is over the places of X_ga."""
+    sides = [(pixels_of(side, stride), pixels_of(side, 32)) for side in cover.shape]
+    token, place = (
+        np.array([[cover[np.ix_(rows, columns)].mean() for columns in sides[1][k]] for rows in sides[0][k]])
+        for k in (0, 1)
+    )
     on, highest, own = [], [], []
-    for row in range(H):
-        for column in range(W):
-            if token[row, column] < min(0.5, token.max()):
-                continue
-            seen = attended[row, column]
-            on.append((seen * place).sum())
-            best = np.unravel_index(seen.argmax(), seen.shape)
-            highest.append(place[best])
-            own.append(best == (int((row + 0.5) / H * h), int((column + 0.5) / W * w)))
+    for row, column in np.ndindex(token.shape):
+        if token[row, column] < min(0.5, token.max()):
+            continue
+        seen = attended[row, column]
+        on.append((seen * place).sum())
+        best = np.unravel_index(seen.argmax(), seen.shape)
+        highest.append(place[best])
+        away = [
+            abs(np.mean(sides[axis][0][at]) - np.array([np.mean(pixels) for pixels in sides[axis][1]]))
+            for axis, at in ((0, row), (1, column))
+        ]
+        distance = np.hypot(away[0][:, None], away[1])
+        own.append(distance[best] <= distance.min() + 1e-3)
     return np.mean(on), place.mean(), np.mean(highest), np.mean(own)
 
 
 @pytest.mark.parametrize("small", [False, True])
-def test_against_loops(small):
+@pytest.mark.parametrize(("size", "stride"), [((224, 224), 16), ((150, 112), 16), ((70, 97), 8), ((112, 112), 32)])
+def test_against_loops(size, stride, small):
     rng = np.random.default_rng(0)
-    attended = rng.dirichlet(np.ones(6), (8, 4)).reshape(8, 4, 2, 3)
-    cover = np.zeros((16, 24))
+    tokens, places = ([-(-side // step) for side in size] for step in (stride, 32))
+    attended = rng.dirichlet(np.full(np.prod(places), 0.2), tokens).reshape(*tokens, *places)
+    cover = np.zeros(size)
     if small:
-        cover[5, 7:9] = 1  # a sixth of one token's cell
+        cover[33, 37:39] = 1  # far less than half of a cell
     else:
-        cover[3:11, 4:17] = 1
+        cover[13:51, 20:67] = 1
     found = places_of(torch.from_numpy(attended), torch.from_numpy(cover))
-    expected = by_hand(attended, cover)
-    np.testing.assert_allclose([found.on_object, found.chance, found.highest, found.own], expected)
+    expected = by_hand(attended, cover, stride)
+    np.testing.assert_allclose([found.on_object, found.chance, found.highest, found.own], expected, atol=1e-9)
+
+
+def test_maps_over_global_tokens_are_taken_to_where_these_come_from():
+    """What a token gives is what it was interpolated from: attending to G or to X_ga by these shares is the same."""
+    torch.manual_seed(0)
+    x_ga = torch.randn(1, 4, 3, 5, dtype=torch.float64)
+    tokens = resize_grid(x_ga, 7).flatten(1, 2)[0]  # (49, 5)
+    attended = torch.rand(2, 6, 7, 7, dtype=torch.float64).flatten(2).softmax(-1).unflatten(2, (7, 7))
+    over_places = gathered(attended, (4, 3))
+    assert over_places.shape == (2, 6, 4, 3)
+    read = over_places.flatten(2) @ x_ga.flatten(1, 2)[0]
+    torch.testing.assert_close(read, attended.flatten(2) @ tokens)
+    assert gathered(attended, (7, 7)) is attended
 
 
 def test_known_maps():
-    cover = torch.zeros(14, 14)
-    cover[:7, :] = 1  # the upper half
+    cover = torch.zeros(224, 224)
+    cover[:96, :] = 1  # three of seven rows
     even = torch.full((7, 7, 7, 7), 1 / 49)
     found = places_of(even, cover)
-    assert found.on_object == pytest.approx(0.5)
-    assert found.chance == pytest.approx(0.5)
+    assert found.on_object == pytest.approx(3 / 7)
+    assert found.chance == pytest.approx(3 / 7)
     itself = torch.eye(49).reshape(7, 7, 7, 7)
-    cover[6, :] = 0  # whole cells only
     found = places_of(itself, cover)
     assert (found.on_object, found.highest, found.own) == (1, 1, 1)
     opposite = itself.flip(2)
     found = places_of(opposite, cover)
-    assert (found.on_object, found.highest) == (0, 0)
+    assert (found.on_object, found.highest, found.own) == (0, 0, 0)
 
 
-def test_measure_is_the_mean_over_the_objects():
-    model = create(num_classes=6)
-    pictures = ShapeScenes("val", 64, count=5)
+@pytest.mark.parametrize("tokens", ["position", "normal"])
+def test_measure_is_the_mean_over_pictures_of_the_mean_over_objects(tokens):
+    model = create(num_classes=6, global_tokens=tokens)
+    for block in blocks_of(model).values():  # maps that are far from even
+        with torch.no_grad():
+            block.broadcast_attn.q.weight.mul_(20)
+    pictures = ShapeScenes("val", 112, count=6)
     pictures.transform = v2.ToDtype(torch.float32, scale=True)
     scores = measure(model, pictures)
     assert [score.block for score in scores] == [f"stages.{stage}.blocks.0" for stage in range(3)]
     for score in scores:
-        places = []
-        for x, target in map(pictures.__getitem__, range(5)):
+        means = []
+        for x, target in map(pictures.__getitem__, range(6)):
+            if not len(target["masks"]):
+                continue
             attended = record(model, x[None])[score.block][0]
-            places += [places_of(attended, mask.float()) for mask in target["masks"]]
-        assert score.objects == len(places) > 3
-        for key in ("on_object", "chance", "highest", "own"):
-            assert getattr(score, key) == pytest.approx(np.mean([getattr(place, key) for place in places]), abs=1e-6)
-        gains = [place.on_object - place.chance for place in places]
-        assert score.error == pytest.approx(np.std(gains, ddof=1) / len(gains) ** 0.5, rel=1e-4)
-        assert score.own_chance == 1 / 49
+            stride = {14: 8, 7: 16, 4: 32}[len(attended)]
+            over_places = gathered(attended, (4, 4)).double().numpy()
+            found = [by_hand(over_places, mask.double().numpy(), stride) for mask in target["masks"]]
+            means.append(np.mean(found, 0))
+        assert score.pictures == len(means) > 3
+        expected = np.mean(means, 0)
+        np.testing.assert_allclose((score.on_object, score.chance, score.highest, score.own), expected, atol=1e-5)
+        gains = [one[0] - one[1] for one in means]
+        assert score.error == pytest.approx(np.std(gains, ddof=1) / len(gains) ** 0.5, rel=1e-3)
+        assert score.own_chance == 1 / 16
+    assert max(abs(score.lift - 1) for score in scores) > 0.005  # else all maps would be even, and nothing seen
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +145,27 @@ def test_the_command(checkpoint, tmp_path, capsys):
     masks = json.loads(capsys.readouterr().out)
     assert run(checkpoint, *files, "--image-size", 64, "--json") == 0
     boxes = json.loads(capsys.readouterr().out)
-    assert masks["objects"] == boxes["objects"] > 0
     assert [score["block"] for score in masks["scores"]] == [f"stages.{i}.blocks.0" for i in range(3)]
     for mask, box in zip(masks["scores"], boxes["scores"], strict=True):
         assert mask["lift"] == mask["on_object"] / mask["chance"]
         assert mask["chance"] < box["chance"]  # a box holds its mask
+        assert mask["objects"] == box["objects"] > 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert run(checkpoint, "--limit", 3) == 0  # drawn scenes
     assert "stages.2.blocks.0" in capsys.readouterr().out
 
 
 def test_mistakes(checkpoint, tmp_path):
-    with pytest.raises(InputError, match="--images DIR and --annotations FILE go together"):
-        run(checkpoint, "--images", tmp_path)
+    for args, message in (
+        ((checkpoint, "--images", tmp_path), "--images DIR and --annotations FILE go together"),
+        ((), "no checkpoint is given"),
+        ((checkpoint, "--image-size", "-5"), "image-size -5 is not a size"),
+        ((checkpoint, "--limit", "0"), "--limit 0: must be at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*args)
     other = save(tmp_path / "best.safetensors", timm.create_model("lightvit_tiny", num_classes=len(NAMES)))
-    with pytest.raises(InputError, match="no Dual Token Blocks"):
+    with pytest.raises(InputError, match=r"best\.safetensors: the network has no Dual Token Blocks"):
         run(other)
     (tmp_path / "none.json").write_text(
         '{"images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}], "categories": [{"id": 1, "name": "a"}],'

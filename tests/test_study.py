@@ -4,43 +4,51 @@ import json
 import math
 
 import pytest
+import timm
 
 from dualtoken_vit import cli, study
+from dualtoken_vit.counting import Counts
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Model
-from dualtoken_vit.study import PRESETS, STUDIES, Result, networks, pooled, verdict
+from dualtoken_vit.study import PRESETS, STUDIES, Result, networks, verdict
 from dualtoken_vit.tables import PUBLISHED, Published
 
 
 def result(name, published, *top1):
-    return Result(Published("Table 0", name, name, "1", "1", str(published)), name, Model(), top1)
+    counts = Counts(params=1, macs=1, flops=1)
+    return Result(Published("Table 0", name, name, "1", "1", str(published)), name, Model(), counts, top1)
 
 
-def test_spread_is_pooled_within_networks():
-    results = [result("a", 70, 0.50, 0.54), result("b", 71, 0.60, 0.60, 0.66)]
-    squares = 2 * 0.02**2 + (2 * 0.02**2 + 0.04**2)  # means 0.52 and 0.62; five runs, two means
-    assert pooled(results) == pytest.approx(math.sqrt(squares / 3))
-    assert results[0].spread == pytest.approx(0.02 * math.sqrt(2))
-    assert pooled([result("a", 70, 0.5), result("b", 71, 0.6)]) is None
+def test_spread():
+    assert result("a", 70, 0.50, 0.54).spread == pytest.approx(0.02 * math.sqrt(2))
+    assert result("a", 70, 0.50, 0.54).mean == pytest.approx(0.52)
+    assert result("a", 70, 0.50).spread is None
 
 
 def test_verdict():
-    # standard deviation 0.01 * sqrt(2) pooled, so two standard errors of a difference of means are 0.0283
-    better = [result("a", 70, 0.50, 0.52), result("b", 71, 0.60, 0.62), result("c", 72, 0.70, 0.72)]
-    lines = verdict(better)
-    assert lines[0] == "Best here: c, 71.0%; in the paper: c, 72 %."
+    """With three networks of two seeds, 0.02 apart, Tukey's bound is q(3 means, 3 free) = 5.91 times 0.01: 0.0591."""
+    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 72, 0.64, 0.66)])
+    assert lines[0] == "Best here: c, 65.0%; in the paper: c, 72 %."
     assert lines[1] == "Of 3 pairs of networks 3 come out in the paper's order, 0 the other way round."
-    assert "1.41%): 3 in the paper's order, 0 the other way round" in lines[2]
-    assert lines[-1] == "The paper's order holds."
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.47, 0.49), result("c", 72, 0.51, 0.53)])
-    assert "2 come out in the paper's order, 1 the other way round" in lines[1]
-    assert "Clearly against it: b over a (-3.0%)." in lines
+    assert "3 in the paper's order, 0 the other way round" in lines[2]
+    assert lines[-1] == "What is clear at this budget is as in the paper."
+    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.555, 0.575), result("c", 72, 0.61, 0.63)])
+    assert "1 in the paper's order, 0 the other way round" in lines[2]  # 0.055 is not beyond the bound, 0.11 is
+    assert "Clearly as in the paper: c over a (+11.0)." in lines
+    lines = verdict([result("a", 72, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 70, 0.51, 0.53)])
+    assert "1 come out in the paper's order, 2 the other way round" in lines[1]
+    assert "Clearly not: a over b (-7.0)." in lines
+    assert "Clearly as in the paper: b over c (+6.0)." in lines
     assert lines[-1] == "The paper's order does not hold at this budget."
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.48, 0.50)])
+    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.53, 0.55)])  # q(2 means, 2 free) = 6.08: 0.0608
     assert lines[-1] == "This budget does not decide about the paper's order."
+    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.565, 0.585)])
+    assert lines[-1] == "What is clear at this budget is as in the paper."
     lines = verdict([result("a", 70, 0.50), result("b", 71, 0.60)])
     assert "One seed: what is chance cannot be told." in lines
     lines = verdict([result("a", 79.2, 0.50, 0.52), result("b", 79.2, 0.60, 0.62)])  # the paper has no order
+    assert lines[1].startswith("Of 0 pairs")
+    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.52, 0.50)])  # nor have we
     assert lines[1].startswith("Of 0 pairs")
 
 
@@ -53,17 +61,17 @@ def test_networks_are_the_papers():
     assert small["a"][1] == Model(name="dualtoken_vit_small_mix", args=("local_attention=window",))
     assert tiny["a"][1] == Model(name="dualtoken_vit_tiny_mix", args=("local_attention=window",))
     assert networks("peers", "tiny") == networks("peers", "small")
-    for preset in PRESETS.values():
-        assert preset.seeds > 1
-    with pytest.raises(InputError, match="there is no study 'tokens'"):
-        networks("tokens", "small")
+    assert all(preset.seeds > 1 for preset in PRESETS.values())
+
+
+KWARGS = dict(depths=(1, 1, 1), dims=(8, 16, 24), num_heads=(1, 2, 3))
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Two shallow networks in place of a study's."""
     rows = [row for row in PUBLISHED if row.key in ("in1k-small-mix", "in1k-small")]
-    args = ("depths=(1,1,1)", "dims=(8,16,24)", "num_heads=(1,2,3)")
+    args = tuple(f"{key}={value}".replace(" ", "") for key, value in KWARGS.items())
     names = ("dualtoken_vit_tiny_mix", "dualtoken_vit_tiny")
     chosen = [(row, Model(name=name, args=args)) for row, name in zip(rows, names, strict=True)]
     monkeypatch.setattr(study, "networks", lambda name, base: chosen)
@@ -93,6 +101,8 @@ def test_the_command(photos, tmp_path, small, capsys):
         assert network["mean"] == pytest.approx(sum(top1) / 2, abs=1e-6)
         assert [json.loads((run / "recipe.json").read_text())["run"]["seed"] for run in runs] == [0, 1]
         assert not any((run / "last.ckpt").exists() for run in runs)
+        model = timm.create_model(network["model"]["name"], num_classes=3, **KWARGS)
+        assert network["counts"]["params"] == sum(p.numel() for p in model.parameters())
     assert record["verdict"][0] in said
     assert (out / "study-mlp.png").read_bytes().startswith(b"\x89PNG")
 
@@ -106,20 +116,52 @@ def test_the_command(photos, tmp_path, small, capsys):
     assert {path for path in before if before[path] != after[path]} == {missing}
     assert json.loads((out / "study-mlp.json").read_text())["networks"] == record["networks"]  # the same, bit by bit
 
-    # accuracies stand in the paper's tables
+    # the paper's tables name it; these networks are in no row
     capsys.readouterr()
     assert cli.run(["tables", "--results", str(tmp_path)]) == 0
     tables = capsys.readouterr().out
-    assert f"{100 * record['networks'][1]['mean']:.1f} (a)" in tables
-    assert record["budget"]["text"] in tables
+    assert f"(1) {record['budget']['text']}" in tables
+    assert "(1)" not in tables.split("Parameters", 1)[0]
+    assert (out / "study-mlp.md").read_text().count("\n| DualToken-ViT-T") == 2
 
-    with pytest.raises(InputError, match=r"--optim.epochs is 1 in the run in .*not 2"):
-        run(photos, out, "--optim.epochs", 2)
+    # what would mix budgets or data is refused
+    kept = (out / "study-mlp.json").read_bytes()
+    for more, message in (
+        (("--seeds", 2, "--optim.epochs", 2), r"--optim.epochs is 1 in the run in .*not 2"),
+        (("--seeds", 1), r"study-mlp\.json is of seeds 2, not 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(photos, out, *more)
+    (photos / "val" / "red" / "0.jpg").rename(photos / "val" / "red" / "another.jpg")
+    with pytest.raises(InputError, match=r"has runs on other pictures"):
+        run(photos, out, "--seeds", 2)
+    assert (out / "study-mlp.json").read_bytes() == kept
 
 
-def test_a_run_that_fails_is_named(photos, tmp_path, small):
-    with pytest.raises(InputError, match=r"seed-0: --optim\.optimizer nothing.*see .*train\.log"):
-        run(photos, tmp_path / "study", "--optim.optimizer", "nothing", "--jobs", 1)
+def test_a_run_that_fails_is_named_and_can_be_mended(photos, tmp_path, small):
+    with pytest.raises(
+        InputError, match=r"seed-0: 36 training pictures do not fill one batch of 40.*see .*train\.log \(and 1 more\)"
+    ):
+        run(photos, tmp_path / "study", "--optim.batch-size", 40, "--seeds", 1)
+    assert run(photos, tmp_path / "study", "--seeds", 1) == 0  # another budget: nothing had begun
+
+
+def test_a_run_that_is_killed_says_so(photos, tmp_path, small, monkeypatch):
+    begin = study._begin
+
+    def killed(work, threads):
+        process = begin(work, threads)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(study, "_begin", killed)
+    with pytest.raises(InputError, match=r"seed-0: stopped by SIGKILL"):
+        run(photos, tmp_path / "study", "--seeds", 1)
+
+
+def test_one_study_at_a_time_in_a_folder(photos, tmp_path, small):
+    with study._alone(tmp_path), pytest.raises(InputError, match="another study works in"):
+        run(photos, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +169,11 @@ def test_a_run_that_fails_is_named(photos, tmp_path, small):
     [
         (("token-cuont",), "there is no study 'token-cuont'; did you mean token-count"),
         (("mlp", "--seeds", "0"), "--seeds 0: must be at least 1"),
-        (("mlp", "--model.name", "resnet18"), "the study chooses the networks"),
+        (("mlp", "--model.name", "resnet18"), r"--model\.name: a study trains networks of its own"),
+        (("peers", "--model.pretrained"), r"--model\.pretrained: a study"),
+        (("peers", "--data.dataset", "shapes", "--data.image-size", "100"), "xcit_tiny_12_p16_224: `patch_size`"),
+        (("mlp", "--data.dataset", "shapes", "--optim.optimizer", "nothing"), "--optim.optimizer nothing"),
+        (("--preset", "gpu", "mlp"), "name the study first"),
         (("mlp", "--data.root", "nowhere"), "nowhere"),
     ],
 )
@@ -140,7 +186,7 @@ def test_mistakes(args, message, tmp_path):
 def test_presets_are_defaults(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("dualtoken_vit.study.study", lambda *args: seen.append(args))
-    cli.run(["study", "mlp", "--preset", "gpu", "--optim.epochs", "3"])
+    cli.run(["study", "mlp", "--preset=gpu", "--optim.epochs", "3"])
     cli.run(["study", "mlp"])
     for (name, recipe, base, seeds, *_), preset, epochs in zip(seen, ("gpu", "cpu"), (3, 1), strict=True):
         assert (name, base, seeds) == ("mlp", PRESETS[preset].base, PRESETS[preset].seeds)
@@ -149,6 +195,7 @@ def test_presets_are_defaults(monkeypatch, tmp_path):
 
 
 def test_a_damaged_result_is_named(tmp_path):
-    (tmp_path / "study-x.json").write_text("{")
-    with pytest.raises(InputError, match=r"study-x\.json is not what `study` writes"):
-        cli.run(["tables", "--results", str(tmp_path)])
+    for text in ("{", '{"table": "Table 6", "budget": {}, "networks": [{}]}'):
+        (tmp_path / "study-x.json").write_text(text)
+        with pytest.raises(InputError, match=r"study-x\.json is not what `study` writes"):
+            cli.run(["tables", "--results", str(tmp_path)])

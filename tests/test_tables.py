@@ -162,7 +162,7 @@ PEERS = {
 
 
 def test_every_table_is_there(rows):
-    counts = {"2": 18, "3": 6, "4": 4, "5": 6, "6": 3, "7": 7, "8": 2, "9": 2}
+    counts = {"2": 18, "3": 8, "4": 7, "5": 6, "6": 3, "7": 7, "8": 2, "9": 2}
     assert {f"Table {key}": number for key, number in counts.items()} == Counter(r.published.table for r in rows)
     found = {row.published.key: row.counts for row in rows}
     assert found.pop("") is None
@@ -175,6 +175,7 @@ def test_every_table_is_there(rows):
     [
         ("mask-rcnn:resnet18", 31, 207),
         ("mask-rcnn:resnet50", 44, 260),
+        ("mask-rcnn:pvt_v2_b0", 23.5, 180),  # 24 and 196 are printed, the latter with attention products
         ("mask-rcnn:lightvit_tiny", 28, 187),
         ("coco-mask-rcnn-1x", 30, 191),
         ("retinanet:resnet50", 37.7, 239),
@@ -208,9 +209,28 @@ def test_json(capsys, rows, compared, monkeypatch):
     tables.tables(json=True)
     said = json.loads(capsys.readouterr().out)
     assert "attention products" in said["what_is_counted"]
-    told = {row["key"]: row for row in said["rows"]}
+    told = {row["published"]["key"]: row for row in said["rows"]}
     assert told["table8-window"]["counts"]["params"] == compared["table8-window"].counts.params
-    assert told["table6-normal"]["params"] == "13.0"
+    assert told["table6-normal"]["published"]["params"] == "13.0"
+    assert told["coco-retinanet-1x"]["flops"] == pytest.approx(168.8e9, rel=1e-3)
+
+
+def test_measured_accuracies_stand_with_their_networks():
+    def study(table, base, *networks):
+        found = [dict(key=key, model=Model(name, tuple(args)), mean=mean) for key, name, args, mean in networks]
+        return dict(file="", table=table, text="", base=base, networks=found)
+
+    grid = ("table7-grid-5", "dualtoken_vit_tiny", ["token_grid=5"], 0.45)
+    whole = ("table7-grid-7", "dualtoken_vit_tiny", [], 0.46)
+    mlp = ("in1k-small-mix", "dualtoken_vit_tiny_mix", [], 0.47)
+    small = ("table7-grid-7", "dualtoken_vit_small", [], 0.5)
+    studies = [study("Table 7", "tiny", grid, whole), study("Table 2", "tiny", mlp), study("Table 7", "small", small)]
+    measured = {row.published.key: row.measured for row in tables.compare(studies)}
+    assert measured["table7-grid-5"] == "T 45.0 (1)"
+    assert measured["table7-grid-7"] == "T 46.0 (1), 50.0 (3)"
+    assert measured["in1k-tiny-mix"] == "47.0 (2)"
+    assert measured["in1k-small-mix"] == ""
+    assert measured["in1k-small"] == measured["table6-position"] == "50.0 (3)"
 
 
 @pytest.mark.parametrize("markdown", [True, False])

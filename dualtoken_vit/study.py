@@ -281,6 +281,8 @@ def _run(works: Sequence[_Work], jobs: int) -> None:
         InputError: after the last one, where runs failed.
     """
     todo = [work for work in works if not work.done]
+    if not todo:
+        return
     waiting, failed = list(todo), []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     running: dict[subprocess.Popen, _Work] = {}

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
+from dualtoken_vit.backbone import check_size
 from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_model
 from dualtoken_vit.console import table_text
 from dualtoken_vit.data.classification import in_threads
@@ -278,7 +279,7 @@ def draw_blocks(seen: Seen, columns: int = 6) -> Figure:
 def _numbers(token: str) -> tuple[int, int]:
     row, comma, column = token.partition(",")
     if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
-        raise InputError(f"--token {token}: give ROW,COL, counted from 0, for example 3,4")
+        raise InputError(f"--token {token}: give ROW,COL, counted from 0, for example 1,2")
     return int(row), int(column)
 
 
@@ -289,10 +290,14 @@ class Viewer:
         self.model, self.class_names = model, loaded.class_names
         self.blocks = blocks_of(model)
         if not -len(self.blocks) <= block < len(self.blocks):
-            raise InputError(f"--block {block}: there are {len(self.blocks)}, 0 to {len(self.blocks) - 1}")
+            raise InputError(
+                f"--block {block}: there are {len(self.blocks)}, 0 to {len(self.blocks) - 1} (-1: the last)"
+            )
         self.block = list(self.blocks)[block]
         preprocessing = loaded.preprocessing
         self.channels, size, _ = preprocessing["input_size"]
+        if image_size is not None:
+            check_size(model, self.channels, image_size)
         self.mean, self.std = (tuple(preprocessing[key]) for key in ("mean", "std"))
         data = Data(
             image_size=image_size or size,

@@ -234,14 +234,21 @@ def benchmark(args: list[str]) -> bool:
 
 def study(args: list[str]) -> bool:
     """Train the networks of one of the paper's comparisons at one equal budget, with several seeds."""
-    from dualtoken_vit.study import PRESETS, STUDIES
+    from dualtoken_vit.study import PRESETS, STUDIES, networks
     from dualtoken_vit.study import study as run
 
     if args and args[0] in ("-h", "--help"):
         console = Console()
         console.print("usage: dualtoken-vit study STUDY [--preset NAME] [OPTIONS]\n", markup=False)
         console.print(f"{study.__doc__}\n\nStudies:")
-        console.print(_listing({name: f"{table} of the paper" for name, (table, _) in STUDIES.items()}))
+        console.print(
+            _listing(
+                {
+                    name: f"{table} of the paper, {len(networks(name, 'small'))} networks"
+                    for name, (table, _) in STUDIES.items()
+                }
+            )
+        )
         console.print("\nPresets:")
         console.print(_listing({name: preset.about for name, preset in PRESETS.items()}))
         console.print("\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help")

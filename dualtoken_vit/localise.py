@@ -260,6 +260,10 @@ def localise(
         size = size if image_size is None else image_size
         check_size(model, channels, size)
         networks.append((checkpoint, model, loaded.preprocessing, channels, size))
+    if len(sizes := {size for *_, size in networks}) > 1:
+        raise InputError(
+            f"the networks see {' and '.join(map(str, sorted(sizes)))} pixels: give one --image-size for all"
+        )
     pictures = _pictures(images, annotations, masks, limit)
     scores: list[Score] = []
     for checkpoint, model, preprocessing, channels, size in networks:
@@ -278,16 +282,29 @@ def localise(
     if json:
         print(dumps({"scores": [asdict(s) | {"lift": s.lift} for s in scores]}))
         return
-    columns = ("<network", "<block", "on object %", "+-", "chance %", "lift", "highest %", "own place %", "chance %")
+    columns = (
+        "<network",
+        "<block",
+        "on object %",
+        "+-",
+        "chance %",
+        "lift",
+        "highest %",
+        "own place %",
+        "its chance %",
+    )
     groups: dict[str, list[tuple[str, ...]]] = {}
     for s in scores:
-        percents = [f"{100 * share:.1f}" for share in (s.on_object, s.error, s.chance, s.highest, s.own, s.own_chance)]
-        cells = (s.checkpoint, s.block, *percents[:3], f"{s.lift:.2f}", *percents[3:])
-        groups.setdefault(s.checkpoint, []).append(cells)
+        lift = [f"{100 * share:.2f}" for share in (s.on_object, s.error, s.chance)]
+        place = [f"{100 * share:.1f}" for share in (s.highest, s.own, s.own_chance)]
+        groups.setdefault(s.checkpoint, []).append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
     print(table_text(columns, groups.values(), markdown))
     print(
-        f"\n{scores[0].objects} objects in {scores[0].pictures} pictures. on object: share of what an "
-        "object's tokens read that lies on it; +-: standard\nerror of its distance from chance; lift: the share over "
-        "chance; highest: how often the place read most from\nlies on it; own place: how often no place is nearer to "
-        "the token."
+        f"\n{scores[0].objects} objects in {scores[0].pictures} of {len(pictures)} pictures; means over the pictures."
+    )
+    print(
+        "on object    share of what an object's tokens read that lies on it; +-: standard error of its lead over chance\n"
+        "chance       share of the places that the object covers; lift: the former over this\n"
+        "highest      how often the place read most from lies on the object, to be compared with chance\n"
+        "own place    how often that place is the token's own, or as near to it as any"
     )

@@ -215,8 +215,13 @@ def _plan(name: str, recipe: Classification, base: Base, seeds: int, out: Path) 
             works.append(_Work(row, own, out / "runs" / "-".join((model.name, *model.args)) / f"seed-{seed}"))
     for work in works:
         stored = stored_recipe(work.folder) if work.begun else None
-        if stored is not None:
+        if stored is None:
+            continue
+        try:
             check_resume(stored, work.recipe, work.folder)
+        except InputError as error:
+            reason = str(error).partition(": a resumed run")[0]
+            raise InputError(f"{reason}: a study is of one budget; leave it out, or give another --out") from error
     return works
 
 
@@ -259,7 +264,7 @@ def _begin(work: _Work, threads: int) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
 
 
-def _end(work: _Work, status: int) -> str:
+def _end(work: _Work, status: int, threads: int) -> str:
     """What went wrong with a run, if anything; of one that is done, what only resuming needs is deleted."""
     if status < 0:
         return f"{work.folder}: stopped by {signal.Signals(-status).name}"
@@ -269,7 +274,7 @@ def _end(work: _Work, status: int) -> str:
     device = torch.accelerator.current_accelerator(check_available=True)
     on = device if device and work.recipe.run.accelerator != "cpu" else torch.device("cpu")
     with atomic_write(work.folder / MACHINE, "w") as file:
-        json.dump(machine.describe(on), file, indent=2)
+        json.dump(machine.describe(on, threads), file, indent=2)
     (work.folder / LAST).unlink(missing_ok=True)
     return ""
 
@@ -284,7 +289,7 @@ def _run(works: Sequence[_Work], jobs: int) -> None:
     if not todo:
         return
     waiting, failed = list(todo), []
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, machine.cores() // jobs)
     running: dict[subprocess.Popen, _Work] = {}
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -298,7 +303,7 @@ def _run(works: Sequence[_Work], jobs: int) -> None:
                     running[_begin(work, threads)] = work
                 for process in [process for process in running if process.poll() is not None]:
                     work = running.pop(process)
-                    problem = _end(work, process.returncode)
+                    problem = _end(work, process.returncode, threads)
                     failed += [problem] * bool(problem)
                     console.print(problem or f"{work.folder}: {work.top1:.1%}", markup=False, soft_wrap=True)
                 names = ", ".join("/".join(work.folder.parts[-2:]) for work in running.values())
@@ -356,20 +361,21 @@ def verdict(results: Sequence[Result]) -> list[str]:
             continue  # no order there, or none here
         right, wrong = right + (found > 0), wrong + (found < 0)
         if chance is not None and chance[i, j] < CHANCE:
-            words = f"{results[high].name} over {results[low].name} ({100 * found:+.1f})"
+            better, worse = (high, low) if found > 0 else (low, high)
+            words = f"{results[better].name} over {results[worse].name} by {100 * abs(found):.1f}"
             (clear if found > 0 else against).append(words)
     lines = [
-        f"Best here: {best.name}, {best.mean:.1%}; in the paper: {theirs.name}, {theirs.published.score} %.",
+        f"Best here: {best.name}, {100 * best.mean:.1f} %; in the paper: {theirs.name}, {theirs.published.score} %.",
         f"Of {right + wrong} pairs of networks {right} come out in the paper's order, {wrong} the other way round.",
     ]
     if chance is None:
         return [*lines, "One seed: what is chance cannot be told."]
     lines.append(
-        f"Clear of the seeds' chance (Tukey's test, {CHANCE:.0%}): {len(clear)} in the paper's order, {len(against)} "
-        "the other way round."
+        f"Clear of the seeds' chance (Tukey's test, {100 * CHANCE:.0f} %): {len(clear)} in the paper's order, "
+        f"{len(against)} the other way round."
     )
-    lines += [f"Clearly as in the paper: {', '.join(clear)}."] * bool(clear)
-    lines += [f"Clearly not: {', '.join(against)}."] * bool(against)
+    lines += [f"As in the paper: {', '.join(clear)}."] * bool(clear)
+    lines += [f"The other way round: {', '.join(against)}."] * bool(against)
     if against:
         lines.append("The paper's order does not hold at this budget.")
     elif clear:

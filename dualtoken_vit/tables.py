@@ -258,7 +258,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (it.key, it.network, *sizes, it.score, row.measured)
 
 
-def tables(*, json: bool = False, markdown: bool = False, results: Path = Path("results")) -> None:
+def tables(*, json: bool = False, markdown: bool = False, results: Path | None = None) -> None:
     """Print the paper's Tables 2 to 9 beside this implementation: parameters and FLOPs, counted now, and accuracies.
 
     Accuracies are the paper's, and those that `study` has measured.
@@ -266,9 +266,15 @@ def tables(*, json: bool = False, markdown: bool = False, results: Path = Path("
     Args:
         json: print one JSON object.
         markdown: print the table as Markdown.
-        results: folder below which `study` has left study-*.json, each with its budget.
+        results: folder below which `study` has left study-*.json, each with its budget; by default `results`, if there
+            is one.
+
+    Raises:
+        InputError: for a folder that is not there, or a file in it that is damaged.
     """
-    studies = read_studies(results)
+    if results is not None and not results.is_dir():
+        raise InputError(f"--results {results}: no such folder")
+    studies = read_studies(results or Path("results"))
     rows = compare(studies)
     if json:
         told = [

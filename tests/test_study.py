@@ -28,17 +28,17 @@ def test_spread():
 def test_verdict():
     """With three networks of two seeds, 0.02 apart, Tukey's bound is q(3 means, 3 free) = 5.91 times 0.01: 0.0591."""
     lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 72, 0.64, 0.66)])
-    assert lines[0] == "Best here: c, 65.0%; in the paper: c, 72 %."
+    assert lines[0] == "Best here: c, 65.0 %; in the paper: c, 72 %."
     assert lines[1] == "Of 3 pairs of networks 3 come out in the paper's order, 0 the other way round."
     assert "3 in the paper's order, 0 the other way round" in lines[2]
     assert lines[-1] == "What is clear at this budget is as in the paper."
     lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.555, 0.575), result("c", 72, 0.61, 0.63)])
     assert "1 in the paper's order, 0 the other way round" in lines[2]  # 0.055 is not beyond the bound, 0.11 is
-    assert "Clearly as in the paper: c over a (+11.0)." in lines
+    assert "As in the paper: c over a by 11.0." in lines
     lines = verdict([result("a", 72, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 70, 0.51, 0.53)])
     assert "1 come out in the paper's order, 2 the other way round" in lines[1]
-    assert "Clearly not: a over b (-7.0)." in lines
-    assert "Clearly as in the paper: b over c (+6.0)." in lines
+    assert "The other way round: b over a by 7.0." in lines
+    assert "As in the paper: b over c by 6.0." in lines
     assert lines[-1] == "The paper's order does not hold at this budget."
     lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.53, 0.55)])  # q(2 means, 2 free) = 6.08: 0.0608
     assert lines[-1] == "This budget does not decide about the paper's order."
@@ -127,7 +127,7 @@ def test_the_command(photos, tmp_path, small, capsys):
     # what would mix budgets or data is refused
     kept = (out / "study-mlp.json").read_bytes()
     for more, message in (
-        (("--seeds", 2, "--optim.epochs", 2), r"--optim.epochs is 1 in the run in .*not 2"),
+        (("--seeds", 2, "--optim.epochs", 2), r"--optim.epochs is 1 in the run in .*not 2: a study is of one budget"),
         (("--seeds", 1), r"study-mlp\.json is of seeds 2, not 1"),
     ):
         with pytest.raises(InputError, match=message):
@@ -195,6 +195,8 @@ def test_presets_are_defaults(monkeypatch, tmp_path):
 
 
 def test_a_damaged_result_is_named(tmp_path):
+    with pytest.raises(InputError, match="--results nowhere: no such folder"):
+        cli.run(["tables", "--results", "nowhere"])
     for text in ("{", '{"table": "Table 6", "budget": {}, "networks": [{}]}'):
         (tmp_path / "study-x.json").write_text(text)
         with pytest.raises(InputError, match=r"study-x\.json is not what `study` writes"):

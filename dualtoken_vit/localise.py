@@ -303,7 +303,7 @@ def localise(
         f"\n{scores[0].objects} objects in {scores[0].pictures} of {len(pictures)} pictures; means over the pictures."
     )
     print(
-        "on object    share of what an object's tokens read that lies on it; +-: standard error of its lead over chance\n"
+        "on object    share of what an object's tokens read that lies on it; +-: standard error of its lead on chance\n"
         "chance       share of the places that the object covers; lift: the former over this\n"
         "highest      how often the place read most from lies on the object, to be compared with chance\n"
         "own place    how often that place is the token's own, or as near to it as any"

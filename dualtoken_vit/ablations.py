@@ -94,11 +94,7 @@ class Windows(Attention):
         index = dy * (2 * self.window - 1) + dx
         self.relative_position_index.copy_(index)
 
-    def padded_qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of LN(x), padded with zeros to whole windows: (B, H, W, C) -> (B, H', W', 3C)."""
-        return self.qkv(pad_to_multiple(self.norm(x), self.window))
-
-    def attend_windows(self, qkv: Tensor) -> Tensor:  # (B, H', W', 3C) -> (B, H', W', C)
+    def attend_windows(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3C) of whole windows -> (B, H, W, C)
         w = self.window
         B, H, W, C = qkv.shape  # of 3C
         y = qkv.reshape(B, H // w, w, W // w, w, C).transpose(2, 3).reshape(-1, w * w, C)  # (B * windows, w^2, 3C)
@@ -112,4 +108,5 @@ class WindowAttention(Windows):
     """Local attention by windows (Table 8): X + MSA over the windows of LN(X), no output projection."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        return x + crop(self.attend_windows(self.padded_qkv(x)), x)
+        qkv = self.qkv(pad_to_multiple(self.norm(x), self.window))
+        return x + crop(self.attend_windows(qkv), x)

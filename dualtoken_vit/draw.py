@@ -130,7 +130,8 @@ def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Se
     rows = zip((objects["boxes"] * scale).tolist(), labels, scores, colors, strict=True)
     for corners, label, score, color in reversed(list(rows)):  # the best on top
         draw.rectangle(corners, outline=color, width=width)
-        text = " ".join([printable(class_names[label])] * (not alone) + [f"{score:.0%}"] * (score is not None))
+        name = "" if alone else printable(class_names[label])
+        text = name if score is None else f"{name} {score:.0%}".strip()
         if not text:
             continue
         _, _, right, bottom = font.getbbox(text)

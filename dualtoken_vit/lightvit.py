@@ -24,6 +24,7 @@ from dualtoken_vit.model import (
     checkpoint_filter_fn,
     create,
     model_cfg,
+    pad_to_multiple,
 )
 
 __all__ = ["LightViT", "checkpoint_filter_fn"]  # the latter is looked for beside a network's class
@@ -39,7 +40,7 @@ class LocalGlobalAttention(Windows):
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:  # (B, H, W, C), (B, M, C) -> (B, M + H*W, C)
-        qkv = self.padded_qkv(x)
+        qkv = self.qkv(pad_to_multiple(self.norm(x), self.window))
         local = crop(self.attend_windows(qkv), x).flatten(1, 2)
         q, k, v = crop(qkv, x).flatten(1, 2).chunk(3, dim=-1)
         g = self.attend(self.qkv(self.norm(g)).chunk(3, dim=-1)[0], k, v)  # aggregation
@@ -71,7 +72,8 @@ class LightBlock(nn.Module):
         self.bidim = BiDim(dim, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:  # (B, H, W, C), (B, M, C)
+    def forward(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (B, H, W, C), (B, M, C)
+        assert g is not None
         tokens = torch.cat((g, x.flatten(1, 2)), dim=1) + self.drop_path1(self.attn(x, g))
         # BiDim wants a map: its mean runs over the tokens of both kinds.
         y = self.bidim(self.mlp(self.norm2(tokens))[:, None])[:, 0]

@@ -258,23 +258,23 @@ def _begin(work: _Work, threads: int) -> subprocess.Popen:
     """Start a run, or go on with it; what it says goes to train.log."""
     with atomic_write(work.folder / RECIPE, "w") as file:  # also of a run that goes on: its data may have moved
         json.dump(to_dict(work.recipe), file, indent=2)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    on = device if device and work.recipe.run.accelerator != "cpu" else torch.device("cpu")
+    with atomic_write(work.folder / MACHINE, "w") as file:
+        json.dump(machine.describe(on, threads), file, indent=2)
     command = [sys.executable, "-m", "dualtoken_vit.cli", "train", "folder", "--out", str(work.folder), "--resume"]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with work.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
 
 
-def _end(work: _Work, status: int, threads: int) -> str:
+def _end(work: _Work, status: int) -> str:
     """What went wrong with a run, if anything; of one that is done, what only resuming needs is deleted."""
     if status < 0:
         return f"{work.folder}: stopped by {signal.Signals(-status).name}"
     if status or not work.done:
         lines = work.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing was said"]
         return f"{work.folder}: {lines[-1].removeprefix('dualtoken-vit: error: ')}; see {work.log}"
-    device = torch.accelerator.current_accelerator(check_available=True)
-    on = device if device and work.recipe.run.accelerator != "cpu" else torch.device("cpu")
-    with atomic_write(work.folder / MACHINE, "w") as file:
-        json.dump(machine.describe(on, threads), file, indent=2)
     (work.folder / LAST).unlink(missing_ok=True)
     return ""
 
@@ -303,7 +303,7 @@ def _run(works: Sequence[_Work], jobs: int) -> None:
                     running[_begin(work, threads)] = work
                 for process in [process for process in running if process.poll() is not None]:
                     work = running.pop(process)
-                    problem = _end(work, process.returncode, threads)
+                    problem = _end(work, process.returncode)
                     failed += [problem] * bool(problem)
                     console.print(problem or f"{work.folder}: {work.top1:.1%}", markup=False, soft_wrap=True)
                 names = ", ".join("/".join(work.folder.parts[-2:]) for work in running.values())

@@ -4,7 +4,7 @@ What the paper prints is in `PUBLISHED`; nothing else is stored here.
 """
 
 import json as jsonlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -114,6 +114,8 @@ _PRINTED: dict[str, tuple[tuple[str, str, str, str, str], ...]] = {
 # fmt: on
 PUBLISHED = [Published(table, *row) for table, rows in _PRINTED.items() for row in rows]
 
+DENSE = ("Table 3", "Table 4", "Table 5")  # of detectors and segmenters
+
 WHAT_IS_COUNTED = """\
 Parameters and FLOPs are counted now; "paper" is what it prints.
 MACs   multiply-accumulates of convolutions, linear layers and attention products (Q K^T, and its product with V).
@@ -145,7 +147,7 @@ class Row:
     def flops(self) -> int:
         """By the rule of the row's table."""
         assert self.counts is not None
-        without = self.published.table in ("Table 3", "Table 4", "Table 5")
+        without = self.published.table in DENSE
         return self.counts.flops - without * self.counts.attention
 
 
@@ -221,22 +223,24 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
     return studies
 
 
-def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The accuracies of a row's network; in the ablation that it stands in, also of a smaller one in its place."""
-    if not row.key:
-        return
+def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
+    """The accuracies of a classifier; in the ablation that it stands in, also of a smaller one in its place."""
+    if not row.key or row.table in DENSE:
+        return ""
+    found: dict[str, list[str]] = {}  # accuracy: the numbers of the studies that have it, often from the same runs
     for number, study in enumerate(studies, start=1):
         for network in study["networks"]:
-            stands_in = network["key"] == row.key and row.table == study["table"] != "Table 2"
+            top1 = f"{100 * network['mean']:.1f}"
             if network["model"] == bare(model_of(row.key)):
-                yield f"{100 * network['mean']:.1f} ({number})"
-            elif stands_in:
-                yield f"{study['base'][0].upper()} {100 * network['mean']:.1f} ({number})"
+                found.setdefault(top1, []).append(str(number))
+            elif network["key"] == row.key and row.table == study["table"] != "Table 2":
+                found.setdefault(f"{study['base'][0].upper()} {top1}", []).append(str(number))
+    return "; ".join(f"{top1} ({', '.join(numbers)})" for top1, numbers in found.items())
 
 
 def compare(studies: Sequence[dict[str, Any]] = ()) -> list[Row]:
     """Count every network of the paper's tables, and add what `read_studies` found of it."""
-    return [Row(row, _counts(row.key), ", ".join(_measured(row, studies))) for row in PUBLISHED]
+    return [Row(row, _counts(row.key), _measured(row, studies)) for row in PUBLISHED]
 
 
 def difference(found: float, printed: str) -> str:

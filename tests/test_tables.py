@@ -225,12 +225,14 @@ def test_measured_accuracies_stand_with_their_networks():
     mlp = ("in1k-small-mix", "dualtoken_vit_tiny_mix", [], 0.47)
     small = ("table7-grid-7", "dualtoken_vit_small", [], 0.5)
     studies = [study("Table 7", "tiny", grid, whole), study("Table 2", "tiny", mlp), study("Table 7", "small", small)]
+    studies.append(study("Table 6", "small", ("table6-position", *small[1:])))
     measured = {row.published.key: row.measured for row in tables.compare(studies)}
     assert measured["table7-grid-5"] == "T 45.0 (1)"
-    assert measured["table7-grid-7"] == "T 46.0 (1), 50.0 (3)"
+    assert measured["table7-grid-7"] == "T 46.0 (1); 50.0 (3, 4)"
+    assert measured["coco-retinanet-1x"] == ""  # no accuracy of a detector
     assert measured["in1k-tiny-mix"] == "47.0 (2)"
     assert measured["in1k-small-mix"] == ""
-    assert measured["in1k-small"] == measured["table6-position"] == "50.0 (3)"
+    assert measured["in1k-small"] == measured["table6-position"] == "50.0 (3, 4)"
 
 
 @pytest.mark.parametrize("markdown", [True, False])

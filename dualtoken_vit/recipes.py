@@ -275,6 +275,9 @@ class Segmentation:
     """Channels of the head."""
     dropout: float = 0.1
     """Rate at which channels are left out before the classifiers, in training."""
+    class_weights: Literal["equal", "median-frequency", "log"] = "equal"
+    """What a pixel counts in the loss, by its class, where f is the class's share of the training pixels: 1; the median
+    of all f / f, each f among the pictures that have the class (SegNet); or 1 / ln(1.02 + f) (ENet)."""
     model: Model = Model()
     data: SegmentationData = SegmentationData()
     augment: SegmentationAugment = SegmentationAugment()

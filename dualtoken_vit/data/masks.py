@@ -107,6 +107,23 @@ class ScenePictures(Dataset):
         """
         raise NotImplementedError
 
+    def mask(self, index: int) -> np.ndarray:
+        """The mask of picture `index`, (H, W) uint8, as `load` gives it; faults in it may go unseen."""
+        return self.load(index)[1]
+
+    def count_pixels(self, progress: bool = True) -> np.ndarray:
+        """(pictures, classes) int64: how many pixels each class has in each mask.
+
+        Raises:
+            InputError: for a mask that cannot be read.
+        """
+
+        def count(index: int) -> np.ndarray:
+            return np.bincount(self.mask(index).ravel(), minlength=256)[: len(self.class_names)]
+
+        title = "counting the classes' pixels" if progress else ""
+        return np.stack(list(in_threads(count, range(len(self)), len(self), title)))
+
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
         """Read every picture and mask once, as `classification.PictureDataset.verify`; none is left out.
 
@@ -144,6 +161,29 @@ class MaskPictures(ScenePictures):
         if fault:
             raise InputError(f"{self.masks[index]}: {fault}")
         return picture, classes
+
+    def mask(self, index: int) -> np.ndarray:
+        return to_classes(read_mask(self.masks[index]), self.table)
+
+
+def class_weights(kind: str, pixels: np.ndarray) -> np.ndarray:
+    """What a pixel of each class counts in the loss, (classes,) float32; 0 for a class that has none.
+
+    Args:
+        kind: "equal", "median-frequency" (Badrinarayanan et al., arXiv 1511.00561, section 4) or "log" (Paszke et al.,
+            arXiv 1606.02147, section 5.2)
+        pixels: of `ScenePictures.count_pixels`
+    """
+    there = pixels > 0
+    seen = there.any(0)
+    if kind == "median-frequency":
+        share = pixels.sum(0) / np.maximum((there * pixels.sum(1, keepdims=True)).sum(0), 1)
+        weights = np.median(share[seen]) / np.where(seen, share, 1)
+    elif kind == "log":
+        weights = 1 / np.log(1.02 + pixels.sum(0) / pixels.sum())
+    else:
+        weights = np.ones(len(seen))
+    return np.where(seen, weights, 0).astype(np.float32)
 
 
 def size_fault(path: str, size: tuple[int, int], labels: np.ndarray) -> str:

@@ -21,6 +21,7 @@ from dualtoken_vit.data.masks import (
     ScenePictures,
     build_datasets,
     build_val_dataset,
+    class_weights,
     collate,
     train_transform,
 )
@@ -37,10 +38,13 @@ FIGURES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": 
 Batch = tuple[list[Tensor], list[Tensor]]
 
 
-def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the pixels that count; 0 where none does."""
-    loss = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
-    return loss / (mask != IGNORE).sum().clamp(min=1)
+def cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The mean over the pixels that count, weighted by their class if `weights` (classes,) say so; 0 where none counts."""
+    loss = F.cross_entropy(logits, mask, weights, ignore_index=IGNORE, reduction="sum")
+    counts = mask != IGNORE
+    if weights is not None:
+        counts = weights[mask * counts] * counts
+    return loss / counts.sum().clamp(min=1e-6)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class SegmentationTask(Task):
         recipe: the experiment
         val: the validation pictures, of which the worst are drawn
         steps_per_epoch: optimiser steps
+        weights: of the classes in the loss, if they are not equal
     """
 
     score = "miou"
@@ -86,8 +91,16 @@ class SegmentationTask(Task):
     }
     collate = staticmethod(collate)
 
-    def __init__(self, model: nn.Module, recipe: Segmentation, val: ScenePictures, steps_per_epoch: int = 1):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Segmentation,
+        val: ScenePictures,
+        steps_per_epoch: int = 1,
+        weights: Tensor | None = None,
+    ):
         super().__init__(model, recipe, steps_per_epoch)
+        self.register_buffer("weights", weights, persistent=False)
         self.val, self.view = val, view_of(recipe)
         self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=IGNORE, validate_args=False)
         self.found: dict[int, tuple[float, np.ndarray]] = {}
@@ -102,7 +115,8 @@ class SegmentationTask(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         pictures, masks = (torch.stack(each) for each in batch)
         masks = masks.long()
-        losses = {name: cross_entropy(logits, masks) for name, logits in self.model(pictures / 255).items()}
+        found = self.model(pictures / 255)
+        losses = {name: cross_entropy(logits, masks, self.weights) for name, logits in found.items()}
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(pictures))
         loss = losses["out"] + AUX_WEIGHT * losses["aux"]
         self.log("train/loss", loss, prog_bar=True, batch_size=len(pictures))
@@ -200,6 +214,9 @@ def prepare(recipe: Segmentation, start: Model) -> Setup:
     network = dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
     head = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
     model = build_segmenter(recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head)
+    weights = None
+    if recipe.class_weights != "equal":
+        weights = torch.from_numpy(class_weights(recipe.class_weights, train.count_pixels()))
     statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
     return Setup(
         model=model,
@@ -209,7 +226,7 @@ def prepare(recipe: Segmentation, start: Model) -> Setup:
         preprocessing=dict(input_size=(start.in_chans, *recipe.data.crop_size), **statistics),
         model_args={**args, "segmenter": recipe.segmenter, **head},
         report=load_weights(model, start.checkpoint, train.class_names) if start.checkpoint else None,
-        build_task=lambda model, steps: SegmentationTask(model, recipe, val, steps),
+        build_task=lambda model, steps: SegmentationTask(model, recipe, val, steps, weights),
     )
 
 

@@ -39,7 +39,7 @@ Batch = tuple[list[Tensor], list[Tensor]]
 
 
 def cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean over the pixels that count, weighted by their class if `weights` (classes,) say so; 0 where none counts."""
+    """The mean over the pixels that count, weighted by class if there are `weights` (classes,); 0 where none counts."""
     loss = F.cross_entropy(logits, mask, weights, ignore_index=IGNORE, reduction="sum")
     counts = mask != IGNORE
     if weights is not None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
-from torch import nn
+from torch import Tensor, nn
 
 from dualtoken_vit.errors import InputError, first_line
 
@@ -16,6 +17,9 @@ __all__ = ["Backbone", "OverBackbone", "check_size", "create_body", "statistics"
 
 class Backbone(FeatureGetterNet):
     """Some of a timm network's maps, (B, C, H, W) each, the finest first; what lies behind the last is cut off.
+
+    A network that takes only sizes that its last stride divides (HRNet, DLA) sees zeros at the right and bottom; the
+    places of its maps that lie beyond the picture are left out.
 
     Args:
         model: from timm.create_model, with `forward_intermediates`
@@ -31,15 +35,35 @@ class Backbone(FeatureGetterNet):
     def __init__(self, model: nn.Module, indices: Sequence[int], user: str, size: tuple[int, int], in_chans: int = 3):
         super().__init__(model, out_indices=list(indices))
         self.strides: list[int] = self.feature_info.reduction()
-        try:
-            with torch.no_grad():
-                maps = self.eval()(torch.zeros(1, in_chans, *size))
-        except (AssertionError, RuntimeError, ValueError) as error:
+        self.multiple = 1
+        """What must divide the sides of what the network sees."""
+        maps = self._try(in_chans, size)
+        if maps is None:
+            self.multiple = self.strides[-1]
+            maps = self._try(in_chans, size)
+        if maps is None:
             name, pixels = model.pretrained_cfg["architecture"], f"{size[0]}x{size[1]} pixels"
-            raise InputError(f"--model.name {name}: refuses {pixels}; {user} needs a network for any size") from error
+            raise InputError(
+                f"--model.name {name}: refuses {pixels}; {user} needs a network for any size (a vision transformer "
+                "may be one with --model.args dynamic_img_size=True dynamic_img_pad=True)"
+            )
         self.sizes = [tuple(m.shape[2:]) for m in maps]
         """Those of its maps of that picture."""
         self.train()
+
+    @torch.no_grad()
+    def _try(self, in_chans: int, size: tuple[int, int]) -> list[Tensor] | None:
+        try:
+            return self.eval()(torch.zeros(1, in_chans, *size))
+        except (AssertionError, RuntimeError, ValueError):
+            return None
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if self.multiple == 1:
+            return super().forward(x)
+        height, width = x.shape[-2:]
+        maps = super().forward(F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple)))
+        return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, self.strides, strict=True)]
 
 
 class OverBackbone:

@@ -18,6 +18,7 @@ from dualtoken_vit.data.masks import (
     ShapeScenes,
     build_datasets,
     build_val_dataset,
+    class_weights,
     save_scenes,
     train_transform,
 )
@@ -103,6 +104,36 @@ def test_classes_without_a_file_are_counted(tree):
     assert build_datasets(data(tree, reduce_zero_label=True), 3)[0].class_names == ("0", "1")
     spoil(tree, lambda labels: labels % 2, "0")
     assert build_datasets(data(tree, limit=1), 3)[0].class_names == ("0", "1", "2")  # of all the masks
+
+
+@pytest.mark.parametrize("kind", ["median-frequency", "log"])
+def test_classes_are_weighted_by_their_pixels(tree, kind):
+    """By the definitions of SegNet's and ENet's papers, pixel by pixel; "car" is in one picture, "sign" in none."""
+    (tree / "classes.txt").write_text("sky\nroad\ncar\nsign\n")
+    spoil(tree, lambda labels: np.where(labels == 2, 0, labels), name="1")
+    train, _ = build_datasets(data(tree), 3)
+    found = class_weights(kind, train.count_pixels(progress=False))
+    masks = [[label for label in labels_of(tree, name).ravel() if label != 255] for name in ("0", "1")]
+    if kind == "log":
+        pixels = [label for mask in masks for label in mask]
+        expected = [1 / np.log(1.02 + pixels.count(k) / len(pixels)) for k in range(3)]
+    else:
+        shares = []
+        for k in range(3):
+            having = [label for mask in masks if k in mask for label in mask]
+            shares.append(having.count(k) / len(having))
+        expected = [np.median(shares) / share for share in shares]
+    assert found.tolist() == pytest.approx([*expected, 0], rel=1e-6)
+    assert class_weights("equal", train.count_pixels(progress=False)).tolist() == [1, 1, 1, 0]
+
+
+def test_drawn_scenes_are_counted_by_their_masks():
+    scenes = ShapeScenes("train", 32, count=3)
+    pixels = scenes.count_pixels(progress=False)
+    assert pixels.sum(1).tolist() == [32 * 32] * 3
+    assert [row.tolist() for row in pixels] == [
+        [int((scenes.load(index)[1] == k).sum()) for k in range(len(scenes.class_names))] for index in range(3)
+    ]
 
 
 def test_ade20k_s_layout(tree):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import load_model, read_checkpoint
-from dualtoken_vit.data.masks import IGNORE, save_scenes
+from dualtoken_vit.data.masks import IGNORE, class_weights, collate, save_scenes
 from dualtoken_vit.draw import color_of, draw_scene
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Model, Segmentation, SegmentationData
 from dualtoken_vit.segmenters import View, segment
 from dualtoken_vit.tasks import segmentation
 from dualtoken_vit.tasks.evaluation import evaluate
@@ -125,6 +127,30 @@ def test_the_loss_leaves_out_what_is_ignored():
     picked = -logits.log_softmax(1).gather(1, mask.clamp(max=2)[:, None])[:, 0]
     assert cross_entropy(logits, mask).item() == pytest.approx(picked[mask != IGNORE].mean().item(), rel=1e-5)
     assert cross_entropy(logits, torch.full_like(mask, IGNORE)).item() == 0
+    weights = torch.tensor([0.1, 1, 4])
+    weighted = torch.nn.functional.cross_entropy(logits, mask, weights, ignore_index=IGNORE)
+    assert cross_entropy(logits, mask, weights).item() == pytest.approx(weighted.item(), rel=1e-5)
+    assert cross_entropy(logits, torch.full_like(mask, IGNORE), weights).item() == 0
+
+
+def test_training_weighs_the_classes(scenes):
+    recipe = Segmentation(class_weights="log", data=SegmentationData(root=str(scenes), crop_size=(32, 32), workers=0))
+    model = Model("dualtoken_vit_tiny", ("dims=(16,32,32)", "depths=(1,1,1)"))
+    setup = segmentation.prepare(replace(recipe, model=model, width=8), model)
+    task = setup.build_task(setup.model, 1)
+    assert task.weights.tolist() == class_weights("log", setup.train.count_pixels(progress=False)).tolist()
+    assert "weights" not in task.state_dict()  # files of other runs still fit
+    batch = collate([setup.train[index] for index in range(4)])
+    task.log = task.log_dict = lambda *args, **kwargs: None
+    torch.manual_seed(0)
+    loss = task.training_step(batch, 0)
+    torch.manual_seed(0)  # of the dropout
+    found, masks = setup.model(torch.stack(batch[0]) / 255), torch.stack(batch[1]).long()
+    out, aux = (
+        torch.nn.functional.cross_entropy(found[name], masks, task.weights, ignore_index=IGNORE)
+        for name in ("out", "aux")
+    )
+    assert loss.item() == pytest.approx((out + 0.4 * aux).item(), rel=1e-4)
 
 
 # Runs

@@ -94,6 +94,29 @@ def test_the_head_sees_the_last_map_at_stride_8_of_a_normalised_picture():
     torch.testing.assert_close(seen[0], F.interpolate(last, (8, 13), mode="bilinear"), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_network_for_multiples_of_32_sees_zeros_around_the_picture():
+    segmenter = create(name="dla34").eval()
+    plain = timm.create_model("dla34", features_only=True, out_indices=(4, 5)).eval()
+    with pytest.raises(RuntimeError):
+        plain(torch.zeros(1, 3, 70, 99))
+    plain.load_state_dict(segmenter.network.state_dict(), strict=False)
+    x = torch.randn(1, 3, 72, 40)  # of 3x2 places of stride 32, and of 5x3 of stride 16 that show some of the picture
+    framed = torch.zeros(1, 3, 96, 64)
+    framed[..., :72, :40] = x
+    middle, last = plain(framed)
+    found = segmenter.backbone(x)
+    torch.testing.assert_close(found[0], middle[..., :5, :3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], last, rtol=1e-4, atol=1e-4)
+    assert segmenter(x).shape == (1, 3, 72, 40)
+
+
+@torch.no_grad()
+def test_a_vision_transformer_with_its_size_set_free():
+    free = dict(dynamic_img_size=True, dynamic_img_pad=True)
+    assert create(name="vit_tiny_patch16_224", **free).eval()(torch.rand(1, 3, 50, 90)).shape == (1, 3, 50, 90)
+
+
 @pytest.mark.parametrize("stride", [8, 16])
 @torch.no_grad()
 def test_output_stride(stride):

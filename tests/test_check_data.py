@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dualtoken_vit.data.check import check_data
+from dualtoken_vit.data.check import check_data, first
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Classification, Data, Model
 
@@ -111,6 +111,12 @@ def test_many_duplicates_are_counted(check, photos):
     assert sum(line.startswith("in both splits: ") for line in lines) == 20
     assert "... and 16 more: in both splits" in lines
     assert lines[-1] == "problems: 36"
+
+
+def test_of_many_lines_the_first_are_shown():
+    files = [f"masks/{index}.png: label 7 in 3 pixels" for index in range(25)]
+    assert first(files) == [*files[:20], "... and 5 more"]  # no file's name, which would say nothing of those
+    assert first(files[:20]) == files[:20]
 
 
 def test_with_a_holdout_val_is_not_looked_at(check, photos):

@@ -205,5 +205,8 @@ def _foreign(folder: Path) -> list[str]:
 
 def first(lines: list[str]) -> list[str]:
     """The first lines, and how many there are beside them."""
-    more = [f"... and {len(lines) - _SHOWN} more: {lines[0].partition(':')[0]}"] if len(lines) > _SHOWN else []
-    return lines[:_SHOWN] + more
+    if len(lines) <= _SHOWN:
+        return lines
+    kinds = {line.partition(":")[0] for line in lines}  # or files, if the lines begin with one
+    kind = f": {kinds.pop()}" if len(kinds) == 1 else ""
+    return [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more{kind}"]

@@ -1,5 +1,6 @@
 """What is asked of a timm network: its size of pictures, its maps for detectors and segmenters."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from dualtoken_vit.errors import InputError, first_line
 
 __all__ = ["Backbone", "OverBackbone", "check_size", "create_body", "statistics"]
+
+FREED = {"dynamic_img_size": True, "strict_img_size": False}  # arguments that let timm networks take any size
 
 
 class Backbone(FeatureGetterNet):
@@ -37,26 +40,31 @@ class Backbone(FeatureGetterNet):
         self.strides: list[int] = self.feature_info.reduction()
         self.multiple = 1
         """What must divide the sides of what the network sees."""
-        maps = self._try(in_chans, size)
-        if maps is None:
-            self.multiple = self.strides[-1]
+        try:
             maps = self._try(in_chans, size)
-        if maps is None:
-            name, pixels = model.pretrained_cfg["architecture"], f"{size[0]}x{size[1]} pixels"
-            raise InputError(
-                f"--model.name {name}: refuses {pixels}; {user} needs a network for any size (a vision transformer "
-                "may be one with --model.args dynamic_img_size=True dynamic_img_pad=True)"
-            )
+        except (AssertionError, RuntimeError, ValueError) as error:
+            self.multiple = self.strides[-1]
+            try:
+                maps = self._try(in_chans, size)
+            except (AssertionError, RuntimeError, ValueError):
+                raise InputError(self._refusal(user, size, first_line(error))) from error
         self.sizes = [tuple(m.shape[2:]) for m in maps]
         """Those of its maps of that picture."""
         self.train()
 
     @torch.no_grad()
-    def _try(self, in_chans: int, size: tuple[int, int]) -> list[Tensor] | None:
-        try:
-            return self.eval()(torch.zeros(1, in_chans, *size))
-        except (AssertionError, RuntimeError, ValueError):
-            return None
+    def _try(self, in_chans: int, size: tuple[int, int]) -> list[Tensor]:
+        return self.eval()(torch.zeros(1, in_chans, *size))
+
+    def _refusal(self, user: str, size: tuple[int, int], reason: str) -> str:
+        known = inspect.signature(type(self.model)).parameters
+        freed = next((f"{key}={value}" for key, value in FREED.items() if key in known), "")
+        hint = f"; try --model.args {freed}" if freed else ""
+        name = self.model.pretrained_cfg["architecture"]
+        return (
+            f"--model.name {name}: refuses {size[0]}x{size[1]} pixels ({reason}); {user} needs a network for any "
+            f"size{hint}"
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         if self.multiple == 1:

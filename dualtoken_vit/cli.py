@@ -285,6 +285,9 @@ def check_data(args: list[str]) -> bool:
         prog=f"dualtoken-vit check-data {name}",
         description=f"{check_data.__doc__} {ABOUT[name]}",
     )
+    from dualtoken_vit.tasks.base import check_ranges
+
+    check_ranges(chosen.recipe)
     if chosen.recipe.task == "detection":
         from dualtoken_vit.data.check_coco import check_detection_data
 

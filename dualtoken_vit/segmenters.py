@@ -29,12 +29,22 @@ __all__ = ["SEGMENTERS", "Segmenter", "View", "build_segmenter", "create_segment
 STRIDE = 8  # that the last map is resized to
 AUX_WIDTH = 256
 LEAST_SIDE = 32  # of pictures, in pixels
-LOGITS = 2**26  # numbers that the scores of pictures that go in together may be: 256 MiB, of which several are held
+LOGITS = 2**26  # numbers of scores at the pictures' size that are held at a time: 256 MiB, and as many again
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     same = tuple(x.shape[-2:]) == tuple(size)
     return x if same else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
+    """Resize a map (B, C, h, w) to `factor` times its size, and keep the first rows and columns: `size`.
+
+    The last places of a map reach beyond a picture whose sides their stride does not divide. Resized to the picture's
+    size, the map would be squeezed, and all that it says shifted.
+    """
+    inner = [max(round(side * factor), least) for side, least in zip(x.shape[-2:], size, strict=True)]
+    return resize(x, inner)[..., : size[0], : size[1]]
 
 
 def atrous_pooling(channels: int, width: int) -> nn.Module:
@@ -99,10 +109,14 @@ class Segmenter(OverBackbone, nn.Module):
         size = x.shape[-2:]
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         middle, last = self.backbone(x)
+        middle_stride, stride = self.backbone.strides
         if self.stride:
-            last = resize(last, [-(-side // self.stride) for side in size])
-        out = resize(self.head(last).float(), size)
-        return {"out": out, "aux": resize(self.aux_head(middle).float(), size)} if self.training else out
+            last = enlarge(last, stride / self.stride, [-(-side // self.stride) for side in size])
+            stride = self.stride
+        out = enlarge(self.head(last).float(), stride, size)
+        if not self.training:
+            return out
+        return {"out": out, "aux": enlarge(self.aux_head(middle).float(), middle_stride, size)}
 
 
 def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.Module:
@@ -223,6 +237,9 @@ def segment(model: Segmenter, pictures: Sequence[Tensor], view: View) -> list[Te
 
     Pictures of one size go through the network together, as many as `LOGITS` allows. No side is made smaller than 32
     pixels.
+
+    Raises:
+        InputError: where the network's answers are not numbers.
     """
     alike: dict[torch.Size, list[int]] = defaultdict(list)
     for index, picture in enumerate(pictures):
@@ -232,25 +249,35 @@ def segment(model: Segmenter, pictures: Sequence[Tensor], view: View) -> list[Te
         most = max(1, LOGITS // (model.num_classes * size[1] * size[2]))
         for start in range(0, len(indices), most):
             some = indices[start : start + most]
-            found = _scores(model, torch.stack([pictures[index] for index in some]), view).argmax(1)
+            found = _classes(model, torch.stack([pictures[index] for index in some]), view)
             labels |= zip(some, found, strict=True)
     return [labels[index] for index in range(len(pictures))]
 
 
-def _scores(model: Segmenter, x: Tensor, view: View) -> Tensor:  # (B, C, H, W) -> (B, num_classes, H, W)
+def _classes(model: Segmenter, x: Tensor, view: View) -> Tensor:  # (B, C, H, W) -> (B, H, W)
     size = x.shape[-2:]
     base = view.image_size / min(size) if view.image_size else 1.0
-    views = list(product(view.scales, (False, True) if view.flip else (False,)))
-    total: Tensor | float = 0.0
-    for scale, flip in views:
+    several = len(view.scales) > 1 or view.flip
+    scores = []  # of each view, at its size
+    for scale, flip in product(view.scales, (False, True) if view.flip else (False,)):
         inner = [max(LEAST_SIDE, round(side * base * scale)) for side in size]
         y = x.flip(-1) if flip else x
         if inner != list(size):
             y = F.interpolate(y, inner, mode="bilinear", align_corners=False, antialias=True)
-        logits = resize(_slide(model, y, view) if view.mode == "slide" else model(y), size)
-        scores = logits.softmax(1) if len(views) > 1 else logits
-        total = total + (scores.flip(-1) if flip else scores)
-    return total
+        logits = _slide(model, y, view) if view.mode == "slide" else model(y)
+        if not logits.isfinite().all():
+            raise InputError("the network answers with what are not numbers; take another checkpoint")
+        found = logits.softmax(1) if several else logits
+        scores.append(found.flip(-1) if flip else found)
+    # A few classes at a time: all of a large picture's scores at its own size may not fit into memory.
+    step = max(1, LOGITS // (len(x) * size[0] * size[1]))
+    best, classes = x.new_full((len(x), *size), -torch.inf), x.new_zeros((len(x), *size), dtype=torch.int64)
+    for start in range(0, scores[0].shape[1], step):
+        total = sum(resize(each[:, start : start + step], size) for each in scores)
+        highest, which = total.max(1)
+        classes = torch.where(highest > best, which + start, classes)
+        best = torch.maximum(best, highest)
+    return classes
 
 
 def _slide(model: Segmenter, x: Tensor, view: View) -> Tensor:

@@ -82,6 +82,7 @@ def test_help_of_other_commands(call, command):
         (["train", "folder"], "--data.root is missing"),
         (["train", "folder", "--data.root", "nowhere"], "nowhere: no such folder"),
         (["check-data", "folder", "--data.root", "nowhere"], "nowhere: no such folder"),
+        (["check-data", "masks", "--data.limit", "0"], "--data.limit 0: must be at least 1"),
         (["evaluate", "nothing.safetensors"], "there is no checkpoint nothing.safetensors"),
         (["evaluate"], "PATH"),
         (["predict", "nothing.safetensors", "nothing.jpg"], "nothing"),

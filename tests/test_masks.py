@@ -19,6 +19,7 @@ from dualtoken_vit.data.masks import (
     build_datasets,
     build_val_dataset,
     class_weights,
+    read_mask,
     save_scenes,
     train_transform,
 )
@@ -106,13 +107,23 @@ def test_classes_without_a_file_are_counted(tree):
     assert build_datasets(data(tree, limit=1), 3)[0].class_names == ("0", "1", "2")  # of all the masks
 
 
+@pytest.mark.parametrize(("ignored", "hint"), [(0, "give --data.reduce-zero-label"), (1, "give it a higher number")])
+def test_without_a_file_no_label_of_a_class_is_ignored(tree, ignored, hint):
+    (tree / "classes.txt").unlink()
+    for name in ("0", "1"):
+        spoil(tree, lambda labels: np.where(labels == 255, 0, labels), name)
+    with pytest.raises(InputError, match=f"--data.ignore-index {ignored}: a label among .*; {hint}"):
+        build_datasets(data(tree, ignore_index=ignored), 3)
+    assert build_datasets(data(tree, ignore_index=0, reduce_zero_label=True), 3)[0].class_names == ("0", "1")
+
+
 @pytest.mark.parametrize("kind", ["median-frequency", "log"])
 def test_classes_are_weighted_by_their_pixels(tree, kind):
-    """By the definitions of SegNet's and ENet's papers, pixel by pixel; "car" is in one picture, "sign" in none."""
+    """By their definitions, pixel by pixel; "car" is in one picture, "sign" in none."""
     (tree / "classes.txt").write_text("sky\nroad\ncar\nsign\n")
     spoil(tree, lambda labels: np.where(labels == 2, 0, labels), name="1")
     train, _ = build_datasets(data(tree), 3)
-    found = class_weights(kind, train.count_pixels(progress=False))
+    assert train.verify(progress=False) == []
     masks = [[label for label in labels_of(tree, name).ravel() if label != 255] for name in ("0", "1")]
     if kind == "log":
         pixels = [label for mask in masks for label in mask]
@@ -123,17 +134,47 @@ def test_classes_are_weighted_by_their_pixels(tree, kind):
             having = [label for mask in masks if k in mask for label in mask]
             shares.append(having.count(k) / len(having))
         expected = [np.median(shares) / share for share in shares]
-    assert found.tolist() == pytest.approx([*expected, 0], rel=1e-6)
-    assert class_weights("equal", train.count_pixels(progress=False)).tolist() == [1, 1, 1, 0]
+    assert class_weights(kind, train.pixels).tolist() == pytest.approx([*expected, 0], rel=1e-5)
+
+
+def test_the_median_of_two_frequencies_lies_between_them():
+    pixels = torch.tensor([[30, 10, 0], [40, 40, 0]])
+    assert class_weights("median-frequency", pixels).tolist() == pytest.approx([0.5 / 0.75, 0.5 / 0.25, 0])
 
 
 def test_drawn_scenes_are_counted_by_their_masks():
     scenes = ShapeScenes("train", 32, count=3)
-    pixels = scenes.count_pixels(progress=False)
-    assert pixels.sum(1).tolist() == [32 * 32] * 3
-    assert [row.tolist() for row in pixels] == [
-        [int((scenes.load(index)[1] == k).sum()) for k in range(len(scenes.class_names))] for index in range(3)
+    scenes.verify(progress=False)
+    masks = [scenes.load(index)[1] for index in range(3)]
+    assert scenes.pixels.tolist() == [
+        [sum(int((mask == k).sum()) for mask in masks) for k in range(len(scenes.class_names))],
+        [sum(mask.size for mask in masks if k in mask) for k in range(len(scenes.class_names))],
     ]
+
+
+def test_masks_in_which_nothing_counts(tree):
+    for name in ("0", "1"):
+        spoil(tree, lambda labels: np.full_like(labels, 255), name=name)
+    train, _ = build_datasets(data(tree), 3)
+    with pytest.raises(InputError, match=r"0\.jpg and all the others: no pixel has a class; see --data.ignore-index"):
+        train.verify(progress=False)
+
+
+def test_the_way_from_colours_to_labels_that_the_error_tells(tree):
+    colours = [(0, 0, 255), (128, 64, 128), (255, 0, 0)]
+    labels = labels_of(tree)
+    picture = np.zeros((*labels.shape, 3), np.uint8)  # black where nothing counts: no colour of the list
+    for k, colour in enumerate(colours):
+        picture[labels == k] = colour
+    path = tree / "annotations" / "train" / "0.png"
+    Image.fromarray(picture).save(path)
+    with pytest.raises(InputError, match="a mask of mode RGB") as error:
+        read_mask(path)
+    told = re.search(r"hit = (.*), then labels = (.*), and (Image\..*\))\.save\(NAME.png\)", str(error.value))
+    names = {"np": np, "colours": colours, "mask": Image.open(path), "Image": Image}
+    names["hit"] = eval(told[1], names)
+    names["labels"] = eval(told[2], names)
+    assert np.asarray(eval(told[3], names)).tolist() == labels.tolist()
 
 
 def test_ade20k_s_layout(tree):

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +17,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import load_model, read_checkpoint
-from dualtoken_vit.data.masks import IGNORE, class_weights, collate, save_scenes
+from dualtoken_vit.data.masks import IGNORE, save_scenes
 from dualtoken_vit.draw import color_of, draw_scene
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Model, Segmentation, SegmentationData
 from dualtoken_vit.segmenters import View, segment
 from dualtoken_vit.tasks import segmentation
 from dualtoken_vit.tasks.evaluation import evaluate
@@ -133,24 +131,28 @@ def test_the_loss_leaves_out_what_is_ignored():
     assert cross_entropy(logits, torch.full_like(mask, IGNORE), weights).item() == 0
 
 
-def test_training_weighs_the_classes(scenes):
-    recipe = Segmentation(class_weights="log", data=SegmentationData(root=str(scenes), crop_size=(32, 32), workers=0))
-    model = Model("dualtoken_vit_tiny", ("dims=(16,32,32)", "depths=(1,1,1)"))
-    setup = segmentation.prepare(replace(recipe, model=model, width=8), model)
-    task = setup.build_task(setup.model, 1)
-    assert task.weights.tolist() == class_weights("log", setup.train.count_pixels(progress=False)).tolist()
-    assert "weights" not in task.state_dict()  # files of other runs still fit
-    batch = collate([setup.train[index] for index in range(4)])
-    task.log = task.log_dict = lambda *args, **kwargs: None
-    torch.manual_seed(0)
-    loss = task.training_step(batch, 0)
-    torch.manual_seed(0)  # of the dropout
-    found, masks = setup.model(torch.stack(batch[0]) / 255), torch.stack(batch[1]).long()
-    out, aux = (
-        torch.nn.functional.cross_entropy(found[name], masks, task.weights, ignore_index=IGNORE)
-        for name in ("out", "aux")
-    )
-    assert loss.item() == pytest.approx((out + 0.4 * aux).item(), rel=1e-4)
+def test_a_run_weighs_the_classes(scenes, tmp_path, monkeypatch):
+    """By all the training masks; a resumed run by those that it began with."""
+    seen = []
+
+    def spy(logits, mask, weights=None):
+        seen.append(weights)
+        return cross_entropy(logits, mask, weights)
+
+    monkeypatch.setattr(segmentation, "cross_entropy", spy)
+    shutil.copytree(scenes, tmp_path / "data")
+    masks = sorted((tmp_path / "data" / "annotations" / "train").iterdir())
+    labels = np.concatenate([np.ravel(Image.open(path)) for path in masks])
+    expected = [1 / np.log(1.02 + share) for share in np.bincount(labels, minlength=7) / len(labels)]
+    args = arguments(tmp_path / "data", tmp_path / "run", "--class-weights", "log", optim__epochs=1)
+    assert cli.run(args) == 0
+    assert len(seen) == 2 * 3  # both heads, three steps
+    assert all(weights.tolist() == pytest.approx(expected, rel=1e-5) for weights in seen)
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["class_weights"] == "log"
+    kept = torch.load(tmp_path / "run" / "last.ckpt")["Loaders"]["pixels"]
+    assert kept[0].tolist() == np.bincount(labels, minlength=7).tolist()
+    with pytest.raises(InputError, match="--class-weights is log in the run"):
+        cli.run([*arguments(tmp_path / "data", tmp_path / "run", "--resume"), "--class-weights", "median-frequency"])
 
 
 # Runs
@@ -223,6 +225,18 @@ def test_evaluation_of_another_split_and_by_other_views(trained, scenes, tmp_pat
     (tmp_path / "data" / "classes.txt").write_text("ground\ncircle\n")
     with pytest.raises(InputError, match=r"2 classes, but the checkpoint has 7"):
         cli.run([*map(str, ("evaluate", best, *given, *common))])
+
+
+def test_evaluation_elsewhere_than_the_file_of_the_classes(scenes, tmp_path, capsys, monkeypatch):
+    names = (scenes / "classes.txt").read_text()
+    (tmp_path / "names.txt").write_text(names)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(arguments(scenes, tmp_path / "run", "--data.classes", "names.txt", optim__epochs=1)) == 0
+    (tmp_path / "names.txt").unlink()
+    best = tmp_path / "run" / "best.safetensors"
+    status, printed = call(capsys, "evaluate", best, "--data.root", scenes, "--json", "--accelerator", "cpu")
+    assert status == 0
+    assert list(json.loads(printed)["per_class"]) == names.split()
 
 
 def test_the_worst_pictures_are_drawn_the_worst_first(trained, scenes, tmp_path, monkeypatch):
@@ -307,10 +321,19 @@ def test_killed_and_resumed(trained, scenes, tmp_path):
     assert_same_run(out, whole, kinds={"state_dict", "optimizer_states"}, files=files)
 
 
+def test_killed_and_resumed_with_weighted_classes(scenes, tmp_path):
+    settings = {"optim__epochs": 1, "class_weights": "median-frequency"}
+    assert cli.run(arguments(scenes, tmp_path / "whole", **settings)) == 0
+    die(arguments(scenes, tmp_path / "run", **settings), "saved last.ckpt", 1)
+    assert cli.run([*arguments(scenes, tmp_path / "run", **settings), "--resume"]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole", kinds={"state_dict", "optimizer_states"})
+
+
 def test_two_processes_count_each_picture_once(scenes, tmp_path):
-    # No dropout, which processes draw for themselves, and no pixels that do not count: each divides by its own number.
-    settings = {"optim__optimizer": "sgd", "optim__lr": 0.01, "optim__epochs": 1, "dropout": 0}
-    more = "--augment.scale", "1", "1"
+    """With weighted classes, and crops that reach beyond the picture: what counts differs from process to process."""
+    settings = {"optim__optimizer": "sgd", "optim__lr": 0.01, "optim__epochs": 1}
+    settings["dropout"] = 0  # processes draw it for themselves
+    more = "--augment.scale", "0.5", "1", "--class-weights", "log"
     assert cli.run(arguments(scenes, tmp_path / "begin", *more, **settings | {"optim__lr": 1e-12})) == 0
     assert cli.run(arguments(scenes, tmp_path / "one", *more, **settings)) == 0
     finished = run(["-m", "dualtoken_vit.cli", *arguments(scenes, tmp_path / "two", *more, **settings, run__devices=2)])

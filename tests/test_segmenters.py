@@ -91,7 +91,36 @@ def test_the_head_sees_the_last_map_at_stride_8_of_a_normalised_picture():
     segmenter(x)
     mean, std = (torch.tensor(plain.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     (last,) = plain((x - mean) / std)
-    torch.testing.assert_close(seen[0], F.interpolate(last, (8, 13), mode="bilinear"), rtol=1e-4, atol=1e-4)
+    whole = F.interpolate(last, (8, 16), mode="bilinear")  # of 64x128 pixels
+    torch.testing.assert_close(seen[0], whole[..., :13], rtol=1e-4, atol=1e-4)
+
+
+class Places(nn.Module):
+    """A backbone whose maps say where the middle of each place is in the picture, in pixels from the left."""
+
+    def __init__(self, strides):
+        super().__init__()
+        self.strides = strides
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        return [
+            (torch.arange(-(-width // s)) * s + (s - 1) / 2).expand(1, 1, -(-height // s), -1) for s in self.strides
+        ]
+
+
+@pytest.mark.parametrize("width", [512, 481, 683, 100])
+@pytest.mark.parametrize("output_stride", [None, 16])
+@torch.no_grad()
+def test_what_a_map_says_stays_at_its_place(width, output_stride):
+    segmenter = create(name="resnet18", output_stride=output_stride).train()
+    segmenter.backbone = Places((16, output_stride or 32))
+    segmenter.head = segmenter.aux_head = nn.Identity()
+    for logits in segmenter(torch.rand(1, 3, 70, width)).values():
+        assert logits.shape == (1, 1, 70, width)
+        inside = slice(24, width - 40)  # where there are places at both sides
+        expected = torch.arange(width).float()[inside].expand(70, -1)
+        torch.testing.assert_close(logits[0, 0, :, inside], expected, rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -113,8 +142,9 @@ def test_a_network_for_multiples_of_32_sees_zeros_around_the_picture():
 
 @torch.no_grad()
 def test_a_vision_transformer_with_its_size_set_free():
-    free = dict(dynamic_img_size=True, dynamic_img_pad=True)
-    assert create(name="vit_tiny_patch16_224", **free).eval()(torch.rand(1, 3, 50, 90)).shape == (1, 3, 50, 90)
+    segmenter = create(name="vit_tiny_patch16_224", dynamic_img_size=True).eval()
+    assert segmenter.backbone.multiple == 16
+    assert segmenter(torch.rand(1, 3, 50, 90)).shape == (1, 3, 50, 90)
 
 
 @pytest.mark.parametrize("stride", [8, 16])
@@ -167,7 +197,13 @@ def test_grey_pictures():
     ("kind", "name", "message"),
     [
         ("unet", "resnet18", "--segmenter unet: choose one of deeplabv3, pspnet"),
-        ("pspnet", "deit_tiny_patch16_224", "deit_tiny_patch16_224: refuses 70x99 pixels; a segmenter needs"),
+        (
+            "pspnet",
+            "deit_tiny_patch16_224",
+            r"deit_tiny_patch16_224: refuses 70x99 pixels \(Input height \(.*\); a segmenter needs a network for any "
+            "size; try --model.args dynamic_img_size=True",
+        ),
+        ("pspnet", "levit_128", r"levit_128: refuses 70x99 pixels \(.*\); a segmenter needs a network for any size$"),
         ("pspnet", "no_such_net", "--model.name no_such_net: "),
     ],
 )
@@ -280,6 +316,27 @@ def test_many_pictures_go_in_a_few_at_a_time(monkeypatch):
     found = segment(model, pictures, View())
     assert [size[0] for size in model.sizes] == [2, 2, 1]
     assert all(torch.equal(one, expected) for one, expected in zip(found, labels, strict=True))
+
+
+@pytest.mark.parametrize("view", [View(), View(scales=(0.5, 1.5), flip=True)])
+def test_the_best_class_is_found_a_few_classes_at_a_time(monkeypatch, view):
+    torch.manual_seed(0)
+    pictures = [torch.rand(7, 64, 48)]
+    model = Colours()
+    model.num_classes = 7
+    (whole,) = segment(model, pictures, view)
+    monkeypatch.setattr(segmenters, "LOGITS", 3 * 64 * 48)
+    (found,) = segment(model, pictures, view)
+    assert torch.equal(found, whole)
+    assert view.flip or torch.equal(whole, pictures[0].argmax(0))
+    assert whole.unique().tolist() == list(range(7))
+
+
+def test_answers_that_are_not_numbers():
+    picture = torch.rand(3, 40, 40)
+    picture[1, 3, 3] = torch.nan
+    with pytest.raises(InputError, match="the network answers with what are not numbers"):
+        segment(Colours(), [picture], View())
 
 
 @torch.no_grad()

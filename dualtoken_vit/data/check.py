@@ -207,6 +207,6 @@ def first(lines: list[str]) -> list[str]:
     """The first lines, and how many there are beside them."""
     if len(lines) <= _SHOWN:
         return lines
-    kinds = {line.partition(":")[0] for line in lines}  # or files, if the lines begin with one
+    kinds = {line.partition(": ")[0] for line in lines}  # or files, if the lines begin with one
     kind = f": {kinds.pop()}" if len(kinds) == 1 else ""
     return [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more{kind}"]

@@ -43,8 +43,9 @@ def read_mask(path: str | Path) -> np.ndarray:
     if mode not in MODES:
         raise InputError(
             f"{path}: a mask of mode {mode}, but one number a pixel is meant. With numpy, and colours as the list of "
-            "the classes' (R, G, B): labels = (np.asarray(mask.convert('RGB'))[:, :, None] == colours).all(-1)"
-            ".argmax(-1), and then Image.fromarray(labels.astype('uint8')).save(NAME.png)"
+            "the classes' (R, G, B): hit = (np.asarray(mask.convert('RGB'))[:, :, None] == colours).all(-1), then "
+            "labels = np.where(hit.any(-1), hit.argmax(-1), 255), and Image.fromarray(labels.astype('uint8')).save("
+            "NAME.png); other colours get the label 255, that counts for nothing"
         )
     if stored in STRETCHED:
         labels = labels // STRETCHED[stored]
@@ -90,6 +91,8 @@ class ScenePictures(Dataset):
     def __init__(self, paths: Sequence[str], class_names: Sequence[str], channels: int = 3) -> None:
         self.paths, self.class_names, self.channels = list(paths), tuple(class_names), channels
         self.transform: Callable | None = None
+        self.pixels: Tensor | None = None
+        """(2, classes) int64, after `verify`: of each class its pixels, and those of all the pictures that have it."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -107,30 +110,24 @@ class ScenePictures(Dataset):
         """
         raise NotImplementedError
 
-    def mask(self, index: int) -> np.ndarray:
-        """The mask of picture `index`, (H, W) uint8, as `load` gives it; faults in it may go unseen."""
-        return self.load(index)[1]
-
-    def count_pixels(self, progress: bool = True) -> np.ndarray:
-        """(pictures, classes) int64: how many pixels each class has in each mask.
-
-        Raises:
-            InputError: for a mask that cannot be read.
-        """
-
-        def count(index: int) -> np.ndarray:
-            return np.bincount(self.mask(index).ravel(), minlength=256)[: len(self.class_names)]
-
-        title = "counting the classes' pixels" if progress else ""
-        return np.stack(list(in_threads(count, range(len(self)), len(self), title)))
-
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
         """Read every picture and mask once, as `classification.PictureDataset.verify`; none is left out.
 
+        What the masks hold is then in `pixels`.
+
         Raises:
-            InputError: names the first that cannot be used, and says how many there are.
+            InputError: names the first that cannot be used, and says how many there are; or no pixel counts.
         """
-        verify_each(self.load, len(self), "reading every picture and mask" if progress else "")
+        counts = []
+
+        def look(index: int) -> None:
+            counts.append(np.bincount(self.load(index)[1].ravel(), minlength=256)[: len(self.class_names)])
+
+        verify_each(look, len(self), "reading every picture and mask" if progress else "")
+        pixels = torch.from_numpy(np.stack(counts))  # (pictures, classes)
+        self.pixels = torch.stack([pixels.sum(0), ((pixels > 0) * pixels.sum(1, keepdim=True)).sum(0)])
+        if not pixels.any():
+            raise InputError(f"{self.paths[0]} and all the others: no pixel has a class; see --data.ignore-index")
         return []
 
 
@@ -162,28 +159,29 @@ class MaskPictures(ScenePictures):
             raise InputError(f"{self.masks[index]}: {fault}")
         return picture, classes
 
-    def mask(self, index: int) -> np.ndarray:
-        return to_classes(read_mask(self.masks[index]), self.table)
+
+def median_frequency(pixels: Tensor) -> Tensor:
+    """The median of all f / f, f the class's share of the pictures that have it (Eigen and Fergus, arXiv 1411.4734)."""
+    share = pixels[0] / pixels[1]  # not a number where no picture has it
+    return share.nanquantile(0.5) / share
 
 
-def class_weights(kind: str, pixels: np.ndarray) -> np.ndarray:
-    """What a pixel of each class counts in the loss, (classes,) float32; 0 for a class that has none.
+def log_frequency(pixels: Tensor) -> Tensor:
+    """1 / ln(1.02 + f), f the class's share of all the pixels (ENet, arXiv 1606.02147)."""
+    return 1 / torch.log(1.02 + pixels[0] / pixels[0].sum())
+
+
+WEIGHTS = {"median-frequency": median_frequency, "log": log_frequency}
+
+
+def class_weights(kind: str, pixels: Tensor) -> Tensor:
+    """What a pixel of each class counts in the loss, (classes,); 0 for a class that has none.
 
     Args:
-        kind: "equal", "median-frequency" (Badrinarayanan et al., arXiv 1511.00561, section 4) or "log" (Paszke et al.,
-            arXiv 1606.02147, section 5.2)
-        pixels: of `ScenePictures.count_pixels`
+        kind: one of `WEIGHTS`
+        pixels: of `ScenePictures.pixels`
     """
-    there = pixels > 0
-    seen = there.any(0)
-    if kind == "median-frequency":
-        share = pixels.sum(0) / np.maximum((there * pixels.sum(1, keepdims=True)).sum(0), 1)
-        weights = np.median(share[seen]) / np.where(seen, share, 1)
-    elif kind == "log":
-        weights = 1 / np.log(1.02 + pixels.sum(0) / pixels.sum())
-    else:
-        weights = np.ones(len(seen))
-    return np.where(seen, weights, 0).astype(np.float32)
+    return torch.where(pixels[0] > 0, WEIGHTS[kind](pixels), 0)
 
 
 def size_fault(path: str, size: tuple[int, int], labels: np.ndarray) -> str:
@@ -329,6 +327,11 @@ def number_classes(highest: int, path: str, data: SegmentationData) -> tuple[str
         raise InputError(
             f"{path}: the highest label in the training masks is {highest}; 2 to {MOST} classes can be told apart; "
             "give --data.ignore-index, or a file of the classes as --data.classes"
+        )
+    if 0 <= data.ignore_index - data.reduce_zero_label < count:
+        raise InputError(
+            f"--data.ignore-index {data.ignore_index}: a label among those of the classes, which go up to {highest}; "
+            + ("give --data.reduce-zero-label in its place" if data.ignore_index == 0 else "give it a higher number")
         )
     return tuple(map(str, range(count)))
 

@@ -182,6 +182,15 @@ class _AllReduce(torch.autograd.Function):
     backward = forward
 
 
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean over the processes, as floating point; of values only, no gradient goes through it."""
+    x = x.detach().float()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
 class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batches of all processes, on any device (torch's SyncBatchNorm wants a GPU).
 

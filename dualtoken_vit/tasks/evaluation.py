@@ -37,6 +37,8 @@ def _named(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     follows = {"dataset": dataset, "limit": None}
     if "images" in data:
         follows["val_images"] = None
+    if "root" in data and recipe.task == "segmentation":
+        follows["classes"] = None  # the file of the classes lay beside the training pictures, or in another folder
     return follows | data
 
 

@@ -138,6 +138,8 @@ class Loaders(lightning.LightningDataModule):
         self.skipped: tuple[list[str], ...] = [], []
         """Names of unreadable training and validation pictures, below data.root: it may move."""
         self.root = str(Path(getattr(recipe.data, "root", "")))
+        self.pixels: torch.Tensor | None = None
+        """Segmentation: `ScenePictures.pixels` of the training pictures, when the run began."""
         self.problem = ""
         self.prepare_data_per_node = False
 
@@ -167,6 +169,7 @@ class Loaders(lightning.LightningDataModule):
                 names += [name.removeprefix(self.root) for name in dataset.verify(skip=skip)]
                 if names:
                     print(f"skipped {len(names)} unreadable {title} pictures")
+            self.pixels = getattr(self.train, "pixels", None)
         except InputError as error:
             self.problem = str(error)
 
@@ -176,10 +179,10 @@ class Loaders(lightning.LightningDataModule):
         Raises:
             InputError: on all of them, so that none waits for another that has stopped.
         """
-        self.problem, skipped = self.trainer.strategy.broadcast((self.problem, self.skipped))
+        self.problem, found = self.trainer.strategy.broadcast((self.problem, self.state_dict()))
         if self.problem:
             raise InputError(self.problem)
-        self.load_state_dict({"skipped": skipped})
+        self.load_state_dict(found)
         count, world = len(self.val), self.trainer.world_size
         if count < world:
             raise InputError(
@@ -187,10 +190,10 @@ class Loaders(lightning.LightningDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "pixels": self.pixels}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = state_dict["skipped"]
+        self.skipped, self.pixels = state_dict["skipped"], state_dict.get("pixels")
         for dataset, names in zip((self.train, self.val), self.skipped, strict=True):
             if names:
                 dataset.leave_out(names, self.root)

@@ -29,7 +29,7 @@ from dualtoken_vit.draw import draw_scene, save_image
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Model, Segmentation, model_kwargs
 from dualtoken_vit.segmenters import View, build_segmenter, dilated, segment
-from dualtoken_vit.tasks.base import Setup, Task, create_network
+from dualtoken_vit.tasks.base import Setup, Task, create_network, mean_over_processes
 
 AUX_WEIGHT = 0.4
 WORST = 8  # pictures that are drawn
@@ -39,12 +39,15 @@ Batch = tuple[list[Tensor], list[Tensor]]
 
 
 def cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean over the pixels that count, weighted by class if there are `weights` (classes,); 0 where none counts."""
+    """The mean over the pixels that count, weighted by class if there are `weights` (classes,); 0 where none counts.
+
+    Of several processes each divides by the mean of all their sums, so that their gradients' mean is that of one.
+    """
     loss = F.cross_entropy(logits, mask, weights, ignore_index=IGNORE, reduction="sum")
     counts = mask != IGNORE
     if weights is not None:
         counts = weights[mask * counts] * counts
-    return loss / counts.sum().clamp(min=1e-6)
+    return loss / mean_over_processes(counts.sum()).clamp(min=1e-6)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,6 @@ class SegmentationTask(Task):
         recipe: the experiment
         val: the validation pictures, of which the worst are drawn
         steps_per_epoch: optimiser steps
-        weights: of the classes in the loss, if they are not equal
     """
 
     score = "miou"
@@ -91,16 +93,10 @@ class SegmentationTask(Task):
     }
     collate = staticmethod(collate)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Segmentation,
-        val: ScenePictures,
-        steps_per_epoch: int = 1,
-        weights: Tensor | None = None,
-    ):
+    def __init__(self, model: nn.Module, recipe: Segmentation, val: ScenePictures, steps_per_epoch: int = 1):
         super().__init__(model, recipe, steps_per_epoch)
-        self.register_buffer("weights", weights, persistent=False)
+        self.weights: Tensor | None = None
+        """Of the classes in the loss, in a run of a recipe in which they are not equal."""
         self.val, self.view = val, view_of(recipe)
         self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=IGNORE, validate_args=False)
         self.found: dict[int, tuple[float, np.ndarray]] = {}
@@ -111,6 +107,10 @@ class SegmentationTask(Task):
         """Index and labels of the worst pictures of the last validation, the worst first."""
         self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)
         """Pixels of each class (row) that were taken for each class (column), of the last validation."""
+
+    def on_train_start(self) -> None:
+        if self.recipe.class_weights != "equal":
+            self.weights = class_weights(self.recipe.class_weights, self.trainer.datamodule.pixels).to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         pictures, masks = (torch.stack(each) for each in batch)
@@ -214,9 +214,6 @@ def prepare(recipe: Segmentation, start: Model) -> Setup:
     network = dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
     head = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
     model = build_segmenter(recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head)
-    weights = None
-    if recipe.class_weights != "equal":
-        weights = torch.from_numpy(class_weights(recipe.class_weights, train.count_pixels()))
     statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
     return Setup(
         model=model,
@@ -226,7 +223,7 @@ def prepare(recipe: Segmentation, start: Model) -> Setup:
         preprocessing=dict(input_size=(start.in_chans, *recipe.data.crop_size), **statistics),
         model_args={**args, "segmenter": recipe.segmenter, **head},
         report=load_weights(model, start.checkpoint, train.class_names) if start.checkpoint else None,
-        build_task=lambda model, steps: SegmentationTask(model, recipe, val, steps, weights),
+        build_task=lambda model, steps: SegmentationTask(model, recipe, val, steps),
     )
 
 

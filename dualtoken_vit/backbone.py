@@ -62,8 +62,8 @@ class Backbone(FeatureGetterNet):
         hint = f"; try --model.args {freed}" if freed else ""
         name = self.model.pretrained_cfg["architecture"]
         return (
-            f"--model.name {name}: refuses {size[0]}x{size[1]} pixels ({reason}); {user} needs a network for any "
-            f"size{hint}"
+            f"--model.name {name}: refuses a trial picture of {size[0]}x{size[1]} pixels ({reason}); {user} needs a "
+            f"network for any size{hint}"
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -238,7 +238,7 @@ class Segmenter:
 
     def table(self) -> Table:
         """The classes of each picture, a line each, with their share of it."""
-        table = Table("picture", "class", "", box=box.SIMPLE_HEAD)
+        table = Table("picture", "class", "share of the pixels", box=box.SIMPLE_HEAD)
         table.columns[0].overflow = "fold"
         for prediction in self.predictions:
             name = printable(prediction["picture"])

@@ -155,6 +155,23 @@ def test_a_run_weighs_the_classes(scenes, tmp_path, monkeypatch):
         cli.run([*arguments(tmp_path / "data", tmp_path / "run", "--resume"), "--class-weights", "median-frequency"])
 
 
+@pytest.mark.parametrize(("kept", "message"), [((0, 1), ""), ((0,), "the training masks hold one class only")])
+def test_classes_that_are_in_no_training_mask_are_named(scenes, tmp_path, capsys, kept, message):
+    shutil.copytree(scenes, tmp_path / "data")
+    for path in (tmp_path / "data" / "annotations" / "train").iterdir():
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(np.isin(labels, kept), labels, IGNORE).astype(np.uint8)).save(path)
+    args = arguments(tmp_path / "data", tmp_path / "run", optim__epochs=1)
+    if message:
+        with pytest.raises(InputError, match=message):
+            cli.run(args)
+        assert not (tmp_path / "run").exists()
+    else:
+        assert cli.run(args) == 0
+    names = (scenes / "classes.txt").read_text().split()
+    assert f"in no training mask: {', '.join(names[len(kept) :])}" in capsys.readouterr().out
+
+
 # Runs
 
 

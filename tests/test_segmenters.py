@@ -200,10 +200,14 @@ def test_grey_pictures():
         (
             "pspnet",
             "deit_tiny_patch16_224",
-            r"deit_tiny_patch16_224: refuses 70x99 pixels \(Input height \(.*\); a segmenter needs a network for any "
-            "size; try --model.args dynamic_img_size=True",
+            r"deit_tiny_patch16_224: refuses a trial picture of 70x99 pixels \(Input height \(.*\); a segmenter needs "
+            "a network for any size; try --model.args dynamic_img_size=True",
         ),
-        ("pspnet", "levit_128", r"levit_128: refuses 70x99 pixels \(.*\); a segmenter needs a network for any size$"),
+        (
+            "pspnet",
+            "levit_128",
+            r"levit_128: refuses a trial picture of 70x99 pixels \(.*\); a segmenter needs a network for any size$",
+        ),
         ("pspnet", "no_such_net", "--model.name no_such_net: "),
     ],
 )

@@ -312,6 +312,16 @@ def test_a_first_accumulated_batch_that_is_no_number(photos, tmp_path, monkeypat
         fit(recipe(photos, optim={"accumulate": 2}), tmp_path / "run")
 
 
+def test_of_epochs_with_equal_scores_the_lowest_loss_is_the_best(tmp_path):
+    folder = RunFolder(tmp_path, 1)
+    assert folder.best("top1") is None
+    for epoch, top1, loss in ((1, 0.3, 2.0), (2, 0.4, 1.9), (3, 0.4, 1.5), (4, 0.4, 1.7)):
+        folder.history.append({"epoch": epoch, "val_top1": top1, "val_loss": loss})
+    assert folder.best("top1")["epoch"] == 3
+    folder.history = [{"epoch": epoch, "val_map": 0.1} for epoch in (1, 2)]  # a task without a validation loss
+    assert folder.best("map")["epoch"] == 1
+
+
 def test_a_validation_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy_without_end)
     with pytest.raises(InputError, match=r"validation loss is not a finite number at step 3.*nothing was saved"):

@@ -37,6 +37,8 @@ def read_mask(path: str | Path) -> np.ndarray:
         InputError: for a file that cannot be read, or has colours.
     """
     with naming(str(path)), Image.open(path) as mask:
+        if mask.format == "JPEG":
+            raise InputError(f"{path}: a mask in JPEG, which does not keep labels as they were; save masks as PNG")
         stored = next((tile.args if isinstance(tile.args, str) else tile.args[0] for tile in mask.tile), "")
         mask.load()
         labels, mode = np.asarray(mask), mask.mode
@@ -273,6 +275,11 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
     Raises:
         InputError: for a file that cannot be read, names a class twice or too many, or none.
     """
+    if data.ignore_index == 0 and not data.reduce_zero_label:
+        raise InputError(
+            "--data.ignore-index 0: 0 is the label of the first class; where it is of none, and the classes begin at "
+            "1, give --data.reduce-zero-label in its place"
+        )
     files = [Path(data.classes)] if data.classes else [Path(data.root, name) for name in CLASS_FILES]
     path = next((path for path in files if path.is_file()), None)
     if path is None and data.classes:
@@ -325,13 +332,14 @@ def number_classes(highest: int, path: str, data: SegmentationData) -> tuple[str
     count = highest + 1 - data.reduce_zero_label
     if not 2 <= count <= MOST:
         raise InputError(
-            f"{path}: the highest label in the training masks is {highest}; 2 to {MOST} classes can be told apart; "
-            "give --data.ignore-index, or a file of the classes as --data.classes"
+            f"{path}: the highest label in the training masks is {highest}, without {data.ignore_index}, which counts "
+            f"for nothing; 2 to {MOST} classes can be told apart; give another --data.ignore-index, or a file of the "
+            "classes as --data.classes"
         )
     if 0 <= data.ignore_index - data.reduce_zero_label < count:
         raise InputError(
             f"--data.ignore-index {data.ignore_index}: a label among those of the classes, which go up to {highest}; "
-            + ("give --data.reduce-zero-label in its place" if data.ignore_index == 0 else "give it a higher number")
+            "give it a higher number"
         )
     return tuple(map(str, range(count)))
 

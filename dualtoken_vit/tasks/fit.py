@@ -236,8 +236,8 @@ class RunFolder(Callback):
         self.bad_step: Any = 0  # the first whose loss was not finite
 
     def best(self, score: str) -> dict[str, Any] | None:
-        """The history's row with the highest validation metric `score`, the first of equals."""
-        return max(self.history, key=lambda row: row[f"val_{score}"], default=None)
+        """The history's row with the highest validation metric `score`; of equals that with the lowest loss."""
+        return max(self.history, key=lambda row: (row[f"val_{score}"], -row.get("val_loss", 0)), default=None)
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {
@@ -315,10 +315,8 @@ class RunFolder(Callback):
             if not math.isfinite(value):
                 what = name.replace("val_", "validation ")
                 self.stop(trainer, f"the {what} is not a finite number at step {trainer.global_step}")
-        score = f"val_{task.score}"
-        best = self.best(task.score)
-        better = best is None or row[score] > best[score]
         self.history.append(row)
+        better = self.best(task.score) is row
         if trainer.is_global_zero:
             if better:
                 save_checkpoint(self.out / BEST, task.model, metrics=row, **self.saved)

@@ -108,7 +108,24 @@ class SegmentationTask(Task):
         self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)
         """Pixels of each class (row) that were taken for each class (column), of the last validation."""
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
+        """Look at what is in the training masks: a class that is in none cannot be learnt.
+
+        Raises:
+            InputError: where there are fewer than two classes.
+        """
+        pixels, names = self.trainer.datamodule.pixels, self.val.class_names
+        if pixels is None:  # a run that an older version began
+            return
+        missing = [name for name, count in zip(names, pixels[0].tolist(), strict=True) if not count]
+        if missing and self.trainer.is_global_zero:
+            print(f"in no training mask: {', '.join(missing)}")
+        if len(names) - len(missing) < 2:
+            ignored = self.recipe.data.ignore_index
+            raise InputError(
+                f"the training masks hold one class only, beside {ignored}, which counts for nothing "
+                "(--data.ignore-index); look at them with check-data"
+            )
         if self.recipe.class_weights != "equal":
             self.weights = class_weights(self.recipe.class_weights, self.trainer.datamodule.pixels).to(self.device)
 

@@ -221,10 +221,9 @@ class Segmenter:
 
     def draw(
         self, title: str, image: Image.Image, labels: np.ndarray
-    ) -> tuple[Image.Image, Image.Image, tuple[str, float]]:
+    ) -> tuple[Image.Image, Image.Image, tuple[str, None]]:
         drawing = draw_scene([("", image, labels)], self.class_names)
-        first = self._shares(labels)[0]
-        return drawing, drawing, (first["class"], first["share"])
+        return drawing, drawing, (title, None)
 
     def label_image(self, labels: np.ndarray) -> Image.Image:
         """The labels as a palette picture, whose indices are places in the list of classes."""

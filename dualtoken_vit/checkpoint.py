@@ -208,10 +208,12 @@ class LoadReport:
     """In the file, but not used."""
     classes: str = ""
     """What became of the classifier, where the file names its classes and these are not the model's."""
+    network: str = ""
+    """What is to be said of the file's network, where the file names it and it is another than the model."""
 
     def __str__(self) -> str:
         lines = [f"{self.path}: loaded {len(self.loaded)} of {len(self.loaded) + len(self.new)} tensors"]
-        lines += [f"  {self.classes}"] * bool(self.classes)
+        lines += [f"  {note}" for note in (self.network, self.classes) if note]
         for title, names in (
             ("adapted", self.adapted),
             ("left new", self.new),
@@ -289,13 +291,15 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
         state_dict = filter_fn(state_dict, model)
 
     fitting = {key: value for key, value in state_dict.items() if key in own and value.shape == own[key].shape}
+    name = cfg["architecture"]
+    source = metadata.get("model", name).partition(".")[0]  # without timm's tag of pretrained weights
     if 2 * len(fitting) < len(own):  # a few tensors of another network always happen to fit
-        name = cfg["architecture"]
-        other = f" is a {metadata['model']} and" if metadata.get("model", name) != name else ""
+        other = f" is a {source} and" if source != name else ""
         raise InputError(
             f"{path}{other} has only {len(fitting)} of the {len(own)} tensors of {name}; "
             "--model.checkpoint must be of the same architecture"
         )
+    network = f"a {source}, not a {name}: only what both have is taken" if source != name else ""
     theirs = metadata.get("class_names", class_names)
     layers = getattr(model, "class_layers", None) or _names(cfg.get("classifier"))
     classifier = [key for key in fitting if key.rpartition(".")[0] in layers]
@@ -319,4 +323,5 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
         new=tuple(key for key in own if key not in fitting),
         ignored=tuple(key for key in state_dict if key not in fitting),
         classes=classes,
+        network=network,
     )

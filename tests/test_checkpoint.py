@@ -141,6 +141,14 @@ def test_other_classes_leave_the_classifier_new(tmp_path):
     assert "left new: head.weight, head.bias" in str(report)
 
 
+def test_another_network_that_shares_most_tensors_is_named(tmp_path):
+    mixed = timm.create_model("dualtoken_vit_tiny_mix", num_classes=4, **SMALL)
+    report = load_weights(make(), save(tmp_path / "best.safetensors", mixed))
+    assert "a dualtoken_vit_tiny_mix, not a dualtoken_vit_tiny: only what both have is taken" in str(report)
+    assert report.new
+    assert not load_weights(make(), save(tmp_path / "same.safetensors", make())).network
+
+
 def test_classes_in_another_order_keep_their_rows(tmp_path):
     source = make().eval()
     torch.nn.init.normal_(source.head.bias)

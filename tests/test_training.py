@@ -91,7 +91,7 @@ def test_the_run_folder(trained):
     }
     assert checkpoint.preprocessing["input_size"] == [3, 32, 32]
     assert checkpoint.preprocessing["mean"] == list(timm.data.IMAGENET_DEFAULT_MEAN)
-    best = max(history, key=lambda row: float(row["val_top1"]))  # the first of equals
+    best = max(history, key=lambda row: (float(row["val_top1"]), -float(row["val_loss"])))
     assert checkpoint.metrics == {key: pytest.approx(float(value)) for key, value in best.items()}
     matrix = np.array([row[1:] for row in csv.reader(open(out / "confusion.csv"))][1:], dtype=int)  # noqa: SIM115
     assert matrix.sum(1).tolist() == [6, 6, 6]
@@ -413,7 +413,7 @@ def test_a_resumed_run_does_not_read_everything_again(photos, tmp_path, monkeypa
     assert len(read) == 54
     last = torch.load(tmp_path / "run" / "last.ckpt")
     skipped = ["/train/red/0.jpg"] * (unreadable == "skip")
-    assert last["Loaders"] == {"skipped": (skipped, [])}
+    assert last["Loaders"] == {"skipped": (skipped, []), "pixels": None}
     assert last["run"]["pictures"] == [36 - len(skipped), 18]
 
     moved = photos.rename(tmp_path / "moved")

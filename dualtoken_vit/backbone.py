@@ -21,8 +21,8 @@ FREED = {"dynamic_img_size": True, "strict_img_size": False}  # arguments that l
 class Backbone(FeatureGetterNet):
     """Some of a timm network's maps, (B, C, H, W) each, the finest first; what lies behind the last is cut off.
 
-    A network that takes only sizes that its last stride divides (HRNet, DLA) sees zeros at the right and bottom; the
-    places of its maps that lie beyond the picture are left out.
+    A network that takes only sizes that its last stride divides (HRNet, DLA), or leaves out what is over (ConvNeXt),
+    sees zeros at the right and bottom; the places of its maps that lie beyond the picture are left out.
 
     Args:
         model: from timm.create_model, with `forward_intermediates`
@@ -42,12 +42,21 @@ class Backbone(FeatureGetterNet):
         """What must divide the sides of what the network sees."""
         try:
             maps = self._try(in_chans, size)
+            whole = all(
+                places >= -(-side // stride)
+                for m, stride in zip(maps, self.strides, strict=True)
+                for places, side in zip(m.shape[2:], size, strict=True)
+            )
         except (AssertionError, RuntimeError, ValueError) as error:
+            whole, reason = False, error
+        else:
+            reason = None
+        if not whole:
             self.multiple = self.strides[-1]
             try:
                 maps = self._try(in_chans, size)
-            except (AssertionError, RuntimeError, ValueError):
-                raise InputError(self._refusal(user, size, first_line(error))) from error
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise InputError(self._refusal(user, size, first_line(reason or error))) from error
         self.sizes = [tuple(m.shape[2:]) for m in maps]
         """Those of its maps of that picture."""
         self.train()

@@ -21,17 +21,23 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
         figure.savefig(file, format="png", dpi=dpi)
 
 
-def save_curves(history: Sequence[dict[str, Any]], panels: dict[str, dict[str, str]], score: str, path: Path) -> None:
-    """Metrics against epochs, the best value of `score` marked.
+def save_curves(
+    history: Sequence[dict[str, Any]],
+    panels: dict[str, dict[str, str]],
+    score: str,
+    best: dict[str, Any],
+    path: Path,
+) -> None:
+    """Metrics against epochs, the `score` of the best epoch marked.
 
     Args:
         history: Rows with epoch and the columns that are drawn.
         panels: Title of each panel: {column: label}; those in % show shares as such.
-        score: The column that decides which epoch is the best; more is better.
+        score: The column that decides which epoch is the best.
+        best: The row of that epoch.
         path: The PNG.
     """
     epochs = [row["epoch"] for row in history]
-    best = max(history, key=lambda row: row[score])
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for axes, (title, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         scale = 100 if "%" in title else 1

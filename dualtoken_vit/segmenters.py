@@ -232,43 +232,46 @@ class View:
 
 
 @torch.inference_mode()
-def segment(model: Segmenter, pictures: Sequence[Tensor], view: View) -> list[Tensor]:
+def segment(model: Segmenter, pictures: Sequence[Tensor], view: View, check: bool = True) -> list[Tensor]:
     """The class of every pixel of pictures (C, H, W) in [0, 1] of any sizes -> (H, W) int64 each.
 
     Pictures of one size go through the network together, as many as `LOGITS` allows. No side is made smaller than 32
     pixels.
 
     Raises:
-        InputError: where the network's answers are not numbers.
+        InputError: where the network's answers are not numbers, if that is to be checked.
     """
     alike: dict[torch.Size, list[int]] = defaultdict(list)
     for index, picture in enumerate(pictures):
         alike[picture.shape].append(index)
     labels: dict[int, Tensor] = {}
     for size, indices in alike.items():
-        most = max(1, LOGITS // (model.num_classes * size[1] * size[2]))
+        area = sum(height * width for height, width in _inner(size[-2:], view))  # scores of all scales are held at once
+        most = max(1, LOGITS // (model.num_classes * max(area, size[1] * size[2])))
         for start in range(0, len(indices), most):
             some = indices[start : start + most]
-            found = _classes(model, torch.stack([pictures[index] for index in some]), view)
+            found = _classes(model, torch.stack([pictures[index] for index in some]), view, check)
             labels |= zip(some, found, strict=True)
     return [labels[index] for index in range(len(pictures))]
 
 
-def _classes(model: Segmenter, x: Tensor, view: View) -> Tensor:  # (B, C, H, W) -> (B, H, W)
-    size = x.shape[-2:]
+def _inner(size: Sequence[int], view: View) -> list[list[int]]:
+    """The sizes, one a scale, in which the network sees a picture of this size."""
     base = view.image_size / min(size) if view.image_size else 1.0
-    several = len(view.scales) > 1 or view.flip
-    scores = []  # of each view, at its size
-    for scale, flip in product(view.scales, (False, True) if view.flip else (False,)):
-        inner = [max(LEAST_SIDE, round(side * base * scale)) for side in size]
-        y = x.flip(-1) if flip else x
+    return [[max(LEAST_SIDE, round(side * base * scale)) for side in size] for scale in view.scales]
+
+
+def _classes(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:  # (B, C, H, W) -> (B, H, W)
+    size = x.shape[-2:]
+    scores = []  # of each scale, at its size
+    for inner in _inner(size, view):
+        y = x
         if inner != list(size):
-            y = F.interpolate(y, inner, mode="bilinear", align_corners=False, antialias=True)
-        logits = _slide(model, y, view) if view.mode == "slide" else model(y)
-        if not logits.isfinite().all():
-            raise InputError("the network answers with what are not numbers; take another checkpoint")
-        found = logits.softmax(1) if several else logits
-        scores.append(found.flip(-1) if flip else found)
+            y = F.interpolate(x, inner, mode="bilinear", align_corners=False, antialias=True)
+        found = _scores(model, y, view, check)
+        if view.flip:
+            found = found + _scores(model, y.flip(-1), view, check).flip(-1)
+        scores.append(found)
     # A few classes at a time: all of a large picture's scores at its own size may not fit into memory.
     step = max(1, LOGITS // (len(x) * size[0] * size[1]))
     best, classes = x.new_full((len(x), *size), -torch.inf), x.new_zeros((len(x), *size), dtype=torch.int64)
@@ -278,6 +281,14 @@ def _classes(model: Segmenter, x: Tensor, view: View) -> Tensor:  # (B, C, H, W)
         classes = torch.where(highest > best, which + start, classes)
         best = torch.maximum(best, highest)
     return classes
+
+
+def _scores(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:
+    """Logits of one look at a picture; probabilities, if it is one of several."""
+    logits = _slide(model, x, view) if view.mode == "slide" else model(x)
+    if check and not logits.isfinite().all():
+        raise InputError("the network answers with what are not numbers; take another checkpoint")
+    return logits.softmax(1) if view.flip or len(view.scales) > 1 else logits
 
 
 def _slide(model: Segmenter, x: Tensor, view: View) -> Tensor:

@@ -151,6 +151,11 @@ def test_a_run_weighs_the_classes(scenes, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["class_weights"] == "log"
     kept = torch.load(tmp_path / "run" / "last.ckpt")["Loaders"]["pixels"]
     assert kept[0].tolist() == np.bincount(labels, minlength=7).tolist()
+    older = torch.load(tmp_path / "run" / "last.ckpt")
+    del older["Loaders"]["pixels"]
+    torch.save(older, tmp_path / "run" / "last.ckpt")
+    with pytest.raises(InputError, match="an older version began this run, and did not keep the weights"):
+        cli.run([*args, "--resume"])
     with pytest.raises(InputError, match="--class-weights is log in the run"):
         cli.run([*arguments(tmp_path / "data", tmp_path / "run", "--resume"), "--class-weights", "median-frequency"])
 
@@ -249,8 +254,11 @@ def test_evaluation_elsewhere_than_the_file_of_the_classes(scenes, tmp_path, cap
     (tmp_path / "names.txt").write_text(names)
     monkeypatch.chdir(tmp_path)
     assert cli.run(arguments(scenes, tmp_path / "run", "--data.classes", "names.txt", optim__epochs=1)) == 0
-    (tmp_path / "names.txt").unlink()
     best = tmp_path / "run" / "best.safetensors"
+    shutil.copytree(scenes, tmp_path / "data")
+    (tmp_path / "data" / "classes.txt").write_text(names.upper())  # names.txt goes before it, as in training
+    assert call(capsys, "evaluate", best, "--data.root", tmp_path / "data", "--json", "--accelerator", "cpu")[0] == 0
+    (tmp_path / "names.txt").unlink()
     status, printed = call(capsys, "evaluate", best, "--data.root", scenes, "--json", "--accelerator", "cpu")
     assert status == 0
     assert list(json.loads(printed)["per_class"]) == names.split()
@@ -344,6 +352,12 @@ def test_killed_and_resumed_with_weighted_classes(scenes, tmp_path):
     die(arguments(scenes, tmp_path / "run", **settings), "saved last.ckpt", 1)
     assert cli.run([*arguments(scenes, tmp_path / "run", **settings), "--resume"]) == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole", kinds={"state_dict", "optimizer_states"})
+
+
+def test_a_diverged_run_names_its_last_good_state(scenes, tmp_path):
+    given = {"optim__optimizer": "sgd", "optim__lr": 1e38, "optim__warmup_steps": 0, "optim__epochs": 1}
+    with pytest.raises(InputError, match=r"not a finite number .*(nothing was saved|last good state).*--optim.lr"):
+        cli.run(arguments(scenes, tmp_path / "run", **given))
 
 
 def test_two_processes_count_each_picture_once(scenes, tmp_path):

@@ -140,6 +140,14 @@ def test_a_network_for_multiples_of_32_sees_zeros_around_the_picture():
     assert segmenter(x).shape == (1, 3, 72, 40)
 
 
+@pytest.mark.parametrize(("name", "multiple"), [("convnext_atto", 32), ("resnet18", 1), ("dualtoken_vit_tiny", 1)])
+@torch.no_grad()
+def test_maps_cover_the_whole_picture(name, multiple):
+    backbone = create(name=name).eval().backbone
+    assert backbone.multiple == multiple
+    assert [tuple(m.shape[2:]) for m in backbone(torch.rand(1, 3, 95, 127))] == [(6, 8), (3, 4)]
+
+
 @torch.no_grad()
 def test_a_vision_transformer_with_its_size_set_free():
     segmenter = create(name="vit_tiny_patch16_224", dynamic_img_size=True).eval()
@@ -341,6 +349,8 @@ def test_answers_that_are_not_numbers():
     picture[1, 3, 3] = torch.nan
     with pytest.raises(InputError, match="the network answers with what are not numbers"):
         segment(Colours(), [picture], View())
+    (labels,) = segment(Colours(), [picture], View(), check=False)  # for a training that ends by itself
+    assert labels.shape == (40, 40)
 
 
 @torch.no_grad()

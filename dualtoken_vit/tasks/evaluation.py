@@ -37,8 +37,9 @@ def _named(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     follows = {"dataset": dataset, "limit": None}
     if "images" in data:
         follows["val_images"] = None
-    if "root" in data and recipe.task == "segmentation":
-        follows["classes"] = None  # the file of the classes lay beside the training pictures, or in another folder
+    classes = getattr(recipe.data, "classes", None)
+    if classes and not Path(classes).is_file():  # it stayed with the training pictures; the checkpoint has the names
+        follows["classes"] = None
     return follows | data
 
 

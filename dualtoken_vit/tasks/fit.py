@@ -331,7 +331,8 @@ class RunFolder(Callback):
             writer = csv.DictWriter(file, self.history[0])
             writer.writeheader()
             writer.writerows(self.history)
-        plots.save_curves(self.history, task.panels, f"val_{task.score}", self.out / "curves.png")
+        best = self.best(task.score)
+        plots.save_curves(self.history, task.panels, f"val_{task.score}", best, self.out / "curves.png")
 
 
 class LastCheckpoint(Checkpoint):

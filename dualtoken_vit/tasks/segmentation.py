@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -115,8 +116,12 @@ class SegmentationTask(Task):
             InputError: where there are fewer than two classes.
         """
         pixels, names = self.trainer.datamodule.pixels, self.val.class_names
-        if pixels is None:  # a run that an older version began
+        if pixels is None and self.recipe.class_weights == "equal":  # a run that an older version began
             return
+        if pixels is None:
+            raise InputError(
+                "an older version began this run, and did not keep the weights of the classes; start another with --out"
+            )
         missing = [name for name, count in zip(names, pixels[0].tolist(), strict=True) if not count]
         if missing and self.trainer.is_global_zero:
             print(f"in no training mask: {', '.join(missing)}")
@@ -141,7 +146,9 @@ class SegmentationTask(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         pictures, masks = batch
-        labels = segment(self.model, [picture / 255 for picture in pictures], self.view)
+        # In training what is not a number stops the run elsewhere, on all processes and with the last good state named.
+        check = self.trainer.state.fn != TrainerFn.FITTING
+        labels = segment(self.model, [picture / 255 for picture in pictures], self.view, check=check)
         for found, mask in zip(labels, masks, strict=True):
             confusion = self.metric(found, mask.long())  # of this picture
             index = self.trainer.global_rank + self.seen * self.trainer.world_size  # as `sampling.loader` deals them

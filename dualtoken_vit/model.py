@@ -146,11 +146,20 @@ def avg_pool2(x: Tensor) -> Tensor:
     return F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
 
 
+def autocasts_on_cpu() -> bool:
+    """Whether mixed precision is on for the CPU; TorchScript has autocast of its own and never is."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.is_autocast_enabled("cpu")
+
+
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention over tokens that are already projected.
 
-    Fused by timm's rule (`timm.layers.use_fused_attn`, `set_fused_attn`); the unfused path runs through a node
-    `softmax` and a module `attn_drop`, where `timm.utils.AttentionExtract` finds the map.
+    Fused by timm's rule (`timm.layers.use_fused_attn`, `set_fused_attn`), except under autocast on the CPU, where the
+    backward pass of the fused kernel in bfloat16 is ten times slower than in float32. The unfused path runs through a
+    node `softmax` and a module `attn_drop`, where `timm.utils.AttentionExtract` finds the map.
     """
 
     fused_attn: Final[bool]
@@ -170,7 +179,7 @@ class Attention(nn.Module):
         q = q.reshape(B, N, self.num_heads, -1).transpose(1, 2)  # (B, heads, N, C/heads)
         k = k.reshape(B, k.shape[1], self.num_heads, -1).transpose(1, 2)  # (B, heads, M, C/heads)
         v = v.reshape(B, v.shape[1], self.num_heads, -1).transpose(1, 2)
-        if self.fused_attn:
+        if self.fused_attn and not autocasts_on_cpu():
             p = self.attn_drop.p if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
         else:

@@ -51,6 +51,9 @@ class Data:
     without a look at the validation pictures, or where there are none."""
     image_size: int = 224
     """Side of the square that pictures are resized and cropped to, in pixels."""
+    start_size: int | None = None
+    """Progressive resizing: side of the training images in the first half of the run; it then grows to image_size,
+    which it reaches for the last fifth. None: image_size throughout."""
     crop_pct: float = 0.875
     """In evaluation the short side is resized to image_size / crop_pct and the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"

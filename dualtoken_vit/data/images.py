@@ -74,15 +74,25 @@ def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
     return picture.convert(mode)
 
 
-def train_transform(data: Data, augment: Augment, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """timm's training transform: a PIL picture to a normalised float tensor (C, S, S), S = data.image_size.
+def train_size(data: Data, progress: float) -> int:
+    """Side of the training images when the share `progress` of the run is done: progressive resizing in steps of 16."""
+    if data.start_size is None or progress >= 0.8:
+        return data.image_size
+    grown = max(progress - 0.5, 0) / 0.3
+    return data.start_size + round((data.image_size - data.start_size) * grown / 16) * 16
+
+
+def train_transform(
+    data: Data, augment: Augment, mean: tuple[float, ...], std: tuple[float, ...], progress: float = 0.0
+) -> Callable:
+    """timm's training transform: a PIL image to a normalised float tensor (C, S, S), S = train_size(data, progress).
 
     Raises:
         InputError: for an augmentation policy that timm does not know.
     """
     try:
         return create_transform(
-            data.image_size,
+            train_size(data, progress),
             is_training=True,
             scale=augment.scale,
             ratio=augment.ratio,

@@ -38,6 +38,7 @@ RANGES = {
     "dropout": (0, 0.99),
     "model.drop_path_rate": (0, 0.99),
     "data.image_size": (1, math.inf),
+    "data.start_size": (1, math.inf),
     "data.max_size": (1, math.inf),
     "data.limit": (1, math.inf),
     "data.crop_pct": (0.01, math.inf),
@@ -306,6 +307,9 @@ class Task(LightningModule):
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002  timm's Mixup draws from the global generator
         torch.manual_seed(seed)
+
+    def prepare_epoch(self, train: Dataset, progress: float) -> None:
+        """Adapt the training data to the share of the run that is done; called before each epoch's first batch."""
 
     def compute_metrics(self) -> dict[str, float]:
         """The metrics of the validation just done, over all processes; called on each of them, and once."""

@@ -1,7 +1,9 @@
 """Image classification: loss, mixing of pictures, metrics; what training and evaluation need."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,10 +38,17 @@ class ClassificationTask(Task):
     }
 
     def __init__(
-        self, model: nn.Module, recipe: Classification, class_names: tuple[str, ...], steps_per_epoch: int = 1
+        self,
+        model: nn.Module,
+        recipe: Classification,
+        class_names: tuple[str, ...],
+        steps_per_epoch: int = 1,
+        train_transform: Callable[[float], Callable] | None = None,
     ):
         super().__init__(model, recipe, steps_per_epoch)
         self.class_names = class_names
+        self.train_transform = train_transform
+        """The transform of training images at a share of the run."""
         num_classes = len(class_names)
         augment = recipe.augment
         self.mixup = None
@@ -83,6 +92,10 @@ class ClassificationTask(Task):
         logits = self(x).float()
         self.metrics.update(logits, target)
         self.loss.update(F.cross_entropy(logits, target), len(x))
+
+    def prepare_epoch(self, train: Dataset, progress: float) -> None:
+        if self.train_transform is not None:
+            train.transform = self.train_transform(progress)
 
     def compute_metrics(self) -> dict[str, float]:
         metrics = self.metrics.compute()
@@ -159,7 +172,8 @@ def prepare(recipe: Classification, start: Model) -> Setup:
     model, model_args = create_model(start, len(names), recipe.data.image_size)
     preprocessing = _preprocessing(recipe, model.pretrained_cfg)
     scale = preprocessing["mean"], preprocessing["std"]
-    train.transform = train_transform(recipe.data, recipe.augment, *scale)
+    at = partial(train_transform, recipe.data, recipe.augment, *scale)
+    train.transform = at(0.0)  # refuses a wrong policy now
     val.transform = eval_transform(recipe.data, *scale)
     return Setup(
         model=model,
@@ -169,7 +183,7 @@ def prepare(recipe: Classification, start: Model) -> Setup:
         preprocessing=preprocessing,
         model_args=model_args,
         report=load_weights(model, start.checkpoint, names) if start.checkpoint else None,
-        build_task=lambda model, steps: ClassificationTask(model, recipe, names, steps),
+        build_task=lambda model, steps: ClassificationTask(model, recipe, names, steps, at),
     )
 
 

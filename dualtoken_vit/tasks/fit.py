@@ -210,6 +210,8 @@ class Loaders(lightning.LightningDataModule):
         loop = self.trainer.fit_loop
         done = loop.epoch_loop.batch_progress.current.processed if loop.restarting else 0
         place = dict(epoch=self.trainer.current_epoch, skip=done)
+        progress = self.trainer.current_epoch / self.recipe.optim.epochs
+        self.trainer.lightning_module.prepare_epoch(self.train, progress)
         batches = loader(
             self.train, train=True, groups=getattr(self.train, "groups", None), **place, **self._arguments()
         )

@@ -24,8 +24,8 @@ demo: $(TRAIN)
 	rm -rf $(DEMO)
 	$(BIN)/dualtoken-vit train demo --out $(DEMO)
 	$(BIN)/dualtoken-vit evaluate $(DEMO)/best.safetensors
-	$(BIN)/python -c "from dualtoken_vit.data.shapes import save; save('$(DEMO)/pictures')"
-	$(BIN)/dualtoken-vit predict $(DEMO)/best.safetensors $(DEMO)/pictures --out $(DEMO)/predictions
+	$(BIN)/python -c "from dualtoken_vit.data.shapes import save; save('$(DEMO)/images')"
+	$(BIN)/dualtoken-vit predict $(DEMO)/best.safetensors $(DEMO)/images --out $(DEMO)/predictions
 	@echo "Look at $(DEMO): curves.png, confusion.png, predictions/sheet.png"
 
 # One thread a process: several processes that each use all the cores are slower than one.

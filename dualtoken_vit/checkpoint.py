@@ -4,16 +4,13 @@ A safetensors file whose tensors are the timm model's plain state dict, so that 
 checkpoint_path=...)` reads it too, and whose metadata says in JSON what the network, classes and preprocessing are.
 """
 
-import errno
 import json
-import os
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -23,47 +20,9 @@ from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.files import atomic_write
 
 FORMAT = "dualtoken-vit checkpoint 1"
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind `error`: torch.save hides it behind a RuntimeError of its own."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
-
-
-@contextmanager
-def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file to write into, which takes the place of `path` only when it is whole and on the disk.
-
-    Folders are created as needed. A process killed in between leaves `path` as it was, and a hidden temporary file
-    that the next write replaces.
-
-    Raises:
-        InputError: where the system refuses (full disk, no permission); `path` is as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = _os_error(error)
-        if cause is None:
-            raise
-        reason = "the disk is full; free some space" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror
-        kept = "; the file that was there is kept" if path.is_file() else ""
-        raise InputError(f"cannot write {path}: {reason}{kept}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @dataclass(frozen=True)
@@ -177,11 +136,13 @@ def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
     checkpoint = read_checkpoint(path)
     try:
         if checkpoint.task == "detection":
-            from dualtoken_vit.detectors import create_detector  # needs torchvision, which a bare install has not
+            from dualtoken_vit.models.detectors import (
+                create_detector,  # needs torchvision, which a bare install has not
+            )
 
             model = create_detector(name=checkpoint.model, **checkpoint.model_args)
         elif checkpoint.task == "segmentation":
-            from dualtoken_vit.segmenters import create_segmenter
+            from dualtoken_vit.models.segmenters import create_segmenter
 
             model = create_segmenter(name=checkpoint.model, **checkpoint.model_args)
         else:

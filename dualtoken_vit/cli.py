@@ -41,7 +41,7 @@ class Train(Generic[R]):
 class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
-    """Detection, segmentation: folder for labels.png, a contact sheet of pictures with their labels drawn."""
+    """Detection, segmentation: folder for labels.png, a contact sheet of images with their labels drawn."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,22 @@ class Study:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The pictures; what is not given is as in training."""
+    """The images; what is not given is as in training."""
 
     dataset: str | None = None
     """folder, shapes, imagenette, or a timm data spec; detection: coco or shapes; segmentation: masks or shapes."""
     root: str | None = None
-    """Classification, segmentation: folder of the data set."""
+    """Classification, segmentation: folder of the dataset."""
     val_split: Annotated[str | None, tyro.conf.arg(aliases=("--data.split",))] = None
     """Classification, segmentation: name of the split or folder."""
     holdout: float | None = None
-    """Classification: share of each class's training pictures that was held out; 0: the validation split."""
+    """Classification: share of each class's training images that was held out; 0: the validation split."""
     images: str | None = None
-    """Detection: folder of the pictures."""
+    """Detection: folder of the images."""
     val_json: str | None = None
-    """Detection: COCO json of the pictures."""
+    """Detection: COCO json of the images."""
     limit: int | None = None
-    """Detection, segmentation: only the first so many pictures."""
+    """Detection, segmentation: only the first so many images."""
     classes: str | None = None
     """Segmentation: file with the name of a class a line; they must be those of the checkpoint."""
     ignore_index: int | None = None
@@ -86,15 +86,15 @@ class EvaluationData:
     reduce_zero_label: bool | None = None
     """Segmentation: label 0 is no class; the classes begin at 1."""
     image_size: int | None = None
-    """Side of the square that pictures are resized and cropped to, otherwise their short side, in pixels."""
+    """Side of the square that images are resized and cropped to, otherwise their short side, in pixels."""
     mode: Literal["whole", "slide"] | None = None
-    """Segmentation: the whole picture at once, or windows over it."""
+    """Segmentation: the whole image at once, or windows over it."""
     window: int | None = None
     """Segmentation: side of the windows in pixels."""
     window_stride: int | None = None
     """Segmentation: pixels from one window to the next."""
     scales: tuple[float, ...] | None = None
-    """Segmentation: sizes to look at a picture in, relative to image_size."""
+    """Segmentation: sizes to look at an image in, relative to image_size."""
     flip: bool | None = None
     """Segmentation: look at the mirror image too."""
     max_size: int | None = None
@@ -102,9 +102,9 @@ class EvaluationData:
     crop_pct: float | None = None
     """Classification: the short side is resized to image_size / crop_pct and the centre is cropped."""
     unreadable: Literal["stop", "skip"] | None = None
-    """Classification: what to do with a picture that cannot be read."""
+    """Classification: what to do with an image that cannot be read."""
     workers: int | None = None
-    """Processes that read pictures."""
+    """Processes that read images."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Evaluate:
     """The best.safetensors of a run."""
     data: EvaluationData = field(default_factory=EvaluationData)
     batch_size: int | None = None
-    """Pictures at a time; by default as many as in training."""
+    """Images at a time; by default as many as in training."""
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, gpu, mps."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -168,7 +168,7 @@ def train(args: list[str]) -> bool:
 
     chosen = parse(RECIPES[name])
     out = chosen.out or Path("runs", name)
-    from dualtoken_vit.tasks.fit import fit, stored_recipe
+    from dualtoken_vit.tasks.trainer import fit, stored_recipe
 
     stored = stored_recipe(out) if chosen.resume else None
     if stored is not None:
@@ -178,7 +178,7 @@ def train(args: list[str]) -> bool:
 
 
 def evaluate(args: list[str]) -> bool:
-    """Measure a trained network on validation pictures."""
+    """Measure a trained network on validation images."""
     chosen = tyro.cli(Evaluate, args=args, prog="dualtoken-vit evaluate", description=evaluate.__doc__)
     from dualtoken_vit.tasks.evaluation import evaluate as run
 
@@ -203,7 +203,7 @@ def evaluate(args: list[str]) -> bool:
 
 
 def predict(args: list[str]) -> bool:
-    """Say and draw what a trained network sees in pictures."""
+    """Say and draw what a trained network sees in images."""
     from dualtoken_vit.predict import predict as run
 
     return _call(run, "predict", args)
@@ -211,14 +211,14 @@ def predict(args: list[str]) -> bool:
 
 def attention(args: list[str]) -> bool:
     """Draw what the image tokens of a trained classifier attend to."""
-    from dualtoken_vit.attention import attention as run
+    from dualtoken_vit.paper.attention import attention as run
 
     return _call(run, "attention", args)
 
 
 def localise(args: list[str]) -> bool:
     """Measure how well the attention maps of trained classifiers say where objects are."""
-    from dualtoken_vit.localise import localise as run
+    from dualtoken_vit.paper.localise import localise as run
 
     _call(run, "localise", args)
     return True
@@ -226,7 +226,7 @@ def localise(args: list[str]) -> bool:
 
 def benchmark(args: list[str]) -> bool:
     """Measure speed, memory and size of timm models side by side."""
-    from dualtoken_vit.benchmark import benchmark as run
+    from dualtoken_vit.paper.benchmark import benchmark as run
 
     _call(run, "benchmark", args)
     return True
@@ -234,8 +234,8 @@ def benchmark(args: list[str]) -> bool:
 
 def study(args: list[str]) -> bool:
     """Train the networks of one of the paper's comparisons at one equal budget, with several seeds."""
-    from dualtoken_vit.study import PRESETS, STUDIES, networks
-    from dualtoken_vit.study import study as run
+    from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
+    from dualtoken_vit.paper.study import study as run
 
     if args and args[0] in ("-h", "--help"):
         console = Console()
@@ -269,14 +269,14 @@ def study(args: list[str]) -> bool:
 
 def tables(args: list[str]) -> bool:
     """Print the paper's tables beside what is counted and measured here."""
-    from dualtoken_vit.tables import tables as run
+    from dualtoken_vit.paper.tables import tables as run
 
     _call(run, "tables", args)
     return True
 
 
 def check_data(args: list[str]) -> bool:
-    """Read every picture of a recipe's data once and report what is there and what is wrong."""
+    """Read every image of a recipe's data once and report what is there and what is wrong."""
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
     chosen = tyro.cli(
         CheckData[type(RECIPES[name])],
@@ -289,14 +289,14 @@ def check_data(args: list[str]) -> bool:
 
     check_ranges(chosen.recipe)
     if chosen.recipe.task == "detection":
-        from dualtoken_vit.data.check_coco import check_detection_data
+        from dualtoken_vit.data.check.detection import check_detection_data
 
         return check_detection_data(chosen.recipe, chosen.out)
     if chosen.recipe.task == "segmentation":
-        from dualtoken_vit.data.check_masks import check_segmentation_data
+        from dualtoken_vit.data.check.segmentation import check_segmentation_data
 
         return check_segmentation_data(chosen.recipe, chosen.out)
-    from dualtoken_vit.data.check import check_data as run
+    from dualtoken_vit.data.check.classification import check_data as run
 
     return run(chosen.recipe)
 
@@ -329,7 +329,7 @@ def _help() -> None:
 
 
 def run(args: list[str]) -> int:
-    """Carry out one command; returns the exit status: 0, or 1 where a command found problems in pictures."""
+    """Carry out one command; returns the exit status: 0, or 1 where a command found problems in images."""
     if not args or args[0] in ("-h", "--help"):
         _help()
         return 0
@@ -354,7 +354,7 @@ def main() -> None:
     try:
         sys.exit(run(sys.argv[1:]))
     except InputError as error:
-        # A process that reads pictures hands its error on behind a traceback.
+        # A process that reads images hands its error on behind a traceback.
         message = str(error).rstrip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
         _end(f"error: {message}")
     except ModuleNotFoundError as error:

@@ -1,5 +1,6 @@
-"""What a measurement was made on, in words."""
+"""This machine: its devices, settings under which PyTorch is faster on its CPU, and its description."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -9,6 +10,7 @@ import timm
 import torch
 
 import dualtoken_vit
+from dualtoken_vit.errors import InputError
 
 
 def cores() -> int:
@@ -49,3 +51,37 @@ def commit() -> str | None:
     except FileNotFoundError:  # no git
         return None
     return git.stdout.strip() or None
+
+
+def pick_device(name: str) -> torch.device:
+    """torch's device of that name; auto: the accelerator if there is one.
+
+    Raises:
+        InputError: for one that this machine does not have.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device={name}: not on this machine; use auto or cpu") from None
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def tune_cpu() -> None:
+    """Flush denormal numbers to zero, and keep freed memory for the next tensor.
+
+    Untrained weights make numbers so small that a processor handles them in microcode. And glibc returns a large block
+    to the kernel when a tensor is freed, which clears every page of it again for the next one; on some machines that
+    takes longer than the arithmetic. Where the C library is another one, memory stays as it is.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -22,7 +22,7 @@ class Model:
     args: tuple[str, ...] = ()
     """Further arguments of timm.create_model, NAME=VALUE each, for example: token_grid=5 token_mlp=mix."""
     in_chans: Literal[1, 3] = 3
-    """Channels of the pictures the network takes: 3 (RGB) or 1 (grey)."""
+    """Channels of the images the network takes: 3 (RGB) or 1 (grey)."""
     checkpoint: str | None = None
     """Weights to start from: a best.safetensors of this project or any timm checkpoint file."""
     pretrained: bool = False
@@ -35,41 +35,41 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """The pictures."""
+    """The images."""
 
     dataset: str = "folder"
     """folder: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg; shapes: drawn by the program; imagenette: fetched by
     torchvision; or a timm data spec: wds/..., hfds/..., tfds/... (with the package that reads it installed)."""
     root: str = ""
-    """Folder of the data set."""
+    """Folder of the dataset."""
     train_split: str = "train"
     """Name of the training split or folder."""
     val_split: str = "val"
     """Name of the validation split or folder."""
     holdout: float = 0.0
-    """Share of each class's training pictures to validate on instead of the validation split, 0 to 0.5. For tuning
-    without a look at the validation pictures, or where there are none."""
+    """Share of each class's training images to validate on instead of the validation split, 0 to 0.5. For tuning
+    without a look at the validation images, or where there are none."""
     image_size: int = 224
-    """Side of the square that pictures are resized and cropped to, in pixels."""
+    """Side of the square that images are resized and cropped to, in pixels."""
     start_size: int | None = None
     """Progressive resizing: side of the training images in the first half of the run; it then grows to image_size,
     which it reaches for the last fifth. None: image_size throughout."""
     crop_pct: float = 0.875
     """In evaluation the short side is resized to image_size / crop_pct and the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How pictures are resized."""
+    """How images are resized."""
     unreadable: Literal["stop", "skip"] = "stop"
-    """What to do with a picture that cannot be read: stop before the first step, or skip and count it."""
+    """What to do with an image that cannot be read: stop before the first step, or skip and count it."""
     workers: int = 2
-    """Processes that read pictures; 0: read them in the training process."""
+    """Processes that read images; 0: read them in the training process."""
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What training does to the pictures (timm's transforms)."""
+    """What training does to the images (timm's transforms)."""
 
     scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the share of the picture's area that the random crop keeps."""
+    """Range of the share of the image's area that the random crop keeps."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
     """Range of the random crop's aspect ratio."""
     hflip: float = 0.5
@@ -109,11 +109,11 @@ class Optim:
     warmup_steps: int | None = None
     """Steps of linear warm-up, in place of warmup_epochs."""
     epochs: int = 30
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     batch_size: int = 64
-    """Pictures a step, over all the processes and accumulated batches together."""
+    """Images a step, over all the processes and accumulated batches together."""
     accumulate: int = 1
-    """Batches whose gradients are added up before a step; each has batch_size / accumulate pictures."""
+    """Batches whose gradients are added up before a step; each has batch_size / accumulate images."""
     weight_decay: float = 0.05
     """On weights; not on biases, norms and global tokens."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -162,36 +162,36 @@ class Classification:
 
 @dataclass(frozen=True)
 class DetectionData:
-    """The pictures and their objects."""
+    """The images and their objects."""
 
     dataset: Literal["coco", "shapes"] = "coco"
-    """coco: pictures and COCO json files; shapes: drawn by the program, with boxes and masks."""
+    """coco: images and COCO json files; shapes: drawn by the program, with boxes and masks."""
     images: str = ""
-    """Folder of the pictures that the json files name."""
+    """Folder of the images that the json files name."""
     val_images: str | None = None
-    """Folder of the validation pictures, if it is another one."""
+    """Folder of the validation images, if it is another one."""
     train_json: str = ""
-    """COCO json with the training pictures, objects and categories (any ids)."""
+    """COCO json with the training images, objects and categories (any ids)."""
     val_json: str = ""
-    """COCO json of the validation pictures."""
+    """COCO json of the validation images."""
     limit: int | None = None
-    """Use only the first so many pictures of each split: to try things out, or to overfit."""
+    """Use only the first so many images of each split: to try things out, or to overfit."""
     image_size: int = 800
-    """Short side that pictures are resized to, in pixels."""
+    """Short side that images are resized to, in pixels."""
     max_size: int = 1333
     """The long side becomes no longer than this, even if the short side stays shorter for it."""
     workers: int = 2
-    """Processes that read pictures; 0: read them in the training process."""
+    """Processes that read images; 0: read them in the training process."""
 
 
 @dataclass(frozen=True)
 class DetectionAugment:
-    """What training does to the pictures, boxes and masks."""
+    """What training does to the images, boxes and masks."""
 
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     multi_scale: tuple[int, ...] = ()
-    """Short sides, of which training draws one for each picture; none: always image_size."""
+    """Short sides, of which training draws one for each image; none: always image_size."""
     photometric: float = 0.0
     """Probability of each change of brightness, contrast, saturation and hue."""
 
@@ -204,7 +204,7 @@ class Detection:
     detector: Literal["retinanet", "mask-rcnn"] = "retinanet"
     """retinanet: boxes; mask-rcnn: boxes and masks."""
     roi_samples: int = 512
-    """Mask R-CNN: proposals of each picture that its heads learn from; fewer take less time and memory."""
+    """Mask R-CNN: proposals of each image that its heads learn from; fewer take less time and memory."""
     model: Model = Model()
     data: DetectionData = DetectionData()
     augment: DetectionAugment = DetectionAugment()
@@ -214,12 +214,12 @@ class Detection:
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """The pictures and their masks, and how pictures are looked at in evaluation."""
+    """The images and their masks, and how images are looked at in evaluation."""
 
     dataset: Literal["masks", "shapes"] = "masks"
     """masks: ROOT/images/SPLIT/**/NAME.jpg and ROOT/annotations/SPLIT/**/NAME.png; shapes: drawn by the program."""
     root: str = ""
-    """Folder of the data set."""
+    """Folder of the dataset."""
     train_split: str = "train"
     """Name of the folders of the training split."""
     val_split: str = "val"
@@ -232,28 +232,28 @@ class SegmentationData:
     reduce_zero_label: bool = False
     """Label 0 is no class and counts for nothing; the classes begin at 1 (ADE20K)."""
     limit: int | None = None
-    """Use only the first so many pictures of each split: to try things out, or to overfit."""
+    """Use only the first so many images of each split: to try things out, or to overfit."""
     image_size: int | None = None
-    """Short side that pictures are resized to, in pixels; none: they keep their size."""
+    """Short side that images are resized to, in pixels; none: they keep their size."""
     crop_size: tuple[int, int] = (512, 512)
-    """Height and width of the training pictures, cut out at random."""
+    """Height and width of the training images, cut out at random."""
     mode: Literal["whole", "slide"] = "whole"
-    """In evaluation: the whole picture at once, or windows over it, averaged where they overlap."""
+    """In evaluation: the whole image at once, or windows over it, averaged where they overlap."""
     window: int = 512
     """Side of the windows in pixels."""
     window_stride: int = 341
     """Pixels from one window to the next."""
     scales: tuple[float, ...] = (1.0,)
-    """In evaluation: sizes to look at a picture in, relative to image_size; probabilities are averaged."""
+    """In evaluation: sizes to look at an image in, relative to image_size; probabilities are averaged."""
     flip: bool = False
     """In evaluation: look at the mirror image too."""
     workers: int = 2
-    """Processes that read pictures; 0: read them in the training process."""
+    """Processes that read images; 0: read them in the training process."""
 
 
 @dataclass(frozen=True)
 class SegmentationAugment:
-    """What training does to the pictures and masks."""
+    """What training does to the images and masks."""
 
     scale: tuple[float, float] = (0.5, 2.0)
     """Range of the random size, relative to image_size, before the crop."""
@@ -280,7 +280,7 @@ class Segmentation:
     """Rate at which channels are left out before the classifiers, in training."""
     class_weights: Literal["equal", "median-frequency", "log"] = "equal"
     """What a pixel counts in the loss, by its class, where f is the class's share of the training pixels: 1; the median
-    of all f / f, each f among the pictures that have the class (SegNet); or 1 / ln(1.02 + f) (ENet)."""
+    of all f / f, each f among the images that have the class (SegNet); or 1 / ln(1.02 + f) (ENet)."""
     model: Model = Model()
     data: SegmentationData = SegmentationData()
     augment: SegmentationAugment = SegmentationAugment()
@@ -381,7 +381,7 @@ COCO_MASK = replace(
 )
 
 # The paper's setting on ADE20K (section 4.3). The schedule is not stated there: 160,000 steps at batch 16 are the
-# field's habit (MMSegmentation), which is 127 passes over the 20,210 pictures, with 1500 steps of warm-up and poly 0.9.
+# field's habit (MMSegmentation), which is 127 passes over the 20,210 images, with 1500 steps of warm-up and poly 0.9.
 ADE20K = Segmentation(
     model=Model(name="dualtoken_vit_small", drop_path_rate=0.1),
     data=SegmentationData(
@@ -395,7 +395,7 @@ ADE20K = Segmentation(
     optim=Optim(lr=2e-4, weight_decay=1e-4, batch_size=32, schedule="poly", min_lr=0.0, epochs=127, warmup_steps=1500),
 )
 
-# The folder recipe's defaults were chosen on a tenth of Imagenette's training pictures (REPRODUCTION.md).
+# The folder recipe's defaults were chosen on a tenth of Imagenette's training images (REPRODUCTION.md).
 FOLDER = Classification(
     data=Data(crop_pct=1.0),
     augment=Augment(scale=(0.35, 1.0)),
@@ -414,7 +414,7 @@ _ALL: dict[str, tuple[str, Recipe]] = {
             optim=replace(FOLDER.optim, epochs=6),
         ),
     ),
-    "folder": ("Your own pictures: --data.root DIR with train/CLASS/*.jpg and val/CLASS/*.jpg.", FOLDER),
+    "folder": ("Your own images: --data.root DIR with train/CLASS/*.jpg and val/CLASS/*.jpg.", FOLDER),
     "imagenette": (
         "Imagenette (10 classes of ImageNet, 160 pixels), fetched by torchvision.",
         replace(FOLDER, data=replace(FOLDER.data, dataset="imagenette", root="data", image_size=128)),

@@ -1,4 +1,4 @@
-"""Pictures and settings that several tests share."""
+"""Images and settings that several tests share."""
 
 import shutil
 

@@ -13,14 +13,14 @@ from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 
 from dualtoken_vit import cli
-from dualtoken_vit.attention import (
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.paper.attention import (
     blocks_of,
     gradient_importance,
     highest,
     recording,
     replacement_importance,
 )
-from dualtoken_vit.errors import InputError
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_the_grid_of_the_map_is_that_of_the_tokens(args):
 
 
 def moved(model, block, x, row, column, share):
-    """The log-probabilities with one token a share of the way to the mean token of its picture."""
+    """The log-probabilities with one token a share of the way to the mean token of its image."""
 
     def move(module, args):
         tokens, g = args
@@ -147,16 +147,16 @@ def test_the_command(checkpoint, tmp_path, capsys):
     with Image.open(out / folder / "a.png.key.png") as key:
         red = (np.asarray(key.convert("RGB")) == (255, 0, 0)).all(-1)
     assert red.any()  # the key token's box
-    for one in told["pictures"]:
+    for one in told["images"]:
         assert one["class"] in NAMES
         assert -1 <= one["agreement"] <= 1
         assert all(0 <= place < 3 for place in (*one["token"], *one["gradient_token"]))
     assert run(*args) == 0  # into its own folder again
-    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").write_bytes(b"no image")
     capsys.readouterr()
     assert run(checkpoint, tmp_path / "a.png", tmp_path / "c.png", "--out", tmp_path / "two") == 1
     assert "c.png: cannot be read" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"none of the 1 pictures can be read; the first: .*c\.png"):
+    with pytest.raises(InputError, match=r"none of the 1 images can be read; the first: .*c\.png"):
         run(checkpoint, tmp_path / "c.png", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert run(checkpoint, tmp_path / "a.png", "--out", tmp_path / "one", "--block", "0", "--token", "2,3") == 0

@@ -9,9 +9,9 @@ import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
 
-from dualtoken_vit import benchmark as module
-from dualtoken_vit.benchmark import Result, Setting, benchmark, take_turns
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.paper import benchmark as module
+from dualtoken_vit.paper.benchmark import Result, Setting, benchmark, take_turns
 
 MODELS = ("test_vit", "test_resnet")  # timm's smallest
 QUICK = dict(input_sizes=("32",), batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=1)
@@ -80,9 +80,9 @@ def test_memory_of_a_fresh_process():
         benchmark(("test_vit",), **QUICK | dict(input_sizes=("160",), batch_sizes=(b,)), modes=("eager",))[0]
         for b in (1, 64)
     )
-    pictures = 63 * 3 * 160 * 160 * 4 / 2**20  # that one has more of, MiB
+    images = 63 * 3 * 160 * 160 * 4 / 2**20  # that one has more of, MiB
     assert small.memory_mib > 0
-    assert large.memory_mib - small.memory_mib > pictures
+    assert large.memory_mib - small.memory_mib > images
 
 
 def test_size_is_passed_on_to_models_that_are_built_for_one():
@@ -96,17 +96,15 @@ def test_size_is_passed_on_to_models_that_are_built_for_one():
 def test_segmenters(name):
     setting = Setting((64, 96), torch.device("cpu"), "bfloat16")
     with torch.inference_mode():
-        assert module.forward(setting.build(name), setting.pictures(2)).shape == (2, 150, 64, 96)
+        assert module.forward(setting.build(name), setting.images(2)).shape == (2, 150, 64, 96)
 
 
 @pytest.mark.parametrize("name", ["retinanet:dualtoken_vit_tiny_mix", "torchvision:retinanet_resnet50_fpn"])
-def test_detectors_take_pictures_in_a_list(name):
+def test_detectors_take_images_in_a_list(name):
     setting = Setting((64, 96), torch.device("cpu"), "float32")
     model = setting.build(name)
     with torch.inference_mode():
-        assert [set(found) for found in module.forward(model, setting.pictures(2))] == [
-            {"boxes", "labels", "scores"}
-        ] * 2
+        assert [set(found) for found in module.forward(model, setting.images(2))] == [{"boxes", "labels", "scores"}] * 2
     assert model.transform.min_size[-1] == 64
     assert model.transform.max_size == 96
 
@@ -152,7 +150,7 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
         (("test_vit",), {"input_sizes": ("640*480",)}, "'640*480' is not a size"),
         ((), {}, "none is named"),
         (("test_vit", "test_vit"), {}, "test_vit is named twice"),
-        (("convnext_atto",), {"input_sizes": ("16",)}, "convnext_atto cannot take pictures of 16x16 pixels"),
+        (("convnext_atto",), {"input_sizes": ("16",)}, "convnext_atto cannot take images of 16x16 pixels"),
         (("test_vit",), {"batch_sizes": (1, 0)}, "batch_sizes: 0 is too small"),
         (("test_vit",), {"batch_sizes": ()}, "batch_sizes"),
         (("test_vit",), {"rounds": 0}, "rounds: 0 is too small"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from dualtoken_vit.data.check_coco import check_coco
+from dualtoken_vit.data.check.detection import check_coco
 from dualtoken_vit.data.coco import CLASSES, save_scenes
 from dualtoken_vit.errors import InputError
 
@@ -60,7 +60,7 @@ def test_sound_data(check):
     assert row(lines, "all") == [len(objects[s]) for s in SPLITS]
     filled = [one["image_id"] for one in objects["train"]]
     most = max(map(filled.count, filled))
-    assert f"train: 14 pictures, {14 - len(set(filled))} without objects; up to {most} in one" in lines
+    assert f"train: 14 images, {14 - len(set(filled))} without objects; up to {most} in one" in lines
     small = sum(one["bbox"][2] * one["bbox"][3] < 1024 for one in objects["train"])
     assert f"train: {len(filled)} objects, {small} below 32x32 px, 0 of 96x96 and more; 1 crowds" in lines
     assert "val: width 48 to 48 px, median 48" in lines
@@ -82,30 +82,30 @@ def test_everything_that_can_be_wrong(check):
     some[9].update(bbox=[0, 0, 5, 5], segmentation=[[0, 0, 20, 0, 20, 29, 0, 29]])
     some[10].update(bbox=[5, 5, 0.5, 5], area=1)
     (folder / images[0]["file_name"]).unlink()
-    (folder / images[1]["file_name"]).write_bytes(b"no picture")
+    (folder / images[1]["file_name"]).write_bytes(b"no image")
     Image.fromarray(np.zeros((20, 48, 3), np.uint8)).save(folder / images[2]["file_name"])
     (folder / val["images"][0]["file_name"]).write_bytes((folder / images[3]["file_name"]).read_bytes())
     val["categories"].append({"id": 70, "name": "hexagon"})
     verdict, lines = check()
     assert not verdict
     ids = [one["id"] for one in some]
-    json_name, pictures = f"{check.root}/train.json", [f"{folder}/{one['file_name']}" for one in images]
+    json_name, imgs = f"{check.root}/train.json", [f"{folder}/{one['file_name']}" for one in images]
     expected = [
         "class missing: train/hexagon",
-        f"{pictures[0]}: no such file",
-        f"{pictures[1]}: cannot be read as a picture",
-        f"{pictures[2]} is 48x20 pixels as it is shown",
+        f"{imgs[0]}: no such file",
+        f"{imgs[1]}: cannot be read as an image",
+        f"{imgs[2]} is 48x20 pixels as it is shown",
         f"{json_name}: annotation {ids[0]}: names image 99",
         f"{json_name}: annotation {ids[1]}: names category 50",
         f"{json_name}: annotation {ids[3]}: its id is that of another",
         f"{json_name}: annotation {ids[4]}: its segmentation has a polygon",
-        f"box outside the picture: {json_name}: annotation {ids[5]} is 20x5 at (40, 40) in a picture of 48x48",
+        f"box outside the image: {json_name}: annotation {ids[5]} is 20x5 at (40, 40) in an image of 48x48",
         f"mask outside its box: {json_name}: annotation {ids[5]} ",
         f"box of no area: {json_name}: annotation {ids[6]} is 0x5",
         f"no area: {json_name}: annotation {ids[7]} has area 0",
         f"empty mask: {json_name}: annotation {ids[8]} ",
         f"mask outside its box: {json_name}: annotation {ids[9]} has a mask of 20x29 at (0, 0), and its box is 5x5",
-        f"in both splits: {pictures[3]} = {folder}/{val['images'][0]['file_name']}",
+        f"in both splits: {imgs[3]} = {folder}/{val['images'][0]['file_name']}",
     ]
     found = problems(lines)
     assert len(found) == len(expected)
@@ -114,7 +114,7 @@ def test_everything_that_can_be_wrong(check):
     assert lines[-1] == f"problems: {len(expected)}"
     tiny = sum(line.startswith("note: train: not trained on") for line in lines)
     assert tiny == 1
-    assert f"note: train: not trained on, below 1 px in the picture: 2 annotations ({ids[6]}, {ids[10]})" in lines
+    assert f"note: train: not trained on, below 1 px in the image: 2 annotations ({ids[6]}, {ids[10]})" in lines
 
 
 def test_segmentations_are_checked_where_they_are_not_needed(check):
@@ -129,7 +129,7 @@ def test_segmentations_are_checked_where_they_are_not_needed(check):
     assert not verdict
     assert problems(lines) == [
         f"broken segmentation: {check.root}/val.json: annotation {some[0]['id']} cannot be drawn: "
-        "its segmentation has run lengths that do not fill the picture"
+        "its segmentation has run lengths that do not fill the image"
     ]
     verdict, lines = check(masks=True)
     assert lines[-1] == f"problems: {len(some)}"
@@ -171,13 +171,13 @@ def test_the_contact_sheet_shows_the_labels(check, tmp_path):
     check.coco["val"]["annotations"] = []
     path = tmp_path / "sheet/labels.png"
     _, lines = check(sheet=path)
-    assert f"2 pictures with their labels: {path}" in lines
+    assert f"2 images with their labels: {path}" in lines
     sheet = np.asarray(Image.open(path)).astype(int)
     assert sheet.shape == (640, 3 * 640, 3)
     scale = 632 / 48
     first, second = sheet[:632, :632], sheet[:632, 640:1272]
     for cell, (left, top, right, bottom) in ((first, (8, 16, 32, 28)), (second, (0, 0, 8, 8))):
-        drawn = np.ptp(cell, axis=-1) > 30  # the pictures are grey
+        drawn = np.ptp(cell, axis=-1) > 30  # the images are grey
         rows, columns = drawn.nonzero()
         found = columns.min(), columns.max(), rows.max()
         assert found == pytest.approx((left * scale, right * scale, bottom * scale), abs=4)
@@ -193,11 +193,11 @@ def test_nothing_to_draw(check, tmp_path):
     assert not verdict
     assert problems(lines)[-1] == f"no objects: {check.root}/train.json has none of a pixel or more"
     assert lines[-1] == "problems: 1"
-    assert "no picture of train has labels to draw" in lines
+    assert "no image of train has labels to draw" in lines
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_boxes_in_shares_of_the_picture(check):
+def test_boxes_in_shares_of_the_image(check):
     """Normalised boxes are a common mistake."""
     some = check.coco["val"]["annotations"]
     for one in some:
@@ -212,15 +212,15 @@ def test_boxes_in_shares_of_the_picture(check):
     )
 
 
-def test_the_sheet_shows_pictures_from_all_over_a_split(check, tmp_path):
+def test_the_sheet_shows_images_from_all_over_a_split(check, tmp_path):
     check.coco["train"]["annotations"] = [
         {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 20, 20]} for i in range(1, 15)
     ]
     _, lines = check(masks=False, sheet=tmp_path / "labels.png")
-    assert f"7 pictures with their labels: {tmp_path}/labels.png" in lines  # every second of 14
+    assert f"7 images with their labels: {tmp_path}/labels.png" in lines  # every second of 14
 
 
-def test_pictures_that_are_turned(check):
+def test_images_that_are_turned(check):
     name = check.coco["train"]["images"][0]["file_name"]
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3  # upside down: the size does not tell
@@ -228,15 +228,15 @@ def test_pictures_that_are_turned(check):
     verdict, lines = check()
     assert verdict
     (line,) = (line for line in lines if "turned by EXIF" in line)
-    assert line.startswith("note: 1 pictures of train are turned by EXIF; their boxes and masks must fit what is shown")
+    assert line.startswith("note: 1 images of train are turned by EXIF; their boxes and masks must fit what is shown")
 
 
-def test_the_first_pictures_alone(check):
+def test_the_first_images_alone(check):
     (check.root / "images" / check.coco["train"]["images"][5]["file_name"]).unlink()
     assert not check()[0]
     verdict, lines = check(limit=5)
     assert verdict
-    assert any(line.startswith("train: 5 pictures, ") for line in lines)
+    assert any(line.startswith("train: 5 images, ") for line in lines)
 
 
 def test_a_broken_entry_is_told_once(check):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dualtoken_vit.data.check import check_data, first
+from dualtoken_vit.data.check.classification import check_data, first
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Classification, Data, Model
 
@@ -50,7 +50,7 @@ def test_everything_that_can_be_wrong(check, photos):
     (photos / "val/pin[k]").mkdir()
     truncated = photos / "train/red/3.jpg"
     truncated.write_bytes(truncated.read_bytes()[:300])
-    (photos / "train/red/4.jpg").write_text("no picture")
+    (photos / "train/red/4.jpg").write_text("no image")
     shutil.copy(photos / "train/red/5.jpg", photos / "val/red/copy.jpg")
     Image.open(photos / "train/red/6.jpg").save(photos / "train/blue/resaved.png")
     shutil.copy(photos / "train/blue/7.jpg", photos / "train/blue/again.jpg")
@@ -65,19 +65,19 @@ def test_everything_that_can_be_wrong(check, photos):
     assert row(lines, "pin[k]") == ["-", "0"]
     assert "train: modes RGB 23, L 1" in lines
     assert any(line.startswith("note: largest class blue (14), smallest red (12)") for line in lines)
-    assert "note: 2 pictures of train are exact copies of others in it" in lines
-    assert f"note: not a picture of a class: {photos}/train/loose.jpg" in lines
-    assert f"note: not a picture of a class: {photos}/train/red/notes.txt" in lines
+    assert "note: 2 images of train are exact copies of others in it" in lines
+    assert f"note: not an image of a class: {photos}/train/loose.jpg" in lines
+    assert f"note: not an image of a class: {photos}/train/red/notes.txt" in lines
     start = next(index for index, line in enumerate(lines) if line.startswith("empty class"))
     problems = sorted(lines[start:-1])
     expected = [
-        f"{photos}/train/red/3.jpg: cannot be read as a picture",
-        f"{photos}/train/red/4.jpg: cannot be read as a picture",
+        f"{photos}/train/red/3.jpg: cannot be read as an image",
+        f"{photos}/train/red/4.jpg: cannot be read as an image",
         "class missing: train/pin[k]",
         "class missing: val/blue",
         "empty class: train/green",
         "empty class: val/pin[k]",
-        f"equal pictures in different classes: {photos}/train/blue/resaved.png = {photos}/train/red/6.jpg",
+        f"equal images in different classes: {photos}/train/blue/resaved.png = {photos}/train/red/6.jpg",
         f"in both splits: {photos}/train/red/5.jpg = {photos}/val/red/copy.jpg",
     ]
     assert len(problems) == len(expected)
@@ -93,7 +93,7 @@ def test_everything_that_can_be_wrong(check, photos):
         (lambda root: shutil.rmtree(root / "val/red"), "class missing: val/red"),
         (lambda root: (root / "val/red/0.jpg").write_bytes(b""), "val/red/0.jpg: cannot be read"),
         (lambda root: shutil.copy(root / "train/red/0.jpg", root / "val/red/x.jpg"), "in both splits: "),
-        (lambda root: shutil.copy(root / "val/red/0.jpg", root / "val/blue/x.jpg"), "equal pictures in different"),
+        (lambda root: shutil.copy(root / "val/red/0.jpg", root / "val/blue/x.jpg"), "equal images in different"),
     ],
 )
 def test_each_problem_alone_is_enough(check, photos, spoil, problem):
@@ -146,7 +146,7 @@ def test_hugging_face(check, photos, tmp_path, monkeypatch):
     verdict, lines = check(dataset=f"hfds/{photos}", root=str(tmp_path / "cache"), val_split="validation")
     assert not verdict
     assert row(lines, "all") == ["36", "18"]
-    assert sum("cannot be read as a picture" in line for line in lines) == 1
+    assert sum("cannot be read as an image" in line for line in lines) == 1
 
 
 def test_shards(photos, tmp_path, capsys):

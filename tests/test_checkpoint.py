@@ -10,8 +10,9 @@ import timm
 import torch
 from timm.models import adapt_input_conv
 
-from dualtoken_vit.checkpoint import atomic_write, load_model, load_weights, read_checkpoint, save_checkpoint
+from dualtoken_vit.checkpoint import load_model, load_weights, read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write
 
 SMALL = dict(dims=(16, 32, 32), depths=(1, 1, 1), head_hidden_size=32)
 NAMES = ("cat", "dog", "ewe", "fox")

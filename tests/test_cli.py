@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it says, how it ends, and one whole way from pictures to predictions."""
+"""The command line as a user meets it: what it says, how it ends, and one whole way from images to predictions."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_help_of_a_recipe_names_every_field_with_its_default(call):
             assert f"--{section}.{field.replace('_', '-')}" in out
     assert "--model.name STR Any timm model name" in out
     assert "(default: dualtoken_vit_tiny_mix)" in out
-    assert "--optim.epochs INT Passes over the training pictures. (default: 300)" in out
+    assert "--optim.epochs INT Passes over the training images. (default: 300)" in out
     assert "--out" in out
     assert "--resume" in out
 
@@ -97,7 +97,7 @@ def test_mistakes_are_told_in_short(call, args, message):
     assert len((out + err).splitlines()) <= 14
 
 
-def test_from_pictures_to_predictions(call, photos, tmp_path):
+def test_from_images_to_predictions(call, photos, tmp_path):
     run, shots = tmp_path / "run", tmp_path / "predictions"
     settings = {"data.image-size": 32, "optim.epochs": 2, "optim.batch-size": 12, "run.accelerator": "cpu"}
     given = [text for key, value in settings.items() for text in (f"--{key}", value)]
@@ -106,7 +106,7 @@ def test_from_pictures_to_predictions(call, photos, tmp_path):
     status, out, _ = call("train", "folder", "--data.root", photos, *given, *TINY, "--data.workers", "0", "--out", run)
     assert status == 0
     assert "0.07 M parameters; classes: 3" in out
-    assert "36 training and 18 validation pictures, 3 steps an epoch" in out
+    assert "36 training and 18 validation images, 3 steps an epoch" in out
     assert "epoch 2/2" in out
     assert f"dualtoken-vit evaluate {run}/best.safetensors" in out
 
@@ -132,7 +132,7 @@ def test_from_pictures_to_predictions(call, photos, tmp_path):
     assert "holds a run; continue it with --resume, or give another --out" in err
 
 
-def test_a_picture_that_breaks_while_it_is_read(call, photos, tmp_path):
+def test_a_image_that_breaks_while_it_is_read(call, photos, tmp_path):
     """In a worker process, which hands on a traceback: one line remains."""
     run = tmp_path / "run"
     args = ("--data.image-size", 32, "--optim.epochs", 1, "--optim.batch-size", 12, "--run.accelerator", "cpu")
@@ -149,7 +149,7 @@ def test_a_picture_that_breaks_while_it_is_read(call, photos, tmp_path):
 
 
 def test_demo_needs_no_file(call, tmp_path):
-    """The recipe of `train` without a name, on a few pictures' worth of steps."""
+    """The recipe of `train` without a name, on a few images' worth of steps."""
     chosen = cli._recipe_name(["--optim.epochs", "1"], "train", "")
     assert chosen == ("demo", ["--optim.epochs", "1"])
     assert RECIPES["demo"].data.dataset == "shapes"

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
 from dualtoken_vit.data.coco import (
-    CocoPictures,
+    CocoDataset,
     Packed,
     ShapeScenes,
     build_datasets,
@@ -24,9 +24,9 @@ from dualtoken_vit.data.coco import (
     read_coco,
     save_scenes,
     sift,
-    train_transform,
 )
 from dualtoken_vit.data.sampling import loader
+from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import DetectionData
 
@@ -39,7 +39,7 @@ def annotation(number, image=7, category=9, box=(4, 4, 8, 8), **fields):
 
 @pytest.fixture
 def coco():
-    """Three pictures, the last without objects; categories 9 and 3, in this order."""
+    """Three images, the last without objects; categories 9 and 3, in this order."""
     sizes = {7: (40, 30), 2: (20, 32), 5: (24, 24)}
     return {
         "images": [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in sizes.items()],
@@ -55,14 +55,14 @@ def coco():
 
 @pytest.fixture
 def files(coco, tmp_path):
-    """Writes the pictures once; reads the json as it then is."""
+    """Writes the images once; reads the json as it then is."""
     for image in coco["images"]:
         pixels = np.random.default_rng(image["id"]).integers(0, 256, (image["height"], image["width"], 3))
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / image["file_name"])
 
     def read(masks=True, **args):
         (tmp_path / "coco.json").write_text(json.dumps(coco))
-        return CocoPictures(tmp_path, tmp_path / "coco.json", masks, **args)
+        return CocoDataset(tmp_path, tmp_path / "coco.json", masks, **args)
 
     read.folder = tmp_path
     return read
@@ -82,11 +82,11 @@ def test_a_sample(files):
     assert data.image_ids == [7, 2, 5]
     assert data.sizes == [(40, 30), (20, 32), (24, 24)]
     assert data.groups == [0, 1, 0]
-    picture, target = data[0]
-    assert isinstance(picture, tv_tensors.Image)
+    image, target = data[0]
+    assert isinstance(image, tv_tensors.Image)
     pixels = np.asarray(Image.open(files.folder / "7.png"))
-    assert picture.dtype == torch.uint8
-    assert np.array_equal(picture.permute(1, 2, 0).numpy(), pixels)
+    assert image.dtype == torch.uint8
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
     assert isinstance(target["boxes"], tv_tensors.BoundingBoxes)
     assert target["boxes"].canvas_size == (30, 40)
     assert target["boxes"].tolist() == [[4, 4, 12, 12], [0, 20.5, 7, 30]]
@@ -100,7 +100,7 @@ def test_a_sample(files):
     assert target["masks"].shape == (2, 30, 40)
 
 
-def test_a_picture_without_objects(files):
+def test_a_image_without_objects(files):
     _, target = files()[2]
     assert target["boxes"].shape == target["crowd"].shape == (0, 4)
     assert target["labels"].shape == (0,)
@@ -115,15 +115,15 @@ def test_without_masks_segmentations_are_not_looked_at(files, coco):
 
 
 def test_grey(files):
-    picture, _ = files(channels=1)[0]
-    assert np.array_equal(picture[0].numpy(), np.asarray(Image.open(files.folder / "7.png").convert("L")))
+    image, _ = files(channels=1)[0]
+    assert np.array_equal(image[0].numpy(), np.asarray(Image.open(files.folder / "7.png").convert("L")))
 
 
 @pytest.mark.parametrize(
     "box",
     [(5, 5, 0, 5), (5, 5, 5, -1), (40, 5, 5, 5), (39.5, 5, 9, 9), (5, 29.1, 9, 9), (-20, 5, 15, 5), (5, 5, 1, 0.9)],
 )
-def test_what_is_not_in_the_picture_is_dropped_and_counted(files, coco, box):
+def test_what_is_not_in_the_image_is_dropped_and_counted(files, coco, box):
     coco["annotations"][0]["bbox"] = list(box)
     data = files()
     assert data.dropped == 1
@@ -165,29 +165,29 @@ def test_every_form_of_a_segmentation_is_as_pycocotools_decodes_it(tmp_path):
 def test_flipping_moves_everything_together(files):
     data = files()
     before = data[0]
-    data.transform = train_transform(hflip=1.0)
-    picture, target = data[0]
-    assert torch.equal(picture, before[0].flip(2))
+    data.transform = detection_train(hflip=1.0)
+    image, target = data[0]
+    assert torch.equal(image, before[0].flip(2))
     for key in ("boxes", "crowd"):
         left, top, right, bottom = before[1][key].unbind(1)
         assert torch.equal(target[key], torch.stack([40 - right, top, 40 - left, bottom], 1))
     assert torch.equal(target["masks"], before[1]["masks"].flip(2))
     assert torch.equal(target["labels"], before[1]["labels"])
-    data.transform = train_transform(hflip=0.0)
+    data.transform = detection_train(hflip=0.0)
     assert torch.equal(data[0][0], before[0])
-    data.transform = train_transform(hflip=0.0, photometric=1.0)
-    picture, target = data[0]
-    assert not torch.equal(picture, before[0])
+    data.transform = detection_train(hflip=0.0, photometric=1.0)
+    image, target = data[0]
+    assert not torch.equal(image, before[0])
     assert torch.equal(target["boxes"], before[1]["boxes"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_pictures_of_any_size(files, workers):
+def test_batches_of_images_of_any_size(files, workers):
     data = files()
-    ((pictures, targets),) = loader(data, 3, train=False, seed=0, workers=workers, collate_fn=collate)
-    for index, (picture, target) in enumerate(zip(pictures, targets, strict=True)):
+    ((images, targets),) = loader(data, 3, train=False, seed=0, workers=workers, collate_fn=collate)
+    for index, (image, target) in enumerate(zip(images, targets, strict=True)):
         expected, truth = data[index]
-        assert torch.equal(picture, expected)
+        assert torch.equal(image, expected)
         assert target.keys() == truth.keys()
         assert isinstance(target["boxes"], tv_tensors.BoundingBoxes)
         assert target["boxes"].canvas_size == truth["boxes"].canvas_size
@@ -257,7 +257,7 @@ def copy(kind):
         (change("annotations", 1, segmentation="x"), "annotation 2: its segmentation is neither polygons nor an RLE"),
         (change("annotations", 1, segmentation=[[1, 2, 3, 4]]), "a polygon that is not 3 or more pairs of numbers"),
         (change("annotations", 1, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "a polygon that is not 3 or more pairs"),
-        (change("annotations", 1, segmentation=[[1, 2, 3, 4, 5, 1e9]]), "a polygon far outside the picture"),
+        (change("annotations", 1, segmentation=[[1, 2, 3, 4, 5, 1e9]]), "a polygon far outside the image"),
         (change("annotations", 2, segmentation={"size": [40, 30], "counts": [1200]}), "of size [40, 30], not [30, 40]"),
         (change("annotations", 2, segmentation={"size": [30, 40], "counts": [1199]}), "run lengths that do not fill"),
         (change("annotations", 2, segmentation={"size": [30, 40], "counts": [1201]}), "run lengths that do not fill"),
@@ -306,21 +306,21 @@ def test_what_is_no_coco_file(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
-def test_missing_pictures(files, tmp_path):
+def test_missing_images(files, tmp_path):
     files()
     with pytest.raises(
-        InputError, match=r"nowhere: no such folder; give the one that the pictures of .*coco.json are in"
+        InputError, match=r"nowhere: no such folder; give the one that the images of .*coco.json are in"
     ):
-        CocoPictures(tmp_path / "nowhere", tmp_path / "coco.json", True)
+        CocoDataset(tmp_path / "nowhere", tmp_path / "coco.json", True)
     (tmp_path / "2.png").unlink()
     with pytest.raises(InputError, match=r"2\.png: no such file, but .*coco\.json names it$"):
         files()
     (tmp_path / "7.png").unlink()
-    with pytest.raises(InputError, match=r"7\.png: no such file, .* names it, and 1 more of its pictures are missing"):
+    with pytest.raises(InputError, match=r"7\.png: no such file, .* names it, and 1 more of its images are missing"):
         files()
 
 
-def test_a_rotated_picture(files, coco):
+def test_a_rotated_image(files, coco):
     path = files.folder / "7.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter
@@ -343,9 +343,7 @@ def test_verify_counts_what_cannot_be_read(files):
     data.verify(progress=False)
     for name in ("7.png", "5.png"):
         (files.folder / name).write_bytes(b"")
-    with pytest.raises(
-        InputError, match=r"7\.png: cannot be read as a picture .* \(and 1 more: check-data names all\)"
-    ):
+    with pytest.raises(InputError, match=r"7\.png: cannot be read as an image .* \(and 1 more: check-data names all\)"):
         data.verify(progress=False)
 
 
@@ -365,8 +363,8 @@ def test_scenes():
     assert scenes.dropped == 0
     counts = []
     for index in range(60):
-        picture, target = scenes[index]
-        assert picture.shape == (3, 48, 48)
+        image, target = scenes[index]
+        assert image.shape == (3, 48, 48)
         counts.append(len(target["labels"]))
         if counts[-1]:
             corners = masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])  # its ends are the last pixels
@@ -382,11 +380,11 @@ def test_scenes_as_files(tmp_path):
     save_scenes(tmp_path, 48, train=3, val=2)
     for split, count in (("train", 3), ("val", 2)):
         drawn = ShapeScenes(split, 48, count=count)
-        read = CocoPictures(tmp_path / "images", tmp_path / f"annotations/instances_{split}.json", True)
+        read = CocoDataset(tmp_path / "images", tmp_path / f"annotations/instances_{split}.json", True)
         assert len(read) == count
         assert read.truth == drawn.truth
-        for (picture, target), (expected, truth) in zip((read[i] for i in range(count)), drawn, strict=False):
-            assert torch.equal(picture, expected)
+        for (image, target), (expected, truth) in zip((read[i] for i in range(count)), drawn, strict=False):
+            assert torch.equal(image, expected)
             assert all(torch.equal(target[key], truth[key]) for key in ("boxes", "labels", "masks"))
 
 

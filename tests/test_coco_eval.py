@@ -15,15 +15,16 @@ from pycocotools import mask as reference
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dualtoken_vit.coco_eval import CURVES, FIGURES, evaluate, gather, save_results, to_results
-from dualtoken_vit.data.coco import CocoPictures, clip, decode_masks, save_scenes
+from dualtoken_vit.data.coco import CocoDataset, clip, decode_masks, save_scenes
+from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, evaluate, save_results, to_results
+from dualtoken_vit.tasks.distributed import gather
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_coco_eval"])
 
 
 def perturbed(data):
-    """Detections that are near the truth of the pictures, some twice, some of a wrong class, with scores at random."""
+    """Detections that are near the truth of the images, some twice, some of a wrong class, with scores at random."""
     found = {}
     for index in range(len(data)):
         generator = torch.Generator().manual_seed(index)
@@ -100,7 +101,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("masks", [False, True])
 def test_all_figures_are_those_of_pycocotools(folder, tmp_path, masks):
     path = folder / "annotations/instances_val.json"
-    data = CocoPictures(folder / "images", path, masks)
+    data = CocoDataset(folder / "images", path, masks)
     objects, crowds = zip(*map(data.objects, range(len(data))), strict=True)
     assert any(crowds)
     assert not all(objects)
@@ -117,7 +118,7 @@ def test_all_figures_on_photos(tmp_path, split):
     if not root:
         pytest.skip("DUALTOKEN_DATA names no folder of real photos")
     path = Path(root, "coco228/annotations", f"instances_{split}.json")
-    data = CocoPictures(Path(root, "coco228/images"), path, True)
+    data = CocoDataset(Path(root, "coco228/images"), path, True)
     assert_equal(data, path, tmp_path)
 
 
@@ -160,8 +161,8 @@ def test_figures_that_can_be_worked_out():
 
 def test_the_order_of_the_classes_is_the_network_s(folder):
     path = folder / "annotations/instances_val.json"
-    data = CocoPictures(folder / "images", path, False)
-    turned = CocoPictures(folder / "images", path, False, class_names=data.class_names[::-1])
+    data = CocoDataset(folder / "images", path, False)
+    turned = CocoDataset(folder / "images", path, False, class_names=data.class_names[::-1])
     one, other = (evaluate(each.truth, perturbed(each), False)["box"] for each in (data, turned))
     assert other.per_class == one.per_class
     assert list(other.per_class) == list(turned.class_names)

@@ -1,4 +1,4 @@
-"""Data sets of every kind: what is in them, in which order, and what is refused."""
+"""Datasets of every kind: what is in them, in which order, and what is refused."""
 
 import io
 import json
@@ -14,9 +14,10 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from dualtoken_vit.data import classification
-from dualtoken_vit.data.classification import build_datasets, build_val_dataset, in_threads
+from dualtoken_vit.data.classification import build_datasets, build_val_dataset
 from dualtoken_vit.data.sampling import loader
-from dualtoken_vit.data.shapes import CLASSES, ShapePictures, draw
+from dualtoken_vit.data.shapes import CLASSES, ShapeImages, draw
+from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Data
 
@@ -45,14 +46,14 @@ def test_folder(data, photos):
     assert val.targets == [0] * 6 + [1] * 6 + [2] * 6
     assert train.paths[:3] == [str(photos / "train/blue" / name) for name in ("0.jpg", "1.jpg", "2.jpg")]
     assert train.paths[11] == str(photos / "train/blue/11.jpg")  # after 9, not after 1
-    picture, target = train[30]
+    image, target = train[30]
     assert target == 2
-    np.testing.assert_array_equal(picture, Image.open(photos / "train/red/6.jpg"))
+    np.testing.assert_array_equal(image, Image.open(photos / "train/red/6.jpg"))
     train.transform = to_tensor
-    assert torch.equal(train[30][0], to_tensor(picture))
+    assert torch.equal(train[30][0], to_tensor(image))
 
 
-def test_grey_pictures(data):
+def test_grey_images(data):
     assert build_datasets(data, 1)[0][0][0].mode == "L"
     with pytest.raises(InputError, match=r"--model\.in-chans 4"):
         build_datasets(data, 4)
@@ -83,8 +84,8 @@ def test_splits_by_other_names(photos):
         (lambda root: shutil.rmtree(root / "train"), r"photos/train: no such folder; expected \S+train/CLASS/\*\.jpg"),
         (lambda root: shutil.rmtree(root / "val"), r"photos/val: no such folder.*give --data\.holdout 0\.1"),
         (lambda root: [shutil.rmtree(p) for p in (root / "train").iterdir()], r"photos/train: has no class folders"),
-        (lambda root: (root / "train/grey").mkdir(), r"photos/train: no pictures in class 'grey'"),
-        (lambda root: [p.unlink() for p in (root / "val/red").iterdir()], r"photos/val: no pictures in class 'red'"),
+        (lambda root: (root / "train/grey").mkdir(), r"photos/train: no images in class 'grey'"),
+        (lambda root: [p.unlink() for p in (root / "val/red").iterdir()], r"photos/val: no images in class 'red'"),
         (lambda root: shutil.rmtree(root / "val/red"), r"photos/val: other classes than the 3.*: no 'red'$"),
         (lambda root: save(root / "val/pink/0.png", "pink"), r"photos/val: other classes.*: an unknown 'pink'$"),
         (
@@ -139,9 +140,9 @@ def test_holdout_out_of_range(data, share):
         build_datasets(replace(data, holdout=share), 3)
 
 
-def test_one_picture_cannot_be_held_out(data, photos):
+def test_one_image_cannot_be_held_out(data, photos):
     save(photos / "train/pink/0.png", "pink")
-    with pytest.raises(InputError, match=r"--data\.holdout 0\.1: class 'pink' has only one picture"):
+    with pytest.raises(InputError, match=r"--data\.holdout 0\.1: class 'pink' has only one image"):
         build_datasets(replace(data, holdout=0.1), 3)
 
 
@@ -162,19 +163,19 @@ def test_of_many_differences_five_are_named(data):
         build_val_dataset(data, 3, ["red", "blue", "green", *(f"c{i}" for i in range(3, 12))])
 
 
-# Unreadable pictures
+# Unreadable images
 
 
-def test_an_unreadable_picture_stops_with_its_name(data, photos):
+def test_an_unreadable_image_stops_with_its_name(data, photos):
     train, val = build_datasets(data, 3)
     assert train.verify(progress=False) == val.verify(skip=True, progress=False) == []
     truncate(photos / "train/green/7.jpg")
-    (photos / "train/red/0.jpg").write_text("no picture")
+    (photos / "train/red/0.jpg").write_text("no image")
     with pytest.raises(InputError, match=r"green/7\.jpg: cannot be read.*, and 1 more .*--data\.unreadable skip"):
         train.verify(progress=False)
 
 
-def test_unreadable_pictures_are_left_out_if_asked_for(data, photos):
+def test_unreadable_images_are_left_out_if_asked_for(data, photos):
     truncate(photos / "train/green/7.jpg")
     train, _ = build_datasets(data, 3)
     found, (again, _) = [str(photos / "train/green/7.jpg")], build_datasets(data, 3)
@@ -183,9 +184,9 @@ def test_unreadable_pictures_are_left_out_if_asked_for(data, photos):
     assert (again.paths, again.targets, list(again.sources)) == (train.paths, train.targets, list(train.sources))
     assert Counter(train.targets) == {0: 12, 1: 11, 2: 12}
     assert not any("green/7" in path for path in train.paths)
-    for path, (picture, target) in zip(train.paths, train, strict=True):
+    for path, (image, target) in zip(train.paths, train, strict=True):
         assert train.class_names[target] in path
-        np.testing.assert_array_equal(picture, Image.open(path))
+        np.testing.assert_array_equal(image, Image.open(path))
     assert train.verify(progress=False) == []
 
 
@@ -193,7 +194,7 @@ def test_a_class_of_which_nothing_can_be_read_is_an_error(data, photos):
     for path in (photos / "train/green").iterdir():
         truncate(path)
     train, _ = build_datasets(data, 3)
-    with pytest.raises(InputError, match="no readable pictures in class 'green'"):
+    with pytest.raises(InputError, match="no readable images in class 'green'"):
         train.verify(skip=True, progress=False)
 
 
@@ -222,8 +223,8 @@ def test_shapes():
     assert train.verify() == []
     again, _ = build_datasets(Data(dataset="shapes", image_size=32), 3)
     assert all(train[index][0].tobytes() == again[index][0].tobytes() for index in (0, 1, 2999))
-    pictures = {dataset[index][0].tobytes() for dataset in (train, val) for index in range(50)}
-    assert len(pictures) == 100
+    images = {dataset[index][0].tobytes() for dataset in (train, val) for index in range(50)}
+    assert len(images) == 100
 
 
 @pytest.mark.parametrize(
@@ -252,16 +253,16 @@ def test_a_shape_has_its_area_and_box(name, area):
 
 def test_of_several_shapes_each_mask_is_what_is_seen():
     for seed in range(5):
-        picture, shapes = draw(np.random.default_rng(seed), 64, [0, 3, 5])
+        image, shapes = draw(np.random.default_rng(seed), 64, [0, 3, 5])
         assert [shape.label for shape in shapes] == [0, 3, 5]
         assert sum(shape.mask.astype(int) for shape in shapes).max() == 1
-        inside = np.asarray(picture)[shapes[-1].mask].astype(float)
+        inside = np.asarray(image)[shapes[-1].mask].astype(float)
         assert np.abs(inside - np.median(inside, 0)).mean() < 20  # one colour, but for noise and strokes
 
 
 def test_a_linear_classifier_does_not_tell_the_shapes():
     def pixels(split, count):
-        drawn = ShapePictures(split, 16)
+        drawn = ShapeImages(split, 16)
         flat = np.stack([np.asarray(drawn[index]).ravel() for index in range(count)]) / 128 - 1
         return np.concatenate([flat, np.ones((count, 1))], 1), np.array(drawn.targets[:count])
 
@@ -275,7 +276,7 @@ def test_a_linear_classifier_does_not_tell_the_shapes():
 
 @pytest.fixture
 def imagenette(tmp_path, monkeypatch):
-    """Two pictures of each of two of its classes, unpacked."""
+    """Two images of each of two of its classes, unpacked."""
     monkeypatch.setattr(classification, "IMAGENETTE_COUNTS", {"train": 4, "val": 4})
     for split in ("train", "val"):
         for wnid in ("n03028079", "n01440764"):
@@ -293,7 +294,7 @@ def test_imagenette_that_is_there(imagenette):
 
 def test_imagenette_cut_short(imagenette, tmp_path):
     next((tmp_path / "imagenette2-160/val").rglob("*.JPEG")).unlink()
-    with pytest.raises(InputError, match=r"imagenette2-160/val: 3 pictures, not 4.* remove .* and run again"):
+    with pytest.raises(InputError, match=r"imagenette2-160/val: 3 images, not 4.* remove .* and run again"):
         build_datasets(imagenette, 3)
 
 
@@ -327,7 +328,7 @@ def test_hugging_face_folder(photos, tmp_path, monkeypatch):
     assert train.class_names == val.class_names == ("blue", "green", "red")
     assert Counter(train.targets) == {0: 12, 1: 12, 2: 12}
     assert len(val) == 18
-    colours = [np.asarray(picture).mean((0, 1)).argmax() for picture, _ in train]  # 0 is red
+    colours = [np.asarray(image).mean((0, 1)).argmax() for image, _ in train]  # 0 is red
     assert [2 - colour for colour in colours] == train.targets
     held = build_datasets(replace(data, holdout=0.25), 3)
     assert Counter(held[1].targets) == {0: 3, 1: 3, 2: 3}
@@ -340,7 +341,7 @@ def test_hugging_face_folder(photos, tmp_path, monkeypatch):
 
 @pytest.fixture
 def shards(tmp_path):
-    """webdataset: 3 shards of 5 and 2 of 5 pictures in 2 classes; picture i of a split has the colour (i, i, i)."""
+    """webdataset: 3 shards of 5 and 2 of 5 images in 2 classes; image i of a split has the colour (i, i, i)."""
     wds = pytest.importorskip("webdataset")
     info = {}
     for split, count in (("train", 3), ("val", 2)):
@@ -398,7 +399,7 @@ def test_shards_are_dealt_out_to_processes(shards):
 
 def test_shards_augmented_alike(shards):
     train, _ = build_datasets(shards, 3)
-    train.transform = lambda picture: torch.rand(2)
+    train.transform = lambda image: torch.rand(2)
     for workers in (0, 1):
         these, those = ([x for x, _ in loader(train, 4, train=True, seed=5, workers=workers)] for _ in range(2))
         assert torch.equal(torch.cat(these), torch.cat(those))
@@ -430,13 +431,13 @@ def test_shards_by_their_names(shards, tmp_path):
         build_datasets(replace(named, holdout=0.1), 3)
 
 
-def test_unreadable_pictures_in_shards(shards, tmp_path):
+def test_unreadable_images_in_shards(shards, tmp_path):
     wds = pytest.importorskip("webdataset")
     with wds.TarWriter(str(tmp_path / "val-0001.tar")) as tar:
-        tar.write({"__key__": "0005", "png": b"no picture", "cls": b"0"})
+        tar.write({"__key__": "0005", "png": b"no image", "cls": b"0"})
         tar.write({"__key__": "0006", "cls": b"0"})
     val = build_val_dataset(shards, 3, ["even", "odd"])
-    with pytest.raises(InputError, match=r"val-0001\.tar/0005: cannot be read as a picture.*and 1 more"):
+    with pytest.raises(InputError, match=r"val-0001\.tar/0005: cannot be read as an image.*and 1 more"):
         val.verify(progress=False)
     assert [name[-4:] for name in val.verify(skip=True, progress=False)] == ["0005", "0006"]
     truncate(tmp_path / "val-0000.tar")

@@ -19,8 +19,8 @@ from test_resume import assert_same_run, die
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import load_model, read_checkpoint, save_checkpoint
 from dualtoken_vit.data.coco import save_scenes
-from dualtoken_vit.draw import color_of, draw_objects
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.show.drawing import color_of, draw_objects
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -106,7 +106,7 @@ def test_the_run_folder_agrees_with_pycocotools(trained, scenes, capsys):
         assert result[kind]["AP"] == pytest.approx(float(best[f"val_{kind}_AP"]), abs=1e-6)
 
 
-def test_evaluation_of_other_pictures(trained, scenes, tmp_path, capsys):
+def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):
     detector, out = trained
     for name in ("images", "annotations"):
         shutil.copytree(scenes / name, tmp_path / name)
@@ -120,7 +120,7 @@ def test_evaluation_of_other_pictures(trained, scenes, tmp_path, capsys):
     common = ("--accelerator", "cpu", "--json")
     status, printed = call(capsys, "evaluate", best, *data, *common, "--out", tmp_path / "out")
     assert status == 0
-    if detector == "retinanet":  # the pictures named now go before those of the recipe's validation
+    if detector == "retinanet":  # the images named now go before those of the recipe's validation
         shutil.copytree(out, tmp_path / "run")
         load_and_store(tmp_path / "run" / "best.safetensors", val_images="nowhere")
         again = call(capsys, "evaluate", tmp_path / "run" / "best.safetensors", *data, *common)[1]
@@ -143,7 +143,7 @@ def test_evaluation_of_other_pictures(trained, scenes, tmp_path, capsys):
         cli.run(["evaluate", str(best), "--data.root", str(tmp_path)])
 
 
-def test_evaluation_of_files_by_a_network_of_drawn_pictures(trained, scenes, tmp_path, capsys):
+def test_evaluation_of_files_by_a_network_of_drawn_images(trained, scenes, tmp_path, capsys):
     """What is named now goes before all that the run said of its own data."""
     _, out = trained
     shutil.copytree(out, tmp_path / "run")
@@ -157,13 +157,13 @@ def test_evaluation_of_files_by_a_network_of_drawn_pictures(trained, scenes, tmp
     assert found["images"] == 5
     few = call(capsys, "evaluate", best, *data, "--data.limit", "3", "--accelerator", "cpu", "--json")[1]
     assert json.loads(few)["images"] == 3
-    with pytest.raises(InputError, match="shapes draws its own pictures; for files give"):
+    with pytest.raises(InputError, match="shapes draws its own images; for files give"):
         cli.run(["train", "demo-detect", "--data.images", str(scenes / "images"), "--out", str(tmp_path / "no")])
 
 
 @pytest.fixture(scope="module")
 def motley(scenes, tmp_path_factory):
-    """The scenes as pictures of four sizes, lying and standing, with polygons, RLE of both kinds, and crowds."""
+    """The scenes as images of four sizes, lying and standing, with polygons, RLE of both kinds, and crowds."""
     folder = tmp_path_factory.mktemp("motley")
     (folder / "images").mkdir()
     (folder / "annotations").mkdir()
@@ -171,9 +171,9 @@ def motley(scenes, tmp_path_factory):
         coco = json.loads((scenes / "annotations" / f"instances_{split}.json").read_text())
         for image in coco["images"]:
             size = ((64, 64), (90, 48), (40, 72), (33, 97))[image["id"] % 4]
-            with Image.open(scenes / "images" / image["file_name"]) as picture:
+            with Image.open(scenes / "images" / image["file_name"]) as img:
                 canvas = Image.new("RGB", size)
-                canvas.paste(picture)
+                canvas.paste(img)
             canvas.save(folder / "images" / image["file_name"])
             image["width"], image["height"] = size
         sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
@@ -181,7 +181,7 @@ def motley(scenes, tmp_path_factory):
             (width, height), (left, top, across, down) = sizes[one["image_id"]], one["bbox"]
             across, down = min(across, width - left), min(down, height - top)
             one.pop("area")
-            if min(across, down) < 1:  # out of the smaller picture: of no area there
+            if min(across, down) < 1:  # out of the smaller image: of no area there
                 one["segmentation"] = {"size": [height, width], "counts": [height * width]}
                 continue
             corners = [left, top, left + across, top, left + across, top + down, left, top + down]
@@ -199,7 +199,7 @@ def motley(scenes, tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_pictures_of_many_sizes_with_crowds(motley, tmp_path, capsys, precision):
+def test_images_of_many_sizes_with_crowds(motley, tmp_path, capsys, precision):
     settings = {
         "augment__photometric": 0.5,
         "augment__multi_scale": 64,
@@ -248,8 +248,8 @@ def test_nothing_to_train_on(scenes, tmp_path):
 
 def test_predictions_are_a_coco_file(trained, scenes, tmp_path, capsys):
     detector, out = trained
-    best, pictures = out / "best.safetensors", scenes / "images"
-    paths = sorted(pictures.iterdir())
+    best, images = out / "best.safetensors", scenes / "images"
+    paths = sorted(images.iterdir())
     model, info = load_model(best)
     pixels = torch.from_numpy(np.array(Image.open(paths[0]).convert("RGB"))).permute(2, 0, 1) / 255
     with torch.inference_mode():
@@ -257,9 +257,9 @@ def test_predictions_are_a_coco_file(trained, scenes, tmp_path, capsys):
     least = expected["scores"].median().item() - 1e-4
     expected = {key: value[expected["scores"] > least] for key, value in expected.items()}
     assert 0 < len(expected["scores"]) < 100
-    # One picture at a time, as above: in a batch the last bits differ, and a box of the many may pass that did not.
+    # One image at a time, as above: in a batch the last bits differ, and a box of the many may pass that did not.
     how = ("--json", "--score", least, "--device", "cpu", "--batch-size", "1")
-    status, printed = call(capsys, "predict", best, pictures, *how, "--out", tmp_path / "out")
+    status, printed = call(capsys, "predict", best, images, *how, "--out", tmp_path / "out")
     found = json.loads(printed)
     assert status == 0
     assert found == json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -278,7 +278,7 @@ def test_predictions_are_a_coco_file(trained, scenes, tmp_path, capsys):
         for one, mask in zip(annotations, expected["masks"], strict=True):
             assert np.mean(coco.annToMask(one) == mask[0].numpy()) > 0.99
     drawings = {path.name for path in (tmp_path / "out").rglob("*.png")}
-    assert drawings == {"sheet.png"} | {f"{path.name}.png" for path in pictures.iterdir()}
+    assert drawings == {"sheet.png"} | {f"{path.name}.png" for path in images.iterdir()}
 
 
 def test_a_checkpoint_says_what_it_is(trained):
@@ -302,7 +302,7 @@ def test_killed_and_resumed(trained, scenes, tmp_path):
     assert_same_run(out, whole, kinds={"state_dict", "optimizer_states"}, files=("metrics.csv", "detections-box.json"))
 
 
-def test_two_processes_count_each_picture_once(scenes, tmp_path, capsys):
+def test_two_processes_count_each_image_once(scenes, tmp_path, capsys):
     start = tmp_path / "start"
     assert cli.run(arguments(scenes, start)) == 0
     settings = {"optim__optimizer": "sgd", "optim__epochs": 1, "augment__hflip": 0, "optim__warmup_steps": 0}
@@ -316,7 +316,7 @@ def test_two_processes_count_each_picture_once(scenes, tmp_path, capsys):
         torch.cat([(there[key] - here[key]).flatten().double() for key in here if "num_batches" not in key])
         for there, here in ((one, begin), (one, two))
     )
-    assert difference.norm() < 1e-3 * step.norm()  # losses are means over pictures, as many in each process
+    assert difference.norm() < 1e-3 * step.norm()  # losses are means over images, as many in each process
     alone = json.loads(call(capsys, "evaluate", tmp_path / "two" / "best.safetensors", "--json")[1])
     found = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert found["images"] == alone["images"] == 5

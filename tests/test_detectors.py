@@ -15,11 +15,11 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dualtoken_vit.checkpoint import load_weights
-from dualtoken_vit.counting import RULES
-from dualtoken_vit.detectors import RetinaNet, Transform, create_detector, in_crowd
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.optim import build_optimizer
+from dualtoken_vit.models.detectors import RetinaNet, Transform, create_detector, in_crowd
+from dualtoken_vit.paper.counting import RULES
 from dualtoken_vit.recipes import Optim
+from dualtoken_vit.tasks.optim import build_optimizer
 
 KINDS = ("retinanet", "mask-rcnn")
 
@@ -241,7 +241,7 @@ def test_ignored_anchors_have_no_loss():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resizing(kind):
-    """Short side, long side, and what goes with the picture, masks and crowds among it."""
+    """Short side, long side, and what goes with the image, masks and crowds among it."""
     transform = create(kind, multi_scale=(32, 48, 96), max_size=120).transform
     given = target(40, 50, [[5, 10, 30, 20]], [0], crowd=[[0, 20, 50, 40]])
     seen = set()
@@ -284,7 +284,7 @@ def test_anchors():
 
 # Targets and detections agree: heads that say what the targets are lose nothing and give the targets back.
 
-PICTURES = [torch.rand(3, 64, 80), torch.rand(3, 100, 50)]
+IMAGES = [torch.rand(3, 64, 80), torch.rand(3, 100, 50)]
 TRUTH = [
     target(64, 80, [[4, 8, 36, 40], [40, 20, 76, 60]], [2, 0]),
     target(100, 50, [[10, 50, 40, 90]], [1]),
@@ -302,7 +302,7 @@ def check_detections(detections):
 
 def perfect_retinanet(detector):
     def head(maps):
-        images, targets = detector.transform(PICTURES, TRUTH)
+        images, targets = detector.transform(IMAGES, TRUTH)
         anchors = detector.anchor_generator(images, maps)
         logits = torch.full((2, len(anchors[0]), 3), -20.0)
         deltas = torch.zeros(2, len(anchors[0]), 4)
@@ -318,28 +318,28 @@ def perfect_retinanet(detector):
 
 def test_retinanet_decodes_what_it_encodes(monkeypatch):
     detector = create("retinanet")
-    detector.transform.size_divisible = 128  # so that both pictures go in together
+    detector.transform.size_divisible = 128  # so that both images go in together
     monkeypatch.setattr(detector.head, "forward", perfect_retinanet(detector))
-    losses = detector(PICTURES, TRUTH)
+    losses = detector(IMAGES, TRUTH)
     assert sum(losses.values()) < 1e-5
     with torch.no_grad():
-        check_detections(detector.eval()(PICTURES))
+        check_detections(detector.eval()(IMAGES))
 
 
 def test_mask_rcnn_decodes_what_it_encodes(monkeypatch):
     detector = create("mask-rcnn")
-    detector.transform.size_divisible = 128  # so that both pictures go in together
+    detector.transform.size_divisible = 128  # so that both images go in together
     regions = detector.roi_heads
     seen = {}
 
     def propose(images, maps, targets=None):
         """Proposals beside the objects."""
-        truths = detector.transform(PICTURES, TRUTH)[1]
+        truths = detector.transform(IMAGES, TRUTH)[1]
         seen["images"], seen["truths"] = images, truths
         return [t["boxes"] + torch.tensor([2.0, -1.0, 1.0, 2.0]) for t in truths], {}
 
     def pool(maps, boxes, sizes):
-        """Each region's picture, class (0 is the background) and object, instead of features."""
+        """Each region's image, class (0 is the background) and object, instead of features."""
         seen["boxes"] = boxes
         seen["match"] = [
             (((b[:, None] - t["boxes"]).abs().sum(2)).argmin(1), t) for b, t in zip(boxes, seen["truths"], strict=True)
@@ -371,15 +371,15 @@ def test_mask_rcnn_decodes_what_it_encodes(monkeypatch):
         ("mask_predictor", predict_masks),
     ):
         monkeypatch.setattr(getattr(regions, name), "forward", forward)
-    losses = detector(PICTURES, TRUTH)
+    losses = detector(IMAGES, TRUTH)
     assert losses["loss_classifier"] < 1e-5
     assert losses["loss_box_reg"] < 1e-5
     with torch.no_grad():
-        detections = detector.eval()(PICTURES)
+        detections = detector.eval()(IMAGES)
     check_detections(detections)
-    for found, picture in zip(detections, PICTURES, strict=True):
+    for found, image in zip(detections, IMAGES, strict=True):
         assert found["masks"].dtype == torch.bool
-        assert found["masks"].shape == (len(found["boxes"]), 1, *picture.shape[1:])
+        assert found["masks"].shape == (len(found["boxes"]), 1, *image.shape[1:])
         for mask, (x1, y1, x2, y2) in zip(found["masks"][:, 0], found["boxes"].round().int().tolist(), strict=True):
             box = torch.zeros_like(mask)
             box[y1:y2, x1:x2] = True
@@ -401,14 +401,14 @@ def test_masks_come_back_as_they_were():
             assert (mask & ellipse).sum() / (mask | ellipse).sum() > 0.95, (cx, size)
 
 
-def test_the_narrowest_picture():
+def test_the_narrowest_image():
     transform = create("retinanet", image_size=64, max_size=96).transform.eval()
     images, _ = transform([torch.zeros(3, 1, 200), torch.zeros(3, 2000, 1)])
     assert images.image_sizes == [(1, 96), (96, 1)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_grey_pictures_and_statistics_of_one_s_own(kind):
+def test_grey_images_and_statistics_of_one_s_own(kind):
     detector = create(kind, in_chans=1, mean=(0.25,), std=(0.5,)).eval()
     images, _ = detector.transform([torch.full((1, 64, 64), 0.75)])
     assert images.tensors.shape == (1, 1, 64, 64)
@@ -447,12 +447,12 @@ def confident(kind, **kwargs):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_batch_of_mixed_sizes_is_its_pictures(kind):
+def test_batch_of_mixed_sizes_is_its_images(kind):
     detector = confident(kind)
-    pictures = [torch.rand(3, 64, 80), torch.rand(3, 100, 50), torch.rand(3, 32, 32)]
-    together = detector(pictures)
-    for picture, found in zip(pictures, together, strict=True):
-        (alone,) = detector([picture])
+    images = [torch.rand(3, 64, 80), torch.rand(3, 100, 50), torch.rand(3, 32, 32)]
+    together = detector(images)
+    for image, found in zip(images, together, strict=True):
+        (alone,) = detector([image])
         assert len(found["boxes"]) > 0
         assert found.keys() == alone.keys()
         for key in ("boxes", "labels", "scores"):
@@ -460,7 +460,7 @@ def test_batch_of_mixed_sizes_is_its_pictures(kind):
         assert len(found["boxes"]) <= 100
         assert found["scores"].min() > 0.05
         assert found["boxes"].min() >= 0
-        assert (found["boxes"].amax(0) <= torch.tensor([*picture.shape[:0:-1]] * 2) + 1e-3).all()
+        assert (found["boxes"].amax(0) <= torch.tensor([*image.shape[:0:-1]] * 2) + 1e-3).all()
         assert found["labels"].min() >= 0
         assert found["labels"].max() < 3
 
@@ -468,7 +468,7 @@ def test_batch_of_mixed_sizes_is_its_pictures(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["dualtoken_vit_tiny_mix", "resnet18"])
 @torch.no_grad()
-def test_small_and_narrow_pictures(kind, name):
+def test_small_and_narrow_images(kind, name):
     detector = confident(kind, name=name, image_size=32, max_size=1333)
     for size in ((32, 32), (33, 45), (32, 400)):
         (found,) = detector([torch.rand(3, *size)])
@@ -492,14 +492,14 @@ def test_regions_are_cut_out_where_they_are():
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind):
     """Under autocast losses and gradients are those of float32 to bfloat16's precision."""
-    pictures, truth = [torch.rand(3, 32, 64)], [target(32, 64, [[4, 6, 30, 28], [20, 2, 60, 26]], [0, 1])]
+    images, truth = [torch.rand(3, 32, 64)], [target(32, 64, [[4, 6, 30, 28], [20, 2, 60, 26]], [0, 1])]
     extra = {"roi_samples": 16} if kind == "mask-rcnn" else {}
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         detector = create(kind, image_size=32, **extra)
         torch.manual_seed(1)  # for the samples
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            losses = detector(pictures, truth)
+            losses = detector(images, truth)
         sum(losses.values()).backward()
         found.append((losses, {name: p.grad for name, p in detector.named_parameters()}))
     (expected, wanted), (losses, gradients) = found
@@ -570,7 +570,7 @@ def test_pretrained_cfg_says_how_to_normalise():
         (("yolo", "resnet18"), "--detector yolo: choose one of retinanet, mask-rcnn"),
         (("retinanet", "nosuchnet"), "--model.name nosuchnet: "),
         (("retinanet", "test_vit"), "--model.name test_vit: gives no maps of strides 8, 16 and 32"),
-        (("retinanet", "swin_tiny_patch4_window7_224"), "refuses a trial picture of 64x96 pixels"),
+        (("retinanet", "swin_tiny_patch4_window7_224"), "refuses a trial image of 64x96 pixels"),
     ],
 )
 def test_refusals(args, said):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dualtoken_vit import cli
-from dualtoken_vit.tasks.base import synchronise_batchnorm
+from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def run_command(args, launcher=()):
 
 
 def test_two_processes_give_what_one_gives(photos, tmp_path):
-    next((photos / "val").rglob("*.jpg")).unlink()  # 17 pictures: the processes have 9 and 8
+    next((photos / "val").rglob("*.jpg")).unlink()  # 17 images: the processes have 9 and 8
     network = "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32"
     settings = {
         "data.root": photos,
@@ -99,7 +99,7 @@ def test_an_error_of_the_second_process_alone_is_told(photos, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["lightning", "torchrun"])
-def test_one_of_two_processes_reads_every_picture(photos, tmp_path, launcher):
+def test_one_of_two_processes_reads_every_image(photos, tmp_path, launcher):
     broken = photos / "train" / "red" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     settings = {
@@ -123,9 +123,9 @@ def test_one_of_two_processes_reads_every_picture(photos, tmp_path, launcher):
     assert not (tmp_path / "run").exists()
     finished = run_command([*args, "--data.unreadable", "skip"], launcher)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("skipped 1 unreadable training pictures") == 1
-    assert finished.stdout.count("35 training and 18 validation pictures, 2 steps an epoch") == 1
-    assert finished.stderr.count("reading every picture") == 2  # training and validation
+    assert finished.stdout.count("skipped 1 unreadable training images") == 1
+    assert finished.stdout.count("35 training and 18 validation images, 2 steps an epoch") == 1
+    assert finished.stderr.count("reading every image") == 2  # training and validation
     assert torch.load(tmp_path / "run" / "last.ckpt")["global_step"] == 2
 
 

@@ -1,4 +1,4 @@
-"""Every kind of picture is read right: pixel values against the formats' definitions."""
+"""Every kind of image is read right: pixel values against the formats' definitions."""
 
 from dataclasses import replace
 from io import BytesIO
@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dualtoken_vit.data.images import eval_transform, load_image, train_transform
+from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.sampling import seeded
+from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Augment, Data
 
@@ -23,9 +24,9 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
-def read(picture, path, channels=3, **save):
-    """What load_image reads back after `picture` was saved losslessly."""
-    picture.save(path, **save)
+def read(image, path, channels=3, **save):
+    """What load_image reads back after `image` was saved losslessly."""
+    image.save(path, **save)
     loaded = load_image(path, channels)
     assert loaded.mode == {1: "L", 3: "RGB"}[channels]
     return np.asarray(loaded)
@@ -33,13 +34,13 @@ def read(picture, path, channels=3, **save):
 
 def test_rgb_by_every_kind_of_source(pixels, tmp_path):
     path = tmp_path / "Größe 写真 🐟.png"
-    picture = Image.fromarray(pixels)
-    np.testing.assert_array_equal(read(picture, path), pixels)
+    image = Image.fromarray(pixels)
+    np.testing.assert_array_equal(read(image, path), pixels)
     np.testing.assert_array_equal(load_image(str(path)), pixels)
     np.testing.assert_array_equal(load_image(BytesIO(path.read_bytes())), pixels)
     with path.open("rb") as file:
         np.testing.assert_array_equal(load_image(file), pixels)
-    np.testing.assert_array_equal(load_image(picture), pixels)
+    np.testing.assert_array_equal(load_image(image), pixels)
 
 
 def test_colour_to_grey_is_luma_601(pixels, tmp_path):
@@ -68,29 +69,29 @@ def test_transparency_is_laid_on_white(mode, pixels, tmp_path):
 
 
 def test_palette(tmp_path):
-    picture = Image.new("P", (3, 1))
-    picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    picture.putdata([2, 0, 1])
-    assert read(picture, tmp_path / "a.png").tolist() == [[[70, 80, 90], [10, 20, 30], [40, 50, 60]]]
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.putdata([2, 0, 1])
+    assert read(image, tmp_path / "a.png").tolist() == [[[70, 80, 90], [10, 20, 30], [40, 50, 60]]]
     # Entry 0 is see-through, entry 1 half, in a PNG; a GIF can only have a colour that is not there.
-    loaded = read(picture, tmp_path / "b.png", transparency=bytes([0, 127, 255]))
+    loaded = read(image, tmp_path / "b.png", transparency=bytes([0, 127, 255]))
     assert loaded[0, :2].tolist() == [[70, 80, 90], [255, 255, 255]]
     assert np.abs(loaded[0, 2] - (np.array([40, 50, 60]) * 127 + 255 * 128) / 255).max() <= 1
-    assert read(picture, tmp_path / "c.gif", transparency=1).tolist() == [[[70, 80, 90], [10, 20, 30], [255] * 3]]
+    assert read(image, tmp_path / "c.gif", transparency=1).tolist() == [[[70, 80, 90], [10, 20, 30], [255] * 3]]
 
 
 def test_a_see_through_colour_without_an_alpha_channel(tmp_path):
-    picture = Image.new("RGB", (2, 1), (1, 2, 3))
-    picture.putpixel((1, 0), (4, 5, 6))
-    assert read(picture, tmp_path / "a.png", transparency=(4, 5, 6)).tolist() == [[[1, 2, 3], [255, 255, 255]]]
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (4, 5, 6))
+    assert read(image, tmp_path / "a.png", transparency=(4, 5, 6)).tolist() == [[[1, 2, 3], [255, 255, 255]]]
 
 
 def test_cmyk(tmp_path):
-    picture = Image.new("CMYK", (4, 1))
-    picture.putdata([(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255)])
+    image = Image.new("CMYK", (4, 1))
+    image.putdata([(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255)])
     white, cyan, red, black = (255, 255, 255), (0, 255, 255), (255, 0, 0), (0, 0, 0)
-    assert read(picture, tmp_path / "a.tif").tolist() == [[list(c) for c in (white, cyan, red, black)]]
-    picture.resize((64, 16), Image.Resampling.NEAREST).save(tmp_path / "b.jpg", quality=100, subsampling=0)
+    assert read(image, tmp_path / "a.tif").tolist() == [[list(c) for c in (white, cyan, red, black)]]
+    image.resize((64, 16), Image.Resampling.NEAREST).save(tmp_path / "b.jpg", quality=100, subsampling=0)
     blocks = np.asarray(load_image(tmp_path / "b.jpg"))[8, 8::16].astype(int)
     assert np.abs(blocks - [white, cyan, red, black]).max() <= 3
 
@@ -146,7 +147,7 @@ def test_exif_rotation(orientation, upright, dtype, pixels, tmp_path):
         lambda exif: exif.replace(b"\x00\x06", b"\x00\x63"),  # orientation 99
     ],
 )
-def test_a_damaged_exif_block_does_not_spoil_the_picture(damage, kind, tmp_path):
+def test_a_damaged_exif_block_does_not_spoil_the_image(damage, kind, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     exif = damage(exif.tobytes().removeprefix(b"Exif\x00\x00"))
@@ -161,15 +162,15 @@ def test_a_rotation_beside_a_tag_that_cannot_be_written_again(pixels, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x0100] = 6, 300
     stored = exif.tobytes().replace(b"\x01\x00\x00\x04", b"\x01\x00\x00\x02")  # the width becomes a text
-    picture = Image.fromarray(pixels)
-    picture.save(tmp_path / "a.png", exif=stored)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png", exif=stored)
     np.testing.assert_array_equal(load_image(tmp_path / "a.png"), np.rot90(pixels, -1))
     with Image.open(tmp_path / "a.png") as opened:
         np.testing.assert_array_equal(load_image(opened), np.rot90(pixels, -1))
-        assert opened.size == picture.size  # what was handed in is as it was
+        assert opened.size == image.size  # what was handed in is as it was
 
 
-def test_of_an_animation_the_first_picture(tmp_path):
+def test_of_an_animation_the_first_image(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     loaded = read(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert (loaded == (255, 0, 0)).all()
@@ -183,18 +184,18 @@ def test_a_truncated_file_is_named(kind, tmp_path):
     whole = path.read_bytes()
     for share in (0.02, 0.5, 0.9):
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(InputError, match=rf"cut-ü\.{kind}: cannot be read as a picture") as caught:
+        with pytest.raises(InputError, match=rf"cut-ü\.{kind}: cannot be read as an image") as caught:
             load_image(path)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_what_is_no_picture_is_named(content, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_what_is_no_image_is_named(content, tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.jpg: cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"a\.jpg: cannot be read as an image"):
         load_image(path)
-    with pytest.raises(InputError, match="shelf/3: cannot be read as a picture"):
+    with pytest.raises(InputError, match="shelf/3: cannot be read as an image"):
         load_image(BytesIO(content), name="shelf/3")
 
 
@@ -219,9 +220,9 @@ def normalised(pixels):
 
 def test_evaluation_cuts_the_centre_and_normalises():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
-    transform = eval_transform(Data(image_size=32, crop_pct=1.0), MEAN, STD)
+    transform = classification_eval(Data(image_size=32, crop_pct=1.0), MEAN, STD)
     torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(pixels[:, 16:48]))
-    transform = eval_transform(Data(image_size=24, crop_pct=0.75), MEAN, STD)  # short side 32, centre 24
+    transform = classification_eval(Data(image_size=24, crop_pct=0.75), MEAN, STD)  # short side 32, centre 24
     torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(pixels[4:28, 20:44]))
 
 
@@ -232,14 +233,14 @@ def test_training_flips_only_as_told():
         (replace(PLAIN, hflip=1.0), pixels[:, ::-1]),
         (replace(PLAIN, vflip=1.0), pixels[::-1]),
     ):
-        transform = train_transform(Data(image_size=32), augment, MEAN, STD)
+        transform = classification_train(Data(image_size=32), augment, MEAN, STD)
         torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(expected))
 
 
 def test_training_crops_the_share_it_is_told():
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (200, 200, 3))
     augment = replace(PLAIN, scale=(0.25, 0.25))
-    transform = train_transform(Data(image_size=100), augment, (0.0,) * 3, (1.0,) * 3)
+    transform = classification_train(Data(image_size=100), augment, (0.0,) * 3, (1.0,) * 3)
     for _ in range(5):
         row = 255 * transform(Image.fromarray(ramp))[0, 50]
         assert row[-1] - row[0] == pytest.approx(99, abs=2)  # half the width, so a quarter of the area
@@ -249,8 +250,8 @@ def test_random_erasing_and_color_jitter_change_pixels():
     grey = Image.new("RGB", (32, 32), (100, 120, 140))
     expected = normalised(np.asarray(grey))
     with seeded(0):
-        erased = train_transform(Data(image_size=32), replace(PLAIN, random_erasing=1.0), MEAN, STD)(grey)
-        jittered = train_transform(Data(image_size=32), replace(PLAIN, color_jitter=0.4), MEAN, STD)(grey)
+        erased = classification_train(Data(image_size=32), replace(PLAIN, random_erasing=1.0), MEAN, STD)(grey)
+        jittered = classification_train(Data(image_size=32), replace(PLAIN, color_jitter=0.4), MEAN, STD)(grey)
     changed = ((erased - expected).abs() > 1e-5).any(0)
     assert 0.01 < changed.float().mean() < 0.5  # timm erases 2 to 33 % of the area
     assert erased[:, changed].std() > 0.5  # by noise, a pixel at a time
@@ -260,9 +261,9 @@ def test_random_erasing_and_color_jitter_change_pixels():
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_auto_augment_takes_grey_and_colour(channels, mode):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)).convert(mode)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)).convert(mode)
     augment = replace(PLAIN, auto_augment="rand-m9-n2-mstd0.5")
-    transform = train_transform(Data(image_size=32), augment, MEAN[:channels], STD[:channels])
-    results = [transform(picture) for _ in range(30)]
+    transform = classification_train(Data(image_size=32), augment, MEAN[:channels], STD[:channels])
+    results = [transform(image) for _ in range(30)]
     assert {result.shape for result in results} == {(channels, 32, 32)}
     assert len({result.sum().item() for result in results}) > 10

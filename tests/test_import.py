@@ -20,7 +20,7 @@ def fresh():
 
 def test_import_loads_no_training_package(fresh):
     modules, _, _ = fresh
-    assert "dualtoken_vit.model" in modules
+    assert "dualtoken_vit.models.dualtoken" in modules
     assert [name for name in HEAVY if name in modules] == []
     assert [name for name in modules if name.startswith(("dualtoken_vit.tasks", "dualtoken_vit.data"))] == []
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dualtoken_vit.model import goes_to_onednn, linear
+from dualtoken_vit.models.layers import goes_to_onednn, linear
 
 two_threads = pytest.mark.parametrize("threads", [2], indirect=True)
 

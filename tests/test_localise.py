@@ -13,11 +13,11 @@ from test_predict import NAMES, save
 from torchvision.transforms import v2
 
 from dualtoken_vit import cli
-from dualtoken_vit.attention import blocks_of
 from dualtoken_vit.data.coco import ShapeScenes, save_scenes
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.localise import gathered, measure, places_of
-from dualtoken_vit.model import resize_grid
+from dualtoken_vit.models.layers import resize_grid
+from dualtoken_vit.paper.attention import blocks_of
+from dualtoken_vit.paper.localise import gathered, measure, places_of
 
 
 def pixels_of(size, stride):
@@ -94,18 +94,18 @@ def test_known_maps():
 
 
 @pytest.mark.parametrize("tokens", ["position", "normal"])
-def test_measure_is_the_mean_over_pictures_of_the_mean_over_objects(tokens):
+def test_measure_is_the_mean_over_images_of_the_mean_over_objects(tokens):
     model = create(num_classes=6, global_tokens=tokens)
     for block in blocks_of(model).values():  # maps that are far from even
         with torch.no_grad():
             block.broadcast_attn.q.weight.mul_(20)
-    pictures = ShapeScenes("val", 112, count=6)
-    pictures.transform = v2.ToDtype(torch.float32, scale=True)
-    scores = measure(model, pictures)
+    images = ShapeScenes("val", 112, count=6)
+    images.transform = v2.ToDtype(torch.float32, scale=True)
+    scores = measure(model, images)
     assert [score.block for score in scores] == [f"stages.{stage}.blocks.0" for stage in range(3)]
     for score in scores:
         means = []
-        for x, target in map(pictures.__getitem__, range(6)):
+        for x, target in map(images.__getitem__, range(6)):
             if not len(target["masks"]):
                 continue
             attended = record(model, x[None])[score.block][0]
@@ -113,7 +113,7 @@ def test_measure_is_the_mean_over_pictures_of_the_mean_over_objects(tokens):
             over_places = gathered(attended, (4, 4)).double().numpy()
             found = [by_hand(over_places, mask.double().numpy(), stride) for mask in target["masks"]]
             means.append(np.mean(found, 0))
-        assert score.pictures == len(means) > 3
+        assert score.images == len(means) > 3
         expected = np.mean(means, 0)
         np.testing.assert_allclose((score.on_object, score.chance, score.highest, score.own), expected, atol=1e-5)
         gains = [one[0] - one[1] for one in means]

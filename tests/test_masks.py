@@ -1,4 +1,4 @@
-"""Pictures with masks: what is read, what is refused, what training sees, and the report of check-data."""
+"""Images with masks: what is read, what is refused, what training sees, and the report of check-data."""
 
 import re
 import struct
@@ -11,27 +11,25 @@ import torch
 from PIL import ExifTags, Image
 from torchvision import tv_tensors
 
-from dualtoken_vit.data.check_masks import check_segmentation_data
+from dualtoken_vit.data.check.segmentation import check_segmentation_data
 from dualtoken_vit.data.masks import (
-    IGNORE,
-    CappedCrop,
     ShapeScenes,
     build_datasets,
     build_val_dataset,
     class_weights,
     read_mask,
     save_scenes,
-    train_transform,
 )
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.shapes import CLASSES, scene
+from dualtoken_vit.data.transforms import IGNORE, CappedCrop, segmentation_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Segmentation, SegmentationAugment, SegmentationData
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two training pictures and one for validation, 20x12 with labels 0 to 2 and 255; classes sky, road, car."""
+    """Two training images and one for validation, 20x12 with labels 0 to 2 and 255; classes sky, road, car."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 2), ("val", 1)):
         for kind in ("images", "annotations"):
@@ -66,10 +64,10 @@ def test_samples(tree):
     train, val = build_datasets(data(tree), 3)
     assert train.class_names == val.class_names == ("sky", "road", "car")
     assert (len(train), len(val)) == (2, 1)
-    picture, mask = train[1]
+    image, mask = train[1]
     assert torch.equal(mask, torch.from_numpy(labels_of(tree, "1").copy()))
     pixels = np.asarray(Image.open(tree / "images" / "train" / "1.jpg"))
-    assert torch.equal(picture, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    assert torch.equal(image, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
     assert build_datasets(data(tree), 1)[0][0][0].shape == (1, 12, 20)
     assert len(build_datasets(data(tree, limit=1), 3)[0]) == 1
     assert train.verify(progress=False) == []
@@ -132,7 +130,7 @@ def test_masks_are_not_jpeg(tree):
 
 @pytest.mark.parametrize("kind", ["median-frequency", "log"])
 def test_classes_are_weighted_by_their_pixels(tree, kind):
-    """By their definitions, pixel by pixel; "car" is in one picture, "sign" in none."""
+    """By their definitions, pixel by pixel; "car" is in one image, "sign" in none."""
     (tree / "classes.txt").write_text("sky\nroad\ncar\nsign\n")
     spoil(tree, lambda labels: np.where(labels == 2, 0, labels), name="1")
     train, _ = build_datasets(data(tree), 3)
@@ -176,11 +174,11 @@ def test_masks_in_which_nothing_counts(tree):
 def test_the_way_from_colours_to_labels_that_the_error_tells(tree):
     colours = [(0, 0, 255), (128, 64, 128), (255, 0, 0)]
     labels = labels_of(tree)
-    picture = np.zeros((*labels.shape, 3), np.uint8)  # black where nothing counts: no colour of the list
+    image = np.zeros((*labels.shape, 3), np.uint8)  # black where nothing counts: no colour of the list
     for k, colour in enumerate(colours):
-        picture[labels == k] = colour
+        image[labels == k] = colour
     path = tree / "annotations" / "train" / "0.png"
-    Image.fromarray(picture).save(path)
+    Image.fromarray(image).save(path)
     with pytest.raises(InputError, match="a mask of mode RGB") as error:
         read_mask(path)
     told = re.search(r"hit = (.*), then labels = (.*), and (Image\..*\))\.save\(NAME.png\)", str(error.value))
@@ -298,8 +296,8 @@ def change(tree, what):
         ("beyond in 16 bits", r"train/0\.png: label 700 in \d+ pixels, but there are 3 classes"),
         ("size", r"annotations/train/0\.png: 20x10 pixels, but .*images/train/0\.jpg is 20x12 .* make them equal"),
         ("colours", r"train/0\.png: a mask of mode RGB, but one number a pixel is meant\. With numpy.*fromarray"),
-        ("no mask", r"images/train/0\.jpg: a picture without a mask in .*annotations/train"),
-        ("damaged", r"annotations/train/0\.png: cannot be read as a picture"),
+        ("no mask", r"images/train/0\.jpg: an image without a mask in .*annotations/train"),
+        ("damaged", r"annotations/train/0\.png: cannot be read as an image"),
         ("twins", r"images/train/0\.jpg and .*0\.png have one name"),
     ],
 )
@@ -336,14 +334,14 @@ def test_the_classes_must_be_the_checkpoint_s(tree):
 # Training
 
 
-def test_picture_and_mask_are_changed_alike():
-    """A picture whose colour is its label stays so, whatever is done to both; what is padded is ignored."""
+def test_image_and_mask_are_changed_alike():
+    """An image whose colour is its label stays so, whatever is done to both; what is padded is ignored."""
     half = torch.arange(64) >= 32
     labels = (2 * half[:, None] + half).byte()  # quarters
-    picture = (labels * 80).expand(3, -1, -1).contiguous()
+    image = (labels * 80).expand(3, -1, -1).contiguous()
     augment = SegmentationAugment(photometric=0.0, class_cap=1.0)
-    transform = train_transform(SegmentationData(crop_size=(48, 80)), augment)
-    sample = tv_tensors.Image(picture), tv_tensors.Mask(labels)
+    transform = segmentation_train(SegmentationData(crop_size=(48, 80)), augment)
+    sample = tv_tensors.Image(image), tv_tensors.Mask(labels)
     flipped, padded = set(), 0
     for seed in range(12):
         with seeded(seed):
@@ -352,7 +350,7 @@ def test_picture_and_mask_are_changed_alike():
         there = y != IGNORE
         assert (x[0][~there] == 0).all()
         right = (x[0].float() / 80 - y).abs()[there] < 0.1
-        assert right.float().mean() > 0.9  # edges are mixed in the picture, not in the mask
+        assert right.float().mean() > 0.9  # edges are mixed in the image, not in the mask
         assert set(y.unique().tolist()) <= {*labels.unique().tolist(), IGNORE}
         padded += (~there).any().item()
         flipped.add(x.sum().item())
@@ -362,10 +360,10 @@ def test_picture_and_mask_are_changed_alike():
 
 def test_photometric_changes_keep_the_channels():
     """torchvision's own transform would exchange them: a green field could come out blue."""
-    picture = torch.tensor([40, 200, 90], dtype=torch.uint8)[:, None, None].expand(3, 32, 32).contiguous()
-    sample = tv_tensors.Image(picture), tv_tensors.Mask(torch.arange(4).repeat(32, 8).byte())
+    image = torch.tensor([40, 200, 90], dtype=torch.uint8)[:, None, None].expand(3, 32, 32).contiguous()
+    sample = tv_tensors.Image(image), tv_tensors.Mask(torch.arange(4).repeat(32, 8).byte())
     augment = SegmentationAugment(photometric=1.0, scale=(1, 1), class_cap=1.0)
-    transform = train_transform(SegmentationData(crop_size=(32, 32)), augment)
+    transform = segmentation_train(SegmentationData(crop_size=(32, 32)), augment)
     colours = set()
     for seed in range(30):
         with seeded(seed):
@@ -393,9 +391,9 @@ def test_a_crop_is_capped():
     assert sum(share > 0.75 for share in largest(0.75)) <= 2  # ten tries may fail
 
 
-def test_pictures_come_at_a_side_before_the_scale():
+def test_images_come_at_a_side_before_the_scale():
     scenes = ShapeScenes("train", 64)
-    scenes.transform = train_transform(
+    scenes.transform = segmentation_train(
         SegmentationData(crop_size=(64, 64), image_size=32), SegmentationAugment(scale=(1.0, 1.0))
     )
     _, y = scenes[0]
@@ -406,9 +404,9 @@ def test_drawn_scenes(tmp_path):
     scenes = ShapeScenes("val", 48, count=3)
     assert scenes.class_names == ("ground", *CLASSES)
     for index in range(3):
-        picture, shapes = scene("val", index, 48)
+        image, shapes = scene("val", index, 48)
         found, mask = scenes.load(index)
-        assert np.array_equal(picture, found)
+        assert np.array_equal(image, found)
         assert (mask > 0).sum() == sum(shape.mask.sum() for shape in shapes)
         for shape in shapes:
             assert (mask[shape.mask] == shape.label + 1).all()
@@ -429,7 +427,7 @@ def check(tree, capsys, **args):
 def test_check_of_sound_data(tree, capsys):
     verdict, out = check(tree, capsys)
     assert verdict
-    assert "train: 2 pictures with a mask; 2.1% of the pixels are ignored" in out
+    assert "train: 2 images with a mask; 2.1% of the pixels are ignored" in out
     labels = np.stack([labels_of(tree, name) for name in "01"])
     for label, name in enumerate(("sky", "road", "car")):
         share = (labels == label).sum() / (labels < 3).sum()
@@ -437,17 +435,17 @@ def test_check_of_sound_data(tree, capsys):
     assert Image.open(tree / "out" / "labels.png").width == 1920
 
 
-def test_check_tells_of_pictures_that_are_turned(tree, capsys):
+def test_check_tells_of_images_that_are_turned(tree, capsys):
     path = tree / "images" / "train" / "1.jpg"
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3  # upside down: the size does not tell
     Image.open(path).save(path, exif=exif)
     verdict, out = check(tree, capsys)
     assert verdict
-    assert f"note: 1 pictures of train are turned by EXIF; their masks must fit what is shown: {path}" in out
+    assert f"note: 1 images of train are turned by EXIF; their masks must fit what is shown: {path}" in out
 
 
-def test_check_counts_classes_and_knows_large_pictures(tree, capsys):
+def test_check_counts_classes_and_knows_large_images(tree, capsys):
     (tree / "classes.txt").unlink()
     verdict, out = check(tree, capsys, crop_size=(5, 5))
     assert verdict
@@ -458,16 +456,16 @@ def test_check_counts_classes_and_knows_large_pictures(tree, capsys):
         path.write_bytes(b"nothing")
     with pytest.raises(
         InputError,
-        match=r"no training mask can be used; the first: .*annotations/train/\d\.png: cannot be read as a picture",
+        match=r"no training mask can be used; the first: .*annotations/train/\d\.png: cannot be read as an image",
     ):
         check(tree, capsys)
 
 
-def test_check_of_the_first_pictures(tree, capsys):
+def test_check_of_the_first_images(tree, capsys):
     spoil(tree, lambda labels: labels[:-2], "1")
     verdict, out = check(tree, capsys, limit=1)
     assert verdict
-    assert "train: 1 pictures with a mask" in out
+    assert "train: 1 images with a mask" in out
 
 
 def test_check_names_what_was_planted(tree, capsys):
@@ -480,7 +478,7 @@ def test_check_names_what_was_planted(tree, capsys):
     for line in (
         "class in no mask: train/boat",
         f"without a mask: {tree}/images/val/1.jpg",
-        f"mask without a picture: {tree}/annotations/val/0.png",
+        f"mask without an image: {tree}/annotations/val/0.png",
         f"{tree}/annotations/train/0.png: label 7 in 3 pixels",
         f"{tree}/annotations/train/1.png: 20x10 pixels",
         "problems: 5",

@@ -17,7 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from dualtoken_vit.model import ConvEncoder, DualTokenViT, PatchMerging, checkpoint_filter_fn
+from dualtoken_vit.models.dualtoken import ConvEncoder, DualTokenViT
+from dualtoken_vit.models.two_stream import PatchMerging, checkpoint_filter_fn
 
 NAMES = ["dualtoken_vit_tiny", "dualtoken_vit_tiny_mix", "dualtoken_vit_small", "dualtoken_vit_small_mix"]
 SWITCHES = dict(
@@ -141,17 +142,17 @@ def test_any_size(size):
 
 
 @pytest.mark.parametrize("kwargs", [*VARIANTS, dict(output_stride=8)], ids=str)
-def test_a_picture_gives_the_same_alone_and_in_a_batch(kwargs):
+def test_a_image_gives_the_same_alone_and_in_a_batch(kwargs):
     model = create(**kwargs).double()
     x = torch.randn(3, 3, 97, 70, dtype=torch.float64)
     with torch.no_grad():
         single = torch.cat([model(one[None]) for one in x])
         torch.testing.assert_close(model(x), single, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(single[0], single[1], atol=1e-2)  # the weights do tell pictures apart
+    assert not torch.allclose(single[0], single[1], atol=1e-2)  # the weights do tell images apart
 
 
 def test_alone_and_in_a_batch_in_float32(threads):
-    """The double above takes one way only; here a batch's linear layers may go another way than a picture's."""
+    """The double above takes one way only; here a batch's linear layers may go another way than an image's."""
     model = create()
     x = torch.randn(4, 3, 97, 130)
     with torch.no_grad():
@@ -185,7 +186,7 @@ def test_autocast_is_close_to_float32(kwargs):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_float32_agrees_with_float64(threads, memory_format):
-    """Whichever way the thread count and the picture's layout make PyTorch take."""
+    """Whichever way the thread count and the image's layout make PyTorch take."""
     model = create()
     exact = copy.deepcopy(model).double()
     x = torch.randn(2, 3, 224, 224)
@@ -444,7 +445,7 @@ def test_pretrained_weights_fit_other_channels_and_classes(tmp_path):
     grey = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1, num_classes=9).eval()
     assert grey.head.out_features == 9
     x = torch.randn(2, 1, 64, 64)
-    # timm sums the filters over the colours, so that a grey picture means what it means in three equal channels
+    # timm sums the filters over the colours, so that a grey image means what it means in three equal channels
     expected = model.forward_features(x.expand(-1, 3, -1, -1))
     torch.testing.assert_close(grey.forward_features(x), expected, rtol=1e-4, atol=1e-4)
 
@@ -516,7 +517,7 @@ def test_checkpointed_gradients_are_equal(kwargs):
     for enable in (False, True):
         model = create(**kwargs).train()
         model.set_grad_checkpointing(enable)
-        with mock.patch("dualtoken_vit.model.checkpoint", wraps=timm.models.checkpoint) as spy:
+        with mock.patch("dualtoken_vit.models.two_stream.checkpoint", wraps=timm.models.checkpoint) as spy:
             model(x).square().sum().backward()
         assert spy.call_count == (3 if enable else 0)
         gradients.append({name: p.grad for name, p in model.named_parameters()})

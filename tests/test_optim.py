@@ -9,8 +9,8 @@ import timm
 import torch
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.optim import build_optimizer, build_schedule
 from dualtoken_vit.recipes import Optim
+from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from dualtoken_vit.checkpoint import save_checkpoint
-from dualtoken_vit.draw import COLUMNS, FIRST, MARGIN, PANEL, ROWS, SIDE, draw_card
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.predict import find_pictures, predict
+from dualtoken_vit.predict import find_images, predict
+from dualtoken_vit.show.drawing import COLUMNS, FIRST, MARGIN, PANEL, ROWS, SIDE, draw_card
 
 NAMES = ("ant", "bee", "cat [x]", "dog")
 SHARES = (0.1, 0.2, 0.3, 0.4)
@@ -34,7 +34,7 @@ def save(path: Path, model: torch.nn.Module, channels: int = 3, **model_args) ->
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A network whose answer depends on the picture."""
+    """A network whose answer depends on the image."""
     torch.manual_seed(0)
     model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES))
     torch.nn.init.normal_(model.head.weight, std=1.0)
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def constant(tmp_path_factory) -> Path:
-    """A network that gives SHARES for every picture: softmax(log p) = p."""
+    """A network that gives SHARES for every image: softmax(log p) = p."""
     model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES))
     torch.nn.init.zeros_(model.head.weight)
     model.head.bias.data = torch.tensor(SHARES).log()
@@ -74,15 +74,15 @@ def test_the_probabilities_are_those_that_timm_alone_computes(checkpoint, tmp_pa
     for path, one in zip(paths, result(capsys)["predictions"], strict=True):
         with torch.inference_mode():
             expected = model(transform(Image.open(path))[None]).softmax(-1)[0]
-        assert one["picture"] == str(path)
+        assert one["image"] == str(path)
         assert [c["class"] for c in one["classes"]] == [NAMES[i] for i in expected.argsort(descending=True)]
         got = torch.tensor([c["probability"] for c in one["classes"]])
         torch.testing.assert_close(got, expected.sort(descending=True).values, rtol=0, atol=1e-5)
 
 
 def test_the_likeliest_classes_come_first_and_the_record_is_kept(constant, tmp_path, capsys):
-    picture, out = solid(tmp_path / "x.jpg"), tmp_path / "out"
-    assert predict(constant, (picture,), out, json=True, top_k=2)
+    image, out = solid(tmp_path / "x.jpg"), tmp_path / "out"
+    assert predict(constant, (image,), out, json=True, top_k=2)
     printed = result(capsys)
     assert printed["checkpoint"] == str(constant)
     assert printed["unreadable"] == []
@@ -91,7 +91,7 @@ def test_the_likeliest_classes_come_first_and_the_record_is_kept(constant, tmp_p
     assert json.loads((out / "predictions.json").read_text()) == printed
 
 
-def test_the_table_names_picture_classes_and_shares(constant, tmp_path, capsys, monkeypatch):
+def test_the_table_names_image_classes_and_shares(constant, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert predict(constant, (solid(tmp_path / "Straße [1] 写真.png"),), top_k=3)
     table = capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_grey_networks_get_one_channel(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "RGBA", "CMYK", "I;16", "1x1", "rotated"])
-def test_every_kind_of_picture_is_read_as_its_plain_copy(checkpoint, tmp_path, capsys, kind):
+def test_every_kind_of_image_is_read_as_its_plain_copy(checkpoint, tmp_path, capsys, kind):
     plain = Image.new("RGB", (30, 20), (140, 140, 140))
     if kind == "rotated":
         plain.paste((20, 20, 20), (0, 0, 30, 10))
@@ -138,12 +138,12 @@ def test_every_kind_of_picture_is_read_as_its_plain_copy(checkpoint, tmp_path, c
     assert len(list(out.glob("é.*.png"))) == 1
 
 
-def test_folders_are_searched_in_order_and_each_picture_is_taken_once(tmp_path):
+def test_folders_are_searched_in_order_and_each_image_is_taken_once(tmp_path):
     wanted = [solid(tmp_path / name) for name in ("a/2.JPG", "a/sub/1.png", "b.gif")]
     solid(tmp_path / ".hidden.png")
-    (tmp_path / "notes.txt").write_text("no picture")
-    found = find_pictures((tmp_path, tmp_path / "a" / "2.JPG", Path(os.path.relpath(wanted[2]))))
-    assert [picture.path for picture in found] == wanted
+    (tmp_path / "notes.txt").write_text("no image")
+    found = find_images((tmp_path, tmp_path / "a" / "2.JPG", Path(os.path.relpath(wanted[2]))))
+    assert [image.path for image in found] == wanted
 
 
 def test_a_file_is_taken_whatever_its_suffix(constant, tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_a_file_is_taken_whatever_its_suffix(constant, tmp_path, capsys):
     assert len(result(capsys)["predictions"]) == 1
 
 
-def test_each_drawing_has_a_name_of_its_own_and_shows_its_picture(constant, tmp_path):
+def test_each_drawing_has_a_name_of_its_own_and_shows_its_image(constant, tmp_path):
     colors = {
         "a/x.png": (200, 0, 0),
         "b/x.png": (0, 200, 0),
@@ -166,7 +166,7 @@ def test_each_drawing_has_a_name_of_its_own_and_shows_its_picture(constant, tmp_
     given = (tmp_path / "a" / "x.png", tmp_path / "b", tmp_path / "c" / "b", tmp_path / "b" / "x.png")
     out = tmp_path / "out"
     assert predict(constant, given, out)
-    drawings = [out / picture.drawing for picture in find_pictures(given, out)]
+    drawings = [out / image.drawing for image in find_images(given, out)]
     assert len({str(drawing).casefold() for drawing in drawings}) == len(colors)
     shown = set()
     for drawing in drawings:
@@ -189,17 +189,17 @@ def test_a_run_that_was_cut_short_can_be_repeated(constant, tmp_path, monkeypatc
     def fail(*_):
         raise KeyboardInterrupt
 
-    picture, out = solid(tmp_path / "x.png"), tmp_path / "out"
+    image, out = solid(tmp_path / "x.png"), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("dualtoken_vit.predict.draw_card", fail)
         with pytest.raises(KeyboardInterrupt):
-            predict(constant, (picture,), out)
-    assert predict(constant, (picture,), out)
+            predict(constant, (image,), out)
+    assert predict(constant, (image,), out)
     assert len(json.loads((out / "predictions.json").read_text())["predictions"]) == 1
 
 
 def test_an_input_is_never_overwritten(constant, tmp_path):
-    """The drawing of x.jpg would be x.jpg.png, which is one of the pictures."""
+    """The drawing of x.jpg would be x.jpg.png, which is one of the images."""
     out = tmp_path / "out"
     solid(out / "x.jpg"), solid(out / "x.jpg.png", "blue")
     (out / "predictions.json").write_text("{}")  # as if an earlier call had made the folder
@@ -209,41 +209,41 @@ def test_an_input_is_never_overwritten(constant, tmp_path):
     assert len(list(out.glob("x.*"))) == 4
 
 
-def test_an_output_folder_among_the_pictures_is_not_searched(constant, tmp_path, capsys):
+def test_an_output_folder_among_the_images_is_not_searched(constant, tmp_path, capsys):
     solid(tmp_path / "x.png")
     for _ in range(2):
         assert predict(constant, (tmp_path,), tmp_path / "out", json=True)
-        assert [Path(one["picture"]).name for one in result(capsys)["predictions"]] == ["x.png"]
+        assert [Path(one["image"]).name for one in result(capsys)["predictions"]] == ["x.png"]
 
 
-def test_an_unreadable_picture_is_named_and_the_rest_goes_on(constant, tmp_path, capsys):
+def test_an_unreadable_image_is_named_and_the_rest_goes_on(constant, tmp_path, capsys):
     solid(tmp_path / "good.png")
     whole = solid(tmp_path / "cut.png", size=(300, 300)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     out = tmp_path / "out"
     assert predict(constant, (tmp_path,), out, json=True) is False
     printed = capsys.readouterr()
     record = json.loads(printed.out)
-    assert [Path(one["picture"]).name for one in record["predictions"]] == ["good.png"]
-    assert [Path(one["picture"]).name for one in record["unreadable"]] == ["cut.png", "text.jpg"]
+    assert [Path(one["image"]).name for one in record["predictions"]] == ["good.png"]
+    assert [Path(one["image"]).name for one in record["unreadable"]] == ["cut.png", "text.jpg"]
     assert str(tmp_path / "cut.png") in printed.err
     assert str(tmp_path / "text.jpg") in printed.err
-    assert "2 of 3 pictures could not be read" in printed.err
+    assert "2 of 3 images could not be read" in printed.err
     assert json.loads((out / "predictions.json").read_text()) == record
 
 
 @pytest.mark.parametrize(
     ("prepare", "options", "message"),
     [
-        (lambda d: (d / "x.jpg").write_text("no"), {"images": "x.jpg"}, "none of the 1 pictures can be read.*x.jpg"),
-        (lambda d: (d / "empty").mkdir(), {"images": "empty"}, "empty: no pictures in this folder"),
+        (lambda d: (d / "x.jpg").write_text("no"), {"images": "x.jpg"}, "none of the 1 images can be read.*x.jpg"),
+        (lambda d: (d / "empty").mkdir(), {"images": "empty"}, "empty: no images in this folder"),
         (lambda d: None, {"images": "missing.png"}, "missing.png: no such file or folder"),
         (lambda d: solid(d / "x.png"), {"top_k": 0}, "top_k=0"),
         (lambda d: solid(d / "x.png"), {"batch_size": 0}, "batch_size=0"),
         (lambda d: solid(d / "x.png"), {"device": "abacus"}, "device=abacus"),
         (lambda d: solid(d / "x.png"), {"out": "x.png"}, "x.png: a file; name a folder"),
-        (lambda d: solid(d / "p" / "x.png"), {"images": "p", "out": "p"}, "the pictures are read from there"),
+        (lambda d: solid(d / "p" / "x.png"), {"images": "p", "out": "p"}, "the images are read from there"),
         (lambda d: (solid(d / "x.png"), solid(d / "o" / "y.png")), {"out": "o"}, "o: the folder holds other files"),
     ],
 )
@@ -275,7 +275,7 @@ def test_the_bar_is_as_long_as_the_class_is_likely():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 1), (1, 4000), (3, 5), (900, 600)])
-def test_pictures_of_any_shape_are_drawn_whole(size):
+def test_images_of_any_shape_are_drawn_whole(size):
     card = draw_card(Image.new("L", size, 77), "n" * 500, [("c" * 500, 1.0)] * 12)
     box = card.crop((MARGIN, 0, MARGIN + SIDE, card.height))
     inked = Image.eval(box.convert("L"), lambda value: 255 * (value == 77)).getbbox()
@@ -286,7 +286,7 @@ def test_pictures_of_any_shape_are_drawn_whole(size):
     assert margin.getextrema() == ((255, 255),) * 3  # long names end before the edge
 
 
-def test_contact_sheets_show_every_picture_in_order(constant, tmp_path):
+def test_contact_sheets_show_every_image_in_order(constant, tmp_path):
     count = COLUMNS * ROWS + 1
     colors = [(5 * i, 255 - 5 * i, 100) for i in range(count)]
     for i, color in enumerate(colors):

@@ -1,7 +1,7 @@
 """Training, evaluation, prediction and check-data on real photos, by the real command line.
 
 The photos are in the folder that DUALTOKEN_DATA names: imagenette112 and clothing80, image folders with train and val;
-coco228, in COCO's form; camvid, pictures with masks.
+coco228, in COCO's form; camvid, images with masks.
 """
 
 import json
@@ -17,7 +17,7 @@ import pytest
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 CLASSES = ("n01440764_tench", "n03028079_church", "n03394916_French_horn", "n03888257_parachute")
-TRAIN, VAL = 120, 40  # pictures a class
+TRAIN, VAL = 120, 40  # images a class
 
 
 def run(*args: str | Path, status: int = 0) -> str:
@@ -66,7 +66,7 @@ def test_a_short_training_learns_and_predict_agrees_with_evaluate(trained, photo
     assert result["top1"] > 0.40
 
     record = json.loads(run("predict", trained, photos / "val", "--json"))
-    right = [Path(one["picture"]).parent.name == one["classes"][0]["class"] for one in record["predictions"]]
+    right = [Path(one["image"]).parent.name == one["classes"][0]["class"] for one in record["predictions"]]
     assert len(right) == result["images"]
     assert sum(right) / len(right) == pytest.approx(result["top1"], abs=1e-6)
 
@@ -105,7 +105,7 @@ NARROW = shlex.split("--model.name dualtoken_vit_tiny_mix --data.workers 0 --run
 
 
 def test_detection_on_coco(data, tmp_path):
-    """80 classes with gaps in their numbers, crowds, polygons and RLE, pictures without objects."""
+    """80 classes with gaps in their numbers, crowds, polygons and RLE, images without objects."""
     folder = data / "coco228"
     files = ["--data.images", folder / "images"]
     jsons = {split: folder / "annotations" / f"instances_{split}.json" for split in ("train", "val")}
@@ -133,7 +133,7 @@ def test_detection_on_coco(data, tmp_path):
 
 def test_segmentation_on_camvid(data, tmp_path):
     report = run("check-data", "masks", "--data.root", data / "camvid", "--out", tmp_path / "sheet")
-    assert "train: 367 pictures with a mask" in report
+    assert "train: 367 images with a mask" in report
     assert "no problems" in report
     settings = shlex.split("--data.limit 8 --data.image-size 90 --data.crop-size 64 96 --width 32 --optim.epochs 10")
     more = shlex.split("--optim.batch-size 4 --optim.lr 2e-3 --optim.warmup-steps 1")

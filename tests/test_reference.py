@@ -1,4 +1,4 @@
-"""A second DualToken-ViT: numpy, float64, one picture at a time, written from the paper's formulas, not from the code.
+"""A second DualToken-ViT: numpy, float64, one image at a time, written from the paper's formulas, not from the code.
 
 Maps are (H, W, C), tokens (M, C). The names of the weights are all that the two share.
 """

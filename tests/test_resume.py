@@ -19,11 +19,11 @@ from dualtoken_vit.errors import InputError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-EPOCHS, STEPS = 3, 9  # of 36 pictures in batches of 4
+EPOCHS, STEPS = 3, 9  # of 36 images in batches of 4
 
 # Forks of a server that has imported everything: a process that is going to be killed starts at once.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["dualtoken_vit.cli", "dualtoken_vit.tasks.fit", "test_resume"])
+SERVER.set_forkserver_preload(["dualtoken_vit.cli", "dualtoken_vit.tasks.trainer", "test_resume"])
 
 
 def arguments(photos: Path, out: Path, *more: str) -> list[str]:
@@ -155,7 +155,7 @@ def test_killed_and_resumed(uninterrupted, tmp_path, event, count, step):
 
 
 def test_killed_and_resumed_with_two_threads(photos, tmp_path):
-    """Of pictures so large that linear layers are convolved."""
+    """Of images so large that linear layers are convolved."""
     torch.set_num_threads(2)
     more = "--data.image-size", "128", "--optim.batch-size", "16", "--optim.epochs", "2", "--run.save-every", "1"
     whole, out = tmp_path / "whole", tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Batches depend on the seed, the epoch and the data set alone."""
+"""Batches depend on the seed, the epoch and the dataset alone."""
 
 import random
 from collections import Counter
@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from dualtoken_vit.data.classification import build_datasets
-from dualtoken_vit.data.images import eval_transform, train_transform
 from dualtoken_vit.data.sampling import loader, mix, seeded
+from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Augment, Data
 
@@ -33,12 +33,12 @@ class Numbers(Dataset):
 
 
 @pytest.fixture
-def pictures(photos):
-    """36 pictures under every augmentation there is."""
+def images(photos):
+    """36 images under every augmentation there is."""
     data = Data(root=str(photos), image_size=32)
     augment = Augment(scale=(0.3, 1.0), vflip=0.5, auto_augment="rand-m9-n2-mstd0.5", random_erasing=0.5)
     train, _ = build_datasets(data, 3)
-    train.transform = train_transform(data, augment, *STATISTICS)
+    train.transform = classification_train(data, augment, *STATISTICS)
     return train
 
 
@@ -53,29 +53,29 @@ def batches(dataset, size=8, **args):
     return list(loader(dataset, size, **({"train": True, "seed": 3} | args)))
 
 
-def test_workers_do_not_matter(pictures):
-    alone = batches(pictures)
+def test_workers_do_not_matter(images):
+    alone = batches(images)
     assert len(alone) == 4
     assert alone[0][0].shape == (8, 3, 32, 32)
-    assert equal(alone, batches(pictures, workers=2))
-    assert equal(alone, batches(pictures, workers=1))
+    assert equal(alone, batches(images, workers=2))
+    assert equal(alone, batches(images, workers=1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_batches_change_nothing_after_them(pictures, workers):
-    rest = batches(pictures, skip=3, workers=workers)
-    assert equal(rest, batches(pictures)[3:])
-    assert batches(pictures, skip=4, workers=workers) == []
+def test_skipped_batches_change_nothing_after_them(images, workers):
+    rest = batches(images, skip=3, workers=workers)
+    assert equal(rest, batches(images)[3:])
+    assert batches(images, skip=4, workers=workers) == []
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_each_batch(pictures, world):
-    whole = batches(pictures, 12)
-    parts = [batches(pictures, 12 // world, rank=rank, world=world) for rank in range(world)]
+def test_processes_share_each_batch(images, world):
+    whole = batches(images, 12)
+    parts = [batches(images, 12 // world, rank=rank, world=world) for rank in range(world)]
     assert len(whole) == 3
-    for number, (images, targets) in enumerate(whole):
+    for number, (x, targets) in enumerate(whole):
         for rank in range(world):
-            assert torch.equal(parts[rank][number][0], images[rank::world])
+            assert torch.equal(parts[rank][number][0], x[rank::world])
             assert torch.equal(parts[rank][number][1], targets[rank::world])
 
 
@@ -111,16 +111,16 @@ def test_training_drops_what_does_not_fill_a_batch_everywhere(world):
     assert len(seen) == len(set(seen)) == 50 // (4 * world) * 4 * world
 
 
-def test_fewer_pictures_than_a_batch():
+def test_fewer_images_than_a_batch():
     assert len(batches(Numbers(8), 4, world=2)) == 1
-    with pytest.raises(InputError, match=r"7 training pictures do not fill one batch of 8.*--optim\.batch-size 7"):
+    with pytest.raises(InputError, match=r"7 training images do not fill one batch of 8.*--optim\.batch-size 7"):
         batches(Numbers(7), 4, world=2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 2, 7, 16])
-def test_validation_sees_every_picture_once(length, world, workers):
+def test_validation_sees_every_image_once(length, world, workers):
     seen = Counter()
     for rank in range(world):
         for index, _ in batches(Numbers(length), 4, train=False, rank=rank, world=world, workers=workers):
@@ -129,11 +129,11 @@ def test_validation_sees_every_picture_once(length, world, workers):
     assert seen == Counter(range(length))
 
 
-def test_validation_is_in_order(pictures):
-    pictures.transform = eval_transform(Data(image_size=32), *STATISTICS)
-    (images, targets), *_ = loader(pictures, 8, train=False, seed=0)
-    assert targets.tolist() == pictures.targets[:8]
-    assert torch.equal(images, torch.stack([pictures[index][0] for index in range(8)]))
+def test_validation_is_in_order(images):
+    images.transform = classification_eval(Data(image_size=32), *STATISTICS)
+    (x, targets), *_ = loader(images, 8, train=False, seed=0)
+    assert targets.tolist() == images.targets[:8]
+    assert torch.equal(x, torch.stack([images[index][0] for index in range(8)]))
 
 
 def test_the_generators_of_the_program_are_left_alone():
@@ -193,7 +193,7 @@ def test_one_group_is_as_none():
 def test_a_group_too_small_for_a_batch_shares_one():
     ((batch,),) = grouped([0, 0, 0, 0, 0, 1, 1], 7)
     assert sorted(batch) == list(range(7))
-    with pytest.raises(InputError, match=r"7 training pictures do not fill one batch of 8; .* 7 or less"):
+    with pytest.raises(InputError, match=r"7 training images do not fill one batch of 8; .* 7 or less"):
         grouped([0, 0, 0, 0, 0, 1, 1], 8)
 
 

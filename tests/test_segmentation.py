@@ -17,10 +17,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import load_model, read_checkpoint
-from dualtoken_vit.data.masks import IGNORE, save_scenes
-from dualtoken_vit.draw import color_of, draw_scene
+from dualtoken_vit.data.masks import save_scenes
+from dualtoken_vit.data.transforms import IGNORE
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.segmenters import View, segment
+from dualtoken_vit.models.segmenters import View, segment
+from dualtoken_vit.show.drawing import color_of, draw_scene
 from dualtoken_vit.tasks import segmentation
 from dualtoken_vit.tasks.evaluation import evaluate
 from dualtoken_vit.tasks.segmentation import Scores, SegmentationEvaluation, cross_entropy
@@ -185,7 +186,7 @@ def pixels_of(path):
 
 
 def own_labels(best, scenes, view=None):
-    """What a checkpoint finds in the validation pictures, and the truth, without the task: one picture at a time."""
+    """What a checkpoint finds in the validation images, and the truth, without the task: one image at a time."""
     model, _ = load_model(best)
     found, truth = [], []
     for path in sorted((scenes / "images" / "val").iterdir()):
@@ -264,7 +265,7 @@ def test_evaluation_elsewhere_than_the_file_of_the_classes(scenes, tmp_path, cap
     assert list(json.loads(printed)["per_class"]) == names.split()
 
 
-def test_the_worst_pictures_are_drawn_the_worst_first(trained, scenes, tmp_path, monkeypatch):
+def test_the_worst_images_are_drawn_the_worst_first(trained, scenes, tmp_path, monkeypatch):
     _, out = trained
     drawn = []
     monkeypatch.setattr(segmentation, "WORST", 2)
@@ -274,9 +275,9 @@ def test_the_worst_pictures_are_drawn_the_worst_first(trained, scenes, tmp_path,
     right = (found == truth).mean((1, 2))
     paths = sorted((scenes / "images" / "val").iterdir())
     for panels, index in zip(drawn, np.argsort(right)[:2], strict=True):
-        (title, picture, _), (_, _, true), (_, _, predicted) = panels
+        (title, image, _), (_, _, true), (_, _, predicted) = panels
         assert title == paths[index].name
-        assert np.array_equal(picture, Image.open(paths[index]))
+        assert np.array_equal(image, Image.open(paths[index]))
         assert np.array_equal(true, truth[index])
         assert (predicted == found[index]).mean() > 0.999
     assert {path.name for path in (tmp_path / "worst").iterdir()} == {"1.png", "2.png"}
@@ -291,27 +292,27 @@ def test_class_names_are_no_markup():
 
 def test_predictions_by_another_view(trained, scenes, tmp_path, capsys):
     _, out = trained
-    picture = next((scenes / "images" / "val").iterdir())
+    image = next((scenes / "images" / "val").iterdir())
     asked = "--scales", "0.75", "1", "--flip", "True", "--image-size", "40", "--device", "cpu"
-    call(capsys, "predict", out / "best.safetensors", picture, *asked, "--out", tmp_path / "out")
+    call(capsys, "predict", out / "best.safetensors", image, *asked, "--out", tmp_path / "out")
     view = View(scales=(0.75, 1.0), flip=True, image_size=40)
-    expected = segment(load_model(out / "best.safetensors")[0], [pixels_of(picture)], view)[0].numpy()
-    labels = np.asarray(Image.open(tmp_path / "out" / f"{picture.name}.labels.png"))
+    expected = segment(load_model(out / "best.safetensors")[0], [pixels_of(image)], view)[0].numpy()
+    labels = np.asarray(Image.open(tmp_path / "out" / f"{image.name}.labels.png"))
     assert np.mean(labels == expected) > 0.999
     with pytest.raises(InputError, match="window=16: must be at least 32"):
-        cli.run(["predict", str(out / "best.safetensors"), str(picture), "--mode", "slide", "--window", "16"])
+        cli.run(["predict", str(out / "best.safetensors"), str(image), "--mode", "slide", "--window", "16"])
 
 
 def test_predictions(trained, scenes, tmp_path, capsys):
     _, out = trained
-    best, pictures = out / "best.safetensors", scenes / "images" / "val"
-    Image.open(pictures / "val-0000.png").resize((70, 40)).save(tmp_path / "wide.jpg")
+    best, images = out / "best.safetensors", scenes / "images" / "val"
+    Image.open(images / "val-0000.png").resize((70, 40)).save(tmp_path / "wide.jpg")
     given = "--json", "--device", "cpu", "--out", tmp_path / "out"
-    status, printed = call(capsys, "predict", best, pictures, tmp_path / "wide.jpg", *given)
+    status, printed = call(capsys, "predict", best, images, tmp_path / "wide.jpg", *given)
     found = json.loads(printed)
     assert status == 0
     assert found["classes"] == (scenes / "classes.txt").read_text().split()
-    assert [Image.open(one["picture"]).size for one in found["predictions"]] == [(48, 48)] * 5 + [(70, 40)]
+    assert [Image.open(one["image"]).size for one in found["predictions"]] == [(48, 48)] * 5 + [(70, 40)]
     labels = Image.open(tmp_path / "out" / "wide.jpg.labels.png")
     model, _ = load_model(best)
     pixels = torch.from_numpy(np.array(Image.open(tmp_path / "wide.jpg"))).permute(2, 0, 1)[None] / 255
@@ -323,7 +324,7 @@ def test_predictions(trained, scenes, tmp_path, capsys):
     shares = {one["class"]: one["share"] for one in found["predictions"][-1]["classes"]}
     assert shares == pytest.approx({found["classes"][k]: np.mean(expected == k) for k in np.unique(expected)}, abs=2e-3)
     names = {path.name for path in (tmp_path / "out").rglob("*.png")}
-    drawn = {"wide.jpg", *(path.name for path in pictures.iterdir())}
+    drawn = {"wide.jpg", *(path.name for path in images.iterdir())}
     assert names == {"sheet.png"} | {f"{n}.png" for n in drawn} | {f"{n}.labels.png" for n in drawn}
 
 
@@ -360,8 +361,8 @@ def test_a_diverged_run_names_its_last_good_state(scenes, tmp_path):
         cli.run(arguments(scenes, tmp_path / "run", **given))
 
 
-def test_two_processes_count_each_picture_once(scenes, tmp_path):
-    """With weighted classes, and crops that reach beyond the picture: what counts differs from process to process."""
+def test_two_processes_count_each_image_once(scenes, tmp_path):
+    """With weighted classes, and crops that reach beyond the image: what counts differs from process to process."""
     settings = {"optim__optimizer": "sgd", "optim__lr": 0.01, "optim__epochs": 1}
     settings["dropout"] = 0  # processes draw it for themselves
     more = "--augment.scale", "0.5", "1", "--class-weights", "log"

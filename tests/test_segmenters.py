@@ -1,4 +1,4 @@
-"""DeepLabv3 and PSPNet: structure, counts, and the ways of looking at a picture."""
+"""DeepLabv3 and PSPNet: structure, counts, and the ways of looking at an image."""
 
 import pytest
 import timm
@@ -8,14 +8,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualtoken_vit import segmenters
 from dualtoken_vit.checkpoint import load_weights, save_checkpoint
-from dualtoken_vit.counting import RULES
-from dualtoken_vit.detectors import create_detector
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.optim import build_optimizer
+from dualtoken_vit.models import segmenters
+from dualtoken_vit.models.detectors import create_detector
+from dualtoken_vit.models.segmenters import View, create_segmenter, segment
+from dualtoken_vit.paper.counting import RULES
 from dualtoken_vit.recipes import Optim
-from dualtoken_vit.segmenters import View, create_segmenter, segment
+from dualtoken_vit.tasks.optim import build_optimizer
 
 KINDS = ("deeplabv3", "pspnet")
 
@@ -71,7 +71,7 @@ def test_the_head_s_macs_in_closed_form(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["dualtoken_vit_tiny_mix", "resnet18", "mobilevitv2_050"])
-def test_logits_have_the_size_of_the_picture(kind, name):
+def test_logits_have_the_size_of_the_image(kind, name):
     segmenter, x = create(kind, name), torch.rand(2, 3, 40, 72)
     out = segmenter(x)
     assert out.keys() == {"out", "aux"}
@@ -81,7 +81,7 @@ def test_logits_have_the_size_of_the_picture(kind, name):
 
 
 @torch.no_grad()
-def test_the_head_sees_the_last_map_at_stride_8_of_a_normalised_picture():
+def test_the_head_sees_the_last_map_at_stride_8_of_a_normalised_image():
     segmenter = create(name="resnet18").eval()
     plain = timm.create_model("resnet18", features_only=True, out_indices=(4,)).eval()
     plain.load_state_dict(segmenter.network.state_dict(), strict=False)
@@ -96,7 +96,7 @@ def test_the_head_sees_the_last_map_at_stride_8_of_a_normalised_picture():
 
 
 class Places(nn.Module):
-    """A backbone whose maps say where the middle of each place is in the picture, in pixels from the left."""
+    """A backbone whose maps say where the middle of each place is in the image, in pixels from the left."""
 
     def __init__(self, strides):
         super().__init__()
@@ -124,13 +124,13 @@ def test_what_a_map_says_stays_at_its_place(width, output_stride):
 
 
 @torch.no_grad()
-def test_a_network_for_multiples_of_32_sees_zeros_around_the_picture():
+def test_a_network_for_multiples_of_32_sees_zeros_around_the_image():
     segmenter = create(name="dla34").eval()
     plain = timm.create_model("dla34", features_only=True, out_indices=(4, 5)).eval()
     with pytest.raises(RuntimeError):
         plain(torch.zeros(1, 3, 70, 99))
     plain.load_state_dict(segmenter.network.state_dict(), strict=False)
-    x = torch.randn(1, 3, 72, 40)  # of 3x2 places of stride 32, and of 5x3 of stride 16 that show some of the picture
+    x = torch.randn(1, 3, 72, 40)  # of 3x2 places of stride 32, and of 5x3 of stride 16 that show some of the image
     framed = torch.zeros(1, 3, 96, 64)
     framed[..., :72, :40] = x
     middle, last = plain(framed)
@@ -142,7 +142,7 @@ def test_a_network_for_multiples_of_32_sees_zeros_around_the_picture():
 
 @pytest.mark.parametrize(("name", "multiple"), [("convnext_atto", 32), ("resnet18", 1), ("dualtoken_vit_tiny", 1)])
 @torch.no_grad()
-def test_maps_cover_the_whole_picture(name, multiple):
+def test_maps_cover_the_whole_image(name, multiple):
     backbone = create(name=name).eval().backbone
     assert backbone.multiple == multiple
     assert [tuple(m.shape[2:]) for m in backbone(torch.rand(1, 3, 95, 127))] == [(6, 8), (3, 4)]
@@ -167,8 +167,8 @@ def test_output_stride(stride):
 
 
 @torch.no_grad()
-def test_pspnet_s_context_is_the_whole_picture():
-    """In one place, through the pooled levels alone: the mean over the picture, linearly."""
+def test_pspnet_s_context_is_the_whole_image():
+    """In one place, through the pooled levels alone: the mean over the image, linearly."""
     pool = create("pspnet").eval().head[0]
     for module in pool.modules():
         if isinstance(module, nn.ReLU):
@@ -194,7 +194,7 @@ def test_every_parameter_learns_and_tokens_are_not_decayed():
     assert any(p is segmenter.get_parameter(name) for group in plain for p in group["params"])
 
 
-def test_grey_pictures():
+def test_grey_images():
     segmenter = create(in_chans=1).eval()
     assert segmenter.mean.flatten().tolist() == pytest.approx([sum((0.485, 0.456, 0.406)) / 3])
     with torch.no_grad():
@@ -208,13 +208,13 @@ def test_grey_pictures():
         (
             "pspnet",
             "deit_tiny_patch16_224",
-            r"deit_tiny_patch16_224: refuses a trial picture of 70x99 pixels \(Input height \(.*\); a segmenter needs "
+            r"deit_tiny_patch16_224: refuses a trial image of 70x99 pixels \(Input height \(.*\); a segmenter needs "
             "a network for any size; try --model.args dynamic_img_size=True",
         ),
         (
             "pspnet",
             "levit_128",
-            r"levit_128: refuses a trial picture of 70x99 pixels \(.*\); a segmenter needs a network for any size$",
+            r"levit_128: refuses a trial image of 70x99 pixels \(.*\); a segmenter needs a network for any size$",
         ),
         ("pspnet", "no_such_net", "--model.name no_such_net: "),
     ],
@@ -268,11 +268,11 @@ def test_a_network_that_cannot_be_dilated(name):
         create_segmenter("pspnet", name, 3, output_stride=8, nonsense=1)
 
 
-# Looking at pictures
+# Looking at images
 
 
 class Colours(nn.Module):
-    """Logits that are the picture's channels: what is right is known."""
+    """Logits that are the image's channels: what is right is known."""
 
     num_classes = 3
 
@@ -286,7 +286,7 @@ class Colours(nn.Module):
 
 
 def blocks(height, width, side=16):
-    """A picture of blocks of one channel each, and the channels (H, W)."""
+    """An image of blocks of one channel each, and the channels (H, W)."""
     labels = (torch.arange(height)[:, None] // side + torch.arange(width) // side) % 3
     return F.one_hot(labels, 3).permute(2, 0, 1).float(), labels
 
@@ -301,9 +301,9 @@ def blocks(height, width, side=16):
         View(mode="slide", window=48, window_stride=48, flip=True, image_size=160),
     ],
 )
-def test_all_views_agree_on_a_sharp_picture(view):
-    pictures, labels = zip(blocks(80, 112), blocks(96, 64), blocks(80, 112), strict=True)
-    for found, expected in zip(segment(Colours(), pictures, view), labels, strict=True):
+def test_all_views_agree_on_a_sharp_image(view):
+    images, labels = zip(blocks(80, 112), blocks(96, 64), blocks(80, 112), strict=True)
+    for found, expected in zip(segment(Colours(), images, view), labels, strict=True):
         assert found.shape == expected.shape
         assert (found == expected).float().mean() > 0.97  # a resized edge may shift by a pixel
         if not view.image_size and view.scales == (1.0,):
@@ -321,11 +321,11 @@ def test_what_the_network_sees():
         View(window=40, window_stride=50)
 
 
-def test_many_pictures_go_in_a_few_at_a_time(monkeypatch):
-    pictures, labels = zip(*[blocks(64, 48)] * 5, strict=True)
+def test_many_images_go_in_a_few_at_a_time(monkeypatch):
+    images, labels = zip(*[blocks(64, 48)] * 5, strict=True)
     monkeypatch.setattr(segmenters, "LOGITS", 2 * 3 * 64 * 48 + 1)
     model = Colours()
-    found = segment(model, pictures, View())
+    found = segment(model, images, View())
     assert [size[0] for size in model.sizes] == [2, 2, 1]
     assert all(torch.equal(one, expected) for one, expected in zip(found, labels, strict=True))
 
@@ -333,23 +333,23 @@ def test_many_pictures_go_in_a_few_at_a_time(monkeypatch):
 @pytest.mark.parametrize("view", [View(), View(scales=(0.5, 1.5), flip=True)])
 def test_the_best_class_is_found_a_few_classes_at_a_time(monkeypatch, view):
     torch.manual_seed(0)
-    pictures = [torch.rand(7, 64, 48)]
+    images = [torch.rand(7, 64, 48)]
     model = Colours()
     model.num_classes = 7
-    (whole,) = segment(model, pictures, view)
+    (whole,) = segment(model, images, view)
     monkeypatch.setattr(segmenters, "LOGITS", 3 * 64 * 48)
-    (found,) = segment(model, pictures, view)
+    (found,) = segment(model, images, view)
     assert torch.equal(found, whole)
-    assert view.flip or torch.equal(whole, pictures[0].argmax(0))
+    assert view.flip or torch.equal(whole, images[0].argmax(0))
     assert whole.unique().tolist() == list(range(7))
 
 
 def test_answers_that_are_not_numbers():
-    picture = torch.rand(3, 40, 40)
-    picture[1, 3, 3] = torch.nan
+    image = torch.rand(3, 40, 40)
+    image[1, 3, 3] = torch.nan
     with pytest.raises(InputError, match="the network answers with what are not numbers"):
-        segment(Colours(), [picture], View())
-    (labels,) = segment(Colours(), [picture], View(), check=False)  # for a training that ends by itself
+        segment(Colours(), [image], View())
+    (labels,) = segment(Colours(), [image], View(), check=False)  # for a training that ends by itself
     assert labels.shape == (40, 40)
 
 

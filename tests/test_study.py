@@ -6,12 +6,13 @@ import math
 import pytest
 import timm
 
-from dualtoken_vit import cli, study
-from dualtoken_vit.counting import Counts
+from dualtoken_vit import cli
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.paper import study
+from dualtoken_vit.paper.counting import Counts
+from dualtoken_vit.paper.study import PRESETS, STUDIES, Result, networks, verdict
+from dualtoken_vit.paper.tables import PUBLISHED, Published
 from dualtoken_vit.recipes import Model
-from dualtoken_vit.study import PRESETS, STUDIES, Result, networks, verdict
-from dualtoken_vit.tables import PUBLISHED, Published
 
 
 def result(name, published, *top1):
@@ -90,7 +91,7 @@ def test_the_command(photos, tmp_path, small, capsys):
     record = json.loads((out / "study-mlp.json").read_text())
     assert record["budget"]["seeds"] == 2
     assert record["budget"]["data.image_size"] == 32
-    assert "1 epoch of 36 pictures, 2 seeds" in record["budget"]["text"]
+    assert "1 epoch of 36 images, 2 seeds" in record["budget"]["text"]
     assert [network["key"] for network in record["networks"]] == ["in1k-small-mix", "in1k-small"]
     for network in record["networks"]:
         runs = sorted((out / "runs").glob(f"{network['model']['name']}-depths*/seed-*"))
@@ -133,14 +134,14 @@ def test_the_command(photos, tmp_path, small, capsys):
         with pytest.raises(InputError, match=message):
             run(photos, out, *more)
     (photos / "val" / "red" / "0.jpg").rename(photos / "val" / "red" / "another.jpg")
-    with pytest.raises(InputError, match=r"has runs on other pictures"):
+    with pytest.raises(InputError, match=r"has runs on other images"):
         run(photos, out, "--seeds", 2)
     assert (out / "study-mlp.json").read_bytes() == kept
 
 
 def test_a_run_that_fails_is_named_and_can_be_mended(photos, tmp_path, small):
     with pytest.raises(
-        InputError, match=r"seed-0: 36 training pictures do not fill one batch of 40.*see .*train\.log \(and 1 more\)"
+        InputError, match=r"seed-0: 36 training images do not fill one batch of 40.*see .*train\.log \(and 1 more\)"
     ):
         run(photos, tmp_path / "study", "--optim.batch-size", 40, "--seeds", 1)
     assert run(photos, tmp_path / "study", "--seeds", 1) == 0  # another budget: nothing had begun
@@ -185,7 +186,7 @@ def test_mistakes(args, message, tmp_path):
 
 def test_presets_are_defaults(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("dualtoken_vit.study.study", lambda *args: seen.append(args))
+    monkeypatch.setattr("dualtoken_vit.paper.study.study", lambda *args: seen.append(args))
     cli.run(["study", "mlp", "--preset=gpu", "--optim.epochs", "3"])
     cli.run(["study", "mlp"])
     for (name, recipe, base, seeds, *_), preset, epochs in zip(seen, ("gpu", "cpu"), (3, 1), strict=True):

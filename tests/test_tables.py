@@ -12,8 +12,8 @@ from fvcore.nn import FlopCountAnalysis
 from timm.layers import set_fused_attn
 
 import dualtoken_vit  # noqa: F401  registers the models
-from dualtoken_vit import tables
-from dualtoken_vit.counting import Counts, count
+from dualtoken_vit.paper import tables
+from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.recipes import ABOUT, RECIPES, Model, model_kwargs
 
 # recipe: parameters in M, as the paper prints them and to three decimals; FLOPs in G, likewise (where Table 2 prints

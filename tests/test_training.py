@@ -1,4 +1,4 @@
-"""Training and evaluation end to end on tiny pictures, and what stops them."""
+"""Training and evaluation end to end on tiny images, and what stops them."""
 
 import csv
 import errno
@@ -21,14 +21,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import load_model, read_checkpoint
-from dualtoken_vit.data import classification as pictures
-from dualtoken_vit.data.images import eval_transform
+from dualtoken_vit.data import classification as data_module
+from dualtoken_vit.data.transforms import classification_eval
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import RECIPES, Classification, Model, to_dict
-from dualtoken_vit.tasks.base import create_model
 from dualtoken_vit.tasks.classification import ClassificationTask
 from dualtoken_vit.tasks.evaluation import evaluate
-from dualtoken_vit.tasks.fit import RunFolder, fit
+from dualtoken_vit.tasks.networks import create_model
+from dualtoken_vit.tasks.trainer import RunFolder, fit
 
 ARGS = ("dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32")
 
@@ -99,9 +99,9 @@ def test_the_run_folder(trained):
     assert checkpoint.metrics["val_top1"] > 0.8  # red, green and blue
 
     for name in ("curves.png", "confusion.png"):
-        picture = np.asarray(Image.open(out / name).convert("L"))
-        assert min(picture.shape) > 300
-        assert picture.std() > 10  # not blank
+        image = np.asarray(Image.open(out / name).convert("L"))
+        assert min(image.shape) > 300
+        assert image.std() > 10  # not blank
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     logged = events.Scalars("epoch/val_loss")
@@ -113,7 +113,7 @@ def test_evaluation_equals_an_independent_computation(trained):
     photos, out = trained
     result = evaluate(out / "best.safetensors", accelerator="cpu")
     model, checkpoint = load_model(out / "best.safetensors")
-    transform = eval_transform(recipe(photos, data={"crop_pct": 0.9}).data, *timm_statistics())
+    transform = classification_eval(recipe(photos, data={"crop_pct": 0.9}).data, *timm_statistics())
     right, losses, per_class = [], [], {}
     for label, name in enumerate(checkpoint.class_names):
         paths = sorted((photos / "val" / name).iterdir())
@@ -350,7 +350,7 @@ def test_a_full_disk_stops_the_run(photos, tmp_path, monkeypatch):
     assert not list(out.glob(".*"))
 
 
-def test_unreadable_pictures(photos, tmp_path, capsys):
+def test_unreadable_images(photos, tmp_path, capsys):
     broken = photos / "train" / "red" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(InputError, match=r"red/0\.jpg"):
@@ -358,9 +358,9 @@ def test_unreadable_pictures(photos, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     fit(recipe(photos, data={"unreadable": "skip"}, optim={"epochs": 1, "batch_size": 35}), tmp_path / "run")
     out = capsys.readouterr().out
-    assert "skipped 1 unreadable training pictures" in out
-    assert "35 training and 18 validation pictures, 1 steps an epoch" in out
-    with pytest.raises(InputError, match=r"35 training pictures do not fill one batch of 36"):
+    assert "skipped 1 unreadable training images" in out
+    assert "35 training and 18 validation images, 1 steps an epoch" in out
+    with pytest.raises(InputError, match=r"35 training images do not fill one batch of 36"):
         fit(recipe(photos, data={"unreadable": "skip"}, optim={"batch_size": 36}), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -389,21 +389,21 @@ def test_a_resumed_fine_tuning_does_without_its_source(trained, photos, tmp_path
 
 
 def count_reading(monkeypatch) -> list[str]:
-    """Names of the pictures that `verify` will have read."""
+    """Names of the images that `verify` will have read."""
     read = []
-    real = pictures.unreadable
+    real = data_module.unreadable
 
     def unreadable(dataset, skip, progress):
         read.extend(dataset.paths)
         return real(dataset, skip, progress)
 
-    monkeypatch.setattr(pictures, "unreadable", unreadable)
+    monkeypatch.setattr(data_module, "unreadable", unreadable)
     return read
 
 
 @pytest.mark.parametrize("unreadable", ["stop", "skip"])
 def test_a_resumed_run_does_not_read_everything_again(photos, tmp_path, monkeypatch, unreadable):
-    """It leaves out what it left out at first, even if the data moved and that picture is gone."""
+    """It leaves out what it left out at first, even if the data moved and that image is gone."""
     broken = photos / "train" / "red" / "0.jpg"
     if unreadable == "skip":
         broken.write_bytes(broken.read_bytes()[:200])
@@ -414,7 +414,7 @@ def test_a_resumed_run_does_not_read_everything_again(photos, tmp_path, monkeypa
     last = torch.load(tmp_path / "run" / "last.ckpt")
     skipped = ["/train/red/0.jpg"] * (unreadable == "skip")
     assert last["Loaders"] == {"skipped": (skipped, []), "pixels": None}
-    assert last["run"]["pictures"] == [36 - len(skipped), 18]
+    assert last["run"]["images"] == [36 - len(skipped), 18]
 
     moved = photos.rename(tmp_path / "moved")
     (moved / "train" / "red" / "0.jpg").unlink() if skipped else None
@@ -431,7 +431,7 @@ def test_a_resumed_run_does_not_read_everything_again(photos, tmp_path, monkeypa
         ({"optim": {"ema_decay": 1.5}}, r"--optim\.ema-decay 1\.5: must be at most 1"),
         ({"run": {"save_every": 0}}, r"--run\.save-every 0: must be at least 1"),
         ({"augment": {"auto_augment": "rnd-m9"}}, r"--augment\.auto-augment rnd-m9"),
-        ({"optim": {"batch_size": 37}}, r"36 training pictures do not fill one batch of 37.*--optim\.batch-size 36"),
+        ({"optim": {"batch_size": 37}}, r"36 training images do not fill one batch of 37.*--optim\.batch-size 36"),
         ({"optim": {"batch_size": 10, "accumulate": 3}}, r"--optim\.batch-size 10 cannot be shared.*multiple of 3"),
         ({"optim": {"batch_size": 9}, "augment": {"cutmix": 1.0}}, r"mix pairs.*--optim\.batch-size 10"),
         ({"optim": {"optimizer": "adamww"}}, r"--optim\.optimizer adamww.*did you mean"),
@@ -483,7 +483,7 @@ def test_mistakes_cost_one_line_and_leave_nothing(photos, tmp_path, monkeypatch,
         fit(recipe(photos, **sections), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-    assert not read  # refused before the pictures are read
+    assert not read  # refused before the images are read
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_the_demo_learns(tmp_path):
     assert cli.run(["train", "demo", "--out", str(out), *settings.split()]) == 0
     best = read_checkpoint(out / "best.safetensors")
     assert len(best.class_names) == 6
-    # 600 pictures of six classes: guessing gets 17 %, with a standard deviation of 1.5 %
+    # 600 images of six classes: guessing gets 17 %, with a standard deviation of 1.5 %
     assert best.metrics["val_top1"] > 0.4
     assert evaluate(out / "best.safetensors", accelerator="cpu").top1 == pytest.approx(
         best.metrics["val_top1"], abs=0.01

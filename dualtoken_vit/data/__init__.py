@@ -1,1 +1,1 @@
-"""Data sets: one file a kind of data."""
+"""Datasets: one file a kind of data."""

@@ -1,53 +1,49 @@
-"""Pictures with one class each: from folders, drawn shapes, Imagenette, or whatever timm's data specs read."""
+"""Images with one class each: from folders, drawn shapes, Imagenette, or whatever timm's data specs read."""
 
 import importlib.util
 import json
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from io import BytesIO
 from itertools import islice
-from multiprocessing.pool import ThreadPool
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import create_reader
 from timm.data.readers.reader import Reader
 from timm.data.readers.shared_count import SharedCount
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 from torchvision.datasets import Imagenette
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dualtoken_vit.data.folders import image_files
 from dualtoken_vit.data.images import MODES, load_image, reason
 from dualtoken_vit.data.sampling import seeded
-from dualtoken_vit.data.shapes import CLASSES, ShapePictures
+from dualtoken_vit.data.shapes import CLASSES, ShapeImages
+from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Data
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif")
 IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
-_WDS_PICTURES = ("jpg", "jpeg", "png", "webp")
+_WDS_IMAGES = ("jpg", "jpeg", "png", "webp")
 _PACKAGES = {"wds": "webdataset", "hfds": "datasets", "tfds": "tensorflow_datasets"}
 
 Record = tuple[str, Any, int]  # display name, what `load_image` takes, class index
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-class PictureDataset(Dataset):
-    """Pictures that can be read in any order.
+class ImageDataset(Dataset):
+    """Images that can be read in any order.
 
-    Sample i is (picture, class index); the picture is `transform` of the PIL picture, or that itself without one.
+    Sample i is (image, class index); the image is `transform` of the PIL image, or that itself without one.
 
     Args:
-        sources: What `load_image` takes, one a picture.
-        targets: Class index of each picture.
+        sources: What `load_image` takes, one an image.
+        targets: Class index of each image.
         class_names: Name of each class.
-        paths: Display name of each picture.
+        paths: Display name of each image.
         channels: 3 (RGB) or 1 (grey).
         folders: Whether a class is a folder (which should not be empty).
     """
@@ -69,11 +65,11 @@ class PictureDataset(Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        picture = load_image(self.sources[index], self.channels, self.paths[index])
-        return (self.transform(picture) if self.transform else picture), self.targets[index]
+        image = load_image(self.sources[index], self.channels, self.paths[index])
+        return (self.transform(image) if self.transform else image), self.targets[index]
 
-    def keep(self, indices: Sequence[int]) -> "PictureDataset":
-        """The data set of these pictures only."""
+    def keep(self, indices: Sequence[int]) -> "ImageDataset":
+        """The dataset of these images only."""
         kept = copy(self)
         kept.sources = Subset(self.sources, indices)
         kept.targets, kept.paths = [self.targets[i] for i in indices], [self.paths[i] for i in indices]
@@ -84,11 +80,11 @@ class PictureDataset(Dataset):
         self.class_names, self.targets = class_names, [labels[target] for target in self.targets]
 
     def records(self) -> Iterator[Record]:
-        """Every picture, undecoded where that is possible."""
+        """Every image, undecoded where that is possible."""
         return ((self.paths[i], self.sources[i], self.targets[i]) for i in range(len(self)))
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        """Read every picture once.
+        """Read every image once.
 
         Args:
             skip: Leave out those that cannot be read, rather than stop.
@@ -100,17 +96,17 @@ class PictureDataset(Dataset):
         Raises:
             InputError: names the first that cannot be read, and says how many there are.
         """
-        if isinstance(self.sources, ShapePictures):  # drawn, not read
+        if isinstance(self.sources, ShapeImages):  # drawn, not read
             return []
         names = unreadable(self, skip, progress)
         self.leave_out(names)
         return names
 
     def leave_out(self, names: Collection[str], root: str = "") -> None:
-        """Drop the pictures of these names, which do without their beginning `root`.
+        """Drop the images of these names, which do without their beginning `root`.
 
         Raises:
-            InputError: where that leaves a class without pictures.
+            InputError: where that leaves a class without images.
         """
         names = set(names)
         kept = self.keep([i for i, path in enumerate(self.paths) if path.removeprefix(root) not in names])
@@ -118,24 +114,24 @@ class PictureDataset(Dataset):
         if lost:
             classes = _some([self.class_names[label] for label in sorted(lost)])
             example = next(path for path, label in zip(self.paths, self.targets, strict=True) if label in lost)
-            raise InputError(f"no readable pictures in class {classes}, for example {example}")
+            raise InputError(f"no readable images in class {classes}, for example {example}")
         if len(kept) < len(self):
             self.sources, self.targets, self.paths = kept.sources, kept.targets, kept.paths
 
 
-class PictureStream(IterableDataset):
-    """Pictures that timm reads in the order in which they are stored, shard by shard (wds/, tfds/).
+class ImageStream(IterableDataset):
+    """Images that timm reads in the order in which they are stored, shard by shard (wds/, tfds/).
 
-    There is no index, so the promises are weaker than a `PictureDataset`'s. In training the order depends on the seed,
+    There is no index, so the promises are weaker than a `ImageDataset`'s. In training the order depends on the seed,
     the epoch, and the numbers of processes and workers; shards are dealt out to those, and to give every process as
-    many whole batches, a shard's pictures may come twice. In validation each process reads everything, with one worker,
-    and takes its share: every picture comes once.
+    many whole batches, a shard's images may come twice. In validation each process reads everything, with one worker,
+    and takes its share: every image comes once.
 
     Args:
-        reader: timm's reader, of PIL pictures and class indices.
+        reader: timm's reader, of PIL images and class indices.
         class_names: Name of each class.
         channels: 3 (RGB) or 1 (grey).
-        records: Gives every picture that a reader has.
+        records: Gives every image that a reader has.
     """
 
     def __init__(
@@ -156,16 +152,16 @@ class PictureStream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         info = get_worker_info()
-        for number, (picture, label) in enumerate(islice(iter(self.reader), self.rank, None, self.world)):
-            picture = load_image(picture, self.channels)
+        for number, (image, label) in enumerate(islice(iter(self.reader), self.rank, None, self.world)):
+            image = load_image(image, self.channels)
             if self.transform:
                 with seeded(self.seed, info.id if info else 0, number):
-                    picture = self.transform(picture)
-            yield picture, self.labels[label]
+                    image = self.transform(image)
+            yield image, self.labels[label]
 
     def epoch(
         self, batch_size: int, *, train: bool, seed: int, rank: int, world: int, workers: int
-    ) -> tuple["PictureStream", int]:
+    ) -> tuple["ImageStream", int]:
         """The stream that process `rank` of `world` reads in one epoch, and how many workers can read it."""
         shards = len(self.reader.split_info.filenames)
         if train and shards < world:
@@ -190,7 +186,7 @@ class PictureStream(IterableDataset):
         self.class_names, self.labels = class_names, [labels[label] for label in self.labels]
 
     def records(self) -> Iterator[Record]:
-        """Every picture, undecoded where that is possible."""
+        """Every image, undecoded where that is possible."""
         stream, _ = self.epoch(1, train=False, seed=0, rank=0, world=1, workers=0)
         for name, source, label in self._records(stream.reader):
             if not 0 <= label < len(self.labels):
@@ -198,61 +194,18 @@ class PictureStream(IterableDataset):
             yield name, source, self.labels[label]
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        """As `PictureDataset.verify`."""
+        """As `ImageDataset.verify`."""
         return unreadable(self, skip, progress)
 
     def leave_out(self, names: Collection[str], root: str = "") -> None:
         """Nothing to do: timm's readers leave out what they cannot read anyhow."""
 
 
-Pictures = PictureDataset | PictureStream
+Images = ImageDataset | ImageStream
 
 
-def in_threads(
-    look: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str, ahead: int = 256
-) -> Iterator[Result]:
-    """`look` of each item, in order, on all the processors; with a `title`, under a progress bar on stderr.
-
-    No more than `ahead` items are looked at before their results are asked for.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    items = iter(items)
-    with ThreadPool() as pool, Progress(*columns, console=Console(stderr=True), disable=not title) as bar:
-        task = bar.add_task(title, total=total, rate="")
-        while chunk := list(islice(items, ahead)):  # a pool takes in its whole input at once: keep that small
-            for result in pool.imap(look, chunk):
-                yield result
-                speed = bar.tasks[0].speed if bar.tasks[0].elapsed > 1 else None  # the first moments say nothing
-                bar.update(task, advance=1, rate=f"{speed:.0f}/s" if speed else "")
-
-
-def verify_each(load: Callable[[int], Any], count: int, title: str) -> None:
-    """`load` each of `count` samples once; with a `title`, under a progress bar.
-
-    Raises:
-        InputError: the first that there was, with the number of the others.
-    """
-
-    def look(index: int) -> str:
-        try:
-            load(index)
-        except InputError as error:
-            return str(error)
-        return ""
-
-    bad = [problem for problem in in_threads(look, range(count), count, title) if problem]
-    if bad:
-        raise InputError(bad[0] + (f" (and {len(bad) - 1} more: check-data names all)" if len(bad) > 1 else ""))
-
-
-def unreadable(dataset: Pictures, skip: bool, progress: bool) -> list[str]:
-    """The names of the pictures that cannot be read. One is an InputError, unless `skip`."""
+def unreadable(dataset: Images, skip: bool, progress: bool) -> list[str]:
+    """The names of the images that cannot be read. One is an InputError, unless `skip`."""
 
     def look(record: Record) -> tuple[str, str]:
         name, source, _ = record
@@ -262,7 +215,7 @@ def unreadable(dataset: Pictures, skip: bool, progress: bool) -> list[str]:
             return name, str(error)
         return name, ""
 
-    found = in_threads(look, dataset.records(), len(dataset), "reading every picture" if progress else "")
+    found = in_threads(look, dataset.records(), len(dataset), "reading every image" if progress else "")
     bad = [(name, problem) for name, problem in found if problem]
     if bad and not skip:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -275,14 +228,7 @@ def split_name(data: Data, split: str) -> str:
     return {"train": data.train_split, "val": data.val_split}[split]
 
 
-def picture_files(folder: Path) -> list[str]:
-    """The pictures in and below a folder, in natural order; hidden ones, like macOS's ._name.jpg, do not count."""
-    found = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    pictures = (p for p in found if p.lower().endswith(EXTENSIONS) and not os.path.basename(p).startswith("."))
-    return sorted(pictures, key=lambda path: (natural_key(path), path))
-
-
-def _folder(data: Data, split: str, channels: int) -> PictureDataset:
+def _folder(data: Data, split: str, channels: int) -> ImageDataset:
     """ROOT/SPLIT/CLASS/**: a class a folder, in natural order, empty ones too."""
     if not data.root:
         raise InputError("--data.root is missing: give the folder that has train/CLASS/*.jpg and val/CLASS/*.jpg")
@@ -295,21 +241,21 @@ def _folder(data: Data, split: str, channels: int) -> PictureDataset:
     if not names:
         raise InputError(f"{folder}: has no class folders; expected {folder}/CLASS/*.jpg")
     names.sort(key=lambda name: (natural_key(name), name))
-    files = [picture_files(folder / name) for name in names]
+    files = [image_files(folder / name) for name in names]
     targets = [label for label, paths in enumerate(files) for _ in paths]
     paths = [path for paths in files for path in paths]
-    return PictureDataset(paths, targets, tuple(names), paths, channels, folders=True)
+    return ImageDataset(paths, targets, tuple(names), paths, channels, folders=True)
 
 
-def _shapes(data: Data, split: str, channels: int) -> PictureDataset:
+def _shapes(data: Data, split: str, channels: int) -> ImageDataset:
     if data.root:
-        raise InputError("--data.dataset shapes draws its own pictures; for files give --data.dataset folder")
-    pictures = ShapePictures(split, data.image_size)
-    paths = [f"{split}/{CLASSES[label]}-{index:04d}" for index, label in enumerate(pictures.targets)]
-    return PictureDataset(pictures, pictures.targets, CLASSES, paths, channels)
+        raise InputError("--data.dataset shapes draws its own images; for files give --data.dataset folder")
+    images = ShapeImages(split, data.image_size)
+    paths = [f"{split}/{CLASSES[label]}-{index:04d}" for index, label in enumerate(images.targets)]
+    return ImageDataset(images, images.targets, CLASSES, paths, channels)
 
 
-def _imagenette(data: Data, split: str, channels: int) -> PictureDataset:
+def _imagenette(data: Data, split: str, channels: int) -> ImageDataset:
     """torchvision's Imagenette at 160 pixels, fetched where it is not yet in ROOT/imagenette2-160."""
     folder = Path(data.root, "imagenette2-160")
     try:
@@ -322,7 +268,7 @@ def _imagenette(data: Data, split: str, channels: int) -> PictureDataset:
     dataset = _folder(Data(root=str(folder)), split, channels)
     if len(dataset) != IMAGENETTE_COUNTS[split]:
         raise InputError(
-            f"{folder / split}: {len(dataset)} pictures, not {IMAGENETTE_COUNTS[split]}, the unpacking was cut short; "
+            f"{folder / split}: {len(dataset)} images, not {IMAGENETTE_COUNTS[split]}, the unpacking was cut short; "
             f"remove {folder} and run again"
         )
     dataset.class_names = tuple(names[0] for names in classes)
@@ -357,7 +303,7 @@ def _open_reader(data: Data, split: str, **args: Any) -> Reader:
         raise InputError(message) from error
 
 
-def _hfds(data: Data, split: str, channels: int) -> PictureDataset:
+def _hfds(data: Data, split: str, channels: int) -> ImageDataset:
     """Hugging Face datasets, by timm: hfds/NAME or hfds/FOLDER; data.root is where downloads are kept."""
     reader, name = _open_reader(data, split), split_name(data, split)
     targets = list(reader.iter_targets())
@@ -365,15 +311,15 @@ def _hfds(data: Data, split: str, channels: int) -> PictureDataset:
         raise InputError(f"--data.dataset {data.dataset}: split {name!r} has no labels")
     class_names = tuple(reader.class_to_idx) or _numbers(targets)
     paths = [f"{name}/{index}" for index in range(len(targets))]
-    return PictureDataset(_ReaderSources(reader), targets, class_names, paths, channels)
+    return ImageDataset(_ReaderSources(reader), targets, class_names, paths, channels)
 
 
-def _wds(data: Data, split: str, channels: int) -> PictureStream:
+def _wds(data: Data, split: str, channels: int) -> ImageStream:
     """webdataset, by timm: wds/NAME; data.root has the shards and an _info.json, or the split names the shards
     (train-{000..127}.tar|128000). Classes are named in ROOT/classnames.txt, one a line, else numbered."""
     if not data.root:
         raise InputError(f"--data.root is missing: give the folder with the shards of {data.dataset}")
-    args = dict(is_training=split == "train", input_img_mode="", input_key=";".join(_WDS_PICTURES))
+    args = dict(is_training=split == "train", input_img_mode="", input_key=";".join(_WDS_IMAGES))
     reader = _open_reader(data, split, **args)
     names = Path(data.root, "classnames.txt")
     class_names = tuple(names.read_text("utf-8").splitlines()) if names.is_file() else ()
@@ -382,7 +328,7 @@ def _wds(data: Data, split: str, channels: int) -> PictureStream:
         labels = list(in_threads(itemgetter(2), _wds_records(reader), reader.num_samples or None, title))
         reader.num_samples = len(labels)
         class_names = class_names or _numbers(labels)
-    return PictureStream(reader, class_names, channels, _wds_records)
+    return ImageStream(reader, class_names, channels, _wds_records)
 
 
 def _wds_records(reader: Reader) -> Iterator[Record]:
@@ -394,9 +340,9 @@ def _wds_records(reader: Reader) -> Iterator[Record]:
         shard = os.path.join(reader.root, name)
         try:
             for sample in wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples()):
-                picture = next((sample[kind] for kind in _WDS_PICTURES if kind in sample), b"")
+                image = next((sample[kind] for kind in _WDS_IMAGES if kind in sample), b"")
                 label = json.loads(sample["json"])[key] if key else int(sample["cls"])
-                yield f"{shard}/{sample['__key__']}", BytesIO(picture), label
+                yield f"{shard}/{sample['__key__']}", BytesIO(image), label
         except Exception as error:
             raise InputError(f"{shard}: cannot be read ({reason(error)})") from error
 
@@ -406,13 +352,13 @@ def _stream_records(reader: Reader) -> Iterator[Record]:
     return ((f"{reader.split_info.name}/{number}", *sample) for number, sample in enumerate(reader))
 
 
-def _tfds(data: Data, split: str, channels: int) -> PictureStream:
+def _tfds(data: Data, split: str, channels: int) -> ImageStream:
     """TensorFlow Datasets, by timm: tfds/NAME; data.root is where they are kept."""
     args = dict(is_training=split == "train", input_img_mode=MODES[channels], download=True)
     reader = _open_reader(data, split, **args)
     if not reader.class_to_idx:
         raise InputError(f"--data.dataset {data.dataset}: has no class names")
-    return PictureStream(reader, tuple(reader.class_to_idx), channels, _stream_records)
+    return ImageStream(reader, tuple(reader.class_to_idx), channels, _stream_records)
 
 
 def _numbers(labels: Sequence[int]) -> tuple[str, ...]:
@@ -420,7 +366,7 @@ def _numbers(labels: Sequence[int]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(max(labels, default=-1) + 1))
 
 
-KINDS: dict[str, Callable[[Data, str, int], Pictures]] = {
+KINDS: dict[str, Callable[[Data, str, int], Images]] = {
     "folder": _folder,
     "shapes": _shapes,
     "imagenette": _imagenette,
@@ -430,18 +376,18 @@ KINDS: dict[str, Callable[[Data, str, int], Pictures]] = {
 }
 
 
-def read_split(data: Data, split: str, channels: int) -> Pictures:
+def read_split(data: Data, split: str, channels: int) -> Images:
     """The train or val split as it is found: classes may be empty, and differ from the other split's."""
     if channels not in MODES:
-        raise InputError(f"--model.in-chans {channels}: pictures have 3 channels (RGB) or 1 (grey)")
+        raise InputError(f"--model.in-chans {channels}: images have 3 channels (RGB) or 1 (grey)")
     kind = data.dataset.partition("/")[0].lower()
     if kind not in KINDS:
         raise InputError(f"--data.dataset {data.dataset}: unknown; there are {', '.join(KINDS)}")
     return KINDS[kind](data, split, channels)
 
 
-def build_datasets(data: Data, channels: int) -> tuple[Pictures, Pictures]:
-    """The training and the validation pictures; set `transform` before use.
+def build_datasets(data: Data, channels: int) -> tuple[Images, Images]:
+    """The training and the validation images; set `transform` before use.
 
     Raises:
         InputError: no such folder, an empty class, classes that differ between the splits, ...
@@ -452,11 +398,11 @@ def build_datasets(data: Data, channels: int) -> tuple[Pictures, Pictures]:
     return train, build_val_dataset(data, channels, train.class_names)
 
 
-def build_val_dataset(data: Data, channels: int, class_names: Sequence[str] | None = None) -> Pictures:
-    """The validation pictures alone; with `class_names`, the targets are indices into them.
+def build_val_dataset(data: Data, channels: int, class_names: Sequence[str] | None = None) -> Images:
+    """The validation images alone; with `class_names`, the targets are indices into them.
 
     Raises:
-        InputError: as `build_datasets`, and where the data set has other classes than `class_names`.
+        InputError: as `build_datasets`, and where the dataset has other classes than `class_names`.
     """
     if data.holdout:
         val = _hold_out(_filled_split(data, "train", channels), data.holdout)[1]
@@ -467,21 +413,21 @@ def build_val_dataset(data: Data, channels: int, class_names: Sequence[str] | No
     return val
 
 
-def _filled_split(data: Data, split: str, channels: int) -> Pictures:
-    """`read_split`, where there are pictures and no class folder is empty."""
+def _filled_split(data: Data, split: str, channels: int) -> Images:
+    """`read_split`, where there are images and no class folder is empty."""
     dataset = read_split(data, split, channels)
     where = os.path.join(data.root, split_name(data, split))
-    if isinstance(dataset, PictureDataset) and dataset.folders:
+    if isinstance(dataset, ImageDataset) and dataset.folders:
         filled = set(dataset.targets)
         empty = [name for label, name in enumerate(dataset.class_names) if label not in filled]
         if empty:
-            raise InputError(f"{where}: no pictures in class {_some(empty)}; add some, or remove the class everywhere")
+            raise InputError(f"{where}: no images in class {_some(empty)}; add some, or remove the class everywhere")
     if not len(dataset):
-        raise InputError(f"{where}: no pictures")
+        raise InputError(f"{where}: no images")
     return dataset
 
 
-def _reorder(val: Pictures, class_names: tuple[str, ...], data: Data) -> None:
+def _reorder(val: Images, class_names: tuple[str, ...], data: Data) -> None:
     """Bring the targets to the order of `class_names`."""
     numbered = data.dataset.startswith(tuple(_PACKAGES)) and val.class_names == _numbers(range(len(val.class_names)))
     if numbered and len(val.class_names) <= len(class_names):
@@ -493,22 +439,22 @@ def _reorder(val: Pictures, class_names: tuple[str, ...], data: Data) -> None:
         differences = [f"no {_some(missing)}"] * bool(missing) + [f"an unknown {_some(unknown)}"] * bool(unknown)
         raise InputError(
             f"{os.path.join(data.root, split_name(data, 'val'))}: other classes than the {len(class_names)} of the "
-            f"training pictures: {' and '.join(differences)}"
+            f"training images: {' and '.join(differences)}"
         )
     val.relabel(class_names, [class_names.index(name) for name in val.class_names])
 
 
-def _hold_out(dataset: Pictures, share: float) -> tuple[PictureDataset, PictureDataset]:
-    """(the rest, `share` of each class): the same pictures in every run, whatever its seed."""
+def _hold_out(dataset: Images, share: float) -> tuple[ImageDataset, ImageDataset]:
+    """(the rest, `share` of each class): the same images in every run, whatever its seed."""
     if not 0 < share <= 0.5:
         raise InputError(f"--data.holdout {share}: must be between 0 and 0.5")
-    if isinstance(dataset, PictureStream):
+    if isinstance(dataset, ImageStream):
         raise InputError("--data.holdout: not for data that is read as a stream; name two splits instead")
     held: set[int] = set()
     for label, name in enumerate(dataset.class_names):
         members = [index for index, target in enumerate(dataset.targets) if target == label]
         if len(members) == 1:
-            raise InputError(f"--data.holdout {share}: class {name!r} has only one picture")
+            raise InputError(f"--data.holdout {share}: class {name!r} has only one image")
         held.update(random.Random(0).sample(members, round(share * len(members)) or min(1, len(members))))
     return dataset.keep([i for i in range(len(dataset)) if i not in held]), dataset.keep(sorted(held))
 

@@ -1,4 +1,4 @@
-"""Pictures with objects: boxes, and masks where there are any, from COCO json files or drawn by the program."""
+"""Images with objects: boxes, and masks where there are any, from COCO json files or drawn by the program."""
 
 import json
 import math
@@ -19,14 +19,14 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dualtoken_vit.checkpoint import atomic_write
-from dualtoken_vit.data.classification import verify_each
-from dualtoken_vit.data.images import PhotometricDistort, load_image, reason
+from dualtoken_vit.data.images import load_image, reason
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
+from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write
 from dualtoken_vit.recipes import DetectionData
 
-MIN_SIDE = 1.0  # pixels; objects that are narrower or lower, within the picture, are not trained on
+MIN_SIDE = 1.0  # pixels; objects that are narrower or lower, within the image, are not trained on
 
 _FIELDS = {
     "images": {"id": int, "file_name": str, "width": int, "height": int},
@@ -130,7 +130,7 @@ def segmentation_fault(segmentation: Any, image: dict) -> str:
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not _finite(polygon):
                 return "its segmentation has a polygon that is not 3 or more pairs of numbers"
             if max(map(abs, polygon)) > 10 * max(width, height):  # drawing it would take for ever
-                return "its segmentation has a polygon far outside the picture"
+                return "its segmentation has a polygon far outside the image"
         return ""
     if not isinstance(segmentation, dict) or type(segmentation.get("counts")) not in (str, list):
         return "its segmentation is neither polygons nor an RLE"
@@ -138,11 +138,11 @@ def segmentation_fault(segmentation: Any, image: dict) -> str:
         return f"its segmentation is of size {segmentation.get('size')!r:.50}, not [{height}, {width}] as the image"
     try:
         coded = rle.segmToRle(segmentation, width, height)
-        filled = rle.merge([coded, coded])["counts"]  # fills the picture; to decode every mask would be slow
+        filled = rle.merge([coded, coded])["counts"]  # fills the image; to decode every mask would be slow
         if coded["counts"] not in (filled, filled.decode("ascii")):
             rle.decode(coded)
     except (ValueError, RuntimeError, TypeError):
-        return "its segmentation has run lengths that do not fill the picture"
+        return "its segmentation has run lengths that do not fill the image"
     return ""
 
 
@@ -154,18 +154,18 @@ def _finite(numbers: list) -> bool:
 
 
 def size_fault(path: str, size: tuple[int, int], image: dict, name: str) -> str:
-    """What to say of a picture whose size (width, height) is not the one in the json `name`."""
+    """What to say of an image whose size (width, height) is not the one in the json `name`."""
     said = (image["width"], image["height"])
     if size == said:
         return ""
     return (
         f"{path} is {size[0]}x{size[1]} pixels as it is shown (after any EXIF rotation), but {said[0]}x{said[1]} in "
-        f"{name}: save the picture, or mend the json and its boxes"
+        f"{name}: save the image, or mend the json and its boxes"
     )
 
 
 def clip(annotation: dict, image: dict) -> tuple[float, float, float, float]:
-    """The part of an annotation's box that is in the picture: left, top, right, bottom in pixels."""
+    """The part of an annotation's box that is in the image: left, top, right, bottom in pixels."""
     left, top, width, height = annotation["bbox"]
     left, right = (min(max(x, 0), image["width"]) for x in (left, left + width))
     top, bottom = (min(max(y, 0), image["height"]) for y in (top, top + height))
@@ -173,7 +173,7 @@ def clip(annotation: dict, image: dict) -> tuple[float, float, float, float]:
 
 
 def degenerate(annotation: dict, image: dict) -> bool:
-    """Whether less than `MIN_SIDE` of a box's width or height is in the picture."""
+    """Whether less than `MIN_SIDE` of a box's width or height is in the image."""
     left, top, right, bottom = clip(annotation, image)
     return min(right - left, bottom - top) < MIN_SIDE
 
@@ -211,25 +211,25 @@ class Packed(Sequence):
         return pickle.loads(self.bytes[self.bounds[index] : self.bounds[index + 1]])
 
 
-class ObjectPictures(Dataset):
-    """Pictures with objects, of which some may be crowds, and some pictures may have none.
+class DetectionDataset(Dataset):
+    """Images with objects, of which some may be crowds, and some images may have none.
 
-    Sample i is (picture, target): the picture a tv_tensors.Image (C, H, W) uint8, and the target a dict of
+    Sample i is (image, target): the image a tv_tensors.Image (C, H, W) uint8, and the target a dict of
 
-    - boxes: tv_tensors.BoundingBoxes (N, 4) XYXY float32 in pixels, clipped to the picture
+    - boxes: tv_tensors.BoundingBoxes (N, 4) XYXY float32 in pixels, clipped to the image
     - labels: (N,) int64, indices into class_names
     - masks: tv_tensors.Mask (N, H, W) uint8, if they are asked for
     - crowd: tv_tensors.BoundingBoxes (K, 4): regions in which single objects are not told apart
     - image_id: int, the json's
 
     Both went through `transform`, if there is one. Objects and crowds of which less than `MIN_SIDE` pixels of width or
-    height are in the picture are left out of the targets, though not of `truth`; `dropped` says how many, and `trained`
+    height are in the image are left out of the targets, though not of `truth`; `dropped` says how many, and `trained`
     how many single objects there are beside them.
 
     Args:
         coco: The sound entries of a COCO file (see `sift`).
         sources: What `load_image` takes, one an image of `coco`.
-        paths: Display name of each picture.
+        paths: Display name of each image.
         name: What the json is called in errors.
         masks: Whether targets have masks; then each annotation must have a segmentation.
         channels: 3 (RGB) or 1 (grey).
@@ -294,33 +294,33 @@ class ObjectPictures(Dataset):
         }
         if self.masks:
             target["masks"] = tv_tensors.Mask(decode_masks(objects, image))
-        sample = v2.functional.to_image(self.picture(index)), target
+        sample = v2.functional.to_image(self.image(index)), target
         return self.transform(*sample) if self.transform else sample
 
     def objects(self, index: int) -> tuple[list[dict], list[dict]]:
-        """The annotations of picture `index` that are trained on: single objects, and crowds."""
+        """The annotations of image `index` that are trained on: single objects, and crowds."""
         sound = [one for one in self.annotations[index] if not degenerate(one, self.images[index])]
         return [one for one in sound if not one.get("iscrowd")], [one for one in sound if one.get("iscrowd")]
 
-    def picture(self, index: int) -> Image.Image:
-        """Picture `index`, whose size is as the json says.
+    def image(self, index: int) -> Image.Image:
+        """Image `index`, whose size is as the json says.
 
         Raises:
-            InputError: where it is not, or there is no picture that can be read.
+            InputError: where it is not, or there is no image that can be read.
         """
-        picture = load_image(self.sources[index], self.channels, self.paths[index])
-        fault = size_fault(self.paths[index], picture.size, self.images[index], self.name)
+        image = load_image(self.sources[index], self.channels, self.paths[index])
+        fault = size_fault(self.paths[index], image.size, self.images[index], self.name)
         if fault:
             raise InputError(fault)
-        return picture
+        return image
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        """Read every picture once, as `classification.PictureDataset.verify`; none is left out.
+        """Read every image once, as `classification.ImageDataset.verify`; none is left out.
 
         Raises:
             InputError: names the first that cannot be read or has another size, and says how many there are.
         """
-        verify_each(self.picture, len(self), "reading every picture" if progress else "")
+        verify_each(self.image, len(self), "reading every image" if progress else "")
         return []
 
     @cached_property
@@ -342,8 +342,8 @@ class ObjectPictures(Dataset):
         return {"images": self.images, "categories": categories, "annotations": annotations}
 
 
-class CocoPictures(ObjectPictures):
-    """The pictures of a COCO json; see `ObjectPictures`.
+class CocoDataset(DetectionDataset):
+    """The images of a COCO json; see `DetectionDataset`.
 
     Args:
         images: The folder that the json's file names are relative to.
@@ -351,10 +351,10 @@ class CocoPictures(ObjectPictures):
         masks: Whether targets have masks.
         channels: 3 (RGB) or 1 (grey).
         class_names: Those that a network was trained on, in its order; the json must have the same.
-        limit: Only the first so many pictures.
+        limit: Only the first so many images.
 
     Raises:
-        InputError: for a file that is missing or no COCO file, its first broken entry, a missing picture, or other
+        InputError: for a file that is missing or no COCO file, its first broken entry, a missing image, or other
             categories than `class_names`.
     """
 
@@ -376,17 +376,17 @@ class CocoPictures(ObjectPictures):
                 raise InputError(f"{path}: no {kind}")
         coco = first_images(coco, limit)
         if not Path(images).is_dir():
-            raise InputError(f"{images}: no such folder; give the one that the pictures of {path} are in")
+            raise InputError(f"{images}: no such folder; give the one that the images of {path} are in")
         paths = [os.path.join(images, image["file_name"]) for image in coco["images"]]
-        missing = [picture for picture in paths if not os.path.isfile(picture)]
+        missing = [img for img in paths if not os.path.isfile(img)]
         if missing:
-            more = f", and {len(missing) - 1} more of its pictures are missing" if len(missing) > 1 else ""
+            more = f", and {len(missing) - 1} more of its images are missing" if len(missing) > 1 else ""
             raise InputError(f"{missing[0]}: no such file, but {path} names it{more}")
         super().__init__(coco, paths, paths, str(path), masks, channels, class_names)
 
 
 class _Drawn(Sequence):
-    """The pictures of the scenes of a split, drawn when they are asked for."""
+    """The images of the scenes of a split, drawn when they are asked for."""
 
     def __init__(self, split: str, size: int, count: int) -> None:
         self.split, self.size, self.count = split, size, count
@@ -398,12 +398,12 @@ class _Drawn(Sequence):
         return scene(self.split, index, self.size)[0]
 
 
-class ShapeScenes(ObjectPictures):
-    """Scenes of up to five drawn shapes; see `ObjectPictures`. They need no file.
+class ShapeScenes(DetectionDataset):
+    """Scenes of up to five drawn shapes; see `DetectionDataset`. They need no file.
 
     Args:
         split: train or val.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
         masks: Whether targets have masks.
         channels: 3 (RGB) or 1 (grey).
         count: How many; by default all of the split.
@@ -442,67 +442,56 @@ def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
 
     Args:
         folder: Made where it is missing.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
         counts: How many of a split (train=100), by default all.
     """
     for split in SCENES:
         scenes = ShapeScenes(split, size, count=counts.get(split))
         for index, path in enumerate(scenes.paths):
             with atomic_write(Path(folder, "images", path)) as file:
-                scenes.picture(index).save(file, format="png")
+                scenes.image(index).save(file, format="png")
         with atomic_write(Path(folder, "annotations", f"instances_{split}.json"), "w") as file:
             json.dump(scenes.truth, file)
 
 
-def train_transform(hflip: float = 0.5, photometric: float = 0.0) -> Callable:
-    """The joint transform of a picture and its target in training; sizes are the detector's matter.
-
-    Args:
-        hflip: Chance of a mirror image.
-        photometric: Chance of each change of brightness, contrast, saturation and hue.
-    """
-    distort = [PhotometricDistort(p=photometric)] if photometric > 0 else []
-    return v2.Compose([v2.RandomHorizontalFlip(hflip), *distort])
-
-
 def collate(samples: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
-    """A batch of pictures of any size: a list of pictures, and one of targets."""
-    pictures, targets = map(list, zip(*samples, strict=True))
-    return pictures, targets
+    """A batch of images of any size: a list of images, and one of targets."""
+    images, targets = map(list, zip(*samples, strict=True))
+    return images, targets
 
 
-def build_datasets(data: DetectionData, masks: bool, channels: int) -> tuple[ObjectPictures, ObjectPictures]:
-    """The training and the validation pictures; set `transform` before use.
+def build_datasets(data: DetectionData, masks: bool, channels: int) -> tuple[DetectionDataset, DetectionDataset]:
+    """The training and the validation images; set `transform` before use.
 
     Raises:
         InputError: a field that is missing, a file that is no COCO file, ...
     """
     if data.dataset == "shapes":
         if data.images or data.train_json or data.val_json:
-            raise InputError("--data.dataset shapes draws its own pictures; for files give --data.dataset coco")
+            raise InputError("--data.dataset shapes draws its own images; for files give --data.dataset coco")
         train = ShapeScenes("train", data.image_size, masks, channels, data.limit)
     else:
-        train = CocoPictures(*coco_paths(data, "train"), masks, channels, limit=data.limit)
+        train = CocoDataset(*coco_paths(data, "train"), masks, channels, limit=data.limit)
     return train, build_val_dataset(data, masks, channels, train.class_names)
 
 
-def build_val_dataset(data: DetectionData, masks: bool, channels: int, class_names: Sequence[str]) -> ObjectPictures:
-    """The validation pictures alone, of `class_names` in their order.
+def build_val_dataset(data: DetectionData, masks: bool, channels: int, class_names: Sequence[str]) -> DetectionDataset:
+    """The validation images alone, of `class_names` in their order.
 
     Raises:
         InputError: as `build_datasets`.
     """
     if data.dataset == "shapes":
         return ShapeScenes("val", data.image_size, masks, channels, data.limit)
-    return CocoPictures(*coco_paths(data, "val"), masks, channels, class_names, data.limit)
+    return CocoDataset(*coco_paths(data, "val"), masks, channels, class_names, data.limit)
 
 
 def coco_paths(data: DetectionData, split: str) -> tuple[str, str]:
-    """The folder of the pictures and the json of a split."""
+    """The folder of the images and the json of a split."""
     images = data.val_images if split == "val" and data.val_images else data.images
     path = {"train": data.train_json, "val": data.val_json}[split]
     for flag, value, what in (
-        ("--data.images", images, "the folder of the pictures"),
+        ("--data.images", images, "the folder of the images"),
         (f"--data.{split}-json", path, "the COCO json with their objects"),
     ):
         if not value:

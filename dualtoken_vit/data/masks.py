@@ -1,9 +1,8 @@
-"""Pictures with a class for every pixel: trees of mask files, or drawn by the program."""
+"""Images with a class for every pixel: trees of mask files, or drawn by the program."""
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +12,17 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dualtoken_vit.checkpoint import atomic_write
-from dualtoken_vit.data.classification import in_threads, picture_files, verify_each
-from dualtoken_vit.data.images import PhotometricDistort, load_image, naming
+from dualtoken_vit.data.folders import image_files
+from dualtoken_vit.data.images import load_image, naming
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
+from dualtoken_vit.data.threads import in_threads, verify_each
+from dualtoken_vit.data.transforms import IGNORE
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import SegmentationAugment, SegmentationData
+from dualtoken_vit.files import atomic_write
+from dualtoken_vit.recipes import SegmentationData
 
-IGNORE = 255  # of pixels that count for nothing, here and in targets, whatever they are in files
 BEYOND = 254  # of labels that no class has
 MOST = 254  # classes
-TRIES = 10  # at a crop
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # PIL's, of mask files
@@ -31,7 +30,7 @@ STRETCHED = {"L;2": 85, "L;4": 17}  # PIL brings grey of 2 and 4 bits to 0 ... 2
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """The labels (H, W), uint8 or int32, of a mask file as they are in it; of a palette picture the indices.
+    """The labels (H, W), uint8 or int32, of a mask file as they are in it; of a palette image the indices.
 
     Raises:
         InputError: for a file that cannot be read, or has colours.
@@ -78,14 +77,14 @@ def beyond_fault(labels: np.ndarray, pixels: np.ndarray, table: np.ndarray) -> s
     )
 
 
-class ScenePictures(Dataset):
-    """Pictures with a mask each.
+class SegmentationDataset(Dataset):
+    """Images with a mask each.
 
-    Sample i is (picture, mask), a tv_tensors.Image (C, H, W) uint8 and a tv_tensors.Mask (H, W) uint8 of indices into
+    Sample i is (image, mask), a tv_tensors.Image (C, H, W) uint8 and a tv_tensors.Mask (H, W) uint8 of indices into
     class_names or `IGNORE`, after `transform`, if there is one.
 
     Args:
-        paths: Display name of each picture.
+        paths: Display name of each image.
         class_names: Name of each class.
         channels: 3 (RGB) or 1 (grey).
     """
@@ -94,18 +93,18 @@ class ScenePictures(Dataset):
         self.paths, self.class_names, self.channels = list(paths), tuple(class_names), channels
         self.transform: Callable | None = None
         self.pixels: Tensor | None = None
-        """(2, classes) int64, after `verify`: of each class its pixels, and those of all the pictures that have it."""
+        """(2, classes) int64, after `verify`: of each class its pixels, and those of all the images that have it."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        picture, mask = self.load(index)
-        sample = v2.functional.to_image(picture), tv_tensors.Mask(torch.from_numpy(mask))
+        image, mask = self.load(index)
+        sample = v2.functional.to_image(image), tv_tensors.Mask(torch.from_numpy(mask))
         return self.transform(*sample) if self.transform else sample
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Picture `index`, and its mask (H, W) uint8.
+        """Image `index`, and its mask (H, W) uint8.
 
         Raises:
             InputError: where one cannot be read or they do not fit.
@@ -113,7 +112,7 @@ class ScenePictures(Dataset):
         raise NotImplementedError
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        """Read every picture and mask once, as `classification.PictureDataset.verify`; none is left out.
+        """Read every image and mask once, as `classification.ImageDataset.verify`; none is left out.
 
         What the masks hold is then in `pixels`.
 
@@ -125,19 +124,19 @@ class ScenePictures(Dataset):
         def look(index: int) -> None:
             counts.append(np.bincount(self.load(index)[1].ravel(), minlength=256)[: len(self.class_names)])
 
-        verify_each(look, len(self), "reading every picture and mask" if progress else "")
-        pixels = torch.from_numpy(np.stack(counts))  # (pictures, classes)
+        verify_each(look, len(self), "reading every image and mask" if progress else "")
+        pixels = torch.from_numpy(np.stack(counts))  # (images, classes)
         self.pixels = torch.stack([pixels.sum(0), ((pixels > 0) * pixels.sum(1, keepdim=True)).sum(0)])
         if not pixels.any():
             raise InputError(f"{self.paths[0]} and all the others: no pixel has a class; see --data.ignore-index")
         return []
 
 
-class MaskPictures(ScenePictures):
-    """Picture files with a mask file each; see `ScenePictures`.
+class MaskDataset(SegmentationDataset):
+    """Image files with a mask file each; see `SegmentationDataset`.
 
     Args:
-        pairs: Files of the picture and its mask.
+        pairs: Files of the image and its mask.
         class_names: Name of each class.
         table: Of `label_table`.
         channels: 3 (RGB) or 1 (grey).
@@ -146,25 +145,25 @@ class MaskPictures(ScenePictures):
     def __init__(
         self, pairs: Sequence[tuple[str, str]], class_names: Sequence[str], table: np.ndarray, channels: int = 3
     ) -> None:
-        super().__init__([picture for picture, _ in pairs], class_names, channels)
+        super().__init__([image for image, _ in pairs], class_names, channels)
         self.masks = [mask for _, mask in pairs]
         self.table = table
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        picture = load_image(self.paths[index], self.channels)
+        image = load_image(self.paths[index], self.channels)
         labels = read_mask(self.masks[index])
         classes = to_classes(labels, self.table)
-        fault, beyond = size_fault(self.paths[index], picture.size, labels), classes == BEYOND
+        fault, beyond = size_fault(self.paths[index], image.size, labels), classes == BEYOND
         if not fault and beyond.any():
             fault = beyond_fault(*np.unique(labels[beyond], return_counts=True), self.table)
         if fault:
             raise InputError(f"{self.masks[index]}: {fault}")
-        return picture, classes
+        return image, classes
 
 
 def median_frequency(pixels: Tensor) -> Tensor:
-    """The median of all f / f, f the class's share of the pictures that have it (Eigen and Fergus, arXiv 1411.4734)."""
-    share = pixels[0] / pixels[1]  # not a number where no picture has it
+    """The median of all f / f, f the class's share of the images that have it (Eigen and Fergus, arXiv 1411.4734)."""
+    share = pixels[0] / pixels[1]  # not a number where no image has it
     return share.nanquantile(0.5) / share
 
 
@@ -181,13 +180,13 @@ def class_weights(kind: str, pixels: Tensor) -> Tensor:
 
     Args:
         kind: one of `WEIGHTS`
-        pixels: of `ScenePictures.pixels`
+        pixels: of `SegmentationDataset.pixels`
     """
     return torch.where(pixels[0] > 0, WEIGHTS[kind](pixels), 0)
 
 
 def size_fault(path: str, size: tuple[int, int], labels: np.ndarray) -> str:
-    """What is wrong with a mask whose size is not that (width, height) of its picture."""
+    """What is wrong with a mask whose size is not that (width, height) of its image."""
     height, width = labels.shape
     if size == (width, height):
         return ""
@@ -195,12 +194,12 @@ def size_fault(path: str, size: tuple[int, int], labels: np.ndarray) -> str:
     return f"{width}x{height} pixels, but {path} is {shown}: make them equal"
 
 
-class ShapeScenes(ScenePictures):
+class ShapeScenes(SegmentationDataset):
     """Scenes of up to five drawn shapes, of the class "ground" where there is none; they need no file.
 
     Args:
         split: train or val.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
         channels: 3 (RGB) or 1 (grey).
         count: How many; by default all of the split.
     """
@@ -211,11 +210,11 @@ class ShapeScenes(ScenePictures):
         self.split, self.size = split, size
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        picture, shapes = scene(self.split, index, self.size)
+        image, shapes = scene(self.split, index, self.size)
         mask = np.zeros((self.size, self.size), dtype=np.uint8)
         for shape in shapes:
             mask[shape.mask] = shape.label + 1
-        return load_image(picture, self.channels), mask
+        return load_image(image, self.channels), mask
 
 
 def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
@@ -223,14 +222,14 @@ def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
 
     Args:
         folder: Made where it is missing.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
         counts: How many of a split (train=100), by default all.
     """
     for split in SCENES:
         scenes = ShapeScenes(split, size, count=counts.get(split))
         for index, name in enumerate(scenes.paths):
-            picture, mask = scenes.load(index)
-            for kind, image in (("images", picture), ("annotations", Image.fromarray(mask))):
+            img, mask = scenes.load(index)
+            for kind, image in (("images", img), ("annotations", Image.fromarray(mask))):
                 with atomic_write(Path(folder, kind, split, f"{name}.png")) as file:
                     image.save(file, format="png")
         with atomic_write(Path(folder, "classes.txt"), "w") as file:
@@ -238,10 +237,10 @@ def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
 
 
 def find_pairs(root: str | Path, split: str) -> tuple[list[tuple[str, str]], list[str], list[str]]:
-    """The pictures of a split that have a mask, with it; pictures without one; masks without a picture.
+    """The images of a split that have a mask, with it; images without one; masks without an image.
 
     Raises:
-        InputError: for a folder that is missing or has no pictures.
+        InputError: for a folder that is missing or has no images.
     """
     if not root:
         raise InputError("--data.root is missing: give the folder that has images/train, annotations/train, ...")
@@ -250,18 +249,18 @@ def find_pairs(root: str | Path, split: str) -> tuple[list[tuple[str, str]], lis
         if not folder.is_dir():
             layout = f"{folders[0]}/NAME.jpg and {folders[1]}/NAME.png"
             raise InputError(f"{folder}: no such folder; expected {layout}; see --data.train-split, --data.val-split")
-    pictures, masks = map(_by_stem, folders)
-    if not pictures:
-        raise InputError(f"{folders[0]}: no pictures in this folder")
-    pairs = [(path, masks[name]) for name, path in pictures.items() if name in masks]
-    alone = [path for name, path in pictures.items() if name not in masks]
-    return pairs, alone, [path for name, path in masks.items() if name not in pictures]
+    images, masks = map(_by_stem, folders)
+    if not images:
+        raise InputError(f"{folders[0]}: no images in this folder")
+    pairs = [(path, masks[name]) for name, path in images.items() if name in masks]
+    alone = [path for name, path in images.items() if name not in masks]
+    return pairs, alone, [path for name, path in masks.items() if name not in images]
 
 
 def _by_stem(folder: Path) -> dict[str, str]:
-    """The pictures in and below a folder by their path in it without extension."""
+    """The images in and below a folder by their path in it without extension."""
     found: dict[str, str] = {}
-    for path in picture_files(folder):
+    for path in image_files(folder):
         name = os.path.splitext(os.path.relpath(path, folder))[0]
         if name in found:
             raise InputError(f"{found[name]} and {path} have one name; rename or remove one")
@@ -354,67 +353,18 @@ def count_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ..
     return number_classes(*max(found), data)
 
 
-class RandomScale(v2.Transform):
-    """Resize to a random factor of `side` (short side in pixels; None: of the size that a picture has)."""
-
-    def __init__(self, scale: tuple[float, float], side: int | None) -> None:
-        super().__init__()
-        self.scale, self.side = scale, side
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.functional.get_size(flat_inputs[0])
-        factor = torch.empty(()).uniform_(*sorted(self.scale)).item()
-        factor *= self.side / min(height, width) if self.side else 1.0
-        return {"size": [max(1, round(side * factor)) for side in (height, width)]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)
-
-
-class CappedCrop(v2.RandomCrop):
-    """A random crop, of several tries the first in which no class covers more than `cap` of what counts.
-
-    Smaller pictures are padded, in masks with `IGNORE`.
-    """
-
-    def __init__(self, size: tuple[int, int], cap: float) -> None:
-        super().__init__(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE})
-        self.cap = cap
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        mask = next(one for one in flat_inputs if isinstance(one, tv_tensors.Mask))
-        for _ in range(TRIES):
-            params = super().make_params(flat_inputs)
-            counts = torch.bincount(self.transform(mask, params).flatten(), minlength=IGNORE + 1)[:IGNORE]
-            if 0 < counts.max() <= self.cap * counts.sum():
-                break
-        return params
-
-
-def train_transform(data: SegmentationData, augment: SegmentationAugment) -> Callable:
-    """The joint transform of a picture and its mask in training, to the crop's size."""
-    return v2.Compose(
-        [
-            RandomScale(augment.scale, data.image_size),
-            CappedCrop(data.crop_size, augment.class_cap),
-            v2.RandomHorizontalFlip(augment.hflip),
-            PhotometricDistort(p=augment.photometric),
-        ]
-    )
-
-
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """A batch of pictures of any size: a list of pictures, and one of masks."""
-    pictures, masks = map(list, zip(*samples, strict=True))
-    return pictures, masks
+    """A batch of images of any size: a list of images, and one of masks."""
+    images, masks = map(list, zip(*samples, strict=True))
+    return images, masks
 
 
-def _tree(data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None) -> MaskPictures:
+def _tree(data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None) -> MaskDataset:
     """ROOT/{images,annotations}/SPLIT; the classes are `class_names`, if given: the file's must then be the same."""
     pairs, alone, _ = find_pairs(data.root, split)
     if alone:
-        more = f", and {len(alone) - 1} more pictures have none" if len(alone) > 1 else ""
-        raise InputError(f"{alone[0]}: a picture without a mask in {Path(data.root, 'annotations', split)}{more}")
+        more = f", and {len(alone) - 1} more images have none" if len(alone) > 1 else ""
+        raise InputError(f"{alone[0]}: an image without a mask in {Path(data.root, 'annotations', split)}{more}")
     names = read_class_names(data)
     if class_names is None:
         names = names or count_classes([mask for _, mask in pairs], data)
@@ -423,7 +373,7 @@ def _tree(data: SegmentationData, split: str, channels: int, class_names: Sequen
     else:
         names = tuple(class_names)
     table = label_table(len(names), data.ignore_index, data.reduce_zero_label)
-    return MaskPictures(pairs[: data.limit], names, table, channels)
+    return MaskDataset(pairs[: data.limit], names, table, channels)
 
 
 def _difference(names: tuple[str, ...], trained: tuple[str, ...], data: SegmentationData) -> str:
@@ -436,23 +386,23 @@ def _difference(names: tuple[str, ...], trained: tuple[str, ...], data: Segmenta
     return f"{place}: class {number} is {ours!r}, but {theirs!r} in the checkpoint; the order counts"
 
 
-def build_datasets(data: SegmentationData, channels: int) -> tuple[ScenePictures, ScenePictures]:
-    """The training and the validation pictures; set `transform` before use.
+def build_datasets(data: SegmentationData, channels: int) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """The training and the validation images; set `transform` before use.
 
     Raises:
-        InputError: a folder that is missing, a picture without a mask, ...
+        InputError: a folder that is missing, an image without a mask, ...
     """
     if data.dataset == "shapes":
         if data.root:
-            raise InputError("--data.dataset shapes draws its own pictures; for files give --data.dataset masks")
-        train: ScenePictures = ShapeScenes("train", max(data.crop_size), channels, data.limit)
+            raise InputError("--data.dataset shapes draws its own images; for files give --data.dataset masks")
+        train: SegmentationDataset = ShapeScenes("train", max(data.crop_size), channels, data.limit)
     else:
         train = _tree(data, data.train_split, channels, None)
     return train, build_val_dataset(data, channels, train.class_names)
 
 
-def build_val_dataset(data: SegmentationData, channels: int, class_names: Sequence[str]) -> ScenePictures:
-    """The validation pictures alone, of `class_names` in their order.
+def build_val_dataset(data: SegmentationData, channels: int, class_names: Sequence[str]) -> SegmentationDataset:
+    """The validation images alone, of `class_names` in their order.
 
     Raises:
         InputError: as `build_datasets`, and for other classes than `class_names` in a file of them.

@@ -1,6 +1,6 @@
-"""Batches whose content depends on nothing but the seed, the epoch and the data set.
+"""Batches whose content depends on nothing but the seed, the epoch and the dataset.
 
-However many processes train, however many workers read, and wherever a run was interrupted: the same pictures come in
+However many processes train, however many workers read, and wherever a run was interrupted: the same images come in
 the same order with the same augmentation.
 """
 
@@ -65,7 +65,7 @@ class _Rest(DataLoader):
 
 
 def _steps(order: list[int], size: int, groups: Sequence[int] | None) -> list[list[int]]:
-    """`order` in steps of `size` pictures of one group, in the order in which they are filled; then of what is left."""
+    """`order` in steps of `size` images of one group, in the order in which they are filled; then of what is left."""
     steps, filling = [], defaultdict(list)
     for index in order:
         step = filling[groups[index] if groups else 0]
@@ -78,14 +78,14 @@ def _steps(order: list[int], size: int, groups: Sequence[int] | None) -> list[li
 
 
 def full_batches(count: int, batch_size: int) -> int:
-    """How often `count` training pictures fill a batch.
+    """How often `count` training images fill a batch.
 
     Raises:
         InputError: where they do not fill one.
     """
     if count < batch_size:
         raise InputError(
-            f"{count} training pictures do not fill one batch of {batch_size}; give --optim.batch-size {count} or less"
+            f"{count} training images do not fill one batch of {batch_size}; give --optim.batch-size {count} or less"
         )
     return count // batch_size
 
@@ -107,29 +107,29 @@ def loader(
     """The batches that process `rank` of `world` sees in one epoch.
 
     In training the order is a permutation drawn from (seed, epoch), of which each process takes every `world`-th index,
-    and pictures that do not fill a batch in every process are left out. In validation every picture comes exactly once
+    and images that do not fill a batch in every process are left out. In validation every image comes exactly once
     over all the processes, so one process may have a batch fewer, or a smaller one.
 
     Args:
-        batch_size: Pictures a batch of this process.
+        batch_size: Images a batch of this process.
         skip: Batches at the start of the epoch that were already done.
-        workers: Processes that read pictures; 0: this one.
-        groups: One number a picture: in training, those of a step, over all the processes, have the same, but for the
+        workers: Processes that read images; 0: this one.
+        groups: One number an image: in training, those of a step, over all the processes, have the same, but for the
             last steps, of what is left of each group. Not for a stream.
         collate_fn: Makes a batch of a list of samples; by default tensors are stacked.
 
     Returns:
-        A loader of (pictures (B, C, S, S), targets (B,)), or of what `collate_fn` makes.
+        A loader of (images (B, C, S, S), targets (B,)), or of what `collate_fn` makes.
 
     Raises:
-        InputError: where training pictures do not fill one batch.
+        InputError: where training images do not fill one batch.
     """
     common = dict(
         collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(mix(seed, epoch)),  # or a loader would draw from the global one
     )
-    if isinstance(dataset, IterableDataset):  # a PictureStream, whose docstring says what holds
+    if isinstance(dataset, IterableDataset):  # a ImageStream, whose docstring says what holds
         share = dict(train=train, seed=mix(seed, epoch), rank=rank, world=world, workers=workers)
         stream, workers = dataset.epoch(batch_size, **share)
         rest = _Rest(stream, batch_size, drop_last=train, num_workers=workers, **common)

@@ -1,6 +1,6 @@
-"""Pictures of shapes, drawn by the program: a small data set that needs no file and no network.
+"""Images of shapes, drawn by the program: a small dataset that needs no file and no network.
 
-Every picture shows a circle, cross, ring, square, star or triangle of any colour, place, size and angle on a mottled
+Every image shows a circle, cross, ring, square, star or triangle of any colour, place, size and angle on a mottled
 ground with strokes over it, so that neither a colour nor a pixel says which: the outline must be seen.
 """
 
@@ -17,7 +17,7 @@ SCENES = {"train": 1000, "val": 200}
 
 
 class Shape(NamedTuple):
-    """One shape in a picture of side S."""
+    """One shape in an image of side S."""
 
     label: int  # index into CLASSES
     box: tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two are just outside
@@ -52,20 +52,20 @@ _OUTLINES = {
 def draw(
     rng: np.random.Generator, size: int, labels: Sequence[int], radii: tuple[float, float] = (0.3, 0.45)
 ) -> tuple[Image.Image, list[Shape]]:
-    """Draw a picture with one shape a label; later ones lie over earlier ones.
+    """Draw an image with one shape a label; later ones lie over earlier ones.
 
     Args:
         rng: Decides everything but the classes.
-        size: Side of the picture in pixels.
+        size: Side of the image in pixels.
         labels: Indices into CLASSES.
-        radii: Smallest and largest radius of a shape, in sides of the picture.
+        radii: Smallest and largest radius of a shape, in sides of the image.
 
     Returns:
-        The RGB picture, and its shapes in the order of `labels`.
+        The RGB image, and its shapes in the order of `labels`.
     """
     ground = rng.integers(0, 256, 3)
     mottle = np.clip(ground + rng.normal(0, 25, (6, 6, 3)), 0, 255).astype(np.uint8)
-    picture = Image.fromarray(mottle).resize((size, size), Image.Resampling.BICUBIC)
+    image = Image.fromarray(mottle).resize((size, size), Image.Resampling.BICUBIC)
     masks: list[np.ndarray] = []
     for label in labels:
         colour = (ground + rng.integers(90, 167, 3)) % 256  # 90 or more from the ground in every channel
@@ -77,25 +77,25 @@ def draw(
         for fill, outline in zip((255, 0), _OUTLINES[CLASSES[label]], strict=False):
             ImageDraw.Draw(cover).polygon((4 * (outline @ axes + centre)).ravel().tolist(), fill=fill)
         cover = cover.reduce(4)
-        picture.paste(tuple(colour.tolist()), mask=cover)
+        image.paste(tuple(colour.tolist()), mask=cover)
         mask = np.asarray(cover) >= 128
         masks = [below & ~mask for below in masks] + [mask]
-    strokes = ImageDraw.Draw(picture)
+    strokes = ImageDraw.Draw(image)
     for _ in range(2):
         ends, colour = rng.uniform(0, size, 4), rng.integers(0, 256, 3)
         strokes.line(ends.tolist(), tuple(colour.tolist()), width=max(1, size // 40))
-    pixels = np.asarray(picture) + rng.integers(-16, 17, (size, size, 3))
-    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    pixels = np.asarray(image) + rng.integers(-16, 17, (size, size, 3))
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     boxes = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for mask in masks]
-    return picture, [Shape(*shape) for shape in zip(labels, boxes, masks, strict=True)]
+    return image, [Shape(*shape) for shape in zip(labels, boxes, masks, strict=True)]
 
 
-class ShapePictures(Sequence):
-    """The pictures of a split, drawn when they are asked for; picture i shows class i modulo their number.
+class ShapeImages(Sequence):
+    """The images of a split, drawn when they are asked for; image i shows class i modulo their number.
 
     Args:
         split: train or val.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
     """
 
     def __init__(self, split: str, size: int) -> None:
@@ -111,17 +111,17 @@ class ShapePictures(Sequence):
 
 
 def scene(split: str, index: int, size: int) -> tuple[Image.Image, list[Shape]]:
-    """Picture `index` of a split, with up to five smaller shapes; those that are all but hidden do not count."""
+    """Image `index` of a split, with up to five smaller shapes; those that are all but hidden do not count."""
     rng = np.random.default_rng([len(COUNTS) + list(COUNTS).index(split), index])
     labels = rng.integers(0, len(CLASSES), rng.integers(0, 6)).tolist()
-    picture, shapes = draw(rng, size, labels, radii=(0.1, 0.25))
-    return picture, [shape for shape in shapes if shape.mask.mean() > 0.004]  # a third of the smallest star
+    image, shapes = draw(rng, size, labels, radii=(0.1, 0.25))
+    return image, [shape for shape in shapes if shape.mask.mean() > 0.004]  # a third of the smallest star
 
 
 def save(folder: str | Path, count: int = 36, size: int = 64) -> None:
-    """Write the first `count` validation pictures as FOLDER/CLASS/INDEX.png: files to try `predict` on."""
-    pictures = ShapePictures("val", size)
-    for index, label in enumerate(pictures.targets[:count]):
+    """Write the first `count` validation images as FOLDER/CLASS/INDEX.png: files to try `predict` on."""
+    images = ShapeImages("val", size)
+    for index, label in enumerate(images.targets[:count]):
         path = Path(folder, CLASSES[label], f"{index:04d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures[index].save(path)
+        images[index].save(path)

@@ -1,4 +1,4 @@
-"""Image classification: loss, mixing of pictures, metrics; what training and evaluation need."""
+"""Image classification: loss, mixing of images, metrics; what training and evaluation need."""
 
 import json
 from collections.abc import Callable
@@ -18,18 +18,20 @@ from torch.utils.data import Dataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from dualtoken_vit import plots
-from dualtoken_vit.backbone import check_size, statistics
-from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_weights
+from dualtoken_vit.checkpoint import Checkpoint, load_weights
 from dualtoken_vit.data.classification import build_datasets, build_val_dataset
-from dualtoken_vit.data.images import eval_transform, train_transform
+from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write
+from dualtoken_vit.models.backbone import check_size, statistics
 from dualtoken_vit.recipes import Classification, Model
-from dualtoken_vit.tasks.base import Setup, Task, create_model
+from dualtoken_vit.show import plots
+from dualtoken_vit.tasks.base import Setup, Task
+from dualtoken_vit.tasks.networks import create_model
 
 
 class ClassificationTask(Task):
-    """Cross-entropy over (pictures (B, C, S, S), targets (B,)), with Mixup and CutMix as the recipe says."""
+    """Cross-entropy over (images (B, C, S, S), targets (B,)), with Mixup and CutMix as the recipe says."""
 
     score = "top1"
     panels: ClassVar = {
@@ -70,7 +72,7 @@ class ClassificationTask(Task):
         )
         self.loss = MeanMetric()
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
-        """Pictures of each class (row) that were taken for each class (column), of the last validation."""
+        """Images of each class (row) that were taken for each class (column), of the last validation."""
         self.last: dict[str, float] = {}
         """Its other metrics."""
 
@@ -135,32 +137,32 @@ class ClassificationEvaluation:
     loss: float
     images: int
     per_class: dict[str, tuple[float, int]]
-    """Class: (top-1 accuracy, pictures)."""
+    """Class: (top-1 accuracy, images)."""
 
     def to_json(self) -> dict[str, Any]:
         return {"top1": self.top1, "top5": self.top5, "loss": self.loss, "images": self.images}
 
     def table(self) -> Table:
-        table = Table("class", "pictures", "top-1")
-        for name, (accuracy, pictures) in self.per_class.items():
-            table.add_row(Text(name), str(pictures), f"{accuracy:.1%}" if pictures else "-")
+        table = Table("class", "images", "top-1")
+        for name, (accuracy, imgs) in self.per_class.items():
+            table.add_row(Text(name), str(imgs), f"{accuracy:.1%}" if imgs else "-")
         table.add_section()
         table.add_row("all", str(self.images), f"{self.top1:.1%}")
         return table
 
     def headline(self) -> str:
-        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}, {self.images} pictures"
+        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}, {self.images} images"
 
 
 def _preprocessing(recipe: Classification, cfg: dict[str, Any]) -> dict[str, Any]:
-    """timm's data config for the recipe's pictures, with the network's own mean and deviation."""
+    """timm's data config for the recipe's images, with the network's own mean and deviation."""
     data, channels = recipe.data, recipe.model.in_chans
     size = (channels, data.image_size, data.image_size)
     return dict(input_size=size, interpolation=data.interpolation, crop_pct=data.crop_pct, **statistics(cfg, channels))
 
 
 def prepare(recipe: Classification, start: Model) -> Setup:
-    """The recipe's pictures and network, which starts as `start` says.
+    """The recipe's images and network, which starts as `start` says.
 
     Raises:
         InputError: for whatever is wrong with them.
@@ -172,9 +174,9 @@ def prepare(recipe: Classification, start: Model) -> Setup:
     model, model_args = create_model(start, len(names), recipe.data.image_size)
     preprocessing = _preprocessing(recipe, model.pretrained_cfg)
     scale = preprocessing["mean"], preprocessing["std"]
-    at = partial(train_transform, recipe.data, recipe.augment, *scale)
+    at = partial(classification_train, recipe.data, recipe.augment, *scale)
     train.transform = at(0.0)  # refuses a wrong policy now
-    val.transform = eval_transform(recipe.data, *scale)
+    val.transform = classification_eval(recipe.data, *scale)
     return Setup(
         model=model,
         train=train,
@@ -190,15 +192,15 @@ def prepare(recipe: Classification, start: Model) -> Setup:
 def prepare_evaluation(
     model: nn.Module, stored: Checkpoint, recipe: Classification
 ) -> tuple[ClassificationTask, Dataset]:
-    """A trained network as a task, and the recipe's validation pictures, prepared as the checkpoint says.
+    """A trained network as a task, and the recipe's validation images, prepared as the checkpoint says.
 
     Raises:
-        InputError: for pictures that do not fit.
+        InputError: for images that do not fit.
     """
     channels = stored.preprocessing["input_size"][0]
     check_size(model, channels, recipe.data.image_size)
     val = build_val_dataset(recipe.data, channels, stored.class_names)
-    val.transform = eval_transform(recipe.data, stored.preprocessing["mean"], stored.preprocessing["std"])
+    val.transform = classification_eval(recipe.data, stored.preprocessing["mean"], stored.preprocessing["std"])
     if recipe.data.unreadable == "skip":
         val.verify(skip=True)
     return ClassificationTask(model, recipe, stored.class_names), val

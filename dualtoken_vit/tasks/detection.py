@@ -10,39 +10,36 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from dualtoken_vit import plots
-from dualtoken_vit.backbone import statistics
-from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_weights
-from dualtoken_vit.coco_eval import CURVES, FIGURES, Score, evaluate, gather, save_results, to_results
-from dualtoken_vit.data.coco import (
-    MIN_SIDE,
-    ObjectPictures,
-    build_datasets,
-    build_val_dataset,
-    collate,
-    train_transform,
-)
-from dualtoken_vit.detectors import build_detector
+from dualtoken_vit.checkpoint import Checkpoint, load_weights
+from dualtoken_vit.data.coco import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset, collate
+from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write
+from dualtoken_vit.models.backbone import statistics
+from dualtoken_vit.models.detectors import build_detector
 from dualtoken_vit.recipes import Detection, Model, model_kwargs
-from dualtoken_vit.tasks.base import Setup, Task, create_network
+from dualtoken_vit.show import plots
+from dualtoken_vit.tasks.base import Setup, Task
+from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results, to_results
+from dualtoken_vit.tasks.distributed import gather
+from dualtoken_vit.tasks.networks import create_network
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
 class DetectionTask(Task):
-    """The detector's own losses over (pictures, targets) as `data.coco` gives them; COCO's figures in validation.
+    """The detector's own losses over (images, targets) as `data.coco` gives them; COCO's figures in validation.
 
     Args:
         model: of `build_detector`
         recipe: the experiment
-        val: the validation pictures, whose objects are what is compared with
+        val: the validation images, whose objects are what is compared with
         steps_per_epoch: optimiser steps
     """
 
     collate = staticmethod(collate)
 
-    def __init__(self, model: nn.Module, recipe: Detection, val: ObjectPictures, steps_per_epoch: int = 1):
+    def __init__(self, model: nn.Module, recipe: Detection, val: DetectionDataset, steps_per_epoch: int = 1):
         super().__init__(model, recipe, steps_per_epoch)
         self.val = val
         self.masks = recipe.detector == "mask-rcnn"
@@ -59,16 +56,16 @@ class DetectionTask(Task):
         """Of the last validation."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        pictures, targets = batch
-        losses = self.model([picture / 255 for picture in pictures], targets)
+        images, targets = batch
+        losses = self.model([image / 255 for image in images], targets)
         loss = sum(losses.values())
-        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(pictures))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(pictures))
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        pictures, targets = batch
-        for target, found in zip(targets, self.model([picture / 255 for picture in pictures]), strict=True):
+        images, targets = batch
+        for target, found in zip(targets, self.model([image / 255 for image in images]), strict=True):
             self.found[target["image_id"]] = to_results(target["image_id"], found, self.val.category_ids)
 
     def compute_metrics(self) -> dict[str, float]:
@@ -143,7 +140,7 @@ class DetectionEvaluation:
 
     def headline(self) -> str:
         shares = ", ".join(f"{kind} AP {_percent(score.figures['AP'])}" for kind, score in self.scores.items())
-        return f"{shares}, {self.images} pictures"
+        return f"{shares}, {self.images} images"
 
 
 def _percent(share: float) -> str:
@@ -158,12 +155,12 @@ def prepare(recipe: Detection, start: Model) -> Setup:
     """
     masks = recipe.detector == "mask-rcnn"
     train, val = build_datasets(recipe.data, masks, start.in_chans)
-    train.transform = train_transform(recipe.augment.hflip, recipe.augment.photometric)
+    train.transform = detection_train(recipe.augment.hflip, recipe.augment.photometric)
     if not train.trained:
         raise InputError(f"{train.name}: no object to train on; see check-data")
     notes: tuple[str, ...] = ()
     if train.dropped:
-        notes += (f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the picture are not trained on",)
+        notes += (f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on",)
     if not (recipe.model.checkpoint or recipe.model.pretrained):
         notes += (
             "the backbone starts from random weights, and its batch normalisation, which a detector keeps as it is, "
@@ -196,8 +193,10 @@ def prepare(recipe: Detection, start: Model) -> Setup:
     )
 
 
-def prepare_evaluation(model: nn.Module, stored: Checkpoint, recipe: Detection) -> tuple[DetectionTask, ObjectPictures]:
-    """A trained detector as a task, and the recipe's validation pictures."""
+def prepare_evaluation(
+    model: nn.Module, stored: Checkpoint, recipe: Detection
+) -> tuple[DetectionTask, DetectionDataset]:
+    """A trained detector as a task, and the recipe's validation images."""
     val = build_val_dataset(
         recipe.data, recipe.detector == "mask-rcnn", stored.preprocessing["input_size"][0], stored.class_names
     )

@@ -8,9 +8,9 @@ import lightning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.checkpoint import load_model
-from dualtoken_vit.cpu import tune_cpu
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.recipes import Recipe, from_dict
 from dualtoken_vit.tasks import classification, detection, segmentation
 from dualtoken_vit.tasks.base import Evaluation, ProgressBar, check_ranges, quiet
@@ -38,7 +38,7 @@ def _named(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     if "images" in data:
         follows["val_images"] = None
     classes = getattr(recipe.data, "classes", None)
-    if classes and not Path(classes).is_file():  # it stayed with the training pictures; the checkpoint has the names
+    if classes and not Path(classes).is_file():  # it stayed with the training images; the checkpoint has the names
         follows["classes"] = None
     return follows | data
 
@@ -52,12 +52,12 @@ def evaluate(
     precision: str = "32-true",
     out: Path | None = None,
 ) -> Evaluation:
-    """Run a best.safetensors over its validation pictures, prepared as the file says.
+    """Run a best.safetensors over its validation images, prepared as the file says.
 
     Args:
         checkpoint: the file
         data: fields of the recipe's data section that are to differ from the stored ones, for example root
-        batch_size: pictures at a time; by default as many as in training
+        batch_size: images at a time; by default as many as in training
         accelerator: Lightning's
         precision: Lightning's
         out: folder to write evaluation.json and the details into
@@ -86,7 +86,7 @@ def evaluate(
             )
     recipe = replace(recipe, data=replace(recipe.data, **_named(recipe, data or {})))
     check_ranges(recipe)
-    task, pictures = PREPARE[stored.task](model, stored, recipe)
+    task, images = PREPARE[stored.task](model, stored, recipe)
     try:
         trainer = lightning.Trainer(
             accelerator=accelerator,
@@ -99,7 +99,7 @@ def evaluate(
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise InputError(f"--accelerator {accelerator}, --precision {precision}: {first_line(error)}") from error
     batches = loader(
-        pictures,
+        images,
         batch_size or recipe.optim.batch_size // recipe.optim.accumulate,
         train=False,
         seed=recipe.run.seed,

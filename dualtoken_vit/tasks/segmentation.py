@@ -14,26 +14,27 @@ from rich.text import Text
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from dualtoken_vit import plots
-from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_weights
-from dualtoken_vit.coco_eval import gather
+from dualtoken_vit.checkpoint import Checkpoint, load_weights
 from dualtoken_vit.data.masks import (
-    IGNORE,
-    ScenePictures,
+    SegmentationDataset,
     build_datasets,
     build_val_dataset,
     class_weights,
     collate,
-    train_transform,
 )
-from dualtoken_vit.draw import draw_scene, save_image
+from dualtoken_vit.data.transforms import IGNORE, segmentation_train
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write
+from dualtoken_vit.models.segmenters import View, build_segmenter, dilated, segment
 from dualtoken_vit.recipes import Model, Segmentation, model_kwargs
-from dualtoken_vit.segmenters import View, build_segmenter, dilated, segment
-from dualtoken_vit.tasks.base import Setup, Task, create_network, mean_over_processes
+from dualtoken_vit.show import plots
+from dualtoken_vit.show.drawing import draw_scene, save_image
+from dualtoken_vit.tasks.base import Setup, Task
+from dualtoken_vit.tasks.distributed import gather, mean_over_processes
+from dualtoken_vit.tasks.networks import create_network
 
 AUX_WEIGHT = 0.4
-WORST = 8  # pictures that are drawn
+WORST = 8  # images that are drawn
 FIGURES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 
 Batch = tuple[list[Tensor], list[Tensor]]
@@ -78,12 +79,12 @@ class Scores:
 
 
 class SegmentationTask(Task):
-    """Cross-entropy of both heads over (pictures, masks) as `data.masks` gives them.
+    """Cross-entropy of both heads over (images, masks) as `data.masks` gives them.
 
     Args:
         model: of `create_segmenter`
         recipe: the experiment
-        val: the validation pictures, of which the worst are drawn
+        val: the validation images, of which the worst are drawn
         steps_per_epoch: optimiser steps
     """
 
@@ -94,18 +95,18 @@ class SegmentationTask(Task):
     }
     collate = staticmethod(collate)
 
-    def __init__(self, model: nn.Module, recipe: Segmentation, val: ScenePictures, steps_per_epoch: int = 1):
+    def __init__(self, model: nn.Module, recipe: Segmentation, val: SegmentationDataset, steps_per_epoch: int = 1):
         super().__init__(model, recipe, steps_per_epoch)
         self.weights: Tensor | None = None
         """Of the classes in the loss, in a run of a recipe in which they are not equal."""
         self.val, self.view = val, view_of(recipe)
         self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=IGNORE, validate_args=False)
         self.found: dict[int, tuple[float, np.ndarray]] = {}
-        """The worst pictures of the validation that is under way, by index: share of right pixels, labels (H, W)."""
+        """The worst images of the validation that is under way, by index: share of right pixels, labels (H, W)."""
         self.seen = 0
-        """Pictures of this process in that validation."""
+        """Images of this process in that validation."""
         self.worst: list[tuple[int, np.ndarray]] = []
-        """Index and labels of the worst pictures of the last validation, the worst first."""
+        """Index and labels of the worst images of the last validation, the worst first."""
         self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)
         """Pixels of each class (row) that were taken for each class (column), of the last validation."""
 
@@ -135,22 +136,22 @@ class SegmentationTask(Task):
             self.weights = class_weights(self.recipe.class_weights, self.trainer.datamodule.pixels).to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        pictures, masks = (torch.stack(each) for each in batch)
+        images, masks = (torch.stack(each) for each in batch)
         masks = masks.long()
-        found = self.model(pictures / 255)
+        found = self.model(images / 255)
         losses = {name: cross_entropy(logits, masks, self.weights) for name, logits in found.items()}
-        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(pictures))
+        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(images))
         loss = losses["out"] + AUX_WEIGHT * losses["aux"]
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(pictures))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        pictures, masks = batch
+        images, masks = batch
         # In training what is not a number stops the run elsewhere, on all processes and with the last good state named.
         check = self.trainer.state.fn != TrainerFn.FITTING
-        labels = segment(self.model, [picture / 255 for picture in pictures], self.view, check=check)
+        labels = segment(self.model, [image / 255 for image in images], self.view, check=check)
         for found, mask in zip(labels, masks, strict=True):
-            confusion = self.metric(found, mask.long())  # of this picture
+            confusion = self.metric(found, mask.long())  # of this image
             index = self.trainer.global_rank + self.seen * self.trainer.world_size  # as `sampling.loader` deals them
             self.seen += 1
             right = (confusion.trace() / confusion.sum()).nan_to_num(1.0).item()  # nothing to be right about: no matter
@@ -171,16 +172,16 @@ class SegmentationTask(Task):
         return "  ".join(f"{about} {row[f'val_{name}']:.1%}" for name, about in FIGURES.items())
 
     def save_details(self, out: Path) -> None:
-        """evaluation.json, the confusion matrix as confusion.{csv,png}, and the worst pictures beside their truth."""
+        """evaluation.json, the confusion matrix as confusion.{csv,png}, and the worst images beside their truth."""
         names = self.val.class_names
         with atomic_write(out / "evaluation.json", "w") as file:
             json.dump(self.evaluation().to_json(), file, indent=2)
         plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
         plots.save_confusion(self.confusion, names, out / "confusion.png", percent=True)
         for number, (index, labels) in enumerate(self.worst, start=1):
-            picture, truth = self.val.load(index)
+            image, truth = self.val.load(index)
             title = Path(self.val.paths[index]).name
-            panels = [(title, picture, None), ("truth", picture, truth), ("prediction", picture, labels)]
+            panels = [(title, image, None), ("truth", image, truth), ("prediction", image, labels)]
             save_image(draw_scene(panels, names), out / "worst" / f"{number}.png")
 
     def evaluation(self) -> "SegmentationEvaluation":
@@ -212,11 +213,11 @@ class SegmentationEvaluation:
 
     def headline(self) -> str:
         shares = ", ".join(f"{about} {getattr(self.scores, name):.2%}" for name, about in FIGURES.items())
-        return f"{shares}, {self.images} pictures"
+        return f"{shares}, {self.images} images"
 
 
 def view_of(recipe: Segmentation) -> View:
-    """How the recipe has pictures looked at in evaluation."""
+    """How the recipe has images looked at in evaluation."""
     return View(**{field.name: getattr(recipe.data, field.name) for field in fields(View)})
 
 
@@ -228,12 +229,12 @@ def prepare(recipe: Segmentation, start: Model) -> Setup:
     """
     if recipe.optim.batch_size // recipe.optim.accumulate < 2:
         raise InputError(
-            f"--optim.batch-size {recipe.optim.batch_size}: batch normalisation of what is pooled over a whole picture "
-            "needs 2 or more pictures in each accumulated batch"
+            f"--optim.batch-size {recipe.optim.batch_size}: batch normalisation of what is pooled over a whole image "
+            "needs 2 or more images in each accumulated batch"
         )
     view_of(recipe)  # refuses what cannot be, now
     train, val = build_datasets(recipe.data, start.in_chans)
-    train.transform = train_transform(recipe.data, recipe.augment)
+    train.transform = segmentation_train(recipe.data, recipe.augment)
     args = model_kwargs(start)
     network = dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
     head = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
@@ -253,8 +254,8 @@ def prepare(recipe: Segmentation, start: Model) -> Setup:
 
 def prepare_evaluation(
     model: nn.Module, stored: Checkpoint, recipe: Segmentation
-) -> tuple[SegmentationTask, ScenePictures]:
-    """A trained segmenter as a task, and the recipe's validation pictures.
+) -> tuple[SegmentationTask, SegmentationDataset]:
+    """A trained segmenter as a task, and the recipe's validation images.
 
     Raises:
         InputError: for data that cannot be used, or of other classes.

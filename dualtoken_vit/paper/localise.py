@@ -19,16 +19,17 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from dualtoken_vit.attention import blocks_of, recording
-from dualtoken_vit.backbone import check_size
 from dualtoken_vit.checkpoint import load_model
-from dualtoken_vit.console import table_text
-from dualtoken_vit.data.classification import in_threads
-from dualtoken_vit.data.coco import CocoPictures, ObjectPictures, ShapeScenes
+from dualtoken_vit.data.coco import CocoDataset, DetectionDataset, ShapeScenes
+from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.model import STRIDE, resize_grid
-from dualtoken_vit.plots import save_figure
-from dualtoken_vit.predict import pick_device
+from dualtoken_vit.machine import pick_device
+from dualtoken_vit.models.backbone import check_size
+from dualtoken_vit.models.layers import resize_grid
+from dualtoken_vit.models.two_stream import STRIDE
+from dualtoken_vit.paper.attention import blocks_of, recording
+from dualtoken_vit.show.console import table_text
+from dualtoken_vit.show.plots import save_figure
 
 __all__ = ["Place", "localise", "measure", "places_of"]
 
@@ -49,15 +50,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Score:
-    """A block's `Place`s: the mean over the pictures of the mean over a picture's objects."""
+    """A block's `Place`s: the mean over the images of the mean over an image's objects."""
 
     checkpoint: str
     block: str
-    pictures: int
+    images: int
     objects: int
     on_object: float
     error: float
-    """Standard error of `on_object` less `chance`, over the pictures."""
+    """Standard error of `on_object` less `chance`, over the images."""
     chance: float
     highest: float
     own: float
@@ -94,14 +95,14 @@ def gathered(attended: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def places_of(attended: Tensor, cover: Tensor) -> Place:
-    """Judge the map of a picture by one object in it.
+    """Judge the map of an image by one object in it.
 
     The tokens on an object are those of whose cell it covers at least a half, or, of a small one, the cell that it
     covers most of.
 
     Args:
         attended: (H, W, h, w), what each image token reads from each global token; each adds up to 1
-        cover: (Y, X), 1 where the object is in the picture that the network sees
+        cover: (Y, X), 1 where the object is in the image that the network sees
     """
     cover = cover[None].to(attended.dtype)
     (rows, columns), (height, width) = attended.shape[:2], cover.shape[1:]
@@ -132,21 +133,21 @@ def _covers(target: dict) -> Tensor:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, pictures: ObjectPictures, name: str = "") -> list[Score]:
+def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[Score]:
     """Judge every block's maps by every object; objects of less than a pixel there are left out.
 
     Args:
         model: a DualToken-ViT in evaluation mode
-        pictures: with a `transform` that makes the network's input
+        images: with a `transform` that makes the network's input
         name: of the network, for the scores
 
     Raises:
-        InputError: for another network, or pictures without objects.
+        InputError: for another network, or images without objects.
     """
     device = next(model.parameters()).device
-    found: dict[str, list[Tensor]] = {block: [] for block in blocks_of(model)}  # of each picture (objects, 4)
+    found: dict[str, list[Tensor]] = {block: [] for block in blocks_of(model)}  # of each image (objects, 4)
     sizes: list[int] = []
-    for x, target in in_threads(pictures.__getitem__, range(len(pictures)), len(pictures), name, 16):
+    for x, target in in_threads(images.__getitem__, range(len(images)), len(images), name, 16):
         covers = [cover for cover in _covers(target) if cover.any()]
         if not covers:
             continue
@@ -157,17 +158,17 @@ def measure(model: nn.Module, pictures: ObjectPictures, name: str = "") -> list[
             found[block].append(torch.tensor([[p.on_object, p.chance, p.highest, p.own] for p in places]))
         sizes.append(math.prod(math.ceil(side / STRIDE) for side in x.shape[1:]))
     if not sizes:
-        raise InputError(f"{pictures.name}: no objects; nothing to judge attention by")
+        raise InputError(f"{images.name}: no objects; nothing to judge attention by")
     scores = []
     for block, places in found.items():
-        means = torch.stack([one.double().mean(0) for one in places])  # (pictures, 4)
+        means = torch.stack([one.double().mean(0) for one in places])  # (images, 4)
         gain = means[:, 0] - means[:, 1]
         on_object, chance, highest, own = means.mean(0).tolist()
         scores.append(
             Score(
                 checkpoint=name,
                 block=block,
-                pictures=len(places),
+                images=len(places),
                 objects=sum(map(len, places)),
                 on_object=on_object,
                 error=gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.nan,
@@ -201,14 +202,14 @@ def draw(scores: Sequence[Score]) -> Figure:
     return figure
 
 
-def _pictures(images: Path | None, annotations: Path | None, masks: bool, limit: int | None) -> ObjectPictures:
+def _images(images: Path | None, annotations: Path | None, masks: bool, limit: int | None) -> DetectionDataset:
     if (images is None) != (annotations is None):
         raise InputError("--images DIR and --annotations FILE go together; without both, shapes are drawn")
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: must be at least 1")
     if images is None or annotations is None:
         return ShapeScenes("val", 128, count=limit)
-    return CocoPictures(images, annotations, masks, limit=limit)
+    return CocoDataset(images, annotations, masks, limit=limit)
 
 
 def localise(
@@ -231,19 +232,19 @@ def localise(
 
     Args:
         checkpoints: best.safetensors of classification runs of DualToken-ViTs.
-        images: Folder of pictures with labelled objects; without one, scenes of shapes are drawn, with masks.
-        annotations: COCO json of these pictures.
+        images: Folder of images with labelled objects; without one, scenes of shapes are drawn, with masks.
+        annotations: COCO json of these images.
         masks: The objects are their masks, not their boxes (those of drawn shapes are always masks).
-        image_size: Short side of the pictures that the network sees, in pixels; by default as in training. The finer
+        image_size: Short side of the images that the network sees, in pixels; by default as in training. The finer
             the better places can be told apart: global information is gathered on a grid of stride 32.
-        limit: Only the first so many pictures.
+        limit: Only the first so many images.
         device: auto, or any of torch's: cpu, cuda, mps.
         plot: PNG to draw the figures against the blocks in.
         json: Print one JSON object and nothing else.
         markdown: Print the table as Markdown.
 
     Raises:
-        InputError: for another kind of checkpoint, or pictures that cannot be used.
+        InputError: for another kind of checkpoint, or images that cannot be used.
     """
     if not checkpoints:
         raise InputError("no checkpoint is given; give the best.safetensors of one or more runs")
@@ -264,11 +265,11 @@ def localise(
         raise InputError(
             f"the networks see {' and '.join(map(str, sorted(sizes)))} pixels: give one --image-size for all"
         )
-    pictures = _pictures(images, annotations, masks, limit)
+    imgs = _images(images, annotations, masks, limit)
     scores: list[Score] = []
     for checkpoint, model, preprocessing, channels, size in networks:
-        pictures.channels = channels
-        pictures.transform = v2.Compose(
+        imgs.channels = channels
+        imgs.transform = v2.Compose(
             [
                 v2.Resize(size, antialias=True),
                 v2.ToDtype(torch.float32, scale=True),
@@ -276,7 +277,7 @@ def localise(
             ]
         )
         name = str(checkpoint.parent) if checkpoint.name == "best.safetensors" else str(checkpoint)
-        scores += measure(model.to(pick_device(device)), pictures, name)
+        scores += measure(model.to(pick_device(device)), imgs, name)
     if plot is not None:
         save_figure(draw(scores), plot, dpi=150)
     if json:
@@ -299,9 +300,7 @@ def localise(
         place = [f"{100 * share:.1f}" for share in (s.highest, s.own, s.own_chance)]
         groups.setdefault(s.checkpoint, []).append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
     print(table_text(columns, groups.values(), markdown))
-    print(
-        f"\n{scores[0].objects} objects in {scores[0].pictures} of {len(pictures)} pictures; means over the pictures."
-    )
+    print(f"\n{scores[0].objects} objects in {scores[0].images} of {len(imgs)} images; means over the images.")
     print(
         "on object    share of what an object's tokens read that lies on it; +-: standard error of its lead on chance\n"
         "chance       share of the places that the object covers; lift: the former over this\n"

@@ -1,4 +1,4 @@
-"""The report on a data set: what is in it, and what would stop a training run or spoil its result."""
+"""The report on a dataset: what is in it, and what would stop a training run or spoil its result."""
 
 import os
 from collections import Counter, defaultdict
@@ -14,16 +14,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dualtoken_vit.data.classification import EXTENSIONS, Pictures, Record, in_threads, read_split, split_name
+from dualtoken_vit.data.classification import Images, Record, read_split, split_name
+from dualtoken_vit.data.folders import EXTENSIONS
 from dualtoken_vit.data.images import load_image, naming
+from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Classification, Data
 
-_SHOWN = 20  # duplicates and foreign files that are named; unreadable pictures are all named
+_SHOWN = 20  # duplicates and foreign files that are named; unreadable images are all named
 
 
 class Facts(NamedTuple):
-    """What is known of one picture once it was read."""
+    """What is known of one image once it was read."""
 
     name: str
     label: str
@@ -35,16 +37,16 @@ class Facts(NamedTuple):
 
 
 def check_data(recipe: Classification) -> bool:
-    """Read every picture of a recipe's data set once and print what is found.
+    """Read every image of a recipe's dataset once and print what is found.
 
-    Problems are unreadable pictures, empty classes, classes of one split only, pictures that are in both splits, and
-    equal pictures in different classes. Sizes, modes, imbalance and the like are only told.
+    Problems are unreadable images, empty classes, classes of one split only, images that are in both splits, and
+    equal images in different classes. Sizes, modes, imbalance and the like are only told.
 
     Returns:
         True where there is no problem.
 
     Raises:
-        InputError: where there is no such data set.
+        InputError: where there is no such dataset.
     """
     data = recipe.data
     roles = ("train",) if data.holdout else ("train", "val")
@@ -52,12 +54,12 @@ def check_data(recipe: Classification) -> bool:
     found = {split: _read(dataset, split) for split, dataset in datasets.items()}
     class_names = {split: dataset.class_names for split, dataset in datasets.items()}
     table = count_table(class_names, {split: Counter(fact.label for fact in found[split]) for split in found})
-    told = [line for split, facts in found.items() for line in picture_lines(split, facts)]
+    told = [line for split, facts in found.items() for line in image_lines(split, facts)]
     if data.holdout:
         told.append(f"validation: {data.holdout:.0%} of each class of {data.train_split}")
     told += [f"note: {line}" for line in _notes(data, found)]
     unreadable = [fact.problem for facts in found.values() for fact in facts if fact.problem]
-    mixed = [f"equal pictures in different classes: {names}" for names in copies(found, lambda _, fact: fact.label)]
+    mixed = [f"equal images in different classes: {names}" for names in copies(found, lambda _, fact: fact.label)]
     return report(table, told, [*_class_problems(datasets, found), *unreadable], [in_both(found), mixed])
 
 
@@ -85,8 +87,8 @@ def report(table: Table, told: list[str], problems: list[str], many: list[list[s
     return not count
 
 
-def _read(dataset: Pictures, split: str) -> list[Facts]:
-    """Read every picture of a split, under a progress bar."""
+def _read(dataset: Images, split: str) -> list[Facts]:
+    """Read every image of a split, under a progress bar."""
 
     def look(record: Record) -> Facts:
         name, source, target = record
@@ -96,17 +98,17 @@ def _read(dataset: Pictures, split: str) -> list[Facts]:
 
 
 def look_at(name: str, source: Any, label: str = "") -> Facts:
-    """Read one picture."""
+    """Read one image."""
     try:
         with naming(name):
-            picture = source if isinstance(source, Image.Image) else Image.open(source)
-        with nullcontext(picture) if picture is source else picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            pixels = load_image(picture, name=name)
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+        with nullcontext(image) if image is source else image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            pixels = load_image(image, name=name)
     except InputError as error:
         return Facts(name, label, str(error))
     digest = blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).digest()
-    return Facts(name, label, "", pixels.size, picture.mode, digest, turned)
+    return Facts(name, label, "", pixels.size, image.mode, digest, turned)
 
 
 def count_table(class_names: dict[str, tuple[str, ...]], counts: dict[str, Counter]) -> Table:
@@ -122,8 +124,8 @@ def count_table(class_names: dict[str, tuple[str, ...]], counts: dict[str, Count
     return table
 
 
-def picture_lines(split: str, facts: list[Facts]) -> Iterator[str]:
-    """Sizes and modes of the pictures of a split that can be read."""
+def image_lines(split: str, facts: list[Facts]) -> Iterator[str]:
+    """Sizes and modes of the images of a split that can be read."""
     facts = [fact for fact in facts if not fact.problem]
     if facts:
         for side, values in zip(("width", "height"), zip(*(fact.size for fact in facts), strict=True), strict=True):
@@ -132,7 +134,7 @@ def picture_lines(split: str, facts: list[Facts]) -> Iterator[str]:
         yield f"{split}: modes {', '.join(f'{mode} {count}' for mode, count in modes)}"
 
 
-def _class_problems(datasets: dict[str, Pictures], found: dict[str, list[Facts]]) -> Iterator[str]:
+def _class_problems(datasets: dict[str, Images], found: dict[str, list[Facts]]) -> Iterator[str]:
     for split, dataset in datasets.items():
         filled = {fact.label for fact in found[split]}
         yield from (f"empty class: {split}/{name}" for name in dataset.class_names if name not in filled)
@@ -147,32 +149,32 @@ def missing_classes(class_names: dict[str, tuple[str, ...]]) -> Iterator[str]:
 
 
 def in_both(found: dict[str, list[Facts]]) -> list[str]:
-    """The pictures that are in both splits."""
+    """The images that are in both splits."""
     return [f"in both splits: {names}" for names in copies(found, lambda split, _: split)]
 
 
 def copies(found: dict[str, list[Facts]], differing: Callable[[str, Facts], str]) -> Iterator[str]:
-    """The names of equal pictures of which something (of split and picture) differs."""
+    """The names of equal images of which something (of split and image) differs."""
     for group in _equal(found):
         if len({differing(split, fact) for split, fact in group}) > 1:
             yield " = ".join(fact.name for _, fact in group)
 
 
 def copy_notes(found: dict[str, list[Facts]]) -> Iterator[str]:
-    """How many pictures are copies within a split."""
+    """How many images are copies within a split."""
     for split, facts in found.items():
         number = sum(len(group) - 1 for group in _equal({split: facts}))
         if number:
-            yield f"{number} pictures of {split} are exact copies of others in it"
+            yield f"{number} images of {split} are exact copies of others in it"
 
 
 def turned_notes(found: dict[str, list[Facts]], labels: str) -> Iterator[str]:
-    """Which pictures are turned by EXIF, where `labels` must have been drawn on them as they are shown."""
+    """Which images are turned by EXIF, where `labels` must have been drawn on them as they are shown."""
     for split, facts in found.items():
         names = [fact.name for fact in facts if fact.turned]
         if names:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            yield f"{len(names)} pictures of {split} are turned by EXIF; their {labels} must fit what is shown: {some}"
+            yield f"{len(names)} images of {split} are turned by EXIF; their {labels} must fit what is shown: {some}"
 
 
 def _notes(data: Data, found: dict[str, list[Facts]]) -> Iterator[str]:
@@ -183,11 +185,11 @@ def _notes(data: Data, found: dict[str, list[Facts]]) -> Iterator[str]:
     yield from copy_notes(found)
     if data.dataset == "folder":
         for split in found:
-            yield from first([f"not a picture of a class: {path}" for path in _foreign(Path(data.root, split))])
+            yield from first([f"not an image of a class: {path}" for path in _foreign(Path(data.root, split))])
 
 
 def _equal(found: dict[str, list[Facts]]) -> list[list[tuple[str, Facts]]]:
-    """Groups of two or more pictures with the same pixels, each with its split."""
+    """Groups of two or more images with the same pixels, each with its split."""
     groups = defaultdict(list)
     for split, facts in found.items():
         for fact in facts:

@@ -2,19 +2,19 @@
 
     detector = create_detector("mask-rcnn", "dualtoken_vit_small_mix", num_classes=80)
     losses = detector(images, targets)          # in training: {name: scalar}, to be summed
-    detections = detector.eval()(images)        # a dict a picture
+    detections = detector.eval()(images)        # a dict an image
 
 Images are a list of (3, H, W) in [0, 1], each of its own size from 32x32 up. The detector normalises, resizes and pads.
 
-Targets are a dict a picture, in the picture's own pixels:
+Targets are a dict an image, in the image's own pixels:
     boxes    (N, 4) float32, x1 y1 x2 y2 with x1 < x2 and y1 < y2
     labels   (N,) int64, from 0 to num_classes - 1
     masks    (N, H, W) bool or uint8; Mask R-CNN only
     crowd    (K, 4), optional: regions of uncounted objects. Anchors and proposals that match no object and lie in one
              by half of their own area or more are left out of the loss.
-N may be 0: the picture is all background.
+N may be 0: the image is all background.
 
-Detections are a dict a picture, in the picture's own pixels, the best first, at most `DETECTIONS`:
+Detections are a dict an image, in the image's own pixels, the best first, at most `DETECTIONS`:
     boxes    (N, 4) float32, x1 y1 x2 y2
     labels   (N,) int64, from 0 to num_classes - 1
     scores   (N,) float32, above `SCORE_THRESHOLD`
@@ -45,8 +45,8 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
-from dualtoken_vit.backbone import Backbone, OverBackbone, create_body
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body
 
 __all__ = ["MaskRCNN", "Pyramid", "RetinaNet", "build_detector", "create_detector"]
 
@@ -54,7 +54,7 @@ CHANNELS = 256  # of every level of the pyramid
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SCORE_THRESHOLD = 0.05
 NMS_THRESHOLD = 0.5
-DETECTIONS = 100  # a picture
+DETECTIONS = 100  # an image
 CROWD_OVERLAP = 0.5  # share of a box's own area from which on it belongs to a crowd region
 
 Target = dict[str, Tensor]
@@ -70,10 +70,10 @@ class Stages(Backbone):
     Args:
         model: from timm.create_model
         finest: the smallest stride asked for, 4 or 8
-        in_chans: channels of the pictures
+        in_chans: channels of the images
 
     Raises:
-        InputError: for a network without these strides, or which takes pictures of one size only.
+        InputError: for a network without these strides, or which takes images of one size only.
     """
 
     def __init__(self, model: nn.Module, finest: int, in_chans: int):
@@ -86,7 +86,7 @@ class Stages(Backbone):
         super().__init__(model, indices, "a detector", (64, 96), in_chans)
         if self.sizes != [(64 // s, 96 // s) for s in self.strides]:
             raise InputError(
-                f"--model.name {name}: strides {self.strides}, but a picture of 64x96 gives maps of {self.sizes}"
+                f"--model.name {name}: strides {self.strides}, but an image of 64x96 gives maps of {self.sizes}"
             )
 
     def train(self, mode: bool = True):
@@ -141,7 +141,7 @@ class Pyramid(nn.Module):
 class Anchors(AnchorGenerator):
     """torchvision's anchors, on the levels' own strides and in float32.
 
-    There a level's stride is the padded picture's size by the level's, which is another where the level has been
+    There a level's stride is the padded image's size by the level's, which is another where the level has been
     rounded up, and the anchors are of the maps' precision: under autocast, off by pixels.
     """
 
@@ -156,7 +156,7 @@ class Anchors(AnchorGenerator):
 
 
 def paste_mask(canvas: Tensor, mask: Tensor, box: Sequence[float]) -> None:
-    """Draw a box's mask (1, M, M) at its place x1, y1, x2, y2 in a canvas (1, H, W) bool of the picture's size.
+    """Draw a box's mask (1, M, M) at its place x1, y1, x2, y2 in a canvas (1, H, W) bool of the image's size.
 
     torchvision's way of it works on whole pixels, which makes masks grow: one of 32x32 to 34x34. That costs small
     objects a tenth of their IoU.
@@ -173,12 +173,12 @@ def paste_mask(canvas: Tensor, mask: Tensor, box: Sequence[float]) -> None:
 
 
 class Transform(GeneralizedRCNNTransform):
-    """Normalises, resizes and pads pictures and targets; torchvision's, for crowd regions and any shape too.
+    """Normalises, resizes and pads images and targets; torchvision's, for crowd regions and any shape too.
 
     Args:
-        image_size: short side of the pictures
+        image_size: short side of the images
         max_size: unless the long side would be longer
-        multi_scale: short sides of which training draws one for each picture; none: image_size
+        multi_scale: short sides of which training draws one for each image; none: image_size
         mean, std: of each channel
     """
 
@@ -206,13 +206,13 @@ class Transform(GeneralizedRCNNTransform):
         return image, target
 
     def fit(self, size: Sequence[int], short: int) -> tuple[int, int]:
-        """The height and width that a picture of this one is resized to, for this short side."""
+        """The height and width that an image of this one is resized to, for this short side."""
         scale = min(short / min(size), self.max_size / max(size))
         return tuple(max(1, round(side * scale)) for side in size)  # not 0, however narrow
 
-    def padded(self, picture: Tensor) -> tuple[int, int]:
-        """The height and width that a picture alone has in evaluation, resized and padded."""
-        sides = self.fit(picture.shape[-2:], self.min_size[-1])
+    def padded(self, image: Tensor) -> tuple[int, int]:
+        """The height and width that an image alone has in evaluation, resized and padded."""
+        sides = self.fit(image.shape[-2:], self.min_size[-1])
         return tuple(ceil(side / self.size_divisible) * self.size_divisible for side in sides)
 
     def postprocess(self, result, image_shapes, original_image_sizes) -> list[dict[str, Tensor]]:
@@ -274,9 +274,9 @@ class RegionHeads(RoIHeads):
 def detect_by_size(
     detect: Callable[[list[Tensor]], list[dict[str, Tensor]]], images: Sequence[Tensor], transform: Transform
 ) -> list[dict[str, Tensor]]:
-    """What `detect` finds in pictures, of which only those go in together that need no padding for each other.
+    """What `detect` finds in images, of which only those go in together that need no padding for each other.
 
-    The global tokens see the whole of a map, padding too: a picture would be seen otherwise in other company.
+    The global tokens see the whole of a map, padding too: an image would be seen otherwise in other company.
     """
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, image in enumerate(images):
@@ -418,7 +418,7 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
     @staticmethod
     def roi_pool(size: int) -> MultiScaleRoIAlign:
         pool = MultiScaleRoIAlign(["0", "1", "2", "3"], size, sampling_ratio=2)
-        # Else torchvision infers them from the first batch, wrongly where its pictures are half padding.
+        # Else torchvision infers them from the first batch, wrongly where its images are half padding.
         pool.scales, pool.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], initLevelMapper(2, 5)
         return pool
 
@@ -449,11 +449,11 @@ def build_detector(
         detector: "retinanet" or "mask-rcnn"
         model: of timm.create_model
         num_classes: of objects, without the background
-        image_size: pictures are resized so that their short side has this many pixels
+        image_size: images are resized so that their short side has this many pixels
         max_size: unless the long side would be longer than this
-        multi_scale: short sides of which training draws one for each picture; none: image_size
-        roi_samples: Mask R-CNN: proposals of a picture that the heads learn from
-        mean, std: of each of the pictures' channels; by default those of the network
+        multi_scale: short sides of which training draws one for each image; none: image_size
+        roi_samples: Mask R-CNN: proposals of an image that the heads learn from
+        mean, std: of each of the images' channels; by default those of the network
 
     Raises:
         InputError: for an unknown detector, or a network without maps of strides 8, 16 and 32.

@@ -5,7 +5,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from dualtoken_vit.model import Attention, LayerNorm, Linear, pad_to_multiple, token_mlp_layer
+from dualtoken_vit.models.layers import Attention, LayerNorm, Linear, pad_to_multiple, token_mlp_layer
 
 
 class NoTokens(nn.Module):

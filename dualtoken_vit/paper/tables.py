@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import dualtoken_vit  # noqa: F401  registers the models
-from dualtoken_vit.console import table_text
-from dualtoken_vit.counting import Counts, count
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.recipes import RECIPES, Detection, Model, Segmentation, model_kwargs
+from dualtoken_vit.show.console import table_text
 
 __all__ = ["PUBLISHED", "Published", "Row", "compare", "read_studies", "tables"]
 
@@ -162,7 +162,7 @@ def model_of(key: str) -> Model:
 
 
 def _heads(detector: nn.Module, x: Tensor) -> None:
-    """A detector's work on a picture, with 1000 proposals and 100 detections, whatever it would find."""
+    """A detector's work on an image, with 1000 proposals and 100 detections, whatever it would find."""
     maps = list(detector.backbone(x).values())
     if hasattr(detector, "head"):  # RetinaNet
         detector.head(maps)
@@ -176,8 +176,8 @@ def _heads(detector: nn.Module, x: Tensor) -> None:
 @cache  # some networks stand in several tables
 def _count(kind: str, model: Model) -> Counts:
     """What a network has, or a detector or segmenter over it, of which `kind` says which."""
-    from dualtoken_vit.detectors import create_detector  # after the command line has answered --help
-    from dualtoken_vit.segmenters import create_segmenter
+    from dualtoken_vit.models.detectors import create_detector  # after the command line has answered --help
+    from dualtoken_vit.models.segmenters import create_segmenter
 
     kwargs = model_kwargs(model)
     with torch.device("meta"):

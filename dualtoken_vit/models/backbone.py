@@ -1,4 +1,4 @@
-"""What is asked of a timm network: its size of pictures, its maps for detectors and segmenters."""
+"""What is asked of a timm network: its size of images, its maps for detectors and segmenters."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -22,17 +22,17 @@ class Backbone(FeatureGetterNet):
     """Some of a timm network's maps, (B, C, H, W) each, the finest first; what lies behind the last is cut off.
 
     A network that takes only sizes that its last stride divides (HRNet, DLA), or leaves out what is over (ConvNeXt),
-    sees zeros at the right and bottom; the places of its maps that lie beyond the picture are left out.
+    sees zeros at the right and bottom; the places of its maps that lie beyond the image are left out.
 
     Args:
         model: from timm.create_model, with `forward_intermediates`
         indices: places in the network's `feature_info`
         user: who needs them, for errors
-        size: height and width of the picture that it is tried with
-        in_chans: channels of the pictures
+        size: height and width of the image that it is tried with
+        in_chans: channels of the images
 
     Raises:
-        InputError: for a network that refuses that picture.
+        InputError: for a network that refuses that image.
     """
 
     def __init__(self, model: nn.Module, indices: Sequence[int], user: str, size: tuple[int, int], in_chans: int = 3):
@@ -58,7 +58,7 @@ class Backbone(FeatureGetterNet):
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise InputError(self._refusal(user, size, first_line(reason or error))) from error
         self.sizes = [tuple(m.shape[2:]) for m in maps]
-        """Those of its maps of that picture."""
+        """Those of its maps of that image."""
         self.train()
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class Backbone(FeatureGetterNet):
         hint = f"; try --model.args {freed}" if freed else ""
         name = self.model.pretrained_cfg["architecture"]
         return (
-            f"--model.name {name}: refuses a trial picture of {size[0]}x{size[1]} pixels ({reason}); {user} needs a "
+            f"--model.name {name}: refuses a trial image of {size[0]}x{size[1]} pixels ({reason}); {user} needs a "
             f"network for any size{hint}"
         )
 
@@ -119,11 +119,11 @@ class OverBackbone:
 
 
 def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation of each channel by which a timm network's pictures are normalised.
+    """Mean and deviation of each channel by which a timm network's images are normalised.
 
     Args:
         cfg: the network's `pretrained_cfg`
-        channels: of the pictures; where it is not the cfg's number, each has the mean of those
+        channels: of the images; where it is not the cfg's number, each has the mean of those
     """
     found = {key: tuple(cfg[key]) for key in ("mean", "std")}
     if channels != len(found["mean"]):
@@ -133,7 +133,7 @@ def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...
 
 @torch.no_grad()
 def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
-    """See whether the network takes pictures of this size, by timm's record and by trial; leaves it in evaluation mode.
+    """See whether the network takes images of this size, by timm's record and by trial; leaves it in evaluation mode.
 
     Raises:
         InputError: if not.

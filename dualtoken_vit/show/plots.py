@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from dualtoken_vit.checkpoint import atomic_write
+from dualtoken_vit.files import atomic_write
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
@@ -102,7 +102,7 @@ def save_confusion(matrix: np.ndarray, class_names: Sequence[str], path: Path, p
 
 
 def save_growth(results: Sequence[Any], path: Path) -> None:
-    """Latency against the pixels of the pictures, a line a model, from `benchmark.Result`s."""
+    """Latency against the pixels of the images, a line a model, from `benchmark.Result`s."""
     cells = list(dict.fromkeys((r.mode, r.batch_size) for r in results))
     figure = Figure(figsize=(6.5 * len(cells), 4.5), layout="constrained")
     for axes, (mode, batch_size) in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
@@ -118,7 +118,7 @@ def save_growth(results: Sequence[Any], path: Path) -> None:
         axes.minorticks_off()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("size of the pictures (log scale of their pixels)")
+        axes.set_xlabel("size of the images (log scale of their pixels)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     save_figure(figure, path)

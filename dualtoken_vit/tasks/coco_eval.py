@@ -1,6 +1,6 @@
 """Average precision of detections as COCO defines it, computed by faster-coco-eval.
 
-Detections are gathered as COCO results, one list a picture, which is also what is written to a file.
+Detections are gathered as COCO results, one list an image, which is also what is written to a file.
 """
 
 import json
@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from dualtoken_vit.checkpoint import atomic_write
 from dualtoken_vit.data.coco import encode_masks
+from dualtoken_vit.files import atomic_write
 
 KINDS = {"box": "bbox", "mask": "segmentation"}  # what is compared: its key in a result
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # in COCO's order
@@ -35,11 +34,11 @@ class Score:
 
 
 def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The detections of one picture as COCO results.
+    """The detections of one image as COCO results.
 
     Args:
         image_id: The json's.
-        detections: boxes (N, 4) XYXY in pixels of the picture as it is stored, labels (N,) class indices, scores (N,),
+        detections: boxes (N, 4) XYXY in pixels of the image as it is stored, labels (N,) class indices, scores (N,),
             and masks (N, 1, H, W) where there are any.
         category_ids: The json's id of each class index.
     """
@@ -54,16 +53,6 @@ def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Seque
         for result, mask in zip(results, encode_masks(detections["masks"].flatten(0, 1)), strict=True):
             result["segmentation"] = mask
     return results
-
-
-def gather(found: dict[int, list[dict]]) -> dict[int, list[dict]]:
-    """The results of all the processes, in each of them: image id to results, each image once."""
-    parts = [found]
-    if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, found)
-    merged = {image_id: results for part in parts for image_id, results in part.items()}
-    return dict(sorted(merged.items()))  # files should not depend on the number of processes
 
 
 def evaluate(truth: dict[str, list[dict]], found: dict[int, list[dict]], masks: bool) -> dict[str, Score]:

@@ -13,19 +13,9 @@ from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from dualtoken_vit.ablations import Windows, crop
-from dualtoken_vit.model import (
-    BiDim,
-    LayerNorm,
-    Linear,
-    Mlp,
-    TwoStreamViT,
-    check_stages,
-    checkpoint_filter_fn,
-    create,
-    model_cfg,
-    pad_to_multiple,
-)
+from dualtoken_vit.models.ablations import Windows, crop
+from dualtoken_vit.models.layers import BiDim, LayerNorm, Linear, Mlp, pad_to_multiple
+from dualtoken_vit.models.two_stream import TwoStreamViT, check_stages, checkpoint_filter_fn, create, model_cfg
 
 __all__ = ["LightViT", "checkpoint_filter_fn"]  # the latter is looked for beside a network's class
 

@@ -1,6 +1,5 @@
-"""Pictures for people: a picture beside its classes or with its objects, contact sheets."""
+"""Images for people: an image beside its classes or with its objects, contact sheets."""
 
-import os
 from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from functools import cache
@@ -13,14 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from dualtoken_vit.checkpoint import atomic_write
+from dualtoken_vit.files import atomic_write, printable
 
 Top = list[tuple[str, float]]  # class and probability, most likely first
-
-
-def printable(path: str | Path) -> str:
-    """A file's name for people: bytes that are no UTF-8 are replaced."""
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -30,13 +24,13 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 # Sizes in pixels, twice what they are meant to be seen at.
-SIDE = 448  # of the square that a picture is fitted into
+SIDE = 448  # of the square that an image is fitted into
 PANEL = 448  # width of the bars beside it
 MARGIN = 40
 ROW = 80  # height of a class: its name, its bar
 THUMB = 224
 COLUMNS, ROWS = 6, 6  # of a contact sheet
-LABELLED = 12  # pictures on a contact sheet of labels
+LABELLED = 12  # images on a contact sheet of labels
 INK, MUTED, TRACK, FIRST, OTHER = "#1f2933", "#6b7785", "#e9edf2", "#2f6fde", "#a9c3ee"
 
 
@@ -71,13 +65,13 @@ def _bar(draw: ImageDraw.ImageDraw, x: int, y: int, width: int, height: int, sha
 
 
 def draw_card(image: Image.Image, title: str, top: Top) -> Image.Image:
-    """The picture, beside it its name and a bar for each class."""
+    """The image, beside it its name and a bar for each class."""
     head = 56
     height = max(SIDE, head + ROW * len(top)) + 2 * MARGIN
     card = Image.new("RGB", (SIDE + PANEL + 3 * MARGIN, height), "white")
     draw = ImageDraw.Draw(card)
-    picture = fit(image, SIDE)
-    card.paste(picture, (MARGIN + (SIDE - picture.width) // 2, (height - picture.height) // 2))
+    img = fit(image, SIDE)
+    card.paste(img, (MARGIN + (SIDE - img.width) // 2, (height - img.height) // 2))
     x, y = SIDE + 2 * MARGIN, (height - head - ROW * len(top)) // 2
     draw.text((x, y), _shorten(title, _font(22), PANEL), MUTED, _font(22))
     for rank, (name, probability) in enumerate(top):
@@ -100,13 +94,13 @@ def color_of(label: int) -> tuple[int, int, int]:
 
 
 def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Sequence[str]) -> Image.Image:
-    """A picture with its objects: boxes in the colour of the class, names, scores and masks where there are any.
+    """An image with its objects: boxes in the colour of the class, names, scores and masks where there are any.
 
     Names and colours of a single class would say nothing: then objects differ in colour, and have no names.
 
     Args:
-        image: The picture; drawn with its long side between 800 and 1600 pixels.
-        objects: boxes (N, 4) XYXY in the picture's pixels, labels (N,); scores (N,) and masks (N, [1,] H, W) if known.
+        image: The image; drawn with its long side between 800 and 1600 pixels.
+        objects: boxes (N, 4) XYXY in the image's pixels, labels (N,); scores (N,) and masks (N, [1,] H, W) if known.
         class_names: By label.
     """
     long = max(image.size)
@@ -148,7 +142,7 @@ def spread(items: Sequence[Any]) -> Sequence[Any]:
 
 
 def draw_labelled(drawings: Sequence[Image.Image]) -> Image.Image:
-    """A contact sheet of pictures with their labels, large enough to judge these."""
+    """A contact sheet of images with their labels, large enough to judge these."""
     cell, columns, gap = 640, 3, 8
     page = Image.new("RGB", (columns * cell, ceil(len(drawings) / columns) * cell), "white")
     for index, drawing in enumerate(drawings):
@@ -161,15 +155,13 @@ def palette(num_classes: int) -> list[int]:
     return [part for label in range(num_classes) for part in color_of(label)]
 
 
-Panel = tuple[
-    str, Image.Image, np.ndarray | None
-]  # title, picture, and the labels (H, W) of its pixels, to lie over it
+Panel = tuple[str, Image.Image, np.ndarray | None]  # title, image, and the labels (H, W) of its pixels, to lie over it
 
 
 def draw_scene(panels: Sequence[Panel], class_names: Sequence[str]) -> Image.Image:
-    """Pictures side by side, each under its labels in the colours of the classes, and a legend below.
+    """Images side by side, each under its labels in the colours of the classes, and a legend below.
 
-    Labels that are no class are left as the picture is. The legend has the classes that are in a panel, in the order
+    Labels that are no class are left as the image is. The legend has the classes that are in a panel, in the order
     of their share of the first labels' pixels, which it gives if these are the only ones.
     """
     gap = 16
@@ -183,19 +175,19 @@ def draw_scene(panels: Sequence[Panel], class_names: Sequence[str]) -> Image.Ima
     present = [label for label in np.argsort(-shares, kind="stable").tolist() if any(one[label] for one in counts)]
     names = [_shorten(class_names[label], font, 200) for label in present]
     texts = [f"{name} {shares[k]:.1%}" for name, k in zip(names, present, strict=True)] if len(maps) == 1 else names
-    width = sum(picture.width for picture in shown) + gap * (len(shown) - 1)
+    width = sum(img.width for img in shown) + gap * (len(shown) - 1)
     cell = max((round(font.getlength(text)) + 56 for text in texts), default=1)
     columns = max(1, width // cell)
-    height = head + max(picture.height for picture in shown)
+    height = head + max(img.height for img in shown)
     page = Image.new("RGB", (max(width, cell), height + gap + 32 * ceil(len(texts) / columns)), "white")
     draw = ImageDraw.Draw(page)
     x = 0
-    for (title, _, labels), picture in zip(panels, shown, strict=True):
+    for (title, _, labels), img in zip(panels, shown, strict=True):
         if labels is not None:
-            picture = _under(picture, labels, len(class_names))
-        draw.text((x, 2), _shorten(title, font, picture.width), INK, font)
-        page.paste(picture, (x, head))
-        x += picture.width + gap
+            img = _under(img, labels, len(class_names))
+        draw.text((x, 2), _shorten(title, font, img.width), INK, font)
+        page.paste(img, (x, head))
+        x += img.width + gap
     for place, (label, text) in enumerate(zip(present, texts, strict=True)):
         x, y = place % columns * cell, height + gap + place // columns * 32
         draw.rectangle((x, y, x + 24, y + 24), color_of(label))
@@ -203,11 +195,11 @@ def draw_scene(panels: Sequence[Panel], class_names: Sequence[str]) -> Image.Ima
     return page
 
 
-def _under(picture: Image.Image, labels: np.ndarray, num_classes: int) -> Image.Image:
-    """The picture with the colours of its labels over it."""
-    labels = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST))
+def _under(image: Image.Image, labels: np.ndarray, num_classes: int) -> Image.Image:
+    """The image with the colours of its labels over it."""
+    labels = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
     colors = np.array([color_of(label) for label in range(256)], dtype=np.float32)
-    pixels = np.asarray(picture).astype(np.float32)
+    pixels = np.asarray(image).astype(np.float32)
     mixed = np.where((labels < num_classes)[..., None], 0.4 * pixels + 0.6 * colors[labels], pixels)
     return Image.fromarray(mixed.astype(np.uint8))
 
@@ -217,7 +209,7 @@ def sheet_name(page: int) -> str:
 
 
 class Sheet:
-    """Contact sheets, sheet.png, sheet-2.png, ...: many pictures on a page, each over a name and a bar for a share."""
+    """Contact sheets, sheet.png, sheet-2.png, ...: many images on a page, each over a name and a bar for a share."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -238,9 +230,9 @@ class Sheet:
         columns = min(COLUMNS, len(self.cells))
         page = Image.new("RGB", (columns * width + gap, ceil(len(self.cells) / columns) * height + gap), "white")
         draw = ImageDraw.Draw(page)
-        for i, (picture, name, share) in enumerate(self.cells):
+        for i, (image, name, share) in enumerate(self.cells):
             x, y = gap + i % columns * width, gap + i // columns * height
-            page.paste(picture, (x + (THUMB - picture.width) // 2, y + (THUMB - picture.height) // 2))
+            page.paste(image, (x + (THUMB - image.width) // 2, y + (THUMB - image.height) // 2))
             font, percent = _font(18, True), "" if share is None else f"{share:.0%}"
             room = THUMB - _font(18).getlength(percent) - 12
             draw.text((x, y + THUMB + 12), _shorten(name, font, room), INK, font)

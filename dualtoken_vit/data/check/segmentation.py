@@ -1,4 +1,4 @@
-"""The report on pictures with masks: what is in them, and what would stop or spoil a training run."""
+"""The report on images with masks: what is in them, and what would stop or spoil a training run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +9,18 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from dualtoken_vit.data.check import Facts, copy_notes, in_both, look_at, picture_lines, report, turned_notes
-from dualtoken_vit.data.classification import in_threads
+from dualtoken_vit.data.check.classification import (
+    Facts,
+    copy_notes,
+    image_lines,
+    in_both,
+    look_at,
+    report,
+    turned_notes,
+)
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.masks import (
     BEYOND,
-    IGNORE,
     beyond_fault,
     find_pairs,
     highest_label,
@@ -25,15 +31,17 @@ from dualtoken_vit.data.masks import (
     size_fault,
     to_classes,
 )
-from dualtoken_vit.draw import draw_labelled, draw_scene, save_image, spread
+from dualtoken_vit.data.threads import in_threads
+from dualtoken_vit.data.transforms import IGNORE
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Segmentation
+from dualtoken_vit.show.drawing import draw_labelled, draw_scene, save_image, spread
 
 
 class _Look(NamedTuple):
-    """A picture and its mask, once they were looked at."""
+    """An image and its mask, once they were looked at."""
 
-    facts: Facts  # of the picture
+    facts: Facts  # of the image
     problem: str  # with the mask
     labels: np.ndarray  # that are in the mask, in order
     pixels: np.ndarray  # of each of them
@@ -41,17 +49,17 @@ class _Look(NamedTuple):
 
 
 def check_segmentation_data(recipe: Segmentation, out: Path) -> bool:
-    """Read every picture and mask once and print what is found; draw some with their labels as OUT/labels.png.
+    """Read every image and mask once and print what is found; draw some with their labels as OUT/labels.png.
 
     Problems are whatever training would stop at (missing, unreadable or coloured masks, sizes that differ, labels
-    beyond the classes), masks without a picture, classes that are in no training mask, and pictures in both splits.
+    beyond the classes), masks without an image, classes that are in no training mask, and images in both splits.
     The share of each class and copies are only told.
 
     Returns:
         True where there is no problem.
 
     Raises:
-        InputError: where there is no such data set.
+        InputError: where there is no such dataset.
     """
     data = recipe.data
     if data.dataset != "masks":
@@ -73,7 +81,7 @@ def check_segmentation_data(recipe: Segmentation, out: Path) -> bool:
     told = [
         line
         for split, found in looks.items()
-        for line in (*picture_lines(split, facts[split]), *_told(split, found, counts[split]))
+        for line in (*image_lines(split, facts[split]), *_told(split, found, counts[split]))
     ]
     told += [f"note: {line}" for line in (*copy_notes(facts), *turned_notes(facts, "masks"), *_slow(recipe, facts))]
     sound = [
@@ -88,23 +96,23 @@ def check_segmentation_data(recipe: Segmentation, out: Path) -> bool:
         if not k
     ]
     alone = [f"without a mask: {path}" for _, without, _ in splits.values() for path in without]
-    orphans = [f"mask without a picture: {path}" for _, _, without in splits.values() for path in without]
-    pictures = [one.problem for found in facts.values() for one in found if one.problem]
+    orphans = [f"mask without an image: {path}" for _, _, without in splits.values() for path in without]
+    images = [one.problem for found in facts.values() for one in found if one.problem]
     masks = [look.problem for found in looks.values() for look in found if look.problem]
-    return report(_shares(names, counts), told, [*missing, *pictures], [alone, orphans, masks, in_both(facts)])
+    return report(_shares(names, counts), told, [*missing, *images], [alone, orphans, masks, in_both(facts)])
 
 
 def _look(split: str, pairs: list[tuple[str, str]]) -> list[_Look]:
-    """Read every picture and mask of a split, under a progress bar."""
+    """Read every image and mask of a split, under a progress bar."""
 
     def look(pair: tuple[str, str]) -> _Look:
-        picture, mask = pair
-        facts = look_at(picture, picture)
+        image, mask = pair
+        facts = look_at(image, image)
         try:
             labels = read_mask(mask)
         except InputError as error:
             return _Look(facts, str(error), np.zeros(0, np.int64), np.zeros(0, np.int64))
-        fault = "" if facts.problem else size_fault(picture, facts.size, labels)
+        fault = "" if facts.problem else size_fault(image, facts.size, labels)
         return _Look(facts, f"{mask}: {fault}" if fault else "", *np.unique(labels, return_counts=True), mask)
 
     return list(in_threads(look, pairs, len(pairs), f"reading {split}"))
@@ -125,10 +133,10 @@ def _counts(look: _Look, table: np.ndarray) -> np.ndarray:
 
 
 def _slow(recipe: Segmentation, facts: dict[str, list[Facts]]) -> Iterator[str]:
-    """What to say of pictures so large that training spends its time on making them small."""
+    """What to say of images so large that training spends its time on making them small."""
     sides = [min(one.size) for one in facts[recipe.data.train_split] if not one.problem]
     if recipe.data.image_size is None and sides and median(sides) > 2 * max(recipe.data.crop_size):
-        yield "most pictures are more than twice the crop: --data.image-size makes training faster"
+        yield "most images are more than twice the crop: --data.image-size makes training faster"
 
 
 def _shares(names: tuple[str, ...], counts: dict[str, np.ndarray]) -> Table:
@@ -145,14 +153,14 @@ def _shares(names: tuple[str, ...], counts: dict[str, np.ndarray]) -> Table:
 
 def _told(split: str, looks: list[_Look], counts: np.ndarray) -> Iterator[str]:
     share = counts[IGNORE] / max(counts.sum(), 1)
-    yield f"{split}: {len(looks)} pictures with a mask; {share:.1%} of the pixels are ignored"
+    yield f"{split}: {len(looks)} images with a mask; {share:.1%} of the pixels are ignored"
 
 
 def _contact_sheet(pairs: list[tuple[str, str]], names: tuple[str, ...], table: np.ndarray, path: Path) -> str:
-    """Draw pictures with labels from all over a split; returns what to tell."""
+    """Draw images with labels from all over a split; returns what to tell."""
     drawings = [
-        draw_scene([("", load_image(picture), to_classes(read_mask(mask), table))], names)
-        for picture, mask in spread(pairs)
+        draw_scene([("", load_image(image), to_classes(read_mask(mask), table))], names)
+        for image, mask in spread(pairs)
     ]
     save_image(draw_labelled(drawings), path)
-    return f"{len(drawings)} pictures with their labels: {path}"
+    return f"{len(drawings)} images with their labels: {path}"

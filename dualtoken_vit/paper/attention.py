@@ -26,23 +26,26 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
-from dualtoken_vit.backbone import check_size
-from dualtoken_vit.checkpoint import Checkpoint, atomic_write, load_model
-from dualtoken_vit.console import table_text
-from dualtoken_vit.data.classification import in_threads
-from dualtoken_vit.data.images import eval_transform, load_image
-from dualtoken_vit.draw import printable
+from dualtoken_vit.checkpoint import Checkpoint, load_model
+from dualtoken_vit.data.images import load_image
+from dualtoken_vit.data.threads import in_threads
+from dualtoken_vit.data.transforms import classification_eval
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.model import Attention, Block, PositionAwareFusion
-from dualtoken_vit.plots import save_figure
-from dualtoken_vit.predict import find_pictures, none_readable, pick_device, save_record, tell_unreadable
+from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.machine import pick_device
+from dualtoken_vit.models.backbone import check_size
+from dualtoken_vit.models.dualtoken import Block, PositionAwareFusion
+from dualtoken_vit.models.layers import Attention
+from dualtoken_vit.predict import find_images, none_readable, save_record, tell_unreadable
 from dualtoken_vit.recipes import Data
+from dualtoken_vit.show.console import table_text
+from dualtoken_vit.show.plots import save_figure
 
 __all__ = ["attention", "blocks_of", "gradient_importance", "recording", "replacement_importance"]
 
 RECORD = "attention.json"  # marks a folder as one that `attention` wrote
 HIGHEST = 8  # global tokens that Figure 4 marks
-ROWS = 8  # pictures on the pages of all of them
+ROWS = 8  # images on the pages of all of them
 TOGETHER = 64  # replacements in a batch
 
 
@@ -111,7 +114,7 @@ def _log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
 def gradient_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
     """How much each image token that enters a block speaks for the class that is predicted.
 
-    To first order, what the log-probability of that class would lose if the token were the mean token of its picture:
+    To first order, what the log-probability of that class would lose if the token were the mean token of its image:
     the gradient with respect to the token times the token's difference from the mean.
 
     Args:
@@ -135,7 +138,7 @@ def gradient_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
 def replacement_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
     """What the log-probability of the predicted class loses when an image token that enters a block is replaced.
 
-    By the mean token of its picture: what `gradient_importance` foretells, measured, in a forward pass a token.
+    By the mean token of its image: what `gradient_importance` foretells, measured, in a forward pass a token.
 
     Args:
         model: in evaluation mode
@@ -158,13 +161,13 @@ def replacement_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
 
     lost, size = [], [0, 0]
     with block.register_forward_pre_hook(replace):
-        for picture in x:
+        for image in x:
             places: list[int] = []  # none: the network as it is
-            before, best = _log_probabilities(model, picture[None]).max(-1)
+            before, best = _log_probabilities(model, image[None]).max(-1)
             after = []
             for start in range(0, math.prod(size), TOGETHER):
                 places = list(range(start, min(start + TOGETHER, math.prod(size))))
-                after.append(_log_probabilities(model, picture.expand(len(places), -1, -1, -1))[:, best])
+                after.append(_log_probabilities(model, image.expand(len(places), -1, -1, -1))[:, best])
             lost.append((before - torch.cat(after)).reshape(size))
     return torch.stack(lost)
 
@@ -178,10 +181,10 @@ def highest(grid: np.ndarray, count: int = HIGHEST) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a network attends to in one picture."""
+    """What a network attends to in one image."""
 
     title: str
-    picture: Image.Image
+    image: Image.Image
     """As the network saw it."""
     label: str
     """The class that it predicts, with its probability."""
@@ -203,12 +206,12 @@ def _plain(axes: Axes, title: str = "") -> None:
     axes.set_title(title, fontsize=9)
 
 
-def _show_picture(axes: Axes, seen: Seen, boxed: bool, title: str) -> None:
-    """The picture, the key token boxed if asked for."""
-    axes.imshow(seen.picture)
+def _show_image(axes: Axes, seen: Seen, boxed: bool, title: str) -> None:
+    """The image, the key token boxed if asked for."""
+    axes.imshow(seen.image)
     if boxed:
         (height, width), (row, column) = seen.map.shape[:2], seen.token
-        down, across = seen.picture.height / height, seen.picture.width / width
+        down, across = seen.image.height / height, seen.image.width / width
         axes.add_patch(Rectangle((column * across, row * down), across, down, fill=False, color="red", linewidth=2))
     _plain(axes, title)
 
@@ -225,10 +228,10 @@ def _mosaic(maps: np.ndarray, gap: int = 1) -> np.ndarray:
 
 
 def draw_key_tokens(seen: Sequence[Seen]) -> Figure:
-    """Figure 1, a row a picture: the picture with its key token boxed, and that token's map over the global tokens."""
+    """Figure 1, a row an image: the image with its key token boxed, and that token's map over the global tokens."""
     figure = Figure(figsize=(5.2, 2.6 * len(seen)), layout="constrained")
     for (left, right), one in zip(figure.subplots(len(seen), 2, squeeze=False), seen, strict=True):
-        _show_picture(left, one, True, one.label)
+        _show_image(left, one, True, one.label)
         heat = right.imshow(one.map[one.token], cmap="viridis")
         _plain(right, "read from the global tokens")
         figure.colorbar(heat, ax=right, shrink=0.8, format=lambda share, _: f"{share:.1%}").ax.tick_params(labelsize=7)
@@ -236,7 +239,7 @@ def draw_key_tokens(seen: Sequence[Seen]) -> Figure:
 
 
 def draw_maps(seen: Sequence[Seen], most: int = 7) -> Figure:
-    """Figure 4, a row a picture: it; the map of every image token; their highest global tokens; the mean of all maps.
+    """Figure 4, a row an image: it; the map of every image token; their highest global tokens; the mean of all maps.
 
     Args:
         seen: one a row
@@ -249,7 +252,7 @@ def draw_maps(seen: Sequence[Seen], most: int = 7) -> Figure:
         maps = F.adaptive_avg_pool2d(tokens, size).permute(2, 3, 0, 1).numpy()
         marks = np.stack([[highest(grid) for grid in line] for line in maps]).astype(float)
         mean = maps.mean((0, 1))
-        _show_picture(row[0], one, False, one.label)
+        _show_image(row[0], one, False, one.label)
         row[1].imshow(_mosaic(maps), cmap="viridis")
         _plain(row[1], "map of the token at each place")
         row[2].imshow(_mosaic(marks), cmap="Reds", vmin=0, vmax=1)
@@ -262,12 +265,12 @@ def draw_maps(seen: Sequence[Seen], most: int = 7) -> Figure:
 
 
 def draw_blocks(seen: Seen, columns: int = 6) -> Figure:
-    """What the image tokens read on average in each block, beside the picture."""
+    """What the image tokens read on average in each block, beside the image."""
     names = list(seen.maps)
     rows = math.ceil((len(names) + 1) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.1 * rows), layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False).flat
-    _show_picture(cells[0], seen, False, seen.label)
+    _show_image(cells[0], seen, False, seen.label)
     for axes, name in zip(cells[1:], names, strict=False):
         axes.imshow(seen.maps[name].mean((0, 1)), cmap="viridis")
         _plain(axes, name.removeprefix("stages.").replace(".blocks.", ", block "))
@@ -304,21 +307,21 @@ class Viewer:
             crop_pct=preprocessing["crop_pct"],
             interpolation=preprocessing["interpolation"],
         )
-        self.transform = eval_transform(data, self.mean, self.std)
+        self.transform = classification_eval(data, self.mean, self.std)
 
-    def picture(self, x: Tensor) -> Image.Image:
-        """The picture (C, H, W) that the network sees, for people."""
+    def image(self, x: Tensor) -> Image.Image:
+        """The image (C, H, W) that the network sees, for people."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         pixels = ((x.cpu() * std + mean).clamp(0, 1) * 255).round().byte()
         return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
     def look(self, title: str, x: Tensor, token: tuple[int, int] | None) -> tuple[Seen, dict[str, Any]]:
-        """The maps of a picture (C, H, W), and what is to be told of it."""
+        """The maps of an image (C, H, W), and what is to be told of it."""
         x = x[None].to(next(self.model.parameters()).device)
         with torch.inference_mode(), recording(self.model) as maps:
             probability, best = self.model(x).float().softmax(-1).max(-1)
         name = self.class_names[best.item()]
-        told: dict[str, Any] = {"picture": title, "class": name, "probability": round(probability.item(), 6)}
+        told: dict[str, Any] = {"image": title, "class": name, "probability": round(probability.item(), 6)}
         height, width = maps[self.block].shape[1:3]
         if token is None:
             foretold, lost = (
@@ -333,7 +336,7 @@ class Viewer:
             raise InputError(f"--token {token[0]},{token[1]}: {self.block} has {here}")
         told["token"] = list(token)
         found = {key: value[0].cpu().numpy() for key, value in maps.items()}
-        return Seen(title, self.picture(x[0]), f"{name} {probability.item():.0%}", token, found, self.block), told
+        return Seen(title, self.image(x[0]), f"{name} {probability.item():.0%}", token, found, self.block), told
 
 
 def attention(
@@ -349,31 +352,31 @@ def attention(
 ) -> bool:
     """Draw what the image tokens of a trained classifier read from the global tokens, as the paper's Figures 1 and 4.
 
-    Writes for each picture NAME.key.png (the key token boxed, beside its map), NAME.maps.png (the maps of all tokens)
-    and the maps as NAME.npy (H, W, h, w); of several pictures also figure-1.png and figure-4.png of the first 8. The
-    key token is the one that enters the block and whose replacement by the mean token of the picture costs the class
+    Writes for each image NAME.key.png (the key token boxed, beside its map), NAME.maps.png (the maps of all tokens)
+    and the maps as NAME.npy (H, W, h, w); of several images also figure-1.png and figure-4.png of the first 8. The
+    key token is the one that enters the block and whose replacement by the mean token of the image costs the class
     that is predicted most of its log-probability; the table compares what the gradient says.
 
     Args:
         checkpoint: A best.safetensors of a classification run of a DualToken-ViT.
-        images: Picture files, and folders to search for them, subfolders included.
+        images: Image files, and folders to search for them, subfolders included.
         out: Folder for the drawings: a new one, or one that this command made.
         block: Which block's maps, counted from 0; -1 is the last.
         token: ROW,COL of the token to show in place of the key token, counted from 0.
         every_block: Also draw what is read on average in every block, NAME.blocks.png, and save all their maps as
             NAME.BLOCK.npy.
-        image_size: Side of the pictures that the network sees, in pixels; by default as in training.
+        image_size: Side of the images that the network sees, in pixels; by default as in training.
         device: auto, or any of torch's: cpu, cuda, mps.
         json: Print one JSON object on stdout instead of the table, and nothing else there.
 
     Returns:
-        Whether every picture could be read; those that could not are named on stderr.
+        Whether every image could be read; those that could not are named on stderr.
 
     Raises:
-        InputError: where no picture can be read, for another kind of checkpoint, a block or token that is not there.
+        InputError: where no image can be read, for another kind of checkpoint, a block or token that is not there.
     """
     place = _numbers(token) if token is not None else None
-    pictures = find_pictures(images, out, RECORD)
+    imgs = find_images(images, out, RECORD)
     model, loaded = load_model(checkpoint)
     if loaded.task != "classification":
         raise InputError(f"{checkpoint} is of {loaded.task}; give the best.safetensors of a classification run")
@@ -385,19 +388,19 @@ def attention(
         except InputError as error:
             return error
 
-    record: dict[str, Any] = {"checkpoint": str(checkpoint), "block": viewer.block, "pictures": [], "unreadable": []}
+    record: dict[str, Any] = {"checkpoint": str(checkpoint), "block": viewer.block, "images": [], "unreadable": []}
     first: list[Seen] = []
-    pixels = in_threads(read, [picture.path for picture in pictures], len(pictures), "looking", 16)
-    for picture, x in zip(pictures, pixels, strict=True):
+    pixels = in_threads(read, [image.path for image in imgs], len(imgs), "looking", 16)
+    for image, x in zip(imgs, pixels, strict=True):
         if isinstance(x, InputError):
-            record["unreadable"].append({"picture": str(picture.path), "reason": str(x)})
+            record["unreadable"].append({"image": str(image.path), "reason": str(x)})
             continue
-        seen, told = viewer.look(printable(picture.path), x, place)
-        if not record["pictures"]:  # or a run that is cut short leaves a folder that the next one refuses
+        seen, told = viewer.look(printable(image.path), x, place)
+        if not record["images"]:  # or a run that is cut short leaves a folder that the next one refuses
             save_record(record, out / RECORD)
-        record["pictures"].append(told)
+        record["images"].append(told)
         first += [seen] * (len(first) < ROWS)
-        stem = out / picture.drawing.removesuffix(".png")
+        stem = out / image.drawing.removesuffix(".png")
         save_figure(draw_key_tokens([seen]), stem.with_name(f"{stem.name}.key.png"), dpi=200)
         save_figure(draw_maps([seen]), stem.with_name(f"{stem.name}.maps.png"), dpi=200)
         arrays = {"": seen.map}
@@ -416,18 +419,18 @@ def attention(
     if json:
         print(dumps(record))
     else:
-        _print(record["pictures"])
+        _print(record["images"])
         print(f"block {list(viewer.blocks).index(viewer.block)}, {viewer.block}; drawings: {out}")
-    return tell_unreadable(record["unreadable"], len(pictures))
+    return tell_unreadable(record["unreadable"], len(imgs))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    """What was told of each picture, a line each."""
-    columns = ["<picture", "<class", "probability", "key token"]
+    """What was told of each image, a line each."""
+    columns = ["<image", "<class", "probability", "key token"]
     columns += ["by gradient", "rank correlation"] * ("agreement" in rows[0])
     lines = []
     for row in rows:
-        cells = [row["picture"], row["class"], f"{row['probability']:.1%}", "{}, {}".format(*row["token"])]
+        cells = [row["image"], row["class"], f"{row['probability']:.1%}", "{}, {}".format(*row["token"])]
         if "agreement" in row:
             cells += ["{}, {}".format(*row["gradient_token"]), f"{row['agreement']:+.2f}"]
         lines.append(cells)

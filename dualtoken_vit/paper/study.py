@@ -35,17 +35,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scipy.stats import tukey_hsd
 
 from dualtoken_vit import machine
-from dualtoken_vit.checkpoint import atomic_write
-from dualtoken_vit.console import table_text
-from dualtoken_vit.counting import Counts, count
-from dualtoken_vit.data.classification import Pictures, build_datasets
+from dualtoken_vit.data.classification import Images, build_datasets
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.optim import build_optimizer
-from dualtoken_vit.plots import save_figure
+from dualtoken_vit.files import atomic_write
+from dualtoken_vit.paper.counting import Counts, count
+from dualtoken_vit.paper.tables import PUBLISHED, Published, bare, model_of
 from dualtoken_vit.recipes import RECIPES, Classification, Model, Run, to_dict
-from dualtoken_vit.tables import PUBLISHED, Published, bare, model_of
-from dualtoken_vit.tasks.base import check_ranges, create_model, flatten, quiet
-from dualtoken_vit.tasks.fit import FREE_ON_RESUME, LAST, RECIPE, check_resume, stored_recipe
+from dualtoken_vit.show.console import table_text
+from dualtoken_vit.show.plots import save_figure
+from dualtoken_vit.tasks.base import check_ranges, flatten, quiet
+from dualtoken_vit.tasks.networks import create_model
+from dualtoken_vit.tasks.optim import build_optimizer
+from dualtoken_vit.tasks.trainer import FREE_ON_RESUME, LAST, RECIPE, check_resume, stored_recipe
 
 __all__ = ["PRESETS", "STUDIES", "Preset", "Result", "study", "verdict"]
 
@@ -96,7 +97,7 @@ class Preset:
 _FOLDER = RECIPES["folder"]
 PRESETS = {
     "cpu": Preset(
-        "one epoch at 64 pixels: for ten thousand pictures on two cores 30 minutes at most a study",
+        "one epoch at 64 pixels: for ten thousand images on two cores 30 minutes at most a study",
         replace(
             _FOLDER,
             data=replace(_FOLDER.data, image_size=64, workers=1),
@@ -131,7 +132,7 @@ class Result:
     """What it is called: as in the paper, or after the smaller network that stands in."""
     model: Model
     counts: Counts
-    """As it was trained: of the budget's pictures and classes."""
+    """As it was trained: of the budget's images and classes."""
     top1: tuple[float, ...]
     """After the last epoch, one a seed; a share of 1."""
 
@@ -236,19 +237,19 @@ def _counts(name: str, recipe: Classification, base: Base, classes: int) -> dict
 
 
 def _remember(data: dict[str, Any], path: Path) -> None:
-    """Note what pictures the runs of a folder are trained on.
+    """Note what images the runs of a folder are trained on.
 
     Raises:
         InputError: where they are others.
     """
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != data:
-        raise InputError(f"{path.parent} has runs on other pictures, as {path.name} says; give another --out")
+        raise InputError(f"{path.parent} has runs on other images, as {path.name} says; give another --out")
     with atomic_write(path, "w") as file:
         json.dump(data, file, indent=2)
 
 
-def _facts(train: Pictures, val: Pictures, root: str) -> dict[str, Any]:
-    """What tells a data set from another: how many pictures of which classes, and their names."""
+def _facts(train: Images, val: Images, root: str) -> dict[str, Any]:
+    """What tells a dataset from another: how many images of which classes, and their names."""
     names = [str(path).removeprefix(root) for data in (train, val) for path in getattr(data, "paths", ())]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {"training": len(train), "validation": len(val), "classes": list(train.class_names), "names": digest}
@@ -389,11 +390,11 @@ def _text(recipe: Classification, base: Base | None, seeds: int, data: dict[str,
     """The budget in a line."""
     optim = recipe.optim
     where = Path(recipe.data.root).resolve().name if recipe.data.root else recipe.data.dataset
-    epochs = f"{optim.epochs} epoch{'s' * (optim.epochs > 1)} of {data['training']:,} pictures"
+    epochs = f"{optim.epochs} epoch{'s' * (optim.epochs > 1)} of {data['training']:,} images"
     over = ", over T in place of S" if base == "tiny" else ""
     return (
         f"{where}, {recipe.data.image_size} pixels, {epochs}, {seeds} seed{'s' * (seeds > 1)}, {optim.optimizer} "
-        f"{optim.lr:g}, batch {optim.batch_size}, {data['validation']:,} validation pictures, last epoch{over}"
+        f"{optim.lr:g}, batch {optim.batch_size}, {data['validation']:,} validation images, last epoch{over}"
     )
 
 

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
-from dualtoken_vit.backbone import Backbone, OverBackbone, create_body, statistics
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, statistics
 
 __all__ = ["SEGMENTERS", "Segmenter", "View", "build_segmenter", "create_segmenter", "segment"]
 
 STRIDE = 8  # that the last map is resized to
 AUX_WIDTH = 256
-LEAST_SIDE = 32  # of pictures, in pixels
-LOGITS = 2**26  # numbers of scores at the pictures' size that are held at a time: 256 MiB, and as many again
+LEAST_SIDE = 32  # of images, in pixels
+LOGITS = 2**26  # numbers of scores at the images' size that are held at a time: 256 MiB, and as many again
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -40,7 +40,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
     """Resize a map (B, C, h, w) to `factor` times its size, and keep the first rows and columns: `size`.
 
-    The last places of a map reach beyond a picture whose sides their stride does not divide. Resized to the picture's
+    The last places of a map reach beyond an image whose sides their stride does not divide. Resized to the image's
     size, the map would be squeezed, and all that it says shifted.
     """
     inner = [max(round(side * factor), least) for side, least in zip(x.shape[-2:], size, strict=True)]
@@ -48,14 +48,14 @@ def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
 
 
 def atrous_pooling(channels: int, width: int) -> nn.Module:
-    """DeepLabv3's context (Chen et al., arXiv 1706.05587): rates 1, 12, 24, 36 and the whole picture, then a 3x3."""
+    """DeepLabv3's context (Chen et al., arXiv 1706.05587): rates 1, 12, 24, 36 and the whole image, then a 3x3."""
     pool = ASPP(channels, (12, 24, 36), width)
     pool.project = Conv2dNormActivation(5 * width, width, 3)
     return pool
 
 
 class PyramidPooling(nn.Module):
-    """PSPNet's context (Zhao et al., arXiv 1612.01105): means over 1, 4, 9 and 36 parts of the picture, then a 3x3."""
+    """PSPNet's context (Zhao et al., arXiv 1612.01105): means over 1, 4, 9 and 36 parts of the image, then a 3x3."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -158,10 +158,10 @@ def build_segmenter(
             is, else resized to stride 8, as in the paper
         width: channels of the head
         dropout: rate at which channels are left out before the classifiers, in training
-        in_chans: channels of the pictures
+        in_chans: channels of the images
 
     Raises:
-        InputError: for an unknown segmenter, or a network without two maps or for one size of pictures only.
+        InputError: for an unknown segmenter, or a network without two maps or for one size of images only.
     """
     if segmenter not in SEGMENTERS:
         raise InputError(f"--segmenter {segmenter}: choose one of {', '.join(SEGMENTERS)}")
@@ -192,7 +192,7 @@ def create_segmenter(
         output_stride: 8 or 16: make the backbone with this stride, and take its last map as it is; None: resize it
         width: channels of the head
         dropout: rate at which channels are left out before the classifiers, in training
-        in_chans: channels of the pictures
+        in_chans: channels of the images
         model_args: other arguments of timm.create_model
 
     Raises:
@@ -205,12 +205,12 @@ def create_segmenter(
 
 @dataclass(frozen=True)
 class View:
-    """How a trained segmenter looks at a picture."""
+    """How a trained segmenter looks at an image."""
 
     image_size: int | None = None
-    """Short side that pictures are resized to, in pixels; None: they stay as they are."""
+    """Short side that images are resized to, in pixels; None: they stay as they are."""
     mode: Literal["whole", "slide"] = "whole"
-    """The whole picture at once, or windows over it, whose logits are averaged where they overlap."""
+    """The whole image at once, or windows over it, whose logits are averaged where they overlap."""
     window: int = 512
     """Side of the windows in pixels."""
     window_stride: int = 341
@@ -232,31 +232,31 @@ class View:
 
 
 @torch.inference_mode()
-def segment(model: Segmenter, pictures: Sequence[Tensor], view: View, check: bool = True) -> list[Tensor]:
-    """The class of every pixel of pictures (C, H, W) in [0, 1] of any sizes -> (H, W) int64 each.
+def segment(model: Segmenter, images: Sequence[Tensor], view: View, check: bool = True) -> list[Tensor]:
+    """The class of every pixel of images (C, H, W) in [0, 1] of any sizes -> (H, W) int64 each.
 
-    Pictures of one size go through the network together, as many as `LOGITS` allows. No side is made smaller than 32
+    Images of one size go through the network together, as many as `LOGITS` allows. No side is made smaller than 32
     pixels.
 
     Raises:
         InputError: where the network's answers are not numbers, if that is to be checked.
     """
     alike: dict[torch.Size, list[int]] = defaultdict(list)
-    for index, picture in enumerate(pictures):
-        alike[picture.shape].append(index)
+    for index, image in enumerate(images):
+        alike[image.shape].append(index)
     labels: dict[int, Tensor] = {}
     for size, indices in alike.items():
         area = sum(height * width for height, width in _inner(size[-2:], view))  # scores of all scales are held at once
         most = max(1, LOGITS // (model.num_classes * max(area, size[1] * size[2])))
         for start in range(0, len(indices), most):
             some = indices[start : start + most]
-            found = _classes(model, torch.stack([pictures[index] for index in some]), view, check)
+            found = _classes(model, torch.stack([images[index] for index in some]), view, check)
             labels |= zip(some, found, strict=True)
-    return [labels[index] for index in range(len(pictures))]
+    return [labels[index] for index in range(len(images))]
 
 
 def _inner(size: Sequence[int], view: View) -> list[list[int]]:
-    """The sizes, one a scale, in which the network sees a picture of this size."""
+    """The sizes, one a scale, in which the network sees an image of this size."""
     base = view.image_size / min(size) if view.image_size else 1.0
     return [[max(LEAST_SIDE, round(side * base * scale)) for side in size] for scale in view.scales]
 
@@ -272,7 +272,7 @@ def _classes(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:  #
         if view.flip:
             found = found + _scores(model, y.flip(-1), view, check).flip(-1)
         scores.append(found)
-    # A few classes at a time: all of a large picture's scores at its own size may not fit into memory.
+    # A few classes at a time: all of a large image's scores at its own size may not fit into memory.
     step = max(1, LOGITS // (len(x) * size[0] * size[1]))
     best, classes = x.new_full((len(x), *size), -torch.inf), x.new_zeros((len(x), *size), dtype=torch.int64)
     for start in range(0, scores[0].shape[1], step):
@@ -284,7 +284,7 @@ def _classes(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:  #
 
 
 def _scores(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:
-    """Logits of one look at a picture; probabilities, if it is one of several."""
+    """Logits of one look at an image; probabilities, if it is one of several."""
     logits = _slide(model, x, view) if view.mode == "slide" else model(x)
     if check and not logits.isfinite().all():
         raise InputError("the network answers with what are not numbers; take another checkpoint")
@@ -292,7 +292,7 @@ def _scores(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:
 
 
 def _slide(model: Segmenter, x: Tensor, view: View) -> Tensor:
-    """Logits of windows over the picture, averaged where they overlap; the last ones end at its border."""
+    """Logits of windows over the image, averaged where they overlap; the last ones end at its border."""
     starts = [
         sorted({min(start, max(side - view.window, 0)) for start in range(0, side, view.window_stride)})
         for side in x.shape[-2:]

@@ -1,4 +1,4 @@
-"""The report on pictures with objects: what is in COCO json files, and what would stop or spoil a training run."""
+"""The report on images with objects: what is in COCO json files, and what would stop or spoil a training run."""
 
 import math
 import os
@@ -10,21 +10,20 @@ from typing import NamedTuple
 import torch
 from faster_coco_eval.core import mask as rle
 
-from dualtoken_vit.data.check import (
+from dualtoken_vit.data.check.classification import (
     Facts,
     copy_notes,
     count_table,
+    image_lines,
     in_both,
     look_at,
     missing_classes,
-    picture_lines,
     report,
     turned_notes,
 )
-from dualtoken_vit.data.classification import in_threads
 from dualtoken_vit.data.coco import (
     MIN_SIDE,
-    ObjectPictures,
+    DetectionDataset,
     coco_paths,
     decode_masks,
     degenerate,
@@ -34,15 +33,16 @@ from dualtoken_vit.data.coco import (
     sift,
     size_fault,
 )
-from dualtoken_vit.draw import draw_labelled, draw_objects, save_image, spread
+from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Detection
+from dualtoken_vit.show.drawing import draw_labelled, draw_objects, save_image, spread
 
-_SLACK = 2.0  # pixels by which boxes may reach out of the picture, and masks out of the box: annotators round
+_SLACK = 2.0  # pixels by which boxes may reach out of the image, and masks out of the box: annotators round
 
 
 class _Split(NamedTuple):
-    """A COCO json and its pictures, once they were looked at."""
+    """A COCO json and its images, once they were looked at."""
 
     path: str
     coco: dict[str, list[dict]]  # the sound entries
@@ -69,18 +69,18 @@ def check_coco(
     sheet: str | Path | None = None,
     limit: int | None = None,
 ) -> bool:
-    """Read every annotation and picture once and print what is found.
+    """Read every annotation and image once and print what is found.
 
-    Problems are whatever training would stop at (broken entries and references, pictures that are missing, unreadable
-    or of another size, no objects), boxes that reach more than 2 pixels out of the picture, have no area or, for the
-    most part, less than a pixel, segmentations that do not fit, categories of one split only, and pictures that are in
-    both. Objects a class and size, crowds, pictures without objects or turned by EXIF, and copies are only told.
+    Problems are whatever training would stop at (broken entries and references, images that are missing, unreadable
+    or of another size, no objects), boxes that reach more than 2 pixels out of the image, have no area or, for the
+    most part, less than a pixel, segmentations that do not fit, categories of one split only, and images that are in
+    both. Objects a class and size, crowds, images without objects or turned by EXIF, and copies are only told.
 
     Args:
-        splits: Name of a split: the folder of its pictures, and its json.
+        splits: Name of a split: the folder of its images, and its json.
         masks: Whether each annotation must have a segmentation; those that there are, are checked anyhow.
-        sheet: Where to draw some pictures of the first split with their labels, as PNG.
-        limit: Look only at the first so many pictures of each split.
+        sheet: Where to draw some images of the first split with their labels, as PNG.
+        limit: Look only at the first so many images of each split.
 
     Returns:
         True where there is no problem.
@@ -92,16 +92,16 @@ def check_coco(
     facts = {name: split.facts for name, split in found.items()}
     class_names = {name: tuple(one["name"] for one in split.coco["categories"]) for name, split in found.items()}
     table = count_table(class_names, {name: _objects(split) for name, split in found.items()})
-    told = [line for name, split in found.items() for line in (*picture_lines(name, split.facts), *_told(name, split))]
+    told = [line for name, split in found.items() for line in (*image_lines(name, split.facts), *_told(name, split))]
     told += [f"note: {line}" for line in (*copy_notes(facts), *turned_notes(facts, "boxes and masks"))]
     if sheet is not None:
         name, split = next(iter(found.items()))
-        told.append(_contact_sheet(split, Path(sheet)) or f"no picture of {name} has labels to draw")
-    pictures = [fact.problem for split in found.values() for fact in split.facts if fact.problem]
+        told.append(_contact_sheet(split, Path(sheet)) or f"no image of {name} has labels to draw")
+    images = [fact.problem for split in found.values() for fact in split.facts if fact.problem]
     odd = [lines for split in found.values() for lines in split.odd.values()]
     idle = [line for name, split in found.items() if (line := _idle(name, split))]
     many = [*(split.broken for split in found.values()), *odd, in_both(facts)]
-    return report(table, told, [*missing_classes(class_names), *idle, *pictures], many)
+    return report(table, told, [*missing_classes(class_names), *idle, *images], many)
 
 
 def _look(name: str, folder: str | Path, path: str | Path, masks: bool, limit: int | None) -> _Split:
@@ -109,9 +109,9 @@ def _look(name: str, folder: str | Path, path: str | Path, masks: bool, limit: i
     coco = first_images(coco, limit)
 
     def look(image: dict) -> Facts:
-        picture = os.path.join(folder, image["file_name"])
-        facts = look_at(picture, picture)
-        return facts if facts.problem else facts._replace(problem=size_fault(picture, facts.size, image, str(path)))
+        img = os.path.join(folder, image["file_name"])
+        facts = look_at(img, img)
+        return facts if facts.problem else facts._replace(problem=size_fault(img, facts.size, image, str(path)))
 
     facts = list(in_threads(look, coco["images"], len(coco["images"]), f"reading {name}"))
     images = {image["id"]: image for image in coco["images"]}
@@ -125,13 +125,13 @@ def _look(name: str, folder: str | Path, path: str | Path, masks: bool, limit: i
 def _oddities(annotation: dict, image: dict) -> Iterator[tuple[str, str]]:
     """What training would get along with, but is hardly meant: (kind, text)."""
     left, top, width, height = annotation["bbox"]
-    place = f"{width:g}x{height:g} at ({left:g}, {top:g}) in a picture of {image['width']}x{image['height']}"
+    place = f"{width:g}x{height:g} at ({left:g}, {top:g}) in an image of {image['width']}x{image['height']}"
     outside = max(-left, -top, left + width - image["width"], top + height - image["height"])
     if min(width, height) <= 0:
         yield "box of no area", f"is {place}"
         return
     if outside > _SLACK:
-        yield "box outside the picture", f"is {place}"
+        yield "box outside the image", f"is {place}"
     elif degenerate(annotation, image):  # told with the counts
         return
     if annotation.get("area") is not None and annotation["area"] <= 0:
@@ -168,7 +168,7 @@ def _told(name: str, split: _Split) -> Iterator[str]:
     areas = [one["bbox"][2] * one["bbox"][3] for one in objects]
     small, large = sum(area < 32**2 for area in areas), sum(area >= 96**2 for area in areas)
     empty = len(images) - len(most)
-    yield f"{name}: {len(images)} pictures, {empty} without objects; up to {max(most.values(), default=0)} in one"
+    yield f"{name}: {len(images)} images, {empty} without objects; up to {max(most.values(), default=0)} in one"
     yield f"{name}: {len(areas)} objects, {small} below 32x32 px, {large} of 96x96 and more; {crowds} crowds"
     yield f"{name}: {masks} of the {len(split.coco['annotations'])} annotations have a segmentation"
     unused = [one["name"] for one in split.coco["categories"] if not counts[one["name"]]]
@@ -177,7 +177,7 @@ def _told(name: str, split: _Split) -> Iterator[str]:
     tiny = [one["id"] for one in split.coco["annotations"] if degenerate(one, images[one["image_id"]])]
     if tiny:
         ids = ", ".join(map(str, tiny[:5])) + (", ..." if len(tiny) > 5 else "")
-        yield f"note: {name}: not trained on, below {MIN_SIDE:g} px in the picture: {len(tiny)} annotations ({ids})"
+        yield f"note: {name}: not trained on, below {MIN_SIDE:g} px in the image: {len(tiny)} annotations ({ids})"
 
 
 def _idle(name: str, split: _Split) -> str:
@@ -201,7 +201,7 @@ def _drawable(annotation: dict, image: dict) -> dict:
 
 
 def _contact_sheet(split: _Split, path: Path) -> str:
-    """Draw pictures with labels from all over a split; returns what to tell."""
+    """Draw images with labels from all over a split; returns what to tell."""
     pairs = zip(split.coco["images"], split.facts, strict=True)
     good = {image["id"]: (image, fact.name) for image, fact in pairs if not fact.problem}
     labelled = list(dict.fromkeys(one["image_id"] for one in split.coco["annotations"] if one["image_id"] in good))
@@ -212,7 +212,7 @@ def _contact_sheet(split: _Split, path: Path) -> str:
     shown = (one for one in split.coco["annotations"] if one["image_id"] in chosen)
     annotations = [_drawable(one, good[one["image_id"]][0]) for one in shown]
     coco = {"images": images, "categories": split.coco["categories"], "annotations": annotations}
-    dataset = ObjectPictures(coco, paths, paths, split.path, masks=True)
+    dataset = DetectionDataset(coco, paths, paths, split.path, masks=True)
     drawings = []
     for index in range(len(dataset)):
         objects, crowds = dataset[index][1], dataset.objects(index)[1]
@@ -220,6 +220,6 @@ def _contact_sheet(split: _Split, path: Path) -> str:
         objects["boxes"] = torch.cat([objects["boxes"], objects["crowd"]])
         objects["labels"] = torch.cat([objects["labels"], labels])
         objects["masks"] = torch.cat([objects["masks"], decode_masks(crowds, images[index])])
-        drawings.append(draw_objects(dataset.picture(index), objects, (*dataset.class_names, "crowd")))
+        drawings.append(draw_objects(dataset.image(index), objects, (*dataset.class_names, "crowd")))
     save_image(draw_labelled(drawings), path)
-    return f"{len(chosen)} pictures with their labels: {path}"
+    return f"{len(chosen)} images with their labels: {path}"

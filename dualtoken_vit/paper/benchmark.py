@@ -28,11 +28,11 @@ from torchvision.models.detection.retinanet import RetinaNet
 
 import dualtoken_vit  # noqa: F401  registers the models
 from dualtoken_vit import machine
-from dualtoken_vit.console import table_text
-from dualtoken_vit.counting import Counts, count
-from dualtoken_vit.cpu import tune_cpu
 from dualtoken_vit.errors import InputError, first_line
-from dualtoken_vit.plots import save_growth
+from dualtoken_vit.machine import tune_cpu
+from dualtoken_vit.paper.counting import Counts, count
+from dualtoken_vit.show.console import table_text
+from dualtoken_vit.show.plots import save_growth
 
 __all__ = ["Result", "benchmark", "take_turns"]
 
@@ -85,7 +85,7 @@ class Setting:
     """What all the models of a comparison share."""
 
     size: tuple[int, int]
-    """Height and width of the pictures."""
+    """Height and width of the images."""
     device: torch.device
     precision: Precision
 
@@ -94,7 +94,7 @@ class Setting:
         return f"{width}x{height}"
 
     def build(self, name: str) -> nn.Module:
-        """The network of that name (see `benchmark`) for pictures of this size, with random weights."""
+        """The network of that name (see `benchmark`) for images of this size, with random weights."""
         kind, _, inner = name.rpartition(":")
         sides = {"min_size": min(self.size), "max_size": max(self.size)}
         if kind == "torchvision":
@@ -103,11 +103,11 @@ class Setting:
         elif kind == "mask-rcnn" and self.precision != "float32":
             raise InputError(f"{name}: torchvision's pooling of regions takes --precision float32 only")
         elif kind in ("deeplabv3", "pspnet"):
-            from dualtoken_vit.segmenters import create_segmenter
+            from dualtoken_vit.models.segmenters import create_segmenter
 
             model = create_segmenter(kind, inner, 150)
         elif kind:
-            from dualtoken_vit.detectors import create_detector
+            from dualtoken_vit.models.detectors import create_detector
 
             model = create_detector(kind, inner, 80, image_size=sides["min_size"], max_size=sides["max_size"])
         else:
@@ -115,7 +115,7 @@ class Setting:
             model = timm.create_model(name, **({"img_size": self.size} if cfg and cfg.fixed_input_size else {}))
         return model.eval().to(self.device, getattr(torch, self.precision), memory_format=torch.channels_last)
 
-    def pictures(self, batch_size: int) -> Tensor:
+    def images(self, batch_size: int) -> Tensor:
         """A batch of noise (B, 3, H, W), 0 to 1, channels last."""
         x = torch.rand((batch_size, 3, *self.size), dtype=getattr(torch, self.precision), device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
@@ -186,7 +186,7 @@ def _count(name: str, setting: Setting) -> Counts:
         model = setting.build(name)
         return count(model, (3, *setting.size), forward, device="cpu" if detects(model) else "meta")
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise InputError(f"{name} cannot take pictures of {setting} pixels: {first_line(e)}") from e
+        raise InputError(f"{name} cannot take images of {setting} pixels: {first_line(e)}") from e
 
 
 def _peak_resident_bytes() -> int:
@@ -198,7 +198,7 @@ def _cpu_memory(name: str, batch_size: int, setting: Setting, threads: int) -> i
     """Bytes that a model needs to be built and run; to be called in a fresh process."""
     torch.set_num_threads(threads)
     before = _peak_resident_bytes()
-    model, x = setting.build(name), setting.pictures(batch_size)
+    model, x = setting.build(name), setting.images(batch_size)
     with torch.inference_mode():
         for _ in range(3):
             forward(model, x)
@@ -240,7 +240,7 @@ def _measure(
     done: Callable[[str], object],
 ) -> list[Result]:
     """The models against each other in one mode at one batch size."""
-    x = setting.pictures(batch_size)
+    x = setting.images(batch_size)
     calls: dict[str, Callable[[], object]] = {}
     peaks: dict[str, int | None] = {}
     torch.compiler.reset()
@@ -313,7 +313,7 @@ def _check_models(models: tuple[str, ...]) -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    """Height and width from "224" or "640x480" (width first, as sizes of pictures are written)."""
+    """Height and width from "224" or "640x480" (width first, as sizes of images are written)."""
     width, cross, height = text.partition("x")
     if not width.isdecimal() or (cross and not height.isdecimal()) or int(width) < 1 or int(height or 1) < 1:
         raise InputError(f"input_sizes: {text!r} is not a size; give pixels as 224 or WIDTHxHEIGHT, as 640x480")
@@ -357,25 +357,25 @@ def benchmark(
 ) -> list[Result]:
     """Compare speed, memory and size of networks, side by side in one run.
 
-    Prints the state of the machine, then the table. Weights are random and pictures are noise, both channels-last.
+    Prints the state of the machine, then the table. Weights are random and images are noise, both channels-last.
     Denormals are flushed to zero and freed memory is kept; this and the number of threads stay so in the process.
 
     Args:
         models: names of timm models; retinanet:NAME and mask-rcnn:NAME for a detector over one (80 classes),
             deeplabv3:NAME and pspnet:NAME for a segmenter (150 classes); torchvision:NAME for a model of torchvision's.
             The others are compared with the first one.
-        input_sizes: pixels of the pictures, as 224 or 640x480 (width x height), the same for all the models.
-        batch_sizes: pictures in a forward pass.
+        input_sizes: pixels of the images, as 224 or 640x480 (width x height), the same for all the models.
+        batch_sizes: images in a forward pass.
         modes: eager, or compiled by torch.compile with its default settings (compiling takes minutes).
         rounds: visits to each model.
         visit_seconds: how long a visit lasts, about.
         device: auto is the accelerator if there is one, else the CPU.
-        precision: of weights and pictures.
+        precision: of weights and images.
         threads: CPU threads; None leaves it to PyTorch.
         memory: measure the peak memory too.
         json: print one JSON object.
         markdown: print the table as Markdown.
-        plot: PNG to draw the latency against the pixels of the pictures in.
+        plot: PNG to draw the latency against the pixels of the images in.
 
     Returns:
         One result for each mode, input size, batch size and model, in this order.
@@ -413,7 +413,7 @@ def benchmark(
 
     flat = [result for cell in results for result in cell]
     about = {
-        "size": "of the pictures, width x height in pixels",
+        "size": "of the images, width x height in pixels",
         "latency": f"of a whole batch, median over {rounds} rounds; spread is the distance between their quartiles",
         "ratio": f"speed relative to {models[0]}: above 1 is faster",
         "memory": HOW_MEMORY_IS_MEASURED.get(settings[0].device.type, "not measured on this device"),

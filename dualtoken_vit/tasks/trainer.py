@@ -24,17 +24,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
-from dualtoken_vit import plots
-from dualtoken_vit.checkpoint import atomic_write, save_checkpoint
-from dualtoken_vit.cpu import tune_cpu
+from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.images import reason
 from dualtoken_vit.data.sampling import full_batches, loader
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.optim import build_optimizer
+from dualtoken_vit.files import atomic_write
+from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.recipes import Classification, Recipe, Run, from_dict, to_dict
+from dualtoken_vit.show import plots
 from dualtoken_vit.tasks import classification, detection, segmentation
-from dualtoken_vit.tasks.base import ProgressBar, Task, check_ranges, flatten, quiet, synchronise_batchnorm
+from dualtoken_vit.tasks.base import ProgressBar, Task, check_ranges, flatten, quiet
+from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 from dualtoken_vit.tasks.evaluation import RUN
+from dualtoken_vit.tasks.optim import build_optimizer
 
 PREPARE = {
     "classification": classification.prepare,
@@ -125,7 +127,7 @@ class _Batches:
 class Loaders(lightning.LightningDataModule):
     """The batches of each process and epoch; `batch_size` is per process and accumulated batch.
 
-    Before a run the first process reads every picture. What it leaves out all processes leave out, and later those of
+    Before a run the first process reads every image. What it leaves out all processes leave out, and later those of
     a resumed run, which does not read everything again.
     """
 
@@ -136,16 +138,16 @@ class Loaders(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.resumed = resumed
         self.skipped: tuple[list[str], ...] = [], []
-        """Names of unreadable training and validation pictures, below data.root: it may move."""
+        """Names of unreadable training and validation images, below data.root: it may move."""
         self.root = str(Path(getattr(recipe.data, "root", "")))
         self.pixels: torch.Tensor | None = None
-        """Segmentation: `ScenePictures.pixels` of the training pictures, when the run began."""
+        """Segmentation: `SegmentationDataset.pixels` of the training images, when the run began."""
         self.problem = ""
         self.prepare_data_per_node = False
 
     @property
-    def pictures(self) -> list[int]:
-        """Numbers of training and validation pictures."""
+    def images(self) -> list[int]:
+        """Numbers of training and validation images."""
         return [len(self.train), len(self.val)]
 
     @property
@@ -153,12 +155,12 @@ class Loaders(lightning.LightningDataModule):
         """Optimiser steps.
 
         Raises:
-            InputError: where the pictures do not suffice for one.
+            InputError: where the images do not suffice for one.
         """
         return full_batches(len(self.train), self.recipe.optim.batch_size)
 
     def prepare_data(self) -> None:
-        """Read every picture; called on the first process only, the others wait for it however long it takes."""
+        """Read every image; called on the first process only, the others wait for it however long it takes."""
         if self.resumed:
             return
         skip = getattr(self.recipe.data, "unreadable", "stop") == "skip"
@@ -168,7 +170,7 @@ class Loaders(lightning.LightningDataModule):
             ):
                 names += [name.removeprefix(self.root) for name in dataset.verify(skip=skip)]
                 if names:
-                    print(f"skipped {len(names)} unreadable {title} pictures")
+                    print(f"skipped {len(names)} unreadable {title} images")
             self.pixels = getattr(self.train, "pixels", None)
         except InputError as error:
             self.problem = str(error)
@@ -186,7 +188,7 @@ class Loaders(lightning.LightningDataModule):
         count, world = len(self.val), self.trainer.world_size
         if count < world:
             raise InputError(
-                f"{count} validation pictures cannot be shared by {world} processes; use fewer --run.devices"
+                f"{count} validation images cannot be shared by {world} processes; use fewer --run.devices"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,18 +248,18 @@ class RunFolder(Callback):
             "history": self.history,
             "loss_sum": trainer.strategy.reduce(torch.as_tensor(self.loss_sum)).item(),  # mean over the processes
             "batches": self.batches,
-            "pictures": trainer.datamodule.pictures,
+            "images": trainer.datamodule.images,
             "class_names": list(self.saved["class_names"]),
         }
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, task: Task, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["run"]
         self.history, self.loss_sum, self.batches = run["history"], run["loss_sum"], run["batches"]
-        pictures, names = trainer.datamodule.pictures, list(self.saved["class_names"])
-        if run["pictures"] != pictures or run["class_names"] != names:
+        images, names = trainer.datamodule.images, list(self.saved["class_names"])
+        if run["images"] != images or run["class_names"] != names:
             raise InputError(
-                f"the data changed since the run in {self.out} began: {run['pictures']} training and validation "
-                f"pictures of {len(run['class_names'])} classes then, {pictures} of {len(names)} now; "
+                f"the data changed since the run in {self.out} began: {run['images']} training and validation "
+                f"images of {len(run['class_names'])} classes then, {images} of {len(names)} now; "
                 "restore them, or start another run with --out"
             )
 
@@ -267,8 +269,8 @@ class RunFolder(Callback):
             if not (self.out / RECIPE).exists():
                 with atomic_write(self.out / RECIPE, "w") as file:
                     json.dump(self.saved["recipe"], file, indent=2)
-            train, val = trainer.datamodule.pictures
-            print(f"{train} training and {val} validation pictures, {task.steps_per_epoch} steps an epoch", flush=True)
+            train, val = trainer.datamodule.images
+            print(f"{train} training and {val} validation images, {task.steps_per_epoch} steps an epoch", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
         # TensorBoard forgets what a run that was stopped had logged from this step on: it comes again.
         trainer.logger = TensorBoardLogger(self.out, name="", version="tensorboard", purge_step=trainer.global_step)
@@ -402,7 +404,7 @@ def _trainer(recipe: Recipe, folder: RunFolder) -> lightning.Trainer:
 
 
 def _share(recipe: Recipe, world: int) -> int:
-    """Pictures in each batch of each process.
+    """Images in each batch of each process.
 
     Raises:
         InputError: where the batch cannot be divided, or Mixup cannot pair it.
@@ -417,7 +419,7 @@ def _share(recipe: Recipe, world: int) -> int:
     share = optim.batch_size // parts
     if share % 2 and isinstance(recipe, Classification) and (augment.mixup > 0 or augment.cutmix > 0):
         raise InputError(
-            f"--augment.mixup and --augment.cutmix mix pairs, but a batch of a process has {share} pictures; "
+            f"--augment.mixup and --augment.cutmix mix pairs, but a batch of a process has {share} images; "
             f"give --optim.batch-size {(share + 1) * parts}"
         )
     return share
@@ -429,7 +431,7 @@ def fit(recipe: Recipe, out: Path, resume: bool = False) -> None:
     Args:
         recipe: the experiment
         out: folder of the run: recipe.json, metrics.csv, curves.png, tensorboard/, last.ckpt, best.safetensors, and
-            what the task says of the best epoch (confusion.{png,csv}, evaluation.json, detections, the worst pictures)
+            what the task says of the best epoch (confusion.{png,csv}, evaluation.json, detections, the worst images)
         resume: continue the run in `out` where it was interrupted
 
     Raises:
@@ -457,7 +459,7 @@ def fit(recipe: Recipe, out: Path, resume: bool = False) -> None:
     start = replace(recipe.model, pretrained=False, checkpoint=None) if last else recipe.model  # last.ckpt has it all
     setup = PREPARE[recipe.task](recipe, start)
     model = setup.model
-    build_optimizer(model, recipe.optim)  # refuses a wrong name now, not after the pictures were read
+    build_optimizer(model, recipe.optim)  # refuses a wrong name now, not after the images were read
     folder = RunFolder(
         out,
         recipe.run.save_every,
@@ -490,4 +492,4 @@ def fit(recipe: Recipe, out: Path, resume: bool = False) -> None:
     if main and best is not None:
         print(f"best: {task.headline(best)}, in epoch {best['epoch']} of {trainer.max_epochs}; all in {out}")
         print(f"  dualtoken-vit evaluate {out / BEST}")
-        print(f"  dualtoken-vit predict {out / BEST} PICTURES --out {out / 'predictions'}")
+        print(f"  dualtoken-vit predict {out / BEST} IMAGES --out {out / 'predictions'}")

@@ -1,0 +1,133 @@
+"""The augmentation of every task, and timm's preprocessing of classification."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Augment, Data, SegmentationAugment, SegmentationData
+
+IGNORE = 255  # label of ignored pixels, here and in targets, whatever it is in files
+
+
+def train_size(data: Data, progress: float) -> int:
+    """Side of the training images when the share `progress` of the run is done: progressive resizing in steps of 16."""
+    if data.start_size is None or progress >= 0.8:
+        return data.image_size
+    grown = max(progress - 0.5, 0) / 0.3
+    return data.start_size + round((data.image_size - data.start_size) * grown / 16) * 16
+
+
+def classification_train(
+    data: Data, augment: Augment, mean: tuple[float, ...], std: tuple[float, ...], progress: float = 0.0
+) -> Callable:
+    """timm's training transform: a PIL image to a normalised float tensor (C, S, S), S = train_size(data, progress).
+
+    Raises:
+        InputError: for an augmentation policy that timm does not know.
+    """
+    try:
+        return create_transform(
+            train_size(data, progress),
+            is_training=True,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment,
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+            interpolation=data.interpolation,
+            mean=mean,
+            std=std,
+        )
+    except (AssertionError, KeyError, ValueError) as error:  # only a policy can be wrong beyond its type
+        raise InputError(
+            f"--augment.auto-augment {augment.auto_augment}: not a policy of timm; for example rand-m9-n2-mstd0.5"
+        ) from error
+
+
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """torchvision's changes of brightness, contrast, saturation and hue, without its exchange of colour channels."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return super().make_params(flat_inputs) | {"channel_permutation": None}
+
+
+def classification_eval(data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """timm's evaluation transform: the short side to S / crop_pct, the centre cut out, to a float tensor (C, S, S)."""
+    return create_transform(
+        data.image_size,
+        crop_pct=data.crop_pct,
+        interpolation=data.interpolation,
+        mean=mean,
+        std=std,
+    )
+
+
+def detection_train(hflip: float = 0.5, photometric: float = 0.0) -> Callable:
+    """The joint transform of an image and its target in training; sizes are the detector's matter.
+
+    Args:
+        hflip: Chance of a mirror image.
+        photometric: Chance of each change of brightness, contrast, saturation and hue.
+    """
+    distort = [PhotometricDistort(p=photometric)] if photometric > 0 else []
+    return v2.Compose([v2.RandomHorizontalFlip(hflip), *distort])
+
+
+TRIES = 10  # at a crop
+
+
+class RandomScale(v2.Transform):
+    """Resize to a random factor of `side` (short side in pixels; None: of the size that an image has)."""
+
+    def __init__(self, scale: tuple[float, float], side: int | None) -> None:
+        super().__init__()
+        self.scale, self.side = scale, side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        factor = torch.empty(()).uniform_(*sorted(self.scale)).item()
+        factor *= self.side / min(height, width) if self.side else 1.0
+        return {"size": [max(1, round(side * factor)) for side in (height, width)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)
+
+
+class CappedCrop(v2.RandomCrop):
+    """A random crop, of several tries the first in which no class covers more than `cap` of what counts.
+
+    Smaller images are padded, in masks with `IGNORE`.
+    """
+
+    def __init__(self, size: tuple[int, int], cap: float) -> None:
+        super().__init__(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE})
+        self.cap = cap
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        mask = next(one for one in flat_inputs if isinstance(one, tv_tensors.Mask))
+        for _ in range(TRIES):
+            params = super().make_params(flat_inputs)
+            counts = torch.bincount(self.transform(mask, params).flatten(), minlength=IGNORE + 1)[:IGNORE]
+            if 0 < counts.max() <= self.cap * counts.sum():
+                break
+        return params
+
+
+def segmentation_train(data: SegmentationData, augment: SegmentationAugment) -> Callable:
+    """The joint transform of an image and its mask in training, to the crop's size."""
+    return v2.Compose(
+        [
+            RandomScale(augment.scale, data.image_size),
+            CappedCrop(data.crop_size, augment.class_cap),
+            v2.RandomHorizontalFlip(augment.hflip),
+            PhotometricDistort(p=augment.photometric),
+        ]
+    )

@@ -1,0 +1,54 @@
+"""Writing files whole or not at all, and their names for people."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from dualtoken_vit.errors import InputError
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind `error`: torch.save hides it behind a RuntimeError of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file to write into, which takes the place of `path` only when it is whole and on the disk.
+
+    Folders are created as needed. A process killed in between leaves `path` as it was, and a hidden temporary file
+    that the next write replaces.
+
+    Raises:
+        InputError: where the system refuses (full disk, no permission); `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        reason = "the disk is full; free some space" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror
+        kept = "; the file that was there is kept" if path.is_file() else ""
+        raise InputError(f"cannot write {path}: {reason}{kept}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def printable(path: str | Path) -> str:
+    """A file's name for people: bytes that are no UTF-8 are replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")

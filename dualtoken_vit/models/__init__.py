@@ -1,0 +1,1 @@
+"""The networks, and detectors and segmenters over any timm backbone."""

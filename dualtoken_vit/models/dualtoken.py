@@ -1,0 +1,296 @@
+"""DualToken-ViT in one file, from leaf to root (Chu et al., arXiv 2309.12424, section 3).
+
+Two streams run through the network. The image tokens X are a map of shape (B, H, W, C), kept channels-last from the
+stem to the head. The position-aware global tokens G are a 7x7 grid, (B, 49, C), that every block updates from the
+image and reads back into it:
+
+    X_local  = Conv Encoder(X)                               local information          eq. 3.1
+    X_ds     = step-wise downsampling of LN(X_local)         7x7 at 224 pixels          eq. 3.2
+    X_ga     = self-attention over X_ds                      global information         eq. 3.3
+    G_new    = alpha * MLP(LN(G)) + (1 - alpha) * X_ga       enriched by the past       eq. 3.7
+    X_global = attention of LN(X_local) over G_new           broadcast to every place   eq. 3.5
+    X        = X_local + X_global,  G = G + G_new            fusion                     eq. 3.6
+    X        = X + BiDim(FFN(LN(X)))
+
+The alternatives of the paper's Tables 6 to 9 are in `ablations.py`; `DualTokenViT`'s arguments choose between them.
+Stem, patch merging, bi-dimensional attention and head follow LightViT (Huang et al., arXiv 2207.05557).
+"""
+
+from typing import Any
+
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from dualtoken_vit.models import ablations
+from dualtoken_vit.models.layers import (
+    Attention,
+    BiDim,
+    LayerNorm,
+    Linear,
+    Mlp,
+    avg_pool2,
+    resize_grid,
+    token_mlp_layer,
+)
+from dualtoken_vit.models.two_stream import TwoStreamViT, check_stages, checkpoint_filter_fn, create, model_cfg
+
+__all__ = ["DualTokenViT", "checkpoint_filter_fn"]
+
+
+# Steps that branch on a size or a device are hidden from torch.fx, which cannot follow them.
+
+
+class ConvEncoder(nn.Module):
+    """Local information: the ConvNeXt block, X + PW2(GELU(PW1(LN(DW(X))))), expansion 4 (eq. 3.1)."""
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int = 1, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        padding = kernel_size // 2 * dilation
+        self.dw = nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, 4 * dim, **dd)  # PW1, GELU, PW2
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        return x + self.mlp(self.norm(self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))
+
+
+class StepwiseDownsample(nn.Module):
+    """X_ds = phi(DS(X)): halve by average pooling, then (convolve, halve) M times (eq. 3.2)."""
+
+    def __init__(self, dim: int, steps: int, convs: int, device=None, dtype=None):
+        super().__init__()
+        self.steps = steps  # halvings
+        self.convs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, device=device, dtype=dtype) for _ in range(convs))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / 2^steps, W / 2^steps, C)
+        for conv in self.convs:
+            x = conv(avg_pool2(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        for _ in range(self.steps - len(self.convs)):
+            x = avg_pool2(x)
+        return x
+
+
+class GlobalAggregation(Attention):
+    """X_ga = MSA(Q(X_ds), K(X_ds), V(X_ds)), no output projection (eq. 3.3)."""
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, device=None, dtype=None):
+        super().__init__(dim, num_heads, attn_drop)
+        self.qkv = Linear(dim, 3 * dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, h, w, C)
+        q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
+        return self.attend(q, k, v).reshape(x.shape)
+
+
+class GlobalBroadcast(Attention):
+    """X_global = Proj(MSA(Q(X), K(G_new), V(G_new))): every place reads the global tokens (eq. 3.5)."""
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, attn_drop)
+        self.q = Linear(dim, dim, **dd)
+        self.kv = Linear(dim, 2 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:  # (B, H, W, C), (B, M, C) -> (B, H, W, C)
+        k, v = self.kv(g).chunk(2, dim=-1)
+        return self.proj(self.attend(self.q(x).flatten(1, 2), k, v)).reshape(x.shape)
+
+
+class PositionAwareFusion(nn.Module):
+    """G_new = alpha * MLP(LN(G)) + (1 - alpha) * X_ga, place by place (eq. 3.7)."""
+
+    def __init__(self, dim: int, grid: int, token_mlp: str, alpha: float, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.grid = grid
+        self.alpha = alpha
+        self.norm = LayerNorm(dim, **dd)
+        self.mlp = token_mlp_layer(token_mlp, dim, grid * grid, **dd)
+
+    def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C), (B, M, C) -> (B, M, C)
+        assert g is not None
+        x_ga = resize_grid(x_ga, self.grid).flatten(1, 2)
+        return self.alpha * self.mlp(self.norm(g)) + (1 - self.alpha) * x_ga
+
+
+class Block(nn.Module):
+    """Dual Token Block (Figure 2): local branch, global branch through G, fusion, FFN with BiDim attention."""
+
+    def __init__(
+        self,
+        local: nn.Module,  # X -> X_local
+        downsample: nn.Module,  # LN(X_local) -> X_ds
+        fusion: nn.Module,  # X_ga, G -> G_new
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.local = local
+        self.norm1 = LayerNorm(dim, **dd)
+        self.downsample = downsample
+        self.aggregate_attn = GlobalAggregation(dim, num_heads, attn_drop, **dd)
+        self.fusion = fusion
+        self.broadcast_attn = GlobalBroadcast(dim, num_heads, attn_drop, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.bidim = BiDim(dim, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (B, H, W, C), (B, M, C)
+        x = self.local(x)
+        y = self.norm1(x)
+        g_new = self.fusion(self.aggregate_attn(self.downsample(y)), g)
+        x = x + self.drop_path1(self.broadcast_attn(y, g_new))
+        if g is not None:
+            g = g + g_new
+        x = x + self.drop_path2(self.bidim(self.mlp(self.norm2(x))))
+        return x, g
+
+
+class DualTokenViT(TwoStreamViT):
+    """Position-aware efficient vision transformer with dual token fusion.
+
+    Raises:
+        ValueError: for a switch with an unknown value, a combination of switches that means nothing, or a setting of
+            the stages that is longer or shorter than dims.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, ...] = (64, 128, 256),  # C of each stage (Table 1)
+        depths: tuple[int, ...] = (2, 6, 6),  # blocks
+        num_heads: tuple[int, ...] = (2, 4, 8),
+        mlp_ratios: tuple[float, ...] = (8, 4, 4),  # FFN expansion
+        kernel_sizes: tuple[int, ...] = (5, 7, 0),  # of the Conv Encoder's depth-wise convolution, 0: no Conv Encoder
+        head_hidden_size: int = 1280,
+        alpha: float = 0.1,  # weight of the global tokens in eq. 3.7
+        token_mlp: str = "mlp",  # "mlp" (eq. 3.8) or "mix" (eq. 3.9)
+        token_grid: int = 7,  # n of the n x n global tokens, 0: none (Table 7)
+        global_tokens: str = "position",  # "position", "normal" or "normal_star" (Table 6)
+        local_attention: str = "conv",  # "conv" or "window" (Table 8)
+        downsampling: str = "stepwise",  # "stepwise" or "onestep" (Table 9)
+        output_stride: int = 32,  # 8, 16 or 32
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,  # dropout before the classifier
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, output_stride)
+        check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, kernel_sizes=kernel_sizes)
+        position_aware = global_tokens == "position"
+        num_tokens = token_grid**2 if position_aware else 8
+
+        def make_block(i: int, halvings: int, dilation: int, drop_path: float) -> Block:
+            dim, heads = dims[i], num_heads[i]
+            if kernel_sizes[i] == 0:
+                local = nn.Identity()
+            elif local_attention == "conv":
+                local = ConvEncoder(dim, kernel_sizes[i], dilation, **dd)
+            else:
+                local = ablations.WindowAttention(dim, heads, attn_drop_rate, **dd)
+            if downsampling == "stepwise":  # M = 1 in the first stage, 0 in the others (section 3.3)
+                downsample = StepwiseDownsample(dim, halvings, convs=int(i == 0), **dd)
+            else:
+                downsample = ablations.OneStepDownsample(halvings)
+            if position_aware and token_grid > 0:
+                fusion = PositionAwareFusion(dim, token_grid, token_mlp, alpha, **dd)
+            elif position_aware:
+                fusion = ablations.NoTokens()
+            else:
+                layer = ablations.FUSIONS[global_tokens]
+                fusion = layer(dim, heads, token_mlp, num_tokens, attn_drop_rate, **dd)
+            rates = dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=drop_path)
+            return Block(local, downsample, fusion, dim, heads, mlp_ratios[i], **rates, **dd)
+
+        super().__init__(
+            make_block,
+            num_tokens=num_tokens,
+            dims=dims,
+            depths=depths,
+            head_hidden_size=head_hidden_size,
+            output_stride=output_stride,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
+        )
+
+
+def _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, output_stride) -> None:
+    """Refuse unknown values and combinations that mean nothing, naming the argument and what to do."""
+    for name, value, allowed in (
+        ("token_mlp", token_mlp, ("mlp", "mix")),
+        ("token_grid", token_grid, (7, 0, 3, 4, 5, 6, 8)),
+        ("global_tokens", global_tokens, ("position", "normal", "normal_star")),
+        ("local_attention", local_attention, ("conv", "window")),
+        ("downsampling", downsampling, ("stepwise", "onestep")),
+        ("output_stride", output_stride, (32, 16, 8)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
+    if global_tokens != "position" and token_grid != 7:
+        raise ValueError(
+            f"token_grid={token_grid} goes with global_tokens='position' only: {global_tokens!r} tokens form no grid, "
+            "there are always 8 of them; leave token_grid out"
+        )
+    if token_mlp == "mix" and token_grid == 0:
+        raise ValueError("token_mlp='mix' has no tokens to mix at token_grid=0; use token_mlp='mlp'")
+    if token_mlp == "mix" and global_tokens == "normal":
+        raise ValueError("token_mlp='mix' does not go with global_tokens='normal', which has no MLP; use 'mlp'")
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dualtoken_vit_tiny.untrained": model_cfg(),
+        "dualtoken_vit_tiny_mix.untrained": model_cfg(),
+        "dualtoken_vit_small.untrained": model_cfg(),
+        "dualtoken_vit_small_mix.untrained": model_cfg(),
+    }
+)
+
+
+TINY = dict(dims=(48, 96, 192), depths=(2, 6, 4), num_heads=(2, 4, 8))  # Table 1
+SMALL = dict(dims=(64, 128, 256), depths=(2, 6, 6), num_heads=(2, 4, 8))
+
+
+@register_model
+def dualtoken_vit_tiny(pretrained: bool = False, **kwargs: Any) -> DualTokenViT:
+    """DualToken-ViT-T with the plain MLP on the global tokens (not in the paper's tables)."""
+    return create(DualTokenViT, "dualtoken_vit_tiny", pretrained, **{**TINY, **kwargs})
+
+
+@register_model
+def dualtoken_vit_tiny_mix(pretrained: bool = False, **kwargs: Any) -> DualTokenViT:
+    """DualToken-ViT-T (mix): 5.8 M parameters, 0.5 G FLOPs, 75.4 % on ImageNet-1k (Table 2)."""
+    return create(DualTokenViT, "dualtoken_vit_tiny_mix", pretrained, **{**TINY, "token_mlp": "mix", **kwargs})
+
+
+@register_model
+def dualtoken_vit_small(pretrained: bool = False, **kwargs: Any) -> DualTokenViT:
+    """DualToken-ViT-S: 11.9 M parameters, 1.1 G FLOPs, 79.5 % on ImageNet-1k (Table 2)."""
+    return create(DualTokenViT, "dualtoken_vit_small", pretrained, **{**SMALL, **kwargs})
+
+
+@register_model
+def dualtoken_vit_small_mix(pretrained: bool = False, **kwargs: Any) -> DualTokenViT:
+    """DualToken-ViT-S (mix): 11.4 M parameters, 1.0 G FLOPs, 79.4 % on ImageNet-1k (Table 2)."""
+    return create(DualTokenViT, "dualtoken_vit_small_mix", pretrained, **{**SMALL, "token_mlp": "mix", **kwargs})

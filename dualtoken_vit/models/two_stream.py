@@ -1,0 +1,415 @@
+"""The skeleton that DualToken-ViT and LightViT share: stem, stages of blocks on two streams, head, timm's contract."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ConvNormAct,
+    SelectAdaptivePool2d,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    lecun_normal_,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from dualtoken_vit.models.layers import LayerNorm, Linear, pad_to_multiple, resize_grid
+
+STRIDE = 32  # of the grid on which global information is gathered, and of the last stage
+
+
+class PatchMerging(nn.Module):
+    """Residual patch merging (LightViT): halves the map, widens both kinds of tokens.
+
+    With `stride` 1 (`output_stride` below 32) every place is merged with its three neighbours at distance
+    `dilation`, so that the weights trained at stride 2 mean the same.
+    """
+
+    def __init__(self, dim: int, out_dim: int, has_tokens: bool, stride: int, dilation: int, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.stride = stride
+        self.dilation = dilation
+        self.norm = LayerNorm(4 * dim, **dd)
+        self.reduction = Linear(4 * dim, out_dim, bias=False, **dd)
+        self.residual = Linear(dim, out_dim, bias=False, **dd)
+        # global tokens
+        self.token_norm = LayerNorm(dim, **dd) if has_tokens else nn.Identity()
+        self.token_reduction = Linear(dim, out_dim, bias=False, **dd) if has_tokens else nn.Identity()
+
+    def forward(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (B, H, W, C), (B, M, C)
+        if self.stride == 2:
+            x = pad_to_multiple(x, 2)
+            B, H, W, C = x.shape
+            x = x.reshape(B, H // 2, 2, W // 2, 2, C).transpose(2, 3).reshape(B, H // 2, W // 2, 4, C)
+        else:
+            d = self.dilation
+            B, H, W, C = x.shape
+            x = F.pad(x, (0, 0, 0, d, 0, d))
+            x = torch.stack((x[:, :H, :W], x[:, :H, d:], x[:, d:, :W], x[:, d:, d:]), dim=3)
+        x = self.reduction(self.norm(x.flatten(3))) + self.residual(x.amax(3))
+        if g is not None:
+            g = self.token_reduction(self.token_norm(g))
+        return x, g
+
+
+class Stage(nn.Module):
+    """Patch merging (but in the first stage) and blocks."""
+
+    def __init__(self, merging: PatchMerging | None, blocks: list[nn.Module]):
+        super().__init__()
+        self.merging = merging
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (B, H, W, C), (B, M, C)
+        if self.merging is not None:
+            x, g = self.merging(x, g)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, g = checkpoint(block, x, g)
+            else:
+                x, g = block(x, g)
+        return x, g
+
+
+class Stem(nn.Module):
+    """Convolutions to stride 8 (LightViT), with the maps of stride 2 and 4 on the way; C' = C / 2."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        mid = dim // 2
+        kwargs = dict(kernel_size=3, act_layer=nn.GELU, **dd)
+        self.stride2 = nn.Sequential(  # stride 2
+            ConvNormAct(in_chans, mid, stride=2, **kwargs),
+            ConvNormAct(mid, mid, groups=mid, **kwargs),
+            ConvNormAct(mid, mid, groups=mid, **kwargs),
+        )
+        self.stride4 = ConvNormAct(mid, mid, stride=2, groups=mid, **kwargs)  # stride 4
+        self.proj = nn.Conv2d(mid, dim, 3, stride=2, padding=1, **dd)
+        self.norm = LayerNorm(dim, **dd)
+
+    def embed(self, x: Tensor) -> Tensor:  # (B, C', H/4, W/4) -> (B, H/8, W/8, C)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, H/8, W/8, C)
+        return self.embed(self.stride4(self.stride2(x)))
+
+
+class TokenMean(nn.Module):
+    """The classification head up to its pooling (LightViT): LN, Linear to 1280, LN, GELU, mean over X and G.
+
+    The mean runs over the tokens of both streams, yet what leaves is one map, as timm's `forward_features` must:
+    N image tokens f(X) and M global tokens f(G) become (N f(X) + sum f(G)) / (N + M), whose plain average over the
+    map is the mean over all N + M tokens.
+    """
+
+    def __init__(self, dim: int, hidden_size: int, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.fc = Linear(dim, hidden_size, **dd)
+        self.norm = LayerNorm(hidden_size, **dd)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor, g: Tensor | None) -> Tensor:  # normed (B, H, W, C), (B, M, C) -> (B, H, W, 1280)
+        x = self.act(self.norm(self.fc(x)))
+        if g is not None:
+            g = self.act(self.norm(self.fc(g)))
+            share = 1 / (x.shape[1] * x.shape[2] + g.shape[1])
+            x = x * (1 - share * g.shape[1]) + (g.sum(1) * share)[:, None, None]
+        return x
+
+
+class TwoStreamViT(nn.Module):
+    """What DualToken-ViT and LightViT share: stem, stages of blocks on both streams, head; all that timm asks for.
+
+    Takes (B, in_chans, H, W) of any size from 32x32 up and returns logits (B, num_classes). `forward_features` returns
+    a map (B, H/32, W/32, 1280), NHWC, in which the global tokens already have their share (see `TokenMean`);
+    `forward_intermediates` returns the pyramid of strides 2, 4 (stem), 8, 16, 32 (stages).
+
+    Args:
+        make_block: (stage, halvings from its stride to 32, dilation, drop path) -> a block: X, G -> X, G
+        num_tokens: global tokens, 0: none
+        dims: C of each stage
+        depths: blocks of each stage
+        head_hidden_size: width of the head
+        output_stride: of the last stage, 8, 16 or 32
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[int, int, int, float], nn.Module],
+        num_tokens: int,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        head_hidden_size: int,
+        output_stride: int,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        drop_path_rate: float,
+        device,
+        dtype,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.output_fmt = "NHWC"
+
+        self.stem = Stem(in_chans, dims[0], **dd)
+        self.token_embed = nn.Parameter(torch.empty(1, num_tokens, dims[0], **dd)) if num_tokens else None
+        self.feature_info = [
+            dict(num_chs=dims[0] // 2, reduction=2, module="stem.stride2"),
+            dict(num_chs=dims[0] // 2, reduction=4, module="stem.stride4"),
+        ]
+
+        drop_path = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages, prev_dim, stride, dilation = [], dims[0], 8, 1
+        for i, dim in enumerate(dims):
+            merging = None
+            if i > 0:
+                merge_stride = 2 if stride < output_stride else 1
+                merging = PatchMerging(prev_dim, dim, num_tokens > 0, merge_stride, dilation, **dd)
+                stride, dilation = stride * merge_stride, dilation * 2 // merge_stride
+            halvings = (STRIDE // stride).bit_length() - 1
+            blocks = [make_block(i, halvings, dilation, next(drop_path)) for _ in range(depths[i])]
+            stages.append(Stage(merging, blocks))
+            prev_dim = dim
+            self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f"stages.{i}"))
+        self.stages = nn.ModuleList(stages)
+
+        self.norm = LayerNorm(prev_dim, **dd)
+        self.token_mean = TokenMean(prev_dim, head_hidden_size, **dd)
+        self.num_features = head_hidden_size  # of the map that `forward_features` returns
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise every parameter and buffer; also after `to_empty`. All initialisation is in this one place.
+
+        Weights keep the variance of what goes through them (Xavier for linear layers, LeCun for the stages'
+        convolutions): in layers as narrow as these the usual 0.02 leaves every branch near zero and learning slow to
+        start (REPRODUCTION.md). The stem as PyTorch has it; classifier and global tokens 0.02; biases zero.
+
+        Args:
+            needs_reset: call `reset_parameters` first; not needed for a model whose constructor just ran.
+        """
+        if needs_reset:
+            for module in self.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            elif isinstance(module, nn.Conv2d) and not name.startswith("stem"):
+                lecun_normal_(module.weight)
+            else:
+                continue
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.num_classes > 0:
+            trunc_normal_(self.head.weight, std=0.02)
+        if self.token_embed is not None:
+            trunc_normal_(self.token_embed, std=0.02)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return tables | {"token_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return dict(
+            stem=r"^stem|^token_embed",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.merging", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm|^token_mean", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; 0 classes: none. `global_pool` None keeps the pooling, "" leaves the map."""
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(
+                pool_type=global_pool, flatten=bool(global_pool), input_fmt=self.output_fmt
+            ).train(self.training)
+        self.num_classes = num_classes
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        head = nn.Identity()
+        if num_classes > 0:
+            head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
+            trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        self.head = head.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The final features and the pyramid: indices 0, 1 are the stem at strides 2, 4, then one a stage.
+
+        Args:
+            x: (B, in_chans, H, W)
+            indices: the last n if an int, all if None, else those listed
+            norm: apply the final LayerNorm to the last stage's map
+            stop_early: leave out the stages behind the last index asked for
+            output_fmt: "NCHW" or "NHWC"
+            intermediates_only: return the list alone
+        """
+        assert output_fmt in ("NCHW", "NHWC"), "Output format must be NCHW or NHWC."
+        take_indices, max_index = feature_take_indices(2 + len(self.stages), indices)
+        maps: list[Tensor] = []  # NHWC
+        x = self.stem.stride2(x)
+        if 0 in take_indices:
+            maps.append(x.permute(0, 2, 3, 1))
+        x = self.stem.stride4(x)
+        if 1 in take_indices:
+            maps.append(x.permute(0, 2, 3, 1))
+        x = self.stem.embed(x)
+        g = self._expand_tokens(x)
+        last = len(self.stages) - 1
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a ModuleList
+            stages = self.stages
+        else:
+            stages = self.stages[: max(max_index - 1, 0)]
+        for i, stage in enumerate(stages):
+            x, g = stage(x, g)
+            if i + 2 in take_indices:
+                maps.append(self.norm(x) if norm and i == last else x)
+        if output_fmt == "NCHW":
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        if intermediates_only:
+            return maps
+        if len(stages) == len(self.stages):  # else stopped early: the final norm is not sized for x
+            x = self._finish(x, g)
+        return x, maps
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the given `forward_intermediates` indices do not need; returns them as non-negative numbers."""
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        prune_end = max_index < len(self.feature_info) - 1
+        if max_index < 1:
+            self.stem.stride4 = nn.Identity()
+        if max_index < 2:
+            self.stem.proj, self.stem.norm = nn.Identity(), nn.Identity()
+            self.token_embed = None
+        self.stages = self.stages[: max(max_index - 1, 0)]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_head or prune_end:
+            self.token_mean = None
+            self.num_features = self.feature_info[max_index]["num_chs"]
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def _expand_tokens(self, x: Tensor) -> Tensor | None:
+        """The learnable global tokens, once for each image of x."""
+        g = self.token_embed
+        return g.expand(x.shape[0], -1, -1) if g is not None else None
+
+    def _finish(self, x: Tensor, g: Tensor | None) -> Tensor:
+        """The final norm and, unless pruned away, the head up to its pooling."""
+        x = self.norm(x)
+        if self.token_mean is not None:
+            x = self.token_mean(x, self.norm(g) if g is not None else None)
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, H/32, W/32, 1280)
+        x = self.stem(x)
+        g = self._expand_tokens(x)
+        for stage in self.stages:
+            x, g = stage(x, g)
+        return self._finish(x, g)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # -> (B, num_classes)
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def check_stages(dims: tuple[int, ...], **settings: tuple[float, ...]) -> None:
+    """Refuse a setting that does not have one value for each stage, naming it."""
+    for name, values in settings.items():
+        if len(values) != len(dims):
+            raise ValueError(f"{name}={values} must have as many values as dims={dims}: one for each stage")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit a checkpoint to `model`: unwrap trainers' nesting and prefixes, resize the grid of global tokens."""
+    for key in ("state_dict_ema", "state_dict", "model"):
+        state_dict = state_dict.get(key, state_dict)
+    state_dict = {key.removeprefix("module.").removeprefix("model."): value for key, value in state_dict.items()}
+    old, new = state_dict.get("token_embed"), getattr(model, "token_embed", None)
+    if old is not None and new is not None and old.shape[1] != new.shape[1]:
+        old_grid, new_grid = (int(tokens.shape[1] ** 0.5) for tokens in (old, new))
+        if old_grid**2 == old.shape[1] and new_grid**2 == new.shape[1]:
+            grid = resize_grid(old.reshape(1, old_grid, old_grid, -1).float(), new_grid)
+            state_dict["token_embed"] = grid.flatten(1, 2).to(old.dtype)
+    return state_dict
+
+
+def model_cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "min_input_size": (3, 32, 32),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.stride2.0.conv",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2309.12424",
+        "paper_name": "DualToken-ViT: Position-aware Efficient Vision Transformer with Dual Token Fusion",
+        "origin_url": "https://arxiv.org/abs/2309.12424",
+        **kwargs,
+    }
+
+
+def create(cls: type[TwoStreamViT], variant: str, pretrained: bool, **kwargs: Any) -> TwoStreamViT:
+    """A network by timm's rules."""
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        # timm's default wrapper rewrites a model as a chain of children, which would lose the global tokens.
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
+        **kwargs,
+    )

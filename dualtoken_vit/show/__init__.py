@@ -1,0 +1,1 @@
+"""Drawings, plots and tables for the terminal."""

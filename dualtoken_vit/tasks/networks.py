@@ -1,0 +1,86 @@
+"""The timm network of a recipe."""
+
+import inspect
+import re
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.models.backbone import check_size
+from dualtoken_vit.recipes import Model, model_kwargs
+
+
+def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
+    """The recipe's timm network.
+
+    Args:
+        recipe: what is asked for
+        num_classes: 0: without a classifier
+        args: other arguments of timm.create_model, `model.args` among them
+
+    Raises:
+        InputError: for an unknown name, or arguments that it refuses.
+    """
+    if ":" not in recipe.name and not timm.is_model(recipe.name):  # hf-hub:, local-dir: name a place
+        near = get_close_matches(recipe.name, timm.list_models())
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
+        raise InputError(f"--model.name {recipe.name}: timm has no such model{hint}")
+    rates = {"drop_path_rate": recipe.drop_path_rate} if recipe.drop_path_rate > 0 else {}  # not every network takes it
+    try:
+        model = timm.create_model(
+            recipe.name,
+            pretrained=recipe.pretrained,
+            num_classes=num_classes,
+            in_chans=recipe.in_chans,
+            **rates,
+            **args,
+        )
+    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError) as error:
+        raise InputError(_refusal(recipe, error)) from error
+    if recipe.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except AssertionError as error:
+            raise InputError(f"--model.grad-checkpointing: {recipe.name}: {first_line(error)}") from error
+    return model
+
+
+def create_model(recipe: Model, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The recipe's classifier, and the arguments that make it again (`save_checkpoint`'s model_args).
+
+    A network whose size is fixed (deit, vit, ...) is made for `image_size`.
+
+    Raises:
+        InputError: for an unknown name, arguments that it refuses, or images of a size that it does not take.
+    """
+    args = model_kwargs(recipe)
+    if ":" not in recipe.name and timm.is_model(recipe.name):
+        cfg = timm.get_pretrained_cfg(recipe.name)
+        if cfg is not None and cfg.fixed_input_size:
+            args = {"img_size": image_size, **args}
+    model = create_network(recipe, num_classes, **args)
+    check_size(model, recipe.in_chans, image_size)
+    return model.train().to(memory_format=torch.channels_last), args
+
+
+def _refusal(recipe: Model, error: Exception) -> str:
+    """Which field of the recipe made timm refuse the network with this error, and why."""
+    name, args, reason = recipe.name, model_kwargs(recipe), first_line(error)
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", reason)
+    key = unknown[1] if unknown else None
+    if key in args:
+        with torch.device("meta"):
+            known = inspect.signature(type(timm.create_model(name))).parameters
+        near = get_close_matches(key, known)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+        return f"--model.args {key}={args[key]}: {name} has no such argument; {hint}"
+    if key == "drop_path_rate":
+        return f"--model.drop-path-rate {recipe.drop_path_rate}: {name} has no stochastic depth; give 0"
+    fetched = recipe.pretrained or ":" in name
+    if args and not (fetched and isinstance(error, RuntimeError | OSError)):
+        return f"--model.args {' '.join(recipe.args)}: {reason}"
+    return f"--model.name {name}: {reason}"

@@ -1,6 +1,6 @@
 # make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
 # make test    the tests, but those that take more than ten seconds each;  make test-slow: these
-# make lint    ruff, without changing anything;  make format: with
+# make lint    ruff, mypy and the import contract;  make format: ruff, with automatic fixes
 # Each creates .venv first where it is missing. Needs Python 3.11 or later; choose one with PYTHON=...
 # or bring your own environment with BIN=... (its bin folder).
 
@@ -38,6 +38,8 @@ test-slow: $(DEV)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy dualtoken_vit
+	$(BIN)/lint-imports --no-cache
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,52 @@
-"""DualToken-ViT (arXiv 2309.12424). Importing this package registers its models with timm."""
+"""DualToken-ViT (arXiv 2309.12424). Importing this package registers its models with timm.
+
+The other public names are loaded when they are first used: the import needs torch and timm only.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from dualtoken_vit.models.dualtoken import DualTokenViT
 from dualtoken_vit.models.lightvit import LightViT
 
+if TYPE_CHECKING:
+    from dualtoken_vit.evaluation import evaluate
+    from dualtoken_vit.models.detectors import create_detector
+    from dualtoken_vit.models.segmenters import create_segmenter
+    from dualtoken_vit.predictors import load_model, load_predictor
+    from dualtoken_vit.recipes import RECIPES
+    from dualtoken_vit.tasks.trainer import train
+
 __version__ = "0.1.0"
-__all__ = ["DualTokenViT", "LightViT", "__version__"]
+__all__ = [
+    "RECIPES",
+    "DualTokenViT",
+    "LightViT",
+    "__version__",
+    "create_detector",
+    "create_segmenter",
+    "evaluate",
+    "load_model",
+    "load_predictor",
+    "train",
+]
+
+_LAZY = {
+    "RECIPES": "recipes",
+    "create_detector": "models.detectors",
+    "create_segmenter": "models.segmenters",
+    "evaluate": "evaluation",
+    "load_model": "predictors",
+    "load_predictor": "predictors",
+    "train": "tasks.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

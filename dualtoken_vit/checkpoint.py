@@ -1,7 +1,7 @@
-"""The file that leaves training, best.safetensors: weights, and all that it takes to use them, without pickle.
+"""The file that training exports, best.safetensors: weights and everything needed to use them, without pickle.
 
 A safetensors file whose tensors are the timm model's plain state dict, so that `timm.create_model(name,
-checkpoint_path=...)` reads it too, and whose metadata says in JSON what the network, classes and preprocessing are.
+checkpoint_path=...)` reads it too, and whose metadata describes network, classes and preprocessing in JSON.
 """
 
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import timm
 import torch
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
@@ -27,10 +26,10 @@ FORMAT = "dualtoken-vit checkpoint 1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a best.safetensors holds."""
+    """Contents of a best.safetensors."""
 
     task: str
-    """The kind of task: "classification", "detection" or "segmentation"."""
+    """Name of the task, for example "classification"."""
     model: str
     """timm's name of the architecture, or of the backbone's."""
     model_args: dict[str, Any]
@@ -71,7 +70,7 @@ def save_checkpoint(
         class_names: in the order of the logits
         preprocessing: timm's data config, with input_size (C, H, W)
         recipe: `recipes.to_dict` of the recipe
-        metrics: what the model reached
+        metrics: of the model on its validation set
         model_args: arguments of timm.create_model, `create_detector` or `create_segmenter`, beside num_classes and
             in_chans
         category_ids: detection: the number of each class in the COCO json
@@ -80,7 +79,7 @@ def save_checkpoint(
         InputError: where the file cannot be written.
     """
     args = {"num_classes": len(class_names), "in_chans": preprocessing["input_size"][0], **(model_args or {})}
-    name = getattr(model, "network", model).pretrained_cfg["architecture"]
+    name = _cfg(model)["architecture"]
     values = (task, name, args, list(class_names), preprocessing, recipe, metrics, list(category_ids))
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in zip(_FIELDS, values, strict=True)}
     # safetensors takes neither channels-last strides nor tensors that share memory.
@@ -92,8 +91,12 @@ def save_checkpoint(
         file.write(safetensors.torch.save(tensors, metadata))
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
     """Read a best.safetensors; nothing in it is executed.
+
+    Args:
+        path: the file
+        weights: read the weights too; else `state_dict` is empty
 
     Raises:
         InputError: for a file that is missing, truncated or of another kind.
@@ -103,18 +106,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         hint = f"; give {path / 'best.safetensors'}" if (path / "best.safetensors").is_file() else ""
         raise InputError(f"{path} is a folder, not a checkpoint{hint}")
     if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}")
+        raise InputError(f"{path}: no such checkpoint")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+            state_dict = {key: file.get_tensor(key) for key in file.keys() if weights}  # noqa: SIM118  not a dict
     except (safetensors.SafetensorError, OSError) as error:
-        other = "a file for resuming or of another program; give the best.safetensors of a run"
-        kind = "truncated or damaged" if path.suffix == ".safetensors" else other
-        raise InputError(f"{path} is not a checkpoint that can be read: {kind}") from error
+        other = "it is for resuming, or of another program; give the best.safetensors of a run"
+        kind = "it is truncated or damaged" if path.suffix == ".safetensors" else other
+        raise InputError(f"{path} cannot be read as a checkpoint: {kind}") from error
     if metadata.get("format") != FORMAT:
         raise InputError(
-            f"{path} holds weights, but not the network, classes and preprocessing that go with them; "
+            f"{path} has weights, but no description of network, classes and preprocessing; "
             "give the best.safetensors of a run, or fine-tune from it with --model.checkpoint"
         )
     metadata.setdefault("category_ids", "[]")  # older files have none
@@ -127,63 +130,41 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(**fields, state_dict=state_dict)
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
-    """The trained network of a best.safetensors, in evaluation mode, and what is known about it.
-
-    Raises:
-        InputError: for a file that is missing, truncated or of another kind, or does not fit the installed timm.
-    """
-    checkpoint = read_checkpoint(path)
-    try:
-        if checkpoint.task == "detection":
-            from dualtoken_vit.models.detectors import (
-                create_detector,  # needs torchvision, which a bare install has not
-            )
-
-            model = create_detector(name=checkpoint.model, **checkpoint.model_args)
-        elif checkpoint.task == "segmentation":
-            from dualtoken_vit.models.segmenters import create_segmenter
-
-            model = create_segmenter(name=checkpoint.model, **checkpoint.model_args)
-        else:
-            model = timm.create_model(checkpoint.model, **checkpoint.model_args)
-        model.load_state_dict(checkpoint.state_dict)
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = first_line(error)
-        raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
-    return model.eval(), checkpoint
-
-
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_weights` did, by the names of the model's and the file's tensors."""
+    """What `load_weights` loaded, by tensor names."""
 
     path: Path
     loaded: tuple[str, ...]
-    """Taken from the file, the adapted ones among them."""
+    """Loaded from the file, including the adapted ones."""
     adapted: tuple[str, ...]
-    """Taken after a change of shape: channels of the first convolution, grid of tokens or positions."""
+    """Loaded after a change of shape: channels of the first convolution, grid of tokens or positions."""
     new: tuple[str, ...]
-    """Not in the file in a shape that fits: as initialised."""
+    """Re-initialised: not in the file, or of another shape there."""
     ignored: tuple[str, ...]
-    """In the file, but not used."""
+    """In the file, but unused."""
     classes: str = ""
-    """What became of the classifier, where the file names its classes and these are not the model's."""
+    """How the classifier was loaded, where the file's classes differ from the model's."""
     network: str = ""
-    """What is to be said of the file's network, where the file names it and it is another than the model."""
+    """The file's network, where it differs from the model."""
 
     def __str__(self) -> str:
         lines = [f"{self.path}: loaded {len(self.loaded)} of {len(self.loaded) + len(self.new)} tensors"]
         lines += [f"  {note}" for note in (self.network, self.classes) if note]
         for title, names in (
             ("adapted", self.adapted),
-            ("left new", self.new),
-            ("ignored from the file", self.ignored),
+            ("re-initialised", self.new),
+            ("unused in the file", self.ignored),
         ):
             if names:
                 more = f" and {len(names) - 8} more" if len(names) > 8 else ""
                 lines.append(f"  {title}: {', '.join(names[:8])}{more}")
         return "\n".join(lines)
+
+
+def _cfg(model: Any) -> dict[str, Any]:
+    """timm's description of a network, or of the backbone of a detector or segmenter."""
+    return getattr(model, "network", model).pretrained_cfg
 
 
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -192,7 +173,7 @@ def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """What a best.safetensors says of its weights: model and class_names; of other files nothing is known."""
+    """model and class_names of a best.safetensors; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     with safetensors.safe_open(path, framework="pt") as file:
@@ -203,44 +184,44 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _network(found: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The part of a detector's or segmenter's tensors that belongs to the network inside; of other files, all."""
+    """The backbone's part of a detector's or segmenter's tensors; all tensors of other files."""
     first = next(iter(network.state_dict()))
     prefix = next((key.removesuffix(first) for key in found if key.endswith(f".{first}")), "")
     return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
 
 
 def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...] = ()) -> LoadReport:
-    """Start from the weights of a file: of this project or any timm checkpoint, of other classes, size or channels.
+    """Load weights from a file of this project or any timm checkpoint, possibly of other classes, size or channels.
 
-    What has another shape is adapted (first convolution, grids of tokens and positions, by timm's own functions) or,
-    as a classifier of other classes, left as initialised. Where the file names its classes, as a best.safetensors
-    does, a classifier of the same `class_names` in another order is brought to theirs, and one of other names left as
-    initialised, even if their number is the same. A detector or segmenter takes a file of its kind whole; between
-    different kinds the network inside is handed on. Pickled files are read with `weights_only`.
+    Tensors of another shape are adapted (first convolution, grids of tokens and positions, by timm's own functions) or
+    left as initialised, such as a classifier of other classes. Where the file names its classes, as a best.safetensors
+    does, a classifier of the same `class_names` in another order is reordered, and one of other names is left as
+    initialised, even if their number is the same. A detector or segmenter loads a file of its kind entirely; between
+    different kinds only the backbone is loaded. Pickled files are read with `weights_only`.
 
     Raises:
-        InputError: for a file that is missing, cannot be read, or is of another network.
+        InputError: for a file that is missing, cannot be read, or belongs to another network.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}")
+        raise InputError(f"{path}: no such checkpoint")
     try:
         found = load_state_dict(str(path))
         found = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         metadata = _metadata(path)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, TypeError) as error:
-        raise InputError(f"{path} is not a checkpoint that can be read: {first_line(error)}") from error
+        raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     except (AttributeError, ValueError) as error:  # an array, a list, ... instead of a state dict
-        raise InputError(f"{path} holds no state dict") from error
+        raise InputError(f"{path} has no state dict") from error
     if all(key.startswith("model.") for key in found):  # Lightning's
         found = {key.removeprefix("model."): value for key, value in found.items()}
 
-    if not found.keys() & model.state_dict().keys():  # of another kind: from network to network
-        if hasattr(model, "network"):
-            model, class_names = model.network, ()
+    if not found.keys() & model.state_dict().keys():  # of another task: from backbone to backbone
+        if (network := getattr(model, "network", None)) is not None:
+            model, class_names = network, ()
         found = _network(found, model)
     state_dict, own = dict(found), model.state_dict()
-    cfg = getattr(model, "network", model).pretrained_cfg
+    cfg = _cfg(model)
     for name in _names(cfg.get("first_conv")):
         key = f"{name}.weight"
         if key in state_dict and key in own and state_dict[key].shape != own[key].shape and own[key].ndim == 4:
@@ -254,13 +235,13 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     fitting = {key: value for key, value in state_dict.items() if key in own and value.shape == own[key].shape}
     name = cfg["architecture"]
     source = metadata.get("model", name).partition(".")[0]  # without timm's tag of pretrained weights
-    if 2 * len(fitting) < len(own):  # a few tensors of another network always happen to fit
+    if 2 * len(fitting) < len(own):  # a few tensors of another network always fit by chance
         other = f" is a {source} and" if source != name else ""
         raise InputError(
             f"{path}{other} has only {len(fitting)} of the {len(own)} tensors of {name}; "
             "--model.checkpoint must be of the same architecture"
         )
-    network = f"a {source}, not a {name}: only what both have is taken" if source != name else ""
+    network = f"a {source}, not a {name}: only the tensors that both have are loaded" if source != name else ""
     theirs = metadata.get("class_names", class_names)
     layers = getattr(model, "class_layers", None) or _names(cfg.get("classifier"))
     classifier = [key for key in fitting if key.rpartition(".")[0] in layers]
@@ -268,12 +249,12 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     if class_names and theirs != class_names:
         rowwise = all(len(fitting[key]) == len(class_names) for key in classifier)  # not so in a detector
         if sorted(theirs) == sorted(class_names) and rowwise:
-            classes = "the same classes in another order: the classifier follows it"
+            classes = "the same classes in another order: the classifier is reordered"
             rows = [theirs.index(name) for name in class_names]
             fitting |= {key: fitting[key][rows] for key in classifier}
         else:
-            classes = f"its {len(theirs)} classes are not the {len(class_names)} here, or in another order: "
-            classes += "what belongs to single classes is new"
+            classes = f"its {len(theirs)} classes differ from the {len(class_names)} here, or in their order: "
+            classes += "the classifier is re-initialised"
             for key in classifier:
                 del fitting[key]
     model.load_state_dict(fitting, strict=False)

@@ -1,18 +1,18 @@
-"""The command line, `dualtoken-vit`: it reads arguments and calls the rest."""
+"""The command line, `dualtoken-vit`: reads arguments and calls the rest."""
 
 import errno
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import ABOUT, RECIPES, Classification, Recipe
+from dualtoken_vit.recipes import ABOUT, RECIPES, Classification, Device, Recipe, flatten
 
 INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
 try:
@@ -23,9 +23,9 @@ except ModuleNotFoundError as error:  # a bare install has the models only
     sys.exit(f"dualtoken-vit: error: {error.name} is not installed; {INSTALL}")
 
 DEFAULT = "demo"
-R = TypeVar("R", bound=Recipe)  # of any kind
+R = TypeVar("R", bound=Recipe)
 
-# Commands import what they need themselves: `--help` is quick, and works without what only another command needs.
+# Commands import what they need themselves: `--help` is quick, and works without another command's dependencies.
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Train(Generic[R]):
     out: Path | None = None
     """Folder of the run; by default runs/RECIPE."""
     resume: bool = False
-    """Continue the run in that folder where it was interrupted, with the settings it has."""
+    """Continue the run in that folder where it was interrupted, with its settings."""
 
 
 @dataclass(frozen=True)
 class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
-    """Detection, segmentation: folder for labels.png, a contact sheet of images with their labels drawn."""
+    """Folder for labels.png, a contact sheet of images with their labels."""
 
 
 @dataclass(frozen=True)
@@ -50,99 +50,114 @@ class Study:
     preset: Literal["cpu", "gpu"] = "cpu"
     """Budget that the other options start from: two cores for 30 minutes, or one GPU."""
     base: Literal["small", "tiny"] = "small"
-    """The DualToken-ViT that an ablation changes: small as in the paper, or tiny. The peers are what they are."""
+    """The DualToken-ViT of an ablation: small as in the paper, or tiny. Does not apply to peers."""
     seeds: int = 3
     """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
     jobs: int = 1
-    """Runs at a time; they share the processor's cores, or the GPU."""
+    """Parallel runs; they share the CPU's cores, or the GPU."""
     out: Path = Path("runs", "study")
-    """Folder of the runs, which studies share, and of study-NAME.json, .md, .png; the same call goes on from there."""
+    """Folder of the runs, which studies share, and of study-NAME.json, .md, .png; the same command resumes there."""
     markdown: bool = False
     """Print the table as Markdown."""
 
 
-@dataclass(frozen=True)
-class EvaluationData:
-    """The images; what is not given is as in training."""
-
-    dataset: str | None = None
-    """folder, shapes, imagenette, or a timm data spec; detection: coco or shapes; segmentation: masks or shapes."""
-    root: str | None = None
-    """Classification, segmentation: folder of the dataset."""
-    val_split: Annotated[str | None, tyro.conf.arg(aliases=("--data.split",))] = None
-    """Classification, segmentation: name of the split or folder."""
-    holdout: float | None = None
-    """Classification: share of each class's training images that was held out; 0: the validation split."""
-    images: str | None = None
-    """Detection: folder of the images."""
-    val_json: str | None = None
-    """Detection: COCO json of the images."""
-    limit: int | None = None
-    """Detection, segmentation: only the first so many images."""
-    classes: str | None = None
-    """Segmentation: file with the name of a class a line; they must be those of the checkpoint."""
-    ignore_index: int | None = None
-    """Segmentation: label of the pixels that count for nothing."""
-    reduce_zero_label: bool | None = None
-    """Segmentation: label 0 is no class; the classes begin at 1."""
-    image_size: int | None = None
-    """Side of the square that images are resized and cropped to, otherwise their short side, in pixels."""
-    mode: Literal["whole", "slide"] | None = None
-    """Segmentation: the whole image at once, or windows over it."""
-    window: int | None = None
-    """Segmentation: side of the windows in pixels."""
-    window_stride: int | None = None
-    """Segmentation: pixels from one window to the next."""
-    scales: tuple[float, ...] | None = None
-    """Segmentation: sizes to look at an image in, relative to image_size."""
-    flip: bool | None = None
-    """Segmentation: look at the mirror image too."""
-    max_size: int | None = None
-    """Detection: the most that the long side becomes."""
-    crop_pct: float | None = None
-    """Classification: the short side is resized to image_size / crop_pct and the centre is cropped."""
-    unreadable: Literal["stop", "skip"] | None = None
-    """Classification: what to do with an image that cannot be read."""
-    workers: int | None = None
-    """Processes that read images."""
+D = TypeVar("D")  # the data section of a recipe
+O = TypeVar("O")  # noqa: E741  the options of a predictor
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    checkpoint: tyro.conf.Positional[Path]
-    """The best.safetensors of a run."""
-    data: EvaluationData = field(default_factory=EvaluationData)
+class Evaluate(Generic[D]):
+    data: D
     batch_size: int | None = None
-    """Images at a time; by default as many as in training."""
-    accelerator: str = "auto"
-    """Lightning's accelerator: auto, cpu, gpu, mps."""
+    """Images in a batch; by default as in training."""
+    device: Device = "auto"
+    """auto: an accelerator if there is one, else the CPU."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Arithmetic of the network."""
+    """Precision of the forward pass."""
     out: Path | None = None
-    """Folder for all that is measured: evaluation.json, plots, in detection the results in COCO's form."""
+    """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
     json: bool = False
     """Print one JSON object, and nothing else. Classification: top1, top5, loss, images; detection: box, mask, images;
     segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are between 0 and 1."""
 
 
-def _recipe_name(args: list[str], command: str, about: str) -> tuple[str, list[str]]:
-    """The recipe that the arguments begin with, and the others.
+@dataclass(frozen=True)
+class Predict(Generic[O]):
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, and folders to search for them, subfolders included."""
+    options: Annotated[O, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of all
+    images, and predictions.json."""
+    json: bool = False
+    """Print one JSON object on stdout instead of the table, and nothing else there."""
+    batch_size: int | None = None
+    """Images in a forward pass; by default 32, in detection and segmentation 4."""
+    device: Device = "auto"
+    """auto: an accelerator if there is one, else the CPU."""
 
-    The recipe's own arguments are then parsed alone, so that messages speak of no other recipe.
+
+def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str, list[str]]:
+    """The recipe that the arguments start with ("" without one), and the other arguments.
+
+    The recipe's own arguments are then parsed alone, so that messages do not mention other recipes.
     """
     if args and args[0] in ("-h", "--help"):
         console = Console()
         console.print(f"usage: dualtoken-vit {command} [RECIPE] [--section.field VALUE ...]\n", markup=False)
-        console.print(f"{about}\n\nRecipes (without one: {DEFAULT}):")
+        console.print(f"{about}\n\nRecipes (default: {DEFAULT}):")
         console.print(_listing(ABOUT))
         console.print(f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help")
         sys.exit()
     if not args or args[0].startswith("-"):
-        return DEFAULT, args
+        return "", args
     name, *args = args
     if name not in RECIPES:
-        raise InputError(f"there is no recipe {name!r}; {_nearest(name, RECIPES)}")
+        raise InputError(f"recipe {name!r} is unknown; {_nearest(name, RECIPES)}")
     return name, args
+
+
+def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
+    """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
+    if not args or args[0].startswith("-"):
+        usage = f"dualtoken-vit {command} CHECKPOINT {more}"
+        if not args or args[0] not in ("-h", "--help"):
+            raise InputError(f"name the checkpoint first: {usage}")
+        console = Console()
+        console.print(f"usage: {usage}\n", markup=False)
+        console.print(f"{about} CHECKPOINT is the best.safetensors of a run.\n")
+        console.print(f"The options of its task, with its own defaults: dualtoken-vit {command} CHECKPOINT --help")
+        sys.exit()
+    return Path(args[0]), args[1:]
+
+
+def _flags(args: list[str], values: dict[str, Any]) -> list[str]:
+    """The arguments with `--section.field true` and `false` as tyro's `--section.field` and `--section.no-field`."""
+    switches = {f"--{key.replace('_', '-')}" for key, value in values.items() if isinstance(value, bool)}
+    found: list[str] = []
+    for arg in args:
+        if found and found[-1] in switches and arg.lower() in ("true", "false"):
+            if arg.lower() == "false":
+                section, _, field = found[-1].removeprefix("--").rpartition(".")
+                found[-1] = f"--{section}{'.' * bool(section)}no-{field}"
+        else:
+            found.append(arg)
+    return found
+
+
+def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], prog: str, about: str | None) -> Any:
+    """Parse arguments into a command's dataclass.
+
+    Args:
+        default: instance of one of the generic dataclasses above
+        part: its field of the generic type, whose class decides which options there are
+        args: the arguments
+        values: the defaults of the options of `part` by name, see `_flags`
+        prog: command as in the usage line
+        about: description of the command
+    """
+    kind = type(default)[type(part)]
+    return tyro.cli(kind, default=default, args=_flags(args, values), prog=f"dualtoken-vit {prog}", description=about)
 
 
 def _nearest(name: str, names: Any) -> str:
@@ -150,7 +165,7 @@ def _nearest(name: str, names: Any) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
 
 
-def _listing(abouts: dict[str, str]) -> Table:
+def _listing(abouts: Mapping[str, str | None]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     table.add_column(no_wrap=True)
     for name, about in abouts.items():
@@ -159,35 +174,41 @@ def _listing(abouts: dict[str, str]) -> Table:
 
 
 def train(args: list[str]) -> bool:
-    """Train a network by a recipe; leaves a folder with its weights, metrics and curves."""
-    name, args = _recipe_name(args, "train", train.__doc__)
+    """Train a network with a recipe; writes its weights, metrics and curves into a folder."""
+    named, args = _recipe_name(args, "train", train.__doc__)
+    name = named or DEFAULT
 
     def parse(recipe: Recipe) -> Train:
-        prog = f"dualtoken-vit train {name}"
-        return tyro.cli(Train[type(recipe)], default=Train(recipe), args=args, prog=prog, description=ABOUT[name])
+        return _parse(Train(recipe), recipe, args, flatten(recipe), f"train {name}", ABOUT[name])
 
     chosen = parse(RECIPES[name])
     out = chosen.out or Path("runs", name)
-    from dualtoken_vit.tasks.trainer import fit, stored_recipe
+    from dualtoken_vit.tasks.run_folder import stored_recipe
+    from dualtoken_vit.tasks.trainer import train as run
 
-    stored = stored_recipe(out) if chosen.resume else None
+    stored = stored_recipe(out, named) if chosen.resume else None
     if stored is not None:
         chosen = parse(stored)
-    fit(chosen.recipe, out, chosen.resume)
+    run(chosen.recipe, out, chosen.resume, named if stored is not None else name)
     return True
 
 
 def evaluate(args: list[str]) -> bool:
-    """Measure a trained network on validation images."""
-    chosen = tyro.cli(Evaluate, args=args, prog="dualtoken-vit evaluate", description=evaluate.__doc__)
-    from dualtoken_vit.tasks.evaluation import evaluate as run
+    """Evaluate a trained network on validation images."""
+    checkpoint, args = _checkpoint(args, "evaluate", evaluate.__doc__, "[--data.field VALUE ...] [OPTIONS]")
+    from dualtoken_vit.checkpoint import read_checkpoint
+    from dualtoken_vit.evaluation import evaluate as run
+    from dualtoken_vit.predictors import stored_recipe
 
-    data = {key: value for key, value in asdict(chosen.data).items() if value is not None}
+    stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
+    before = asdict(stored)
+    values = {f"data.{key}": value for key, value in before.items()}
+    chosen = _parse(Evaluate(stored), stored, args, values, f"evaluate {checkpoint}", evaluate.__doc__)
     result = run(
-        chosen.checkpoint,
-        data=data,
+        checkpoint,
+        data={key: value for key, value in asdict(chosen.data).items() if value != before[key]},
         batch_size=chosen.batch_size,
-        accelerator=chosen.accelerator,
+        device=chosen.device,
         precision=chosen.precision,
         out=chosen.out,
     )
@@ -203,21 +224,31 @@ def evaluate(args: list[str]) -> bool:
 
 
 def predict(args: list[str]) -> bool:
-    """Say and draw what a trained network sees in images."""
+    """Print and draw the predictions of a trained network for images."""
+    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER ... [--out FOLDER] [OPTIONS]")
+    from dualtoken_vit.checkpoint import read_checkpoint
     from dualtoken_vit.predict import predict as run
+    from dualtoken_vit.predictors import stored_recipe
+    from dualtoken_vit.tasks.registry import get_task
 
-    return _call(run, "predict", args)
+    header = read_checkpoint(checkpoint, weights=False)
+    predictor = get_task(header.task).predictor
+    stored = predictor.stored_options(stored_recipe(checkpoint, header).data, header.preprocessing)
+    options = predictor.make_options(**stored)
+    chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
+    common = chosen.out, chosen.json, chosen.batch_size, chosen.device
+    return run(checkpoint, chosen.images, *common, **asdict(chosen.options))
 
 
 def attention(args: list[str]) -> bool:
-    """Draw what the image tokens of a trained classifier attend to."""
+    """Draw the attention maps of a trained classifier."""
     from dualtoken_vit.paper.attention import attention as run
 
     return _call(run, "attention", args)
 
 
 def localise(args: list[str]) -> bool:
-    """Measure how well the attention maps of trained classifiers say where objects are."""
+    """Measure how well the attention maps of trained classifiers localise objects."""
     from dualtoken_vit.paper.localise import localise as run
 
     _call(run, "localise", args)
@@ -233,7 +264,7 @@ def benchmark(args: list[str]) -> bool:
 
 
 def study(args: list[str]) -> bool:
-    """Train the networks of one of the paper's comparisons at one equal budget, with several seeds."""
+    """Train the networks of one of the paper's comparisons with an equal budget and several seeds."""
     from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
     from dualtoken_vit.paper.study import study as run
 
@@ -257,18 +288,19 @@ def study(args: list[str]) -> bool:
         raise InputError(f"name the study first: dualtoken-vit study {'|'.join(STUDIES)}")
     name, *args = args
     if name not in STUDIES:
-        raise InputError(f"there is no study {name!r}; {_nearest(name, STUDIES)}")
+        raise InputError(f"study {name!r} is unknown; {_nearest(name, STUDIES)}")
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults of all that follows depend on it
     finder.add_argument("--preset", nargs="?", default="cpu")
     preset = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
     default = Study(preset.recipe, base=preset.base, seeds=preset.seeds, jobs=preset.jobs)
-    chosen = tyro.cli(Study, default=default, args=args, prog=f"dualtoken-vit study {name}", description=study.__doc__)
+    given = _flags(args, flatten(preset.recipe))
+    chosen = tyro.cli(Study, default=default, args=given, prog=f"dualtoken-vit study {name}", description=study.__doc__)
     run(name, chosen.recipe, chosen.base, chosen.seeds, chosen.jobs, chosen.out, chosen.markdown)
     return True
 
 
 def tables(args: list[str]) -> bool:
-    """Print the paper's tables beside what is counted and measured here."""
+    """Print the paper's tables next to the figures of this implementation."""
     from dualtoken_vit.paper.tables import tables as run
 
     _call(run, "tables", args)
@@ -276,33 +308,20 @@ def tables(args: list[str]) -> bool:
 
 
 def check_data(args: list[str]) -> bool:
-    """Read every image of a recipe's data once and report what is there and what is wrong."""
+    """Read all data of a recipe once, report what it holds and what is wrong."""
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
-    chosen = tyro.cli(
-        CheckData[type(RECIPES[name])],
-        default=CheckData(RECIPES[name]),
-        args=args,
-        prog=f"dualtoken-vit check-data {name}",
-        description=f"{check_data.__doc__} {ABOUT[name]}",
-    )
-    from dualtoken_vit.tasks.base import check_ranges
+    recipe, name = RECIPES[name or DEFAULT], name or DEFAULT
+    about = f"{check_data.__doc__} {ABOUT[name]}"
+    chosen = _parse(CheckData(recipe), recipe, args, flatten(recipe), f"check-data {name}", about)
+    from dualtoken_vit.bounds import check_bounds
+    from dualtoken_vit.tasks.registry import get_task
 
-    check_ranges(chosen.recipe)
-    if chosen.recipe.task == "detection":
-        from dualtoken_vit.data.check.detection import check_detection_data
-
-        return check_detection_data(chosen.recipe, chosen.out)
-    if chosen.recipe.task == "segmentation":
-        from dualtoken_vit.data.check.segmentation import check_segmentation_data
-
-        return check_segmentation_data(chosen.recipe, chosen.out)
-    from dualtoken_vit.data.check.classification import check_data as run
-
-    return run(chosen.recipe)
+    check_bounds(chosen.recipe)
+    return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
 
 
 def _call(function: Callable, command: str, args: list[str]) -> Any:
-    """Call `function` with arguments from the command line; those without a default are positional."""
+    """Call a function with arguments from the command line; those without a default are positional."""
     return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=(tyro.conf.PositionalRequiredArgs,))
 
 
@@ -321,7 +340,9 @@ COMMANDS = {
 
 def _help() -> None:
     console = Console()
-    console.print("usage: dualtoken-vit COMMAND ...\n\nDualToken-ViT: train, evaluate and use it.\n\nCommands:")
+    console.print(
+        "usage: dualtoken-vit COMMAND ...\n\nDualToken-ViT: train, evaluate and use the network.\n\nCommands:"
+    )
     console.print(_listing({name: command.__doc__ for name, command in COMMANDS.items()}))
     console.print("\nRecipes of train and check-data:")
     console.print(_listing(ABOUT))
@@ -329,7 +350,7 @@ def _help() -> None:
 
 
 def run(args: list[str]) -> int:
-    """Carry out one command; returns the exit status: 0, or 1 where a command found problems in images."""
+    """Run one command; returns the exit status: 0, or 1 where a command found problems in images."""
     if not args or args[0] in ("-h", "--help"):
         _help()
         return 0
@@ -337,12 +358,12 @@ def run(args: list[str]) -> int:
         print(dualtoken_vit.__version__)
         return 0
     if args[0] not in COMMANDS:
-        raise InputError(f"there is no command {args[0]!r}; {_nearest(args[0], COMMANDS)}")
+        raise InputError(f"command {args[0]!r} is unknown; {_nearest(args[0], COMMANDS)}")
     return 0 if COMMANDS[args[0]](args[1:]) else 1
 
 
 def _end(message: str, status: int = 2) -> NoReturn:
-    """End with one line on stderr; of several processes, all but the first say their rank."""
+    """Exit with one line on stderr; all processes except the first prefix their rank."""
     # set by torchrun, Lightning and srun, in this order where one runs inside another
     rank = next((os.environ[key] for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), "0")
     print(f"dualtoken-vit{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
@@ -350,11 +371,11 @@ def _end(message: str, status: int = 2) -> NoReturn:
 
 
 def main() -> None:
-    """The entry point: errors that a user can mend end with one line and status 2."""
+    """The entry point: errors that a user can fix end with one line and status 2."""
     try:
         sys.exit(run(sys.argv[1:]))
     except InputError as error:
-        # A process that reads images hands its error on behind a traceback.
+        # An error in a data loading process arrives behind a traceback.
         message = str(error).rstrip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
         _end(f"error: {message}")
     except ModuleNotFoundError as error:

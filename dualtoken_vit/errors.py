@@ -1,13 +1,20 @@
-"""The one error that a user can cause and mend."""
+"""The one error for bad input."""
+
+from textwrap import shorten
 
 
 class InputError(Exception):
-    """Bad input: the message names the file, key or argument and says what to do.
+    """Bad input: the message names the file, key or argument and what to do.
 
     The command line prints it as one line and exits with status 2.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what follows."""
+    """The first line of an error's message, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def reason(error: BaseException) -> str:
+    """An error's message on one line of at most 300 characters, or its type."""
+    return shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, **text) as file:
@@ -49,6 +50,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             temporary.unlink()
 
 
-def printable(path: str | Path) -> str:
-    """A file's name for people: bytes that are no UTF-8 are replaced."""
-    return os.fsencode(path).decode("utf-8", "replace")
+def printable(name: str | os.PathLike[str]) -> str:
+    """The name of a file or class in one line: invalid UTF-8 is replaced, control characters are escaped."""
+
+    def shown(char: str) -> str:
+        category = unicodedata.category(char)
+        if category == "Cs":  # an undecodable byte, or half of a surrogate pair
+            return "\N{REPLACEMENT CHARACTER}"
+        return char.encode("unicode_escape").decode() if category in ("Cc", "Zl", "Zp") else char
+
+    return "".join(map(shown, str(name)))

@@ -1,29 +1,29 @@
-"""This machine: its devices, settings under which PyTorch is faster on its CPU, and its description."""
+"""The devices and description of this machine, and settings that make PyTorch faster on its CPU."""
 
 import ctypes
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
 import torch
 
-import dualtoken_vit
 from dualtoken_vit.errors import InputError
 
 
 def cores() -> int:
-    """Of the processor, that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(device: torch.device, threads: int | None = None) -> dict[str, str]:
-    """Processor, device, system, versions, and the commit where this package is imported from a source tree.
+    """CPU, device, system, versions, and the commit if this package is imported from a git checkout.
 
     Args:
-        device: what is computed on
-        threads: CPU threads, if it is not this process that computes
+        device: on which the network runs
+        threads: CPU threads, if the network runs in another process
     """
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
@@ -34,7 +34,7 @@ def describe(device: torch.device, threads: int | None = None) -> dict[str, str]
         "cores": f"{cores()}, threads used: {threads or torch.get_num_threads()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "versions": f"torch {torch.__version__}, timm {timm.__version__}, dualtoken_vit {dualtoken_vit.__version__}",
+        "versions": f"torch {torch.__version__}, timm {timm.__version__}, dualtoken_vit {version('dualtoken-vit')}",
     }
     if found := commit():
         machine["commit"] = found
@@ -42,7 +42,7 @@ def describe(device: torch.device, threads: int | None = None) -> dict[str, str]
 
 
 def commit() -> str | None:
-    """Commit of the source tree that this package is imported from, if it is one."""
+    """Commit of the git checkout that this package is imported from; None if it is not in one."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
@@ -54,10 +54,10 @@ def commit() -> str | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """torch's device of that name; auto: the accelerator if there is one.
+    """The torch device of that name; auto: an accelerator if there is one, else the CPU.
 
     Raises:
-        InputError: for one that this machine does not have.
+        InputError: for a device that is not available.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -65,18 +65,18 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise InputError(f"device={name}: not on this machine; use auto or cpu") from None
+        raise InputError(f"device={name}: not available on this machine; use auto or cpu") from None
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def tune_cpu() -> None:
-    """Flush denormal numbers to zero, and keep freed memory for the next tensor.
+    """Flush denormal numbers to zero, and let glibc reuse freed memory.
 
-    Untrained weights make numbers so small that a processor handles them in microcode. And glibc returns a large block
-    to the kernel when a tensor is freed, which clears every page of it again for the next one; on some machines that
-    takes longer than the arithmetic. Where the C library is another one, memory stays as it is.
+    Untrained networks produce denormal numbers, which CPUs process in slow microcode. By default glibc returns large
+    freed blocks to the kernel, which must clear every page for the next tensor; on some machines this takes longer than
+    the arithmetic. With other C libraries the allocator is left unchanged.
     """
     torch.set_flush_denormal(True)
     try:

@@ -10,7 +10,7 @@ from PIL import Image
 
 @pytest.fixture(params=[1, 2], ids="{}-threads".format)
 def threads(request, monkeypatch):
-    """The test with one thread and with two, as with AVX-512: then linear layers go another way (`model.linear`)."""
+    """Run the test with one thread and with two, as if with AVX-512: `linear` then computes a convolution."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")

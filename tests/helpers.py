@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Helpers shared by several test files."""
 
 import timm
 import torch
@@ -7,10 +7,10 @@ import dualtoken_vit  # noqa: F401  registers the models
 
 
 def create(name="dualtoken_vit_tiny", depths=(1, 1, 1), num_classes=5, **kwargs):
-    """A shallow model in evaluation mode whose every weight and statistic is far from trivial, the same in every call.
+    """A shallow model in evaluation mode with fixed, non-trivial values for all weights and statistics.
 
-    As initialised, biases are zero, norms do nothing and tokens are small: a test of values would not notice one that
-    is left out.
+    After initialisation, biases are zero, norms are the identity and tokens are small: a test of values would not
+    notice if the model ignored one of them.
     """
     torch.manual_seed(0)
     model = timm.create_model(name, depths=depths, num_classes=num_classes, **kwargs).eval()

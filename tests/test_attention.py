@@ -1,4 +1,4 @@
-"""Attention maps against timm's own extraction, key tokens against brute force, and the command as a user calls it."""
+"""Attention maps against timm's extraction, key tokens against brute force, and the command."""
 
 import json
 
@@ -54,14 +54,14 @@ def test_maps_are_those_of_timm_fused_or_not(unfused, size):
             torch.testing.assert_close(found.flatten(1, 2).flatten(2), expected)
     heights = [-(-size[0] // stride) for stride in (8, 16, 32)]
     assert [found.shape[1] for found in maps.values()] == heights
-    # afterwards the network is as it was
+    # afterwards the network is unchanged
     assert fused.stages[0].blocks[0].broadcast_attn.fused_attn
     torch.testing.assert_close(fused(x), before, rtol=0, atol=0)
     assert not any(module._forward_hooks for module in fused.modules())
 
 
 @pytest.mark.parametrize("tokens", ["normal", "normal_star"])
-def test_normal_tokens_stand_for_where_they_were_gathered(unfused, tokens):
+def test_maps_of_normal_tokens_are_over_the_positions_that_they_aggregate(unfused, tokens):
     x, model = torch.randn(2, 3, 224, 224), create(global_tokens=tokens)
     theirs = AttentionExtract(model, method="hook")(x)
     for name, found in record(model, x).items():
@@ -76,12 +76,12 @@ def test_normal_tokens_stand_for_where_they_were_gathered(unfused, tokens):
 @pytest.mark.parametrize("args", [{"token_grid": 5}, {"token_grid": 0}], ids=str)
 def test_the_grid_of_the_map_is_that_of_the_tokens(args):
     maps = record(create(**args), torch.randn(1, 3, 128, 96))
-    grid = (5, 5) if args["token_grid"] else (4, 3)  # without tokens the map of X_ga itself
+    grid = (5, 5) if args["token_grid"] else (4, 3)  # without global tokens, the grid of X_ga
     assert {found.shape[3:] for found in maps.values()} == {grid}
 
 
 def moved(model, block, x, row, column, share):
-    """The log-probabilities with one token a share of the way to the mean token of its image."""
+    """The log-probabilities after moving one token by a share of the way to the mean token of its image."""
 
     def move(module, args):
         tokens, g = args
@@ -94,17 +94,17 @@ def moved(model, block, x, row, column, share):
 
 
 @pytest.mark.parametrize("index", [0, 2])
-def test_what_tokens_are_worth(index):
-    """By replacing them one by one, and by their gradient, which is the beginning of that."""
+def test_token_importance(index):
+    """Replacing single tokens, and moving them by a small step, which the gradient predicts."""
     model = create().double()
     x = torch.randn(2, 3, 96, 128, dtype=torch.double)
     block = list(blocks_of(model).values())[index]
-    foretold, measured = gradient_importance(model, block, x), replacement_importance(model, block, x)
-    assert foretold.shape == measured.shape == ((2, 12, 16) if index == 0 else (2, 3, 4))
+    estimated, measured = gradient_importance(model, block, x), replacement_importance(model, block, x)
+    assert estimated.shape == measured.shape == ((2, 12, 16) if index == 0 else (2, 3, 4))
     with torch.no_grad():
         before, best = model(x).log_softmax(-1).max(-1)
     for row, column in ((0, 0), (1, 3), (2, 1)):
-        for share, found in ((1, measured), (1e-6, foretold)):
+        for share, found in ((1, measured), (1e-6, estimated)):
             after = moved(model, block, x, row, column, share).gather(1, best[:, None])[:, 0]
             torch.testing.assert_close(found[:, row, column], (before - after) / share, rtol=1e-3, atol=1e-6)
     assert not block._forward_pre_hooks
@@ -126,16 +126,16 @@ def run(*args):
     return cli.run(["attention", *map(str, args), "--device", "cpu"])
 
 
-def test_the_command(checkpoint, tmp_path, capsys):
+def test_command(checkpoint, tmp_path, capsys):
     for name in ("a.png", "ü b.png"):
         pixels = np.random.default_rng(len(name)).integers(0, 256, (50, 70, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
     out = tmp_path / "out"
     args = (checkpoint, tmp_path, "--out", out, "--image-size", "96", "--every-block", "--json")
     assert run(*args) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == json.loads((out / "attention.json").read_text())
-    assert told["block"] == "stages.2.blocks.0"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "attention.json").read_text())
+    assert printed["block"] == "stages.2.blocks.0"
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.*") if path.is_file()}
     ends = ("key.png", "maps.png", "blocks.png", "npy", *(f"stages.{i}.blocks.0.npy" for i in range(3)))
     folder = tmp_path.name
@@ -147,11 +147,11 @@ def test_the_command(checkpoint, tmp_path, capsys):
     with Image.open(out / folder / "a.png.key.png") as key:
         red = (np.asarray(key.convert("RGB")) == (255, 0, 0)).all(-1)
     assert red.any()  # the key token's box
-    for one in told["images"]:
+    for one in printed["images"]:
         assert one["class"] in NAMES
         assert -1 <= one["agreement"] <= 1
         assert all(0 <= place < 3 for place in (*one["token"], *one["gradient_token"]))
-    assert run(*args) == 0  # into its own folder again
+    assert run(*args) == 0  # the output folder can be reused
     (tmp_path / "c.png").write_bytes(b"no image")
     capsys.readouterr()
     assert run(checkpoint, tmp_path / "a.png", tmp_path / "c.png", "--out", tmp_path / "two") == 1
@@ -167,8 +167,8 @@ def test_the_command(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--block", "3"), "--block 3: there are 3, 0 to 2"),
-        (("--token", "7"), "--token 7: give ROW,COL"),
+        (("--block", "3"), "--block 3: the network has blocks 0 to 2"),
+        (("--token", "7"), "--token 7: must be ROW,COL"),
         (("--token", "1,0"), r"--token 1,0: stages.2.blocks.0 has 1x1 image tokens"),
         (("nothing.png",), "nothing.png: no such file"),
     ],
@@ -180,7 +180,7 @@ def test_mistakes(checkpoint, tmp_path, more, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_networks_have_no_such_maps(tmp_path):
+def test_other_networks_are_rejected(tmp_path):
     solid(tmp_path / "a.png")
     other = save(tmp_path / "best.safetensors", timm.create_model("resnet18", num_classes=len(NAMES)))
     with pytest.raises(InputError, match="no Dual Token Blocks"):

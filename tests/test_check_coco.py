@@ -1,4 +1,4 @@
-"""The report finds what was planted, and nothing in sound data."""
+"""The report finds planted problems, and none in valid data."""
 
 import json
 import re
@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from dualtoken_vit.data.check.detection import check_coco
-from dualtoken_vit.data.coco import CLASSES, save_scenes
+from dualtoken_vit.data.check.detection import check as check_data
+from dualtoken_vit.data.check.detection import check_splits
+from dualtoken_vit.data.detection import CLASSES, AnnotatedImages, read_coco, save_scenes
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Detection, DetectionData
 
 SPLITS = ("train", "val")
 
@@ -31,7 +33,10 @@ def check(_scenes, tmp_path, capsys):
     def run(masks=True, **args):
         for split in SPLITS:
             (tmp_path / f"{split}.json").write_text(json.dumps(run.coco[split]))
-        verdict = check_coco({s: (tmp_path / "images", tmp_path / f"{s}.json") for s in SPLITS}, masks, **args)
+        paths = {s: tmp_path / f"{s}.json" for s in SPLITS}
+        images = str(tmp_path / "images")
+        splits = {s: AnnotatedImages(str(path), read_coco(path), images) for s, path in paths.items()}
+        verdict = check_splits(splits, masks, **args)
         return verdict, capsys.readouterr().out.splitlines()
 
     run.coco = {s: json.loads((_scenes / f"annotations/instances_{s}.json").read_text()) for s in SPLITS}
@@ -94,17 +99,17 @@ def test_everything_that_can_be_wrong(check):
         "class missing: train/hexagon",
         f"{imgs[0]}: no such file",
         f"{imgs[1]}: cannot be read as an image",
-        f"{imgs[2]} is 48x20 pixels as it is shown",
-        f"{json_name}: annotation {ids[0]}: names image 99",
-        f"{json_name}: annotation {ids[1]}: names category 50",
-        f"{json_name}: annotation {ids[3]}: its id is that of another",
+        f"{imgs[2]} is 48x20 pixels (after any EXIF rotation)",
+        f"{json_name}: annotation {ids[0]}: refers to image 99",
+        f"{json_name}: annotation {ids[1]}: refers to category 50",
+        f"{json_name}: annotation {ids[3]}: its id is used twice",
         f"{json_name}: annotation {ids[4]}: its segmentation has a polygon",
         f"box outside the image: {json_name}: annotation {ids[5]} is 20x5 at (40, 40) in an image of 48x48",
         f"mask outside its box: {json_name}: annotation {ids[5]} ",
-        f"box of no area: {json_name}: annotation {ids[6]} is 0x5",
+        f"box without area: {json_name}: annotation {ids[6]} is 0x5",
         f"no area: {json_name}: annotation {ids[7]} has area 0",
         f"empty mask: {json_name}: annotation {ids[8]} ",
-        f"mask outside its box: {json_name}: annotation {ids[9]} has a mask of 20x29 at (0, 0), and its box is 5x5",
+        f"mask outside its box: {json_name}: annotation {ids[9]} has a mask of 20x29 at (0, 0), but its box is 5x5",
         f"in both splits: {imgs[3]} = {folder}/{val['images'][0]['file_name']}",
     ]
     found = problems(lines)
@@ -223,12 +228,12 @@ def test_the_sheet_shows_images_from_all_over_a_split(check, tmp_path):
 def test_images_that_are_turned(check):
     name = check.coco["train"]["images"][0]["file_name"]
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 3  # upside down: the size does not tell
+    exif[ExifTags.Base.Orientation] = 3  # upside down: the size is the same
     Image.open(check.root / "images" / name).save(check.root / "images" / name, exif=exif)
     verdict, lines = check()
     assert verdict
-    (line,) = (line for line in lines if "turned by EXIF" in line)
-    assert line.startswith("note: 1 images of train are turned by EXIF; their boxes and masks must fit what is shown")
+    (line,) = (line for line in lines if "rotated by EXIF" in line)
+    assert line.startswith("note: 1 images of train are rotated by EXIF; boxes and masks must fit the rotated image")
 
 
 def test_the_first_images_alone(check):
@@ -244,10 +249,26 @@ def test_a_broken_entry_is_told_once(check):
     image["width"] = 0
     verdict, lines = check()
     assert not verdict
-    assert problems(lines) == [f"{check.root}/train.json: image {image['id']}: a size of 0x48"]
+    assert problems(lines) == [f"{check.root}/train.json: image {image['id']}: its size is 0x48"]
 
 
 def test_no_coco_file(check):
     check.coco["val"] = []
-    with pytest.raises(InputError, match=r"val\.json is no COCO file"):
+    with pytest.raises(InputError, match=r"val\.json is not a COCO file"):
         check()
+
+
+def test_drawn_data(tmp_path, capsys):
+    assert check_data(Detection(data=DetectionData(dataset="shapes", image_size=48, limit=30)), tmp_path)
+    assert "train: 30 images, " in capsys.readouterr().out
+    assert Image.open(tmp_path / "labels.png").width == 1920
+
+
+def test_names_that_are_hard_to_print(check):
+    check.coco["train"]["categories"][0]["name"] = "a\n$\udcff"
+    check.coco["val"]["categories"][0]["name"] = "a\n$\udcff"
+    image = check.coco["train"]["images"][0]
+    image["file_name"] = "b\r\n.png"
+    _, lines = check()
+    assert row(lines, "a\\n$\ufffd")
+    assert problems(lines)[0] == rf"{check.root}/images/b\r\n.png: no such file"

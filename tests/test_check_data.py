@@ -1,4 +1,4 @@
-"""The report finds what was planted, and nothing in sound data."""
+"""The report finds planted problems, and none in valid data."""
 
 import shutil
 from dataclasses import replace
@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dualtoken_vit.data.check.classification import check_data, first
+from dualtoken_vit.data.check.classification import check as check_data
+from dualtoken_vit.data.check.report import first
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Classification, Data, Model
+from dualtoken_vit.recipes import Classification, ClassificationData, Model
 
 
 @pytest.fixture
@@ -16,8 +17,8 @@ def check(photos, capsys):
     """Runs it on the photos: (verdict, lines of the report)."""
 
     def run(**args):
-        recipe = Classification(data=replace(Data(root=str(photos)), **args))
-        verdict = check_data(recipe)
+        recipe = Classification(data=replace(ClassificationData(root=str(photos)), **args))
+        verdict = check_data(recipe, photos / "out")
         return verdict, capsys.readouterr().out.splitlines()
 
     return run
@@ -66,8 +67,8 @@ def test_everything_that_can_be_wrong(check, photos):
     assert "train: modes RGB 23, L 1" in lines
     assert any(line.startswith("note: largest class blue (14), smallest red (12)") for line in lines)
     assert "note: 2 images of train are exact copies of others in it" in lines
-    assert f"note: not an image of a class: {photos}/train/loose.jpg" in lines
-    assert f"note: not an image of a class: {photos}/train/red/notes.txt" in lines
+    foreign = "note: skipped files that are not images in a class folder: 2, for example "
+    assert f"{foreign}{photos}/train/loose.jpg" in lines
     start = next(index for index, line in enumerate(lines) if line.startswith("empty class"))
     problems = sorted(lines[start:-1])
     expected = [
@@ -115,7 +116,7 @@ def test_many_duplicates_are_counted(check, photos):
 
 def test_of_many_lines_the_first_are_shown():
     files = [f"masks/{index}.png: label 7 in 3 pixels" for index in range(25)]
-    assert first(files) == [*files[:20], "... and 5 more"]  # no file's name, which would say nothing of those
+    assert first(files) == [*files[:20], "... and 5 more"]  # not with the name of one file
     assert first(files[:20]) == files[:20]
 
 
@@ -157,6 +158,8 @@ def test_shards(photos, tmp_path, capsys):
                 label = ("blue", "green", "red").index(path.parent.name)
                 key = f"{path.parent.name}{path.stem}"
                 tar.write({"__key__": key, "jpg": path.read_bytes(), "cls": str(label).encode()})
-    data = Data(dataset="wds/photos", root=str(tmp_path), train_split="train-0.tar|36", val_split="val-0.tar|18")
-    assert check_data(Classification(model=Model(in_chans=1), data=data))
+    data = ClassificationData(
+        dataset="wds/photos", root=str(tmp_path), train_split="train-0.tar|36", val_split="val-0.tar|18"
+    )
+    assert check_data(Classification(model=Model(in_chans=1), data=data), tmp_path)
     assert row(capsys.readouterr().out.splitlines(), "2") == ["12", "6"]

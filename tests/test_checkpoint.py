@@ -10,9 +10,10 @@ import timm
 import torch
 from timm.models import adapt_input_conv
 
-from dualtoken_vit.checkpoint import load_model, load_weights, read_checkpoint, save_checkpoint
+from dualtoken_vit.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write
+from dualtoken_vit.predictors import load_model
 
 SMALL = dict(dims=(16, 32, 32), depths=(1, 1, 1), head_hidden_size=32)
 NAMES = ("cat", "dog", "ewe", "fox")
@@ -76,7 +77,7 @@ def test_metadata_is_plain_json(tmp_path):
 
 @pytest.mark.parametrize("read", [read_checkpoint, load_model, lambda path: load_weights(make(), path)])
 def test_a_missing_file(tmp_path, read):
-    with pytest.raises(InputError, match=r"there is no checkpoint .*nothing\.safetensors"):
+    with pytest.raises(InputError, match=r"nothing\.safetensors: no such checkpoint"):
         read(tmp_path / "nothing.safetensors")
 
 
@@ -85,7 +86,7 @@ def test_a_missing_file(tmp_path, read):
 def test_a_truncated_file(tmp_path, read, length):
     path = save(tmp_path / "best.safetensors", make())
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(InputError, match="can be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         read(path)
 
 
@@ -139,13 +140,13 @@ def test_other_classes_leave_the_classifier_new(tmp_path):
     assert torch.equal(target.stages[2].blocks[0].mlp.fc1.weight, source.stages[2].blocks[0].mlp.fc1.weight)
     total = len(target.state_dict())
     assert f"loaded {total - 2} of {total} tensors" in str(report)
-    assert "left new: head.weight, head.bias" in str(report)
+    assert "re-initialised: head.weight, head.bias" in str(report)
 
 
 def test_another_network_that_shares_most_tensors_is_named(tmp_path):
     mixed = timm.create_model("dualtoken_vit_tiny_mix", num_classes=4, **SMALL)
     report = load_weights(make(), save(tmp_path / "best.safetensors", mixed))
-    assert "a dualtoken_vit_tiny_mix, not a dualtoken_vit_tiny: only what both have is taken" in str(report)
+    assert "a dualtoken_vit_tiny_mix, not a dualtoken_vit_tiny: only the tensors that both have are loaded" in str(report)
     assert report.new
     assert not load_weights(make(), save(tmp_path / "same.safetensors", make())).network
 
@@ -173,8 +174,8 @@ def test_other_classes_of_the_same_number_leave_the_classifier_new(tmp_path):
     target.head.weight.data.copy_(before)
     report = load_weights(target, path, ("cat", "dog", "ewe", "yak"))
     assert set(report.new) == set(report.ignored) == {"head.weight", "head.bias"}
-    assert "its 4 classes are not the 4 here" in str(report)
-    assert "what belongs to single classes is new" in str(report)
+    assert "its 4 classes differ from the 4 here" in str(report)
+    assert "the classifier is re-initialised" in str(report)
     assert torch.equal(target.head.weight, before)
     assert torch.equal(target.stages[2].blocks[0].mlp.fc1.weight, source.stages[2].blocks[0].mlp.fc1.weight)
 

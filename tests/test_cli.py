@@ -57,7 +57,7 @@ def test_help_of_a_recipe_names_every_field_with_its_default(call):
             assert f"--{section}.{field.replace('_', '-')}" in out
     assert "--model.name STR Any timm model name" in out
     assert "(default: dualtoken_vit_tiny_mix)" in out
-    assert "--optim.epochs INT Passes over the training images. (default: 300)" in out
+    assert "--optim.epochs INT Training epochs. (default: 300)" in out
     assert "--out" in out
     assert "--resume" in out
 
@@ -72,8 +72,8 @@ def test_help_of_other_commands(call, command):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["trian"], "there is no command 'trian'; did you mean train?"),
-        (["train", "foldr"], "there is no recipe 'foldr'; did you mean folder?"),
+        (["trian"], "command 'trian' is unknown; did you mean train?"),
+        (["train", "foldr"], "recipe 'foldr' is unknown; did you mean folder?"),
         (["train", "in1k-smal"], "did you mean in1k-small"),
         (["train", "folder", "--optim.epoch", "3"], "--optim.epochs INT"),
         (["train", "folder", "--data.rot", "photos"], "--data.root STR"),
@@ -83,8 +83,8 @@ def test_help_of_other_commands(call, command):
         (["train", "folder", "--data.root", "nowhere"], "nowhere: no such folder"),
         (["check-data", "folder", "--data.root", "nowhere"], "nowhere: no such folder"),
         (["check-data", "masks", "--data.limit", "0"], "--data.limit 0: must be at least 1"),
-        (["evaluate", "nothing.safetensors"], "there is no checkpoint nothing.safetensors"),
-        (["evaluate"], "PATH"),
+        (["evaluate", "nothing.safetensors"], "nothing.safetensors: no such checkpoint"),
+        (["evaluate"], "name the checkpoint first: dualtoken-vit evaluate CHECKPOINT"),
         (["predict", "nothing.safetensors", "nothing.jpg"], "nothing"),
         (["benchmark", "dualtoken_vit_tinny"], "dualtoken_vit_tiny"),
     ],
@@ -99,7 +99,7 @@ def test_mistakes_are_told_in_short(call, args, message):
 
 def test_from_images_to_predictions(call, photos, tmp_path):
     run, shots = tmp_path / "run", tmp_path / "predictions"
-    settings = {"data.image-size": 32, "optim.epochs": 2, "optim.batch-size": 12, "run.accelerator": "cpu"}
+    settings = {"data.image-size": 32, "optim.epochs": 2, "optim.batch-size": 12, "run.device": "cpu"}
     given = [text for key, value in settings.items() for text in (f"--{key}", value)]
     assert call("check-data", "folder", "--data.root", photos)[0] == 0
 
@@ -110,14 +110,14 @@ def test_from_images_to_predictions(call, photos, tmp_path):
     assert "epoch 2/2" in out
     assert f"dualtoken-vit evaluate {run}/best.safetensors" in out
 
-    status, out, _ = call("evaluate", run / "best.safetensors", "--json", "--accelerator", "cpu")
+    status, out, _ = call("evaluate", run / "best.safetensors", "--json", "--device", "cpu")
     assert status == 0
     found = json.loads(out)
     assert list(found) == ["top1", "top5", "loss", "images"]
     assert found["images"] == 18
     assert 0 <= found["top1"] <= found["top5"] == 1
 
-    status, out, _ = call("evaluate", run / "best.safetensors", "--accelerator", "cpu")
+    status, out, _ = call("evaluate", run / "best.safetensors", "--device", "cpu")
     assert status == 0
     assert f"top-1 {found['top1']:.2%}" in out
     assert "green" in out
@@ -135,24 +135,24 @@ def test_from_images_to_predictions(call, photos, tmp_path):
 def test_a_image_that_breaks_while_it_is_read(call, photos, tmp_path):
     """In a worker process, which hands on a traceback: one line remains."""
     run = tmp_path / "run"
-    args = ("--data.image-size", 32, "--optim.epochs", 1, "--optim.batch-size", 12, "--run.accelerator", "cpu")
+    args = ("--data.image-size", 32, "--optim.epochs", 1, "--optim.batch-size", 12, "--run.device", "cpu")
     assert call("train", "folder", "--data.root", photos, *args, *TINY, "--out", run)[0] == 0
     broken = photos / "val" / "red" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
-    status, out, err = call("evaluate", run / "best.safetensors", "--data.workers", 1, "--accelerator", "cpu", "--json")
+    status, out, err = call("evaluate", run / "best.safetensors", "--data.workers", 1, "--device", "cpu", "--json")
     assert (status, out) == (2, "")
     lines = [line for line in err.splitlines() if line.startswith("dualtoken-vit: error: ")]
     assert len(lines) == 1
     assert "red/0.jpg" in lines[0]
-    skip = ("--data.unreadable", "skip", "--accelerator", "cpu", "--json")
+    skip = ("--data.unreadable", "skip", "--device", "cpu", "--json")
     assert json.loads(call("evaluate", run / "best.safetensors", *skip)[1])["images"] == 17
 
 
 def test_demo_needs_no_file(call, tmp_path):
     """The recipe of `train` without a name, on a few images' worth of steps."""
     chosen = cli._recipe_name(["--optim.epochs", "1"], "train", "")
-    assert chosen == ("demo", ["--optim.epochs", "1"])
-    assert RECIPES["demo"].data.dataset == "shapes"
+    assert chosen == ("", ["--optim.epochs", "1"])
+    assert RECIPES[cli.DEFAULT].data.dataset == "shapes"
 
 
 @pytest.mark.parametrize(

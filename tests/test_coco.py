@@ -1,6 +1,7 @@
-"""COCO files become samples: every form of them, and one clear error for each that is broken."""
+"""COCO files of every form become samples, and every broken one gets one clear error."""
 
 import json
+import os
 import pickle
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from dualtoken_vit.data.coco import (
+from dualtoken_vit.data.detection import (
+    FORMATS,
+    AnnotatedImages,
     CocoDataset,
     Packed,
     ShapeScenes,
@@ -200,9 +203,19 @@ def test_classes_of_a_trained_network(files):
     assert data.category_ids == [9, 3]
     assert data[0][1]["labels"].tolist() == [0, 1]
     with pytest.raises(
-        InputError, match=r"coco\.json: other categories than the 2 trained ones: no 'cow' and an unknown 'd"
+        InputError, match=r"coco\.json: category 'dog' is not among the 2 trained classes: 'cat', 'cow'; rename or rem"
     ):
         files(class_names=("cat", "cow"))
+
+
+def test_a_file_without_a_trained_class_has_an_id_for_it(files, coco):
+    coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] == 3]
+    data = files(class_names=("cow", "dog", "cat"))
+    assert data.category_ids == [10, 3, 9]
+    assert data.notes == (f"{files.folder}/coco.json: no objects of class 'cow', 'cat'",)
+    assert data[0][1]["labels"].tolist() == [1]
+    assert [one["name"] for one in data.truth["categories"]] == ["cow", "dog", "cat"]
+    assert files().notes == (f"{files.folder}/coco.json: no objects of class 'cat'",)
 
 
 def test_truth_for_evaluation(files, coco):
@@ -229,20 +242,20 @@ def copy(kind):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (copy("images"), "image 7: its id is that of another"),
-        (copy("annotations"), "annotation 1: its id is that of another"),
-        (copy("categories"), "category 9: its id is that of another"),
-        (change("categories", 1, name="cat"), "category 3: its name 'cat' is that of another"),
+        (copy("images"), "image 7: its id is used twice"),
+        (copy("annotations"), "annotation 1: its id is used twice"),
+        (copy("categories"), "category 9: its id is used twice"),
+        (change("categories", 1, name="cat"), "category 3: its name 'cat' is used twice"),
         (change("images", 0, width="40"), "images[0]: width must be an integer, not '40'"),
-        (change("images", 0, file_name=None), "images[0]: file_name must be a text, not None"),
-        (change("images", 0, height=0), "image 7: a size of 40x0"),
-        (lambda coco: coco["images"].insert(0, 3), "images[0]: 3 is not an entry with fields"),
+        (change("images", 0, file_name=None), "images[0]: file_name must be a string, not None"),
+        (change("images", 0, height=0), "image 7: its size is 40x0"),
+        (lambda coco: coco["images"].insert(0, 3), "images[0]: 3 is not an object with fields"),
         (lambda coco: coco["annotations"][1].pop("bbox"), "annotations[1]: bbox must be a list, not None"),
-        (change("annotations", 1, image_id=77), "annotation 2: names image 77, which the file does not have"),
-        (change("annotations", 1, category_id=4), "annotation 2: names category 4, which the file does not have"),
+        (change("annotations", 1, image_id=77), "annotation 2: refers to image 77, which is not in the file"),
+        (change("annotations", 1, category_id=4), "annotation 2: refers to category 4, which is not in the file"),
         (
             change("annotations", 1, bbox=[1, 2, 3]),
-            "annotation 2: bbox must be 4 numbers, left, top, width, height, not",
+            "annotation 2: bbox must be 4 numbers (left, top, width, height), not",
         ),
         (change("annotations", 1, bbox=[1, 2, 3, float("nan")]), "annotation 2: bbox must be 4 numbers"),
         (change("annotations", 1, bbox=[1, 2, 3, "4"]), "annotation 2: bbox must be 4 numbers"),
@@ -251,7 +264,7 @@ def copy(kind):
         (change("annotations", 1, area="big"), "annotation 2: area must be a number, not 'big'"),
         (
             change("annotations", 1, segmentation=[]),
-            "annotation 2: has no segmentation, which Mask R-CNN needs",
+            "annotation 2: has no segmentation: Mask R-CNN needs one",
         ),
         (lambda coco: coco["annotations"][1].pop("segmentation"), "annotation 2: has no segmentation"),
         (change("annotations", 1, segmentation="x"), "annotation 2: its segmentation is neither polygons nor an RLE"),
@@ -282,7 +295,7 @@ def test_one_clear_error(files, coco, spoil, message):
 def test_the_first_of_several_errors(files, coco):
     for index in range(3):
         coco["annotations"][index]["image_id"] = 1
-    with pytest.raises(InputError, match=r"annotation 1: names image 1, .* \(and 2 more: check-data names all\)"):
+    with pytest.raises(InputError, match=r"annotation 1: refers to image 1, .* \(and 2 more: check-data lists all\)"):
         files()
 
 
@@ -292,9 +305,9 @@ def test_the_first_of_several_errors(files, coco):
         (None, "no such file"),
         (b"{", "cannot be read as JSON"),
         (b"\xff\xfe\x00", "cannot be read as JSON"),
-        (b"[]", "is no COCO file: no list 'images'"),
-        (b'{"images": [], "annotations": []}', "is no COCO file: no list 'categories'"),
-        (b'{"images": {}, "annotations": [], "categories": []}', "is no COCO file: no list 'images'"),
+        (b"[]", "is not a COCO file: no list 'images'"),
+        (b'{"images": [], "annotations": []}', "is not a COCO file: no list 'categories'"),
+        (b'{"images": {}, "annotations": [], "categories": []}', "is not a COCO file: no list 'images'"),
     ],
 )
 def test_what_is_no_coco_file(tmp_path, content, message):
@@ -309,14 +322,16 @@ def test_what_is_no_coco_file(tmp_path, content, message):
 def test_missing_images(files, tmp_path):
     files()
     with pytest.raises(
-        InputError, match=r"nowhere: no such folder; give the one that the images of .*coco.json are in"
+        InputError, match=r"nowhere: no such folder; give the one that contains the images of .*coco.json"
     ):
         CocoDataset(tmp_path / "nowhere", tmp_path / "coco.json", True)
     (tmp_path / "2.png").unlink()
-    with pytest.raises(InputError, match=r"2\.png: no such file, but .*coco\.json names it$"):
+    with pytest.raises(InputError, match=r"2\.png: no such file, but it is listed in .*coco\.json$"):
         files()
     (tmp_path / "7.png").unlink()
-    with pytest.raises(InputError, match=r"7\.png: no such file, .* names it, and 1 more of its images are missing"):
+    with pytest.raises(
+        InputError, match=r"7\.png: no such file, but it is listed in .*coco\.json \(and 1 more of its images\)$"
+    ):
         files()
 
 
@@ -327,7 +342,7 @@ def test_a_rotated_image(files, coco):
     Image.open(files.folder / "7.png").save(path, exif=exif)
     coco["images"][0]["file_name"] = "7.jpg"
     data = files(masks=False)
-    message = rf"{path} is 30x40 pixels as it is shown \(after any EXIF rotation\), but 40x30 in .*coco\.json"
+    message = rf"{path} is 30x40 pixels \(after any EXIF rotation\), but 40x30 in .*coco\.json"
     with pytest.raises(InputError, match=message):
         data[0]
     with pytest.raises(InputError, match=message):
@@ -343,8 +358,30 @@ def test_verify_counts_what_cannot_be_read(files):
     data.verify(progress=False)
     for name in ("7.png", "5.png"):
         (files.folder / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"7\.png: cannot be read as an image .* \(and 1 more: check-data names all\)"):
+    with pytest.raises(InputError, match=r"7\.png: cannot be read as an image .* \(and 1 more: check-data lists all\)"):
         data.verify(progress=False)
+
+
+def test_names_that_are_hard_to_print(files, coco):
+    """Latin-1 in the json is kept as the system keeps it in file names; messages have one line."""
+    coco["categories"][0]["name"] = "$cat\n\r"
+    coco["images"][1]["file_name"] = "caf\u00e9\n.png"
+    files(masks=False, limit=1)
+    path, name = files.folder / "coco.json", os.fsdecode(b"caf\xe9\n.png")
+    path.write_bytes(path.read_bytes().replace(b"\\u00e9", b"\xe9"))
+    with pytest.raises(InputError) as caught:
+        CocoDataset(files.folder, path, False)
+    assert str(caught.value) == f"{files.folder}/caf\ufffd\\n.png: no such file, but it is listed in {path}"
+    (files.folder / "2.png").rename(files.folder / name)
+    data = CocoDataset(files.folder, path, False)
+    assert data.class_names == ("dog", "$cat\n\r")
+    assert data[1][0].shape == (3, 32, 20)
+    (files.folder / name).write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        data.verify(progress=False)
+    assert str(caught.value).startswith(f"{files.folder}/caf\ufffd\\n.png: cannot be read as an image")
+    with pytest.raises(InputError, match=r"category '\$cat\\n\\r' is not among the 1 trained classes"):
+        CocoDataset(files.folder, path, False, class_names=["dog"])
 
 
 def test_packed_data_is_what_was_packed():
@@ -406,6 +443,29 @@ def test_the_data_of_a_recipe(files, coco, tmp_path):
     for field, flag in (("images", "images"), ("train_json", "train-json"), ("val_json", "val-json")):
         with pytest.raises(InputError, match=f"--data.{flag} is missing"):
             build_datasets(replace(data, **{field: "", "val_images": ""}), masks=True, channels=3)
+
+
+def test_a_format_that_is_not_known():
+    with pytest.raises(InputError, match=r"--data\.dataset yolo: unknown format; choose from coco, shapes$"):
+        build_datasets(DetectionData(dataset="yolo"), masks=False, channels=3)
+
+
+def test_a_new_format_is_one_reader(monkeypatch):
+    """One image of 8x8 whose left half is an object, made by the reader."""
+
+    def read(data, split):
+        image = {"id": 5, "file_name": f"{split}-5", "width": 8, "height": 8}
+        coco = {"images": [image], "categories": [{"id": 1, "name": "half"}]}
+        coco["annotations"] = [annotation(1, 5, 1, (0, 0, 4, 8))]
+        return AnnotatedImages("halves", coco, draw=lambda image: Image.new("RGB", (8, 8), "red"))
+
+    monkeypatch.setitem(FORMATS, "halves", read)
+    train, val = build_datasets(DetectionData(dataset="halves"), masks=False, channels=3)
+    assert (train.image_names, val.image_names) == (["train-5"], ["val-5"])
+    assert train.verify(progress=False) == []
+    image, target = val[0]
+    assert image[:, 0, 0].tolist() == [255, 0, 0]
+    assert target["boxes"].tolist() == [[0, 0, 4, 8]]
 
 
 def test_drawn_data_of_a_recipe():

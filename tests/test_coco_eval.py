@@ -1,4 +1,4 @@
-"""The figures are COCO's: pycocotools, on the same files, gives the same."""
+"""COCO's metrics are equal to those of pycocotools on the same files."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from pycocotools import mask as reference
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dualtoken_vit.data.coco import CocoDataset, clip, decode_masks, save_scenes
+from dualtoken_vit.data.detection import CocoDataset, clip, decode_masks, save_scenes
 from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, evaluate, save_results, to_results
 from dualtoken_vit.tasks.distributed import gather
 
@@ -108,6 +108,75 @@ def test_all_figures_are_those_of_pycocotools(folder, tmp_path, masks):
     scores = assert_equal(data, path, tmp_path)
     assert scores["box"].per_class["none"] == -1
     assert scores["box"].figures["APl"] == -1  # nothing that large
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_ids_that_a_float_cannot_hold(folder, tmp_path, reverse):
+    """Hashes and timestamps: 2^53 and 2^53 + 1 are one floating-point number."""
+    path = tmp_path / "large.json"
+    coco = json.loads((folder / "annotations/instances_val.json").read_text())
+    images = {one["id"]: 2**53 + one["id"] for one in coco["images"]} | {3: 2**62 + 5, 4: 2**62 + 6}
+    categories = {one["id"]: 2**60 + one["id"] // 10 for one in coco["categories"]}
+    for one in coco["images"]:
+        one["id"] = images[one["id"]]
+    for one in coco["categories"]:
+        one["id"] = categories[one["id"]]
+    for one in coco["annotations"]:
+        one |= {"id": 2**61 + one["id"], "image_id": images[one["image_id"]]}
+        one["category_id"] = categories[one["category_id"]]
+    if reverse:
+        coco["images"].reverse()
+        coco["categories"].reverse()
+    path.write_text(json.dumps(coco))
+    small = CocoDataset(folder / "images", folder / "annotations/instances_val.json", True)
+    data = CocoDataset(folder / "images", path, True, class_names=small.class_names)
+    assert data.category_ids == [categories[category] for category in small.category_ids]
+    found = perturbed(small)
+    renamed = {
+        images[image_id]: [
+            one | {"image_id": images[image_id], "category_id": categories[one["category_id"]]} for one in results
+        ]
+        for image_id, results in found.items()
+    }
+    scores, expected = evaluate(data.truth, renamed, True), evaluate(small.truth, found, True)
+    files = save_results(tmp_path, renamed, True)
+    for kind, file in zip(scores, files, strict=True):
+        assert {one["image_id"] for one in json.loads(file.read_text())} <= {*images.values()}
+        other = pycocotools(path, file, kind)
+        np.testing.assert_allclose(list(scores[kind].figures.values()), other.stats, rtol=0, atol=1e-6)
+        assert scores[kind].per_class == pytest.approx(expected[kind].per_class)
+
+
+def test_a_detection_in_another_image_of_a_large_id_is_wrong(tmp_path):
+    """pycocotools gives 0; as floating-point numbers the two ids would be equal, and AP 1."""
+    ids = [2**53, 2**53 + 1]
+    truth = {
+        "images": [{"id": i, "file_name": "", "width": 50, "height": 50} for i in ids],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": ids[0], "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
+        ],
+    }
+    detections = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.ones(1)}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    for image_id, ap in zip(ids, (1, 0), strict=True):
+        found = {image_id: to_results(image_id, detections, [1])}
+        assert evaluate(truth, found, False)["box"].figures["AP"] == pytest.approx(ap)
+        (file,) = save_results(tmp_path, found, False)
+        assert pycocotools(tmp_path / "truth.json", file, "box").stats[0] == pytest.approx(ap)
+
+
+def test_a_class_without_truth_is_absent(folder, tmp_path):
+    path = folder / "annotations/instances_val.json"
+    data = CocoDataset(folder / "images", path, False)
+    wider = CocoDataset(folder / "images", path, False, class_names=("new", *data.class_names))
+    found = perturbed(data)
+    image_id = data.image_ids[0]
+    detections = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.ones(1)}
+    more = {**found, image_id: found[image_id] + to_results(image_id, detections, wider.category_ids)}
+    score, expected = evaluate(wider.truth, more, False)["box"], evaluate(data.truth, found, False)["box"]
+    assert score.per_class == {"new": -1, **expected.per_class}
+    assert score.figures == expected.figures
 
 
 @pytest.mark.real

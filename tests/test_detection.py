@@ -17,9 +17,10 @@ from test_distributed import run
 from test_resume import assert_same_run, die
 
 from dualtoken_vit import cli
-from dualtoken_vit.checkpoint import load_model, read_checkpoint, save_checkpoint
-from dualtoken_vit.data.coco import save_scenes
+from dualtoken_vit.checkpoint import read_checkpoint, save_checkpoint
+from dualtoken_vit.data.detection import save_scenes
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.predictors import load_model
 from dualtoken_vit.show.drawing import color_of, draw_objects
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -44,7 +45,7 @@ def arguments(scenes, out, *more, detector="retinanet", **settings):
         "optim.epochs": 8,
         "optim.lr": 2e-3,
         "optim.warmup-steps": 2,
-        "run.accelerator": "cpu",
+        "run.device": "cpu",
         "run.save-every": 2,
     } | {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
     given = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
@@ -97,7 +98,7 @@ def test_the_run_folder_agrees_with_pycocotools(trained, scenes, capsys):
         assert list(found.values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-6)
         assert float(best[f"val_{kind}_AP"]) == pytest.approx(evaluation.stats[0], abs=1e-6)
 
-    status, printed = call(capsys, "evaluate", out / "best.safetensors", "--json", "--accelerator", "cpu")
+    status, printed = call(capsys, "evaluate", out / "best.safetensors", "--json", "--device", "cpu")
     result = json.loads(printed)
     assert status == 0
     assert result.keys() == {*kinds, "images"}
@@ -117,7 +118,7 @@ def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):
         entry[key] = 90 - 7 * entry[key]
     path.write_text(json.dumps(coco))
     best, data = out / "best.safetensors", ("--data.images", tmp_path / "images", "--data.val-json", path)
-    common = ("--accelerator", "cpu", "--json")
+    common = ("--device", "cpu", "--json")
     status, printed = call(capsys, "evaluate", best, *data, *common, "--out", tmp_path / "out")
     assert status == 0
     if detector == "retinanet":  # the images named now go before those of the recipe's validation
@@ -150,12 +151,12 @@ def test_evaluation_of_files_by_a_network_of_drawn_images(trained, scenes, tmp_p
     best = tmp_path / "run" / "best.safetensors"
     load_and_store(best, dataset="shapes", images="", val_json="", limit=2)
     data = "--data.images", scenes / "images", "--data.val-json", scenes / "annotations" / "instances_val.json"
-    found = json.loads(call(capsys, "evaluate", best, *data, "--accelerator", "cpu", "--json")[1])
+    found = json.loads(call(capsys, "evaluate", best, *data, "--device", "cpu", "--json")[1])
     assert found == json.loads(
-        call(capsys, "evaluate", out / "best.safetensors", *data, "--accelerator", "cpu", "--json")[1]
+        call(capsys, "evaluate", out / "best.safetensors", *data, "--device", "cpu", "--json")[1]
     )
     assert found["images"] == 5
-    few = call(capsys, "evaluate", best, *data, "--data.limit", "3", "--accelerator", "cpu", "--json")[1]
+    few = call(capsys, "evaluate", best, *data, "--data.limit", "3", "--device", "cpu", "--json")[1]
     assert json.loads(few)["images"] == 3
     with pytest.raises(InputError, match="shapes draws its own images; for files give"):
         cli.run(["train", "demo-detect", "--data.images", str(scenes / "images"), "--out", str(tmp_path / "no")])
@@ -327,7 +328,7 @@ def test_two_processes_count_each_image_once(scenes, tmp_path, capsys):
 def test_the_backbone_of_a_classification_run(photos, scenes, tmp_path, capsys):
     network = "--model.args", "dims=(16,32,32)", "depths=(1,1,1)"
     args = ("--data.root", photos, "--data.image-size", "32", "--optim.batch-size", "12", "--optim.epochs", "1")
-    more = ("--model.name", "dualtoken_vit_small", "--run.accelerator", "cpu", "--data.workers", "0")
+    more = ("--model.name", "dualtoken_vit_small", "--run.device", "cpu", "--data.workers", "0")
     assert cli.run([*map(str, ("train", "folder", *network, *args, *more, "--out", tmp_path / "classes"))]) == 0
     classes = tmp_path / "classes" / "best.safetensors"
     start = {"model__checkpoint": classes, "optim__epochs": 1, "optim__lr": 1e-12}

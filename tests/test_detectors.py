@@ -569,8 +569,8 @@ def test_pretrained_cfg_says_how_to_normalise():
     [
         (("yolo", "resnet18"), "--detector yolo: choose one of retinanet, mask-rcnn"),
         (("retinanet", "nosuchnet"), "--model.name nosuchnet: "),
-        (("retinanet", "test_vit"), "--model.name test_vit: gives no maps of strides 8, 16 and 32"),
-        (("retinanet", "swin_tiny_patch4_window7_224"), "refuses a trial image of 64x96 pixels"),
+        (("retinanet", "test_vit"), "--model.name test_vit: has no feature maps of strides 8, 16 and 32"),
+        (("retinanet", "swin_tiny_patch4_window7_224"), "fails on an image of 64x96 pixels"),
     ],
 )
 def test_refusals(args, said):

@@ -48,7 +48,7 @@ def test_two_processes_give_what_one_gives(photos, tmp_path):
         "optim.optimizer": "sgd",  # Adam would make whole steps of the rounding errors where gradients vanish
         "optim.lr": 0.05,
         "optim.ema-decay": 0.5,
-        "run.accelerator": "cpu",
+        "run.device": "cpu",
     }
     args = ["train", "folder", "--model.args", *network]
     args += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
@@ -91,7 +91,7 @@ def test_an_error_of_the_second_process_alone_is_told(photos, tmp_path):
         "cli.main()\n"
     )
     settings = ("--data.root", photos, "--data.image-size", "32", "--data.workers", "0", "--optim.batch-size", "12")
-    devices = ("--run.accelerator", "cpu", "--run.devices", "2")
+    devices = ("--run.device", "cpu", "--run.devices", "2")
     finished = run([script, "train", "folder", *settings, *devices, "--out", tmp_path / "run"])
     assert finished.returncode != 0
     assert finished.stderr.count("dualtoken-vit (rank 1): error: red/0.jpg: damaged\n") == 1
@@ -108,7 +108,7 @@ def test_one_of_two_processes_reads_every_image(photos, tmp_path, launcher):
         "data.workers": 0,
         "optim.batch-size": 12,
         "optim.epochs": 1,
-        "run.accelerator": "cpu",
+        "run.device": "cpu",
         "run.devices": 2,
         "out": tmp_path / "run",
     }

@@ -1,4 +1,4 @@
-"""Every kind of image is read right: pixel values against the formats' definitions."""
+"""Images of every kind are decoded correctly: pixel values against the definitions of the formats."""
 
 from dataclasses import replace
 from io import BytesIO
@@ -12,10 +12,10 @@ from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Augment, Data
+from dualtoken_vit.recipes import ClassificationAugment, ClassificationData
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PLAIN = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
+PLAIN = ClassificationAugment(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_16_bits_in_32(tmp_path):
 
 @pytest.mark.parametrize("values", [np.int32([[65536]]), np.int32([[-1]]), np.float32([[0.5]])])
 def test_pixels_of_unknown_range_are_refused(values, tmp_path):
-    with pytest.raises(InputError, match=r"a\.tif.*range is not known"):
+    with pytest.raises(InputError, match=r"a\.tif.*of unknown range"):
         read(Image.fromarray(values), tmp_path / "a.tif")
 
 
@@ -213,6 +213,23 @@ def test_too_many_pixels(monkeypatch, tmp_path):
         load_image(tmp_path / "huge.png")
 
 
+def test_an_image_that_does_not_fit_in_memory(monkeypatch, tmp_path):
+    Image.new("L", (30, 30)).save(tmp_path / "large.png")
+
+    def load(self):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(InputError, match=r"large\.png: too large for this machine's memory; shrink or remove it"):
+        load_image(tmp_path / "large.png")
+
+
+def test_names_are_printed_in_one_line(tmp_path):
+    with pytest.raises(InputError) as caught:
+        load_image(tmp_path / "a\nb\r.png")
+    assert str(caught.value) == rf"{tmp_path}/a\nb\r.png: no such file"
+
+
 def normalised(pixels):
     """(C, H, W) of (H, W, 3) bytes, by the definition."""
     return torch.tensor((pixels / 255 - MEAN) / STD, dtype=torch.float32).permute(2, 0, 1)
@@ -220,9 +237,11 @@ def normalised(pixels):
 
 def test_evaluation_cuts_the_centre_and_normalises():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
-    transform = classification_eval(Data(image_size=32, crop_pct=1.0), MEAN, STD)
+    transform = classification_eval(ClassificationData(image_size=32, crop_pct=1.0), MEAN, STD)
     torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(pixels[:, 16:48]))
-    transform = classification_eval(Data(image_size=24, crop_pct=0.75), MEAN, STD)  # short side 32, centre 24
+    transform = classification_eval(
+        ClassificationData(image_size=24, crop_pct=0.75), MEAN, STD
+    )  # short side 32, centre 24
     torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(pixels[4:28, 20:44]))
 
 
@@ -233,14 +252,14 @@ def test_training_flips_only_as_told():
         (replace(PLAIN, hflip=1.0), pixels[:, ::-1]),
         (replace(PLAIN, vflip=1.0), pixels[::-1]),
     ):
-        transform = classification_train(Data(image_size=32), augment, MEAN, STD)
+        transform = classification_train(ClassificationData(image_size=32), augment, MEAN, STD)
         torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(expected))
 
 
 def test_training_crops_the_share_it_is_told():
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (200, 200, 3))
     augment = replace(PLAIN, scale=(0.25, 0.25))
-    transform = classification_train(Data(image_size=100), augment, (0.0,) * 3, (1.0,) * 3)
+    transform = classification_train(ClassificationData(image_size=100), augment, (0.0,) * 3, (1.0,) * 3)
     for _ in range(5):
         row = 255 * transform(Image.fromarray(ramp))[0, 50]
         assert row[-1] - row[0] == pytest.approx(99, abs=2)  # half the width, so a quarter of the area
@@ -250,8 +269,12 @@ def test_random_erasing_and_color_jitter_change_pixels():
     grey = Image.new("RGB", (32, 32), (100, 120, 140))
     expected = normalised(np.asarray(grey))
     with seeded(0):
-        erased = classification_train(Data(image_size=32), replace(PLAIN, random_erasing=1.0), MEAN, STD)(grey)
-        jittered = classification_train(Data(image_size=32), replace(PLAIN, color_jitter=0.4), MEAN, STD)(grey)
+        erased = classification_train(ClassificationData(image_size=32), replace(PLAIN, random_erasing=1.0), MEAN, STD)(
+            grey
+        )
+        jittered = classification_train(ClassificationData(image_size=32), replace(PLAIN, color_jitter=0.4), MEAN, STD)(
+            grey
+        )
     changed = ((erased - expected).abs() > 1e-5).any(0)
     assert 0.01 < changed.float().mean() < 0.5  # timm erases 2 to 33 % of the area
     assert erased[:, changed].std() > 0.5  # by noise, a pixel at a time
@@ -263,7 +286,7 @@ def test_random_erasing_and_color_jitter_change_pixels():
 def test_auto_augment_takes_grey_and_colour(channels, mode):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)).convert(mode)
     augment = replace(PLAIN, auto_augment="rand-m9-n2-mstd0.5")
-    transform = classification_train(Data(image_size=32), augment, MEAN[:channels], STD[:channels])
+    transform = classification_train(ClassificationData(image_size=32), augment, MEAN[:channels], STD[:channels])
     results = [transform(image) for _ in range(30)]
     assert {result.shape for result in results} == {(channels, 32, 32)}
     assert len({result.sum().item() for result in results}) > 10

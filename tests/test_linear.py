@@ -11,7 +11,7 @@ two_threads = pytest.mark.parametrize("threads", [2], indirect=True)
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("shape", [(2, 24, 24, 48), (3, 400, 24)], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
-def test_as_a_convolution_it_is_the_linear_map(threads, shape, biased):
+def test_the_convolution_equals_the_linear_map(threads, shape, biased):
     torch.manual_seed(0)
     x = torch.randn(shape, requires_grad=True)
     weight = torch.randn(36, shape[-1], requires_grad=True)
@@ -29,7 +29,7 @@ def test_as_a_convolution_it_is_the_linear_map(threads, shape, biased):
 
 
 @two_threads
-def test_what_stays_a_matrix_product(threads, monkeypatch):
+def test_when_linear_remains_a_matrix_product(threads, monkeypatch):
     large = torch.zeros(1, 32, 32, 48)
     assert goes_to_onednn(large)
     assert not goes_to_onednn(large[:, :8])  # small

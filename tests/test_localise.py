@@ -1,4 +1,4 @@
-"""Attention judged by objects: against loops over the places, on maps whose answer is known, and as a command."""
+"""Localisation against loops over the positions, on maps with known results, and the command."""
 
 import json
 
@@ -13,7 +13,7 @@ from test_predict import NAMES, save
 from torchvision.transforms import v2
 
 from dualtoken_vit import cli
-from dualtoken_vit.data.coco import ShapeScenes, save_scenes
+from dualtoken_vit.data.detection import ShapeScenes, save_scenes
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.paper.attention import blocks_of
@@ -21,12 +21,12 @@ from dualtoken_vit.paper.localise import gathered, measure, places_of
 
 
 def pixels_of(size, stride):
-    """The pixels along a side that each cell of a stride holds."""
+    """The pixels along a side in each cell of a stride."""
     return [range(start, min(start + stride, size)) for start in range(0, size, stride)]
 
 
 def by_hand(attended, cover, stride):
-    """The same by loops over tokens, places and pixels; `attended` is over the places of X_ga."""
+    """The same with loops over tokens, positions and pixels; `attended` is over the positions of X_ga."""
     sides = [(pixels_of(side, stride), pixels_of(side, 32)) for side in cover.shape]
     token, place = (
         np.array([[cover[np.ix_(rows, columns)].mean() for columns in sides[1][k]] for rows in sides[0][k]])
@@ -57,7 +57,7 @@ def test_against_loops(size, stride, small):
     attended = rng.dirichlet(np.full(np.prod(places), 0.2), tokens).reshape(*tokens, *places)
     cover = np.zeros(size)
     if small:
-        cover[33, 37:39] = 1  # far less than half of a cell
+        cover[33, 37:39] = 1  # covers much less than half of a cell
     else:
         cover[13:51, 20:67] = 1
     found = places_of(torch.from_numpy(attended), torch.from_numpy(cover))
@@ -65,8 +65,8 @@ def test_against_loops(size, stride, small):
     np.testing.assert_allclose([found.on_object, found.chance, found.highest, found.own], expected, atol=1e-9)
 
 
-def test_maps_over_global_tokens_are_taken_to_where_these_come_from():
-    """What a token gives is what it was interpolated from: attending to G or to X_ga by these shares is the same."""
+def test_conversion_of_maps_to_positions_of_x_ga():
+    """Attending to the global tokens, or to X_ga by the converted map, reads the same values."""
     torch.manual_seed(0)
     x_ga = torch.randn(1, 4, 3, 5, dtype=torch.float64)
     tokens = resize_grid(x_ga, 7).flatten(1, 2)[0]  # (49, 5)
@@ -96,7 +96,7 @@ def test_known_maps():
 @pytest.mark.parametrize("tokens", ["position", "normal"])
 def test_measure_is_the_mean_over_images_of_the_mean_over_objects(tokens):
     model = create(num_classes=6, global_tokens=tokens)
-    for block in blocks_of(model).values():  # maps that are far from even
+    for block in blocks_of(model).values():  # maps far from uniform
         with torch.no_grad():
             block.broadcast_attn.q.weight.mul_(20)
     images = ShapeScenes("val", 112, count=6)
@@ -119,7 +119,7 @@ def test_measure_is_the_mean_over_images_of_the_mean_over_objects(tokens):
         gains = [one[0] - one[1] for one in means]
         assert score.error == pytest.approx(np.std(gains, ddof=1) / len(gains) ** 0.5, rel=1e-3)
         assert score.own_chance == 1 / 16
-    assert max(abs(score.lift - 1) for score in scores) > 0.005  # else all maps would be even, and nothing seen
+    assert max(abs(score.lift - 1) for score in scores) > 0.005  # otherwise all maps are uniform
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def run(*args):
     return cli.run(["localise", *map(str, args), "--device", "cpu"])
 
 
-def test_the_command(checkpoint, tmp_path, capsys):
+def test_command(checkpoint, tmp_path, capsys):
     save_scenes(tmp_path / "scenes", 64, train=1, val=4)
     files = (
         "--images",
@@ -148,7 +148,7 @@ def test_the_command(checkpoint, tmp_path, capsys):
     assert [score["block"] for score in masks["scores"]] == [f"stages.{i}.blocks.0" for i in range(3)]
     for mask, box in zip(masks["scores"], boxes["scores"], strict=True):
         assert mask["lift"] == mask["on_object"] / mask["chance"]
-        assert mask["chance"] < box["chance"]  # a box holds its mask
+        assert mask["chance"] < box["chance"]  # a box contains its mask
         assert mask["objects"] == box["objects"] > 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert run(checkpoint, "--limit", 3) == 0  # drawn scenes
@@ -158,8 +158,8 @@ def test_the_command(checkpoint, tmp_path, capsys):
 def test_mistakes(checkpoint, tmp_path):
     for args, message in (
         ((checkpoint, "--images", tmp_path), "--images DIR and --annotations FILE go together"),
-        ((), "no checkpoint is given"),
-        ((checkpoint, "--image-size", "-5"), "image-size -5 is not a size"),
+        ((), "no checkpoint given"),
+        ((checkpoint, "--image-size", "-5"), "--image-size -5: must be at least 1"),
         ((checkpoint, "--limit", "0"), "--limit 0: must be at least 1"),
     ):
         with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Images with masks: what is read, what is refused, what training sees, and the report of check-data."""
+"""Images with masks: what is read, what is rejected, how they are augmented, and the report of check-data."""
 
 import re
 import struct
@@ -11,8 +11,12 @@ import torch
 from PIL import ExifTags, Image
 from torchvision import tv_tensors
 
-from dualtoken_vit.data.check.segmentation import check_segmentation_data
-from dualtoken_vit.data.masks import (
+from dualtoken_vit.data.check.segmentation import check as check_data
+from dualtoken_vit.data.sampling import seeded
+from dualtoken_vit.data.segmentation import (
+    FORMATS,
+    IGNORE,
+    MaskedImages,
     ShapeScenes,
     build_datasets,
     build_val_dataset,
@@ -20,9 +24,8 @@ from dualtoken_vit.data.masks import (
     read_mask,
     save_scenes,
 )
-from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.shapes import CLASSES, scene
-from dualtoken_vit.data.transforms import IGNORE, CappedCrop, segmentation_train
+from dualtoken_vit.data.transforms import CappedCrop, segmentation_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Segmentation, SegmentationAugment, SegmentationData
 
@@ -109,7 +112,7 @@ def test_without_a_file_no_label_of_a_class_is_ignored(tree):
     (tree / "classes.txt").unlink()
     for name in ("0", "1"):
         spoil(tree, lambda labels: np.where(labels == 255, 0, labels), name)
-    with pytest.raises(InputError, match=r"--data.ignore-index 1: a label among .*; give it a higher number"):
+    with pytest.raises(InputError, match=r"--data.ignore-index 1: is among the labels .*; give it a higher number"):
         build_datasets(data(tree, ignore_index=1), 3)
 
 
@@ -117,14 +120,14 @@ def test_without_a_file_no_label_of_a_class_is_ignored(tree):
 def test_the_first_class_is_not_ignored(tree, names):
     if not names:
         (tree / "classes.txt").unlink()
-    with pytest.raises(InputError, match=r"--data.ignore-index 0: .* give --data.reduce-zero-label in its place"):
+    with pytest.raises(InputError, match=r"--data.ignore-index 0: .* give --data.reduce-zero-label instead"):
         build_datasets(data(tree, ignore_index=0), 3)
 
 
 def test_masks_are_not_jpeg(tree):
     path = tree / "annotations" / "train" / "0.png"
     Image.fromarray(labels_of(tree)).save(path, format="jpeg")
-    with pytest.raises(InputError, match=r"train/0\.png: a mask in JPEG, .* save masks as PNG"):
+    with pytest.raises(InputError, match=r"train/0\.png: a JPEG mask, .* save masks as PNG"):
         read_mask(path)
 
 
@@ -167,14 +170,14 @@ def test_masks_in_which_nothing_counts(tree):
     for name in ("0", "1"):
         spoil(tree, lambda labels: np.full_like(labels, 255), name=name)
     train, _ = build_datasets(data(tree), 3)
-    with pytest.raises(InputError, match=r"0\.jpg and all the others: no pixel has a class; see --data.ignore-index"):
+    with pytest.raises(InputError, match=r"0\.jpg and all others: no pixel has a class; see --data.ignore-index"):
         train.verify(progress=False)
 
 
-def test_the_way_from_colours_to_labels_that_the_error_tells(tree):
+def test_the_conversion_of_colours_in_the_error_message(tree):
     colours = [(0, 0, 255), (128, 64, 128), (255, 0, 0)]
     labels = labels_of(tree)
-    image = np.zeros((*labels.shape, 3), np.uint8)  # black where nothing counts: no colour of the list
+    image = np.zeros((*labels.shape, 3), np.uint8)  # black where pixels are ignored: not in the list
     for k, colour in enumerate(colours):
         image[labels == k] = colour
     path = tree / "annotations" / "train" / "0.png"
@@ -206,7 +209,7 @@ def test_ade20k_s_layout(tree):
 def test_classes_with_their_numbers(tree):
     (tree / "classes.txt").write_text("0\tsky\n1\ta road\n2\tcar\n255\tnothing\n")
     assert build_datasets(data(tree), 3)[0].class_names == ("sky", "a road", "car")
-    with pytest.raises(InputError, match=r"line 1: label 0, but labels must count up from 1, as --data\.reduce-zero"):
+    with pytest.raises(InputError, match=r"line 1: label 0, but labels must count up from 1 \(--data\.reduce-zero"):
         build_datasets(data(tree, reduce_zero_label=True), 3)
 
 
@@ -220,7 +223,7 @@ def test_a_file_of_the_classes_from_another_editor(tree):
     [
         ("sky\nroad\ncar\tvehicle\nperson\n", r"classes\.txt, line 3: 'car\\tvehicle' is neither NAME nor NUMBER<TAB>"),
         ("0\tsky\n2\troad\n", r"classes\.txt, line 2: label 2, but labels must count up from 0"),
-        ("sky\n", r"classes\.txt: 1 classes; 2 to 254"),
+        ("sky\n", r"classes\.txt: 1 classes, but 2 to 254 are supported"),
     ],
 )
 def test_a_file_of_the_classes_that_cannot_be_meant(tree, text, message):
@@ -292,13 +295,16 @@ def change(tree, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("beyond", r"train/0\.png: label 7 in 3 pixels \(and 1 more such labels\), but there are 3 classes: mend it"),
+        (
+            "beyond",
+            r"train/0\.png: label 7 in 3 pixels \(and 1 more such labels\), but there are 3 classes: correct it",
+        ),
         ("beyond in 16 bits", r"train/0\.png: label 700 in \d+ pixels, but there are 3 classes"),
         ("size", r"annotations/train/0\.png: 20x10 pixels, but .*images/train/0\.jpg is 20x12 .* make them equal"),
-        ("colours", r"train/0\.png: a mask of mode RGB, but one number a pixel is meant\. With numpy.*fromarray"),
-        ("no mask", r"images/train/0\.jpg: an image without a mask in .*annotations/train"),
+        ("colours", r"train/0\.png: a mask of mode RGB, but masks need one label per pixel\. To convert it.*fromarray"),
+        ("no mask", r"images/train/0\.jpg: no mask for this image; see check-data"),
         ("damaged", r"annotations/train/0\.png: cannot be read as an image"),
-        ("twins", r"images/train/0\.jpg and .*0\.png have one name"),
+        ("twins", r"images/train/0\.jpg and .*0\.png have the same name"),
     ],
 )
 def test_mistakes_are_named(tree, what, message):
@@ -321,14 +327,93 @@ def test_missing_things_are_named(tree, args, message):
         build_datasets(replace(data(tree), **args), 3)
 
 
-def test_the_classes_must_be_the_checkpoint_s(tree):
-    with pytest.raises(InputError, match=r"3 classes, but the checkpoint has 2"):
+def test_targets_follow_the_trained_classes(tree):
+    with pytest.raises(
+        InputError, match=r"class file in .*: class 'car' is not among the 2 trained classes: 'sky', 'r"
+    ):
         build_val_dataset(data(tree), 3, ("sky", "road"))
-    with pytest.raises(InputError, match=r"class 1 is 'road', but 'car' in the checkpoint; the order counts"):
-        build_val_dataset(data(tree), 3, ("sky", "car", "road"))
+    trained = ("boat", "sky", "car", "road")
+    val = build_val_dataset(data(tree), 3, trained)
+    assert val.class_names == trained
+    assert val.notes == (f"{tree}: no class 'boat'",)
+    labels = np.asarray(Image.open(tree / "annotations" / "val" / "0.png"))
+    index = {0: 1, 1: 3, 2: 2, 255: IGNORE}  # sky, road, car
+    assert val[0][1].tolist() == [[index[label] for label in row] for row in labels.tolist()]
     (tree / "classes.txt").write_text("sky\nroad\nsky\n")
-    with pytest.raises(InputError, match=r"classes\.txt: the class 'sky' is there twice"):
+    with pytest.raises(InputError, match=r"classes\.txt: the class 'sky' is listed twice"):
         build_datasets(data(tree), 3)
+
+
+def test_a_negative_label_is_not_a_class(tree):
+    for kind in ("train", "val"):
+        for path in (tree / "annotations" / kind).iterdir():
+            Image.open(path).save(path.with_suffix(".tif"))
+            path.unlink()
+    labels = np.zeros((12, 20), np.int32)
+    labels[3, 4:7], labels[5, 5] = -1, -300
+    path = tree / "annotations" / "train" / "0.tif"
+    Image.fromarray(labels).save(path)
+    assert read_mask(path).tolist() == labels.tolist()
+    train, _ = build_datasets(data(tree), 3)
+    message = r"0\.tif: label -300 in 1 pixels \(and 1 more such labels\), but there are 3 classes"
+    with pytest.raises(InputError, match=message):
+        train[0]
+    with pytest.raises(InputError, match=message):
+        build_datasets(data(tree, reduce_zero_label=True, classes=None), 3)[0].verify(progress=False)
+
+
+def test_what_verify_found_goes_to_other_processes(tree):
+    train, _ = build_datasets(data(tree), 3)
+    again, _ = build_datasets(data(tree), 3)
+    assert train.state_dict() == {"pixels": None}
+    train.verify(progress=False)
+    again.load_state_dict(train.state_dict())
+    assert torch.equal(again.pixels, train.pixels)
+
+
+def test_files_that_are_not_images_are_reported(tree):
+    (tree / "images" / "train" / "Thumbs.db").write_bytes(b"")
+    (tree / "annotations" / "train" / "0.json").write_text("{}")
+    train, val = build_datasets(data(tree), 3)
+    assert train.notes == tuple(
+        f"skipped files that are not images: 1, for example {tree}/{name}"
+        for name in ("images/train/Thumbs.db", "annotations/train/0.json")
+    )
+    assert val.notes == ()
+
+
+def test_names_that_are_hard_to_print(tree):
+    (tree / "classes.txt").write_bytes(b"$sky\nro\xff\x0bad\ncar\n")
+    for kind, extension in (("images", "jpg"), ("annotations", "png")):
+        folder = tree / kind / "train"
+        (folder / f"0.{extension}").rename(folder / f"a\n\r.{extension}")
+    train, _ = build_datasets(data(tree), 3)
+    assert train.class_names == ("$sky", "ro\udcff\x0bad", "car")
+    assert train.verify(progress=False) == []
+    (tree / "annotations" / "train" / "a\n\r.png").write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        train.verify(progress=False)
+    assert str(caught.value).startswith(rf"{tree}/annotations/train/a\n\r.png: cannot be read as an image")
+    with pytest.raises(InputError, match=r"class 'ro\ufffd\\x0bad' is not among the 2 trained classes: '\$sky', 'car'"):
+        build_val_dataset(data(tree), 3, ("$sky", "car"))
+
+
+def test_a_format_that_is_not_known():
+    with pytest.raises(InputError, match=r"--data\.dataset voc: unknown format; choose from masks, shapes$"):
+        build_datasets(SegmentationData(dataset="voc"), 3)
+
+
+def test_a_new_format_is_one_reader(monkeypatch):
+    def read(data, split):
+        labels = np.repeat(np.uint8([[0, 1]]), 4, axis=0)
+        return MaskedImages([(split, split)], ("left", "right"), draw=lambda _: (Image.new("RGB", (2, 4)), labels))
+
+    monkeypatch.setitem(FORMATS, "halves", read)
+    _, val = build_datasets(SegmentationData(dataset="halves"), 3)
+    val.verify(progress=False)
+    assert val.image_names == ["val"]
+    assert val.pixels.tolist() == [[4, 4], [8, 8]]
+    assert val[0][1].tolist() == [[0, 1]] * 4
 
 
 # Training
@@ -391,6 +476,39 @@ def test_a_crop_is_capped():
     assert sum(share > 0.75 for share in largest(0.75)) <= 2  # ten tries may fail
 
 
+def test_a_crop_of_ignored_pixels_only_is_tried_again():
+    """Only an 8x8 corner of 64x64 pixels has classes: 8 of 57 positions on each axis touch it."""
+    mask = torch.full((64, 64), IGNORE, dtype=torch.uint8)
+    mask[:8, :8] = torch.arange(64).reshape(8, 8) % 2
+    masks = tv_tensors.Mask(mask)
+
+    def touching(tries, monkeypatch):
+        monkeypatch.setattr("dualtoken_vit.data.transforms.TRIES", tries)
+        hits = 0
+        for seed in range(200):
+            with seeded(seed):
+                hits += (CappedCrop((8, 8), 1.0)(masks) != IGNORE).any().item()
+        return hits / 200
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        once, often = touching(1, monkeypatch), touching(10, monkeypatch)
+    assert once == pytest.approx((8 / 57) ** 2, abs=0.03)
+    assert often == pytest.approx(1 - (1 - (8 / 57) ** 2) ** 10, abs=0.08)
+
+
+def test_an_image_that_is_ignored_entirely_goes_through(tree):
+    spoil(tree, lambda labels: np.full_like(labels, 255))
+    train, _ = build_datasets(data(tree), 3)
+    assert train.verify(progress=False) == []
+    train.transform = segmentation_train(SegmentationData(crop_size=(8, 8)), SegmentationAugment())
+    image, mask = train[0]
+    assert image.shape == (3, 8, 8)
+    assert (mask == IGNORE).all()
+    labels = labels_of(tree, "1")
+    counts = [(labels == k).sum() for k in range(3)]
+    assert train.pixels.tolist() == [counts, [sum(counts)] * 3]  # the ignored image adds nothing
+
+
 def test_images_come_at_a_side_before_the_scale():
     scenes = ShapeScenes("train", 64)
     scenes.transform = segmentation_train(
@@ -419,8 +537,15 @@ def test_drawn_scenes(tmp_path):
 # check-data
 
 
+def test_check_of_drawn_data(tmp_path, capsys):
+    recipe = Segmentation(data=SegmentationData(dataset="shapes", crop_size=(32, 32), limit=20))
+    assert check_data(recipe, tmp_path)
+    assert "train: 20 images with a mask; 0.0% of the pixels are ignored" in capsys.readouterr().out
+    assert Image.open(tmp_path / "labels.png").width == 1920
+
+
 def check(tree, capsys, **args):
-    verdict = check_segmentation_data(Segmentation(data=data(tree, **args)), tree / "out")
+    verdict = check_data(Segmentation(data=data(tree, **args)), tree / "out")
     return verdict, capsys.readouterr().out
 
 
@@ -435,14 +560,14 @@ def test_check_of_sound_data(tree, capsys):
     assert Image.open(tree / "out" / "labels.png").width == 1920
 
 
-def test_check_tells_of_images_that_are_turned(tree, capsys):
+def test_check_reports_images_that_exif_rotates(tree, capsys):
     path = tree / "images" / "train" / "1.jpg"
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 3  # upside down: the size does not tell
+    exif[ExifTags.Base.Orientation] = 3  # upside down: the size is the same
     Image.open(path).save(path, exif=exif)
     verdict, out = check(tree, capsys)
     assert verdict
-    assert f"note: 1 images of train are turned by EXIF; their masks must fit what is shown: {path}" in out
+    assert f"note: 1 images of train are rotated by EXIF; masks must fit the rotated image: {path}" in out
 
 
 def test_check_counts_classes_and_knows_large_images(tree, capsys):
@@ -456,7 +581,7 @@ def test_check_counts_classes_and_knows_large_images(tree, capsys):
         path.write_bytes(b"nothing")
     with pytest.raises(
         InputError,
-        match=r"no training mask can be used; the first: .*annotations/train/\d\.png: cannot be read as an image",
+        match=r"no usable training mask; the first: .*annotations/train/\d\.png: cannot be read as an image",
     ):
         check(tree, capsys)
 

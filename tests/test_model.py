@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from dualtoken_vit.models.dualtoken import ConvEncoder, DualTokenViT
+from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.models.two_stream import PatchMerging, checkpoint_filter_fn
 
 NAMES = ["dualtoken_vit_tiny", "dualtoken_vit_tiny_mix", "dualtoken_vit_small", "dualtoken_vit_small_mix"]
@@ -38,7 +39,7 @@ ABLATIONS = [
     dict(local_attention="window"),
     dict(downsampling="onestep"),
 ]
-VARIANTS = [{}, *ABLATIONS, LIGHTVIT]
+VARIANTS = [{}, *ABLATIONS, dict(grid_resize="antialias"), LIGHTVIT]
 NARROW = dict(dims=(8, 16, 24), num_heads=(1, 2, 3), head_hidden_size=32)  # for tests of structure
 
 
@@ -60,19 +61,19 @@ def relative_error(actual, expected):
 # The switches
 
 
-def refusal(token_mlp, token_grid, global_tokens, local_attention, downsampling):
-    """The argument at fault in a combination that means nothing, else None."""
+def invalid_argument(token_mlp, token_grid, global_tokens, local_attention, downsampling):
+    """The argument named in the error for an invalid combination, None for a valid one."""
     if global_tokens != "position" and token_grid != 7:
-        return "token_grid"  # they form no grid
+        return "token_grid"  # these tokens form no grid
     if token_mlp == "mix" and (token_grid == 0 or global_tokens == "normal"):
-        return "token_mlp"  # there is no MLP on the tokens
+        return "token_mlp"  # no MLP on the tokens
     return None
 
 
 @pytest.mark.parametrize("combination", list(itertools.product(*SWITCHES.values())), ids=str)
-def test_every_combination_of_switches_trains_or_is_refused(combination):
+def test_every_combination_of_switches_trains_or_is_rejected(combination):
     kwargs = dict(zip(SWITCHES, combination, strict=True))
-    if at_fault := refusal(**kwargs):
+    if at_fault := invalid_argument(**kwargs):
         with pytest.raises(ValueError, match=f"^{at_fault}="):
             DualTokenViT(depths=(1, 1, 1), **NARROW, **kwargs)
         return
@@ -93,24 +94,25 @@ def test_every_combination_of_switches_trains_or_is_refused(combination):
         ("global_tokens", "positional"),
         ("local_attention", "windows"),
         ("downsampling", "one-step"),
+        ("grid_resize", "area"),
         ("output_stride", 4),
         ("output_stride", 64),
     ],
 )
-def test_unknown_value_of_a_switch_is_refused(argument, value):
+def test_unknown_value_of_a_switch_is_rejected(argument, value):
     with pytest.raises(ValueError, match=f"^{argument}={value!r} is unknown; choose one of"):
         timm.create_model("dualtoken_vit_tiny", **{argument: value})
 
 
 @pytest.mark.parametrize("argument", ["depths", "num_heads", "mlp_ratios", "kernel_sizes"])
 @pytest.mark.parametrize("values", [(1, 1), (1, 1, 1, 1)])
-def test_a_setting_that_is_not_one_value_a_stage_is_refused(argument, values):
+def test_a_setting_without_one_value_per_stage_is_rejected(argument, values):
     message = f"{argument}={values} must have as many values as dims=(48, 96, 192)"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         timm.create_model("dualtoken_vit_tiny", **{argument: values})
 
 
-def test_unknown_argument_is_refused():
+def test_unknown_argument_is_rejected():
     with pytest.raises(TypeError, match="token_gird"):
         timm.create_model("dualtoken_vit_tiny", token_gird=7)
 
@@ -124,7 +126,64 @@ def test_variants_take_any_switch(name):
     assert all(m.mix.weight.shape == (25, 25) for m in mixing)
 
 
+# Resizing X_ga to the token grid
+
+
+def triangle(old: int, new: int) -> torch.Tensor:
+    """Weights (new, old) of PIL's antialiased bilinear filter along one axis, by its definition."""
+    scale = old / new
+    support = max(scale, 1)
+    centre = (torch.arange(new, dtype=torch.float64) + 0.5) * scale
+    weights = (1 - (torch.arange(old) + 0.5 - centre[:, None]).abs() / support).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("size", [(5, 4), (3, 17), (9, 12), (25, 42)], ids=str)
+def test_antialiased_resizing_is_the_triangle_filter(size):
+    x = torch.randn(2, *size, 6, dtype=torch.float64)
+    expected = torch.einsum("ih,bhwc,jw->bijc", triangle(size[0], 7), x, triangle(size[1], 7))
+    torch.testing.assert_close(resize_grid(x, 7, antialias=True), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_upsampling_is_the_same_with_antialiasing():
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(resize_grid(x, 7, antialias=True), resize_grid(x, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_antialiased_resizing_in_half_precision(dtype):
+    x = torch.randn(1, 15, 20, 4)
+    actual = resize_grid(x.to(dtype), 7, antialias=True)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), resize_grid(x, 7, antialias=True), rtol=1e-2, atol=1e-2)
+
+
+def test_grid_resize_decides_which_positions_reach_the_global_tokens():
+    """At 800x1280 pixels X_ga is 25x40: plain bilinear resizing reads 14x14 of its positions, antialiasing all."""
+    read = {}
+    for grid_resize in ("bilinear", "antialias"):
+        torch.manual_seed(0)
+        fusion = DualTokenViT(depths=(1, 1, 1), **NARROW, grid_resize=grid_resize).stages[0].blocks[0].fusion
+        x_ga = torch.randn(1, 25, 40, 8, requires_grad=True)
+        fusion(x_ga, torch.randn(1, 49, 8)).sum().backward()
+        read[grid_resize] = (x_ga.grad.abs().sum(-1) > 0).sum().item()
+    assert read["antialias"] == 25 * 40
+    assert read["bilinear"] < 200
+
+
 # Inputs
+
+
+@pytest.mark.parametrize("kwargs", [*VARIANTS, dict(output_stride=8)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_empty_batch_gives_empty_results(kwargs, fused):
+    set_fused_attn(fused)
+    model = create(**NARROW, **kwargs)
+    set_fused_attn(True)
+    empty, full = (model.forward_intermediates(torch.zeros(b, 3, 70, 97)) for b in (0, 1))
+    assert empty[0].shape == (0, *full[0].shape[1:])
+    assert [m.shape for m in empty[1]] == [(0, *m.shape[1:]) for m in full[1]]
+    assert model(torch.zeros(0, 3, 70, 97)).shape == (0, 5)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (97, 131), (64, 256), (800, 1333)], ids=str)
@@ -142,17 +201,17 @@ def test_any_size(size):
 
 
 @pytest.mark.parametrize("kwargs", [*VARIANTS, dict(output_stride=8)], ids=str)
-def test_a_image_gives_the_same_alone_and_in_a_batch(kwargs):
+def test_an_image_gives_the_same_alone_and_in_a_batch(kwargs):
     model = create(**kwargs).double()
     x = torch.randn(3, 3, 97, 70, dtype=torch.float64)
     with torch.no_grad():
         single = torch.cat([model(one[None]) for one in x])
         torch.testing.assert_close(model(x), single, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(single[0], single[1], atol=1e-2)  # the weights do tell images apart
+    assert not torch.allclose(single[0], single[1], atol=1e-2)  # the weights distinguish images
 
 
 def test_alone_and_in_a_batch_in_float32(threads):
-    """The double above takes one way only; here a batch's linear layers may go another way than an image's."""
+    """In float32 `linear` may compute a batch as a convolution and a single image as a matrix product."""
     model = create()
     x = torch.randn(4, 3, 97, 130)
     with torch.no_grad():
@@ -184,9 +243,41 @@ def test_autocast_is_close_to_float32(kwargs):
     assert relative_error(actual, expected) < 5e-2
 
 
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+def test_autocast_on_the_cpu_does_not_call_the_fused_kernel(kwargs):
+    model = create(**NARROW, **kwargs).train()
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", wraps=fused_attention) as spy:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, 3, 64, 64)).sum().backward()
+        assert spy.call_count == 0
+        model(torch.randn(2, 3, 64, 64))
+        assert spy.call_count > 0
+
+
+@pytest.mark.parametrize("name", ["dualtoken_vit_tiny_mix", "dualtoken_vit_small_mix"])
+def test_training_in_bfloat16_follows_float32(name):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, 64, 64), torch.arange(8) % 4
+    losses = {}
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        model = timm.create_model(name, depths=(1, 1, 1), num_classes=4).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses[enabled] = []
+        for _ in range(5):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = nn.functional.cross_entropy(model(x).float(), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[enabled].append(loss.item())
+    assert losses[False][-1] < 0.8 * losses[False][0]
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_float32_agrees_with_float64(threads, memory_format):
-    """Whichever way the thread count and the image's layout make PyTorch take."""
+    """For every kernel that the number of threads and the memory format select."""
     model = create()
     exact = copy.deepcopy(model).double()
     x = torch.randn(2, 3, 224, 224)
@@ -224,8 +315,8 @@ def test_output_stride(kwargs, output_stride):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 10), (9, 5)], ids=str)
-def test_dilated_stage_holds_the_places_of_the_strided_one(size):
-    """At every second place a stage at stride 1 says exactly what the same weights say at stride 2."""
+def test_dilated_stage_contains_the_positions_of_the_strided_one(size):
+    """At every second position, a stage at stride 1 equals the same weights at stride 2."""
     torch.manual_seed(0)
     strided, dense = (PatchMerging(6, 10, True, stride, 1) for stride in (2, 1))
     dense.load_state_dict(strided.state_dict())
@@ -256,7 +347,7 @@ def test_fused_attention_equals_unfused(kwargs):
     x = torch.randn(2, 3, 97, 70, dtype=torch.float64)
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", wraps=fused_attention) as spy:
         fused = model(x)
-        calls = 3 if kwargs.get("name") == "lightvit_tiny" else 1  # windows, gathering, reading in one module
+        calls = 3 if kwargs.get("name") == "lightvit_tiny" else 1  # windows, aggregation and broadcast in one module
         assert spy.call_count == calls * len(attentions)
         for m in attentions:
             m.fused_attn = False
@@ -271,13 +362,13 @@ def test_attention_extract_sees_the_broadcast(method):
     model = create("dualtoken_vit_tiny_mix")
     maps = AttentionExtract(model, method=method)(torch.randn(2, 3, 224, 224))
     end = {"fx": "softmax", "hook": "attn_drop"}[method]
-    for stage, (heads, places) in enumerate(((2, 28 * 28), (4, 14 * 14), (8, 7 * 7))):
+    for stage, (heads, positions) in enumerate(((2, 28 * 28), (4, 14 * 14), (8, 7 * 7))):
         broadcast = maps[f"stages.{stage}.blocks.0.broadcast_attn.{end}"]
-        assert broadcast.shape == (2, heads, places, 49)
-        torch.testing.assert_close(broadcast.sum(-1), torch.ones(2, heads, places))
+        assert broadcast.shape == (2, heads, positions, 49)
+        torch.testing.assert_close(broadcast.sum(-1), torch.ones(2, heads, positions))
         assert maps[f"stages.{stage}.blocks.0.aggregate_attn.{end}"].shape == (2, heads, 49, 49)
     assert len(maps) == 6
-    # the map is the one that the block uses: computed here from the block's own inputs
+    # The extracted map is the one that the block uses, computed here from the inputs of the block.
     block, inputs = model.stages[2].blocks[0], []
     block.broadcast_attn.register_forward_hook(lambda module, args, output: inputs.extend(args))
     torch.manual_seed(0)
@@ -295,7 +386,7 @@ def test_attention_extract_sees_the_broadcast(method):
 
 
 @pytest.mark.slow
-def test_compile_takes_any_batch_and_size_in_one_graph(threads):
+def test_compile_runs_any_batch_and_size_in_one_graph(threads):
     torch.compiler.reset()
     model = create("dualtoken_vit_tiny_mix", **NARROW)
     counter = CompileCounterWithBackend("eager")
@@ -308,7 +399,7 @@ def test_compile_takes_any_batch_and_size_in_one_graph(threads):
 
 
 @pytest.mark.slow
-def test_compile_stays_within_its_limit_where_batches_of_one_come_between(threads):
+def test_compile_stays_within_its_limit_with_batches_of_one_in_between(threads):
     torch.compiler.reset()
     model = create("dualtoken_vit_tiny_mix", **NARROW)
     counter = CompileCounterWithBackend("eager")
@@ -317,7 +408,7 @@ def test_compile_stays_within_its_limit_where_batches_of_one_come_between(thread
         for batch, *size in [(1, 32, 32), (16, 64, 64), (2, 33, 47), (1, 97, 131), (3, 224, 160)]:
             x = torch.randn(batch, 3, *size)
             torch.testing.assert_close(compiled(x), model(x))
-    # One for a batch of one, one for maps of one place, whose sizes are then constants, ...: not one for each.
+    # One graph for a batch of one, one for maps of 1x1, whose sizes are then constants, ...: not one for each input.
     assert counter.frame_count < 5
 
 
@@ -374,7 +465,7 @@ def test_fx(kwargs):
             torch.testing.assert_close(traced(x)["logits"], model(x), rtol=0, atol=0)
 
 
-# timm's contract, where timm's own tests name other models
+# timm's interface, where timm's own tests name other models
 
 
 @pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
@@ -430,7 +521,7 @@ def test_local_folder_round_trip(tmp_path, kwargs, safe):
     model = create(num_classes=7, in_chans=2, **kwargs)
     save_for_hf(model, tmp_path, safe_serialization=safe, model_config=dict(label_names=list("abcdefg")))
     x = torch.randn(2, 2, 64, 64)
-    # the folder's config names the architecture and its arguments: nothing is said again
+    # the config in the folder names the architecture and its arguments
     reloaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     torch.testing.assert_close(reloaded(x), model(x), rtol=0, atol=0)
     assert reloaded.pretrained_cfg["label_names"] == list("abcdefg")
@@ -445,7 +536,7 @@ def test_pretrained_weights_fit_other_channels_and_classes(tmp_path):
     grey = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1, num_classes=9).eval()
     assert grey.head.out_features == 9
     x = torch.randn(2, 1, 64, 64)
-    # timm sums the filters over the colours, so that a grey image means what it means in three equal channels
+    # timm sums the filters over the channels: a grey image then equals an RGB image with three equal channels
     expected = model.forward_features(x.expand(-1, 3, -1, -1))
     torch.testing.assert_close(grey.forward_features(x), expected, rtol=1e-4, atol=1e-4)
 
@@ -470,13 +561,13 @@ def test_checkpoint_filter_unwraps(prefix, nesting):
 
 def test_checkpoint_filter_resizes_the_token_grid():
     old, new = create(**NARROW, token_grid=4), create(**NARROW, token_grid=8)
-    # a ramp over the grid stays the same ramp, but for the border, where there is nothing to interpolate
+    # A ramp over the grid stays the same ramp, except at the border, where interpolation clamps.
     y, x = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
     with torch.no_grad():
         old.token_embed.copy_((10 * y + x).reshape(1, 16, 1).expand_as(old.token_embed))
     new.load_state_dict(checkpoint_filter_fn(old.state_dict(), new))
-    place = ((torch.arange(8.0) + 0.5) / 2 - 0.5).clamp(0, 3)
-    expected = 10 * place[:, None] + place
+    position = ((torch.arange(8.0) + 0.5) / 2 - 0.5).clamp(0, 3)
+    expected = 10 * position[:, None] + position
     torch.testing.assert_close(new.token_embed[0, :, 0].reshape(8, 8), expected)
 
 
@@ -609,7 +700,7 @@ def test_dropout_acts_in_training_only(rate, kwargs):
     plain = create(**NARROW, **kwargs)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model(x), plain(x))
-    model.train().stem.eval()  # so that nothing but dropout differs between two calls
+    model.train().stem.eval()  # only dropout then differs between two calls
     assert not torch.equal(model(x), model(x))
     model(x).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -631,7 +722,7 @@ def test_parameter_groups(name):
             expected[key] = len(order) + 1
         elif key.startswith(("norm.", "token_mean.")):
             expected[key] = len(order)
-        else:  # the merging goes with the first block that follows it
+        else:  # the merging belongs to the first block after it
             block = key.replace("merging", "blocks.0")
             expected[key] = 1 + next(i for i, prefix in enumerate(order) if block.startswith(prefix))
     assert layers == expected
@@ -647,7 +738,7 @@ def test_parameter_groups(name):
     for key, p in model.named_parameters():
         decay = 0.0 if p.ndim == 1 or key == "token_embed" else 0.05
         assert settings[id(p)] == (0.5 ** (len(order) + 1 - expected[key]), decay), key
-    assert state["token_embed"].ndim == 3  # so that it is the pattern that spares it
+    assert state["token_embed"].ndim == 3  # excluded by name, not by its number of dimensions
 
 
 def test_relative_position_bias_does_not_decay():
@@ -659,7 +750,7 @@ def test_relative_position_bias_does_not_decay():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cfg_is_true(name):
+def test_cfg_matches_the_model(name):
     model = timm.create_model(name)
     cfg, state = model.default_cfg, model.state_dict()
     assert (cfg["architecture"], cfg["tag"]) == (name, "untrained")

@@ -1,4 +1,4 @@
-"""Groups of parameters and the schedule, against what they are by hand."""
+"""Parameter groups and learning rate schedules, compared with values computed by hand."""
 
 import math
 from dataclasses import replace
@@ -24,21 +24,21 @@ def groups_by_name(model, optimizer):
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.8])
-def test_weight_decay_spares_biases_norms_and_tokens(model, layer_decay):
+def test_biases_norms_and_tokens_have_no_weight_decay(model, layer_decay):
     optimizer = build_optimizer(model, Optim(weight_decay=0.04, layer_decay=layer_decay))
     assert isinstance(optimizer, torch.optim.AdamW)
     groups = groups_by_name(model, optimizer)
     assert groups.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
-        spared = parameter.ndim == 1 or name == "token_embed" or name.endswith("relative_position_bias_table")
-        assert groups[name]["weight_decay"] == (0.0 if spared else 0.04), name
+        exempt = parameter.ndim == 1 or name == "token_embed" or name.endswith("relative_position_bias_table")
+        assert groups[name]["weight_decay"] == (0.0 if exempt else 0.04), name
         assert groups[name]["betas"] == (0.9, 0.999)
 
 
-def test_layer_decay_falls_from_the_head_to_the_stem(model):
+def test_layer_decay_from_the_head_to_the_stem(model):
     groups = groups_by_name(model, build_optimizer(model, Optim(lr=0.01, layer_decay=0.5)))
     assert groups["head.weight"]["lr"] == 0.01
-    # Above the stem: 2 + 6 + 4 blocks, the norm with what follows it, and the head.
+    # Layers above the stem: 2 + 6 + 4 blocks, the norm with its successors, and the head.
     blocks = [
         f"stages.{stage}.blocks.{block}.mlp.fc1.weight" for stage, n in enumerate((2, 6, 4)) for block in range(n)
     ]
@@ -48,11 +48,11 @@ def test_layer_decay_falls_from_the_head_to_the_stem(model):
     assert groups["token_embed"]["lr"] == rates[0]
 
 
-def test_any_optimiser_of_timm():
+def test_any_timm_optimiser():
     model = torch.nn.Linear(2, 2)
     assert isinstance(build_optimizer(model, Optim(optimizer="sgd")), torch.optim.SGD)
     assert type(build_optimizer(model, Optim(optimizer="lamb"))).__name__ == "Lamb"
-    assert build_optimizer(model, Optim(optimizer="adan")).param_groups[0]["betas"] == (0.98, 0.92, 0.99)  # its own
+    assert build_optimizer(model, Optim(optimizer="adan")).param_groups[0]["betas"] == (0.98, 0.92, 0.99)
     with pytest.raises(InputError, match=r"did you mean .*adamw"):
         build_optimizer(model, Optim(optimizer="adamww"))
 

@@ -191,7 +191,7 @@ def test_a_run_that_was_cut_short_can_be_repeated(constant, tmp_path, monkeypatc
 
     image, out = solid(tmp_path / "x.png"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("dualtoken_vit.predict.draw_card", fail)
+        patch.setattr("dualtoken_vit.tasks.classification.draw_card", fail)
         with pytest.raises(KeyboardInterrupt):
             predict(constant, (image,), out)
     assert predict(constant, (image,), out)
@@ -239,8 +239,8 @@ def test_an_unreadable_image_is_named_and_the_rest_goes_on(constant, tmp_path, c
         (lambda d: (d / "x.jpg").write_text("no"), {"images": "x.jpg"}, "none of the 1 images can be read.*x.jpg"),
         (lambda d: (d / "empty").mkdir(), {"images": "empty"}, "empty: no images in this folder"),
         (lambda d: None, {"images": "missing.png"}, "missing.png: no such file or folder"),
-        (lambda d: solid(d / "x.png"), {"top_k": 0}, "top_k=0"),
-        (lambda d: solid(d / "x.png"), {"batch_size": 0}, "batch_size=0"),
+        (lambda d: solid(d / "x.png"), {"top_k": 0}, "--top-k 0"),
+        (lambda d: solid(d / "x.png"), {"batch_size": 0}, "--batch-size 0"),
         (lambda d: solid(d / "x.png"), {"device": "abacus"}, "device=abacus"),
         (lambda d: solid(d / "x.png"), {"out": "x.png"}, "x.png: a file; name a folder"),
         (lambda d: solid(d / "p" / "x.png"), {"images": "p", "out": "p"}, "the images are read from there"),
@@ -262,7 +262,7 @@ def test_a_network_gone_wrong_is_refused(tmp_path):
     model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES))
     torch.nn.init.constant_(model.head.bias, torch.nan)
     checkpoint = save(tmp_path / "best.safetensors", model)
-    with pytest.raises(InputError, match="not numbers"):
+    with pytest.raises(InputError, match="NaN or Inf"):
         predict(checkpoint, (solid(tmp_path / "x.png"),))
 
 

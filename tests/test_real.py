@@ -52,7 +52,7 @@ def photos(data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    settings = "--data.image-size 64 --data.workers 0 --optim.epochs 4 --optim.batch-size 16 --run.accelerator cpu"
+    settings = "--data.image-size 64 --data.workers 0 --optim.epochs 4 --optim.batch-size 16 --run.device cpu"
     run("train", "folder", "--data.root", photos, "--out", out, *settings.split())
     return out / "best.safetensors"
 
@@ -101,7 +101,7 @@ def test_check_data_finds_what_is_wrong(photos, tmp_path):
     assert "problems: 2" in report
 
 
-NARROW = shlex.split("--model.name dualtoken_vit_tiny_mix --data.workers 0 --run.accelerator cpu")
+NARROW = shlex.split("--model.name dualtoken_vit_tiny_mix --data.workers 0 --run.device cpu")
 
 
 def test_detection_on_coco(data, tmp_path):

@@ -1,6 +1,6 @@
-"""A second DualToken-ViT: numpy, float64, one image at a time, written from the paper's formulas, not from the code.
+"""A reference DualToken-ViT in numpy, float64, for one image, written from the paper's formulas, not from the code.
 
-Maps are (H, W, C), tokens (M, C). The names of the weights are all that the two share.
+Maps are (H, W, C), tokens (M, C). Only the names of the weights are shared with the package.
 """
 
 import math
@@ -16,7 +16,7 @@ erf = np.vectorize(math.erf, otypes=[float])
 
 
 class Weights(dict):
-    """A state dict in float64; `at("norm1")` are the weights below that name."""
+    """A state dict in float64; `at("norm1")` returns the weights under that prefix."""
 
     @classmethod
     def of(cls, module):
@@ -53,7 +53,7 @@ def linear(x, w):
 
 
 def conv(x, w, stride=1, depthwise=False):
-    """Zero-padded by half the kernel: the output has ceil(size / stride) places."""
+    """Convolution, zero-padded by half the kernel; the output has ceil(size / stride) positions."""
     kernel = w["weight"]  # (out, in, k, k)
     k = kernel.shape[-1]
     x = np.pad(x, ((k // 2, k // 2), (k // 2, k // 2), (0, 0)))
@@ -69,7 +69,7 @@ def conv(x, w, stride=1, depthwise=False):
 
 
 def pool(x, size=2):
-    """Average of the places that exist: at an odd border of those that are left."""
+    """Average pooling; at an odd border, over the remaining positions only."""
     rows = [x[i : i + size] for i in range(0, x.shape[0], size)]
     return np.array([[row[:, j : j + size].mean((0, 1)) for j in range(0, x.shape[1], size)] for row in rows])
 
@@ -80,11 +80,11 @@ def resize(x, size):
     def matrix(old):
         m = np.zeros((size, old))
         for i in range(size):
-            place = max((i + 0.5) * old / size - 0.5, 0)
-            low = min(int(place), old - 1)
+            position = max((i + 0.5) * old / size - 0.5, 0)
+            low = min(int(position), old - 1)
             high = min(low + 1, old - 1)
-            m[i, low] += 1 - (place - low)
-            m[i, high] += place - low
+            m[i, low] += 1 - (position - low)
+            m[i, high] += position - low
         return m
 
     return np.einsum("ih,hwc,jw->ijc", matrix(x.shape[0]), x, matrix(x.shape[1]))
@@ -110,13 +110,13 @@ def conv_encoder(x, w):
 
 
 def windows(x, w, heads):
-    """Attention within the 7x7 windows of LN(x)."""
+    """Attention within 7x7 windows of LN(x)."""
     height, width, channels = x.shape
     y = np.zeros((-(-height // 7) * 7, -(-width // 7) * 7, channels))
     y[:height, :width] = layer_norm(x, w.at("norm"))
     table = w["relative_position_bias_table"].reshape(13, 13, heads)
-    places = [(i, j) for i in range(7) for j in range(7)]
-    bias = np.array([[table[a - c + 6, b - d + 6] for c, d in places] for a, b in places]).transpose(2, 0, 1)
+    positions = [(i, j) for i in range(7) for j in range(7)]
+    bias = np.array([[table[a - c + 6, b - d + 6] for c, d in positions] for a, b in positions]).transpose(2, 0, 1)
     for i in range(0, y.shape[0], 7):
         for j in range(0, y.shape[1], 7):
             q, k, v = split(y[i : i + 7, j : j + 7].reshape(49, channels), w.at("qkv"), 3)
@@ -176,13 +176,13 @@ def block(x, g, w, stage, grid=7, tokens="position", local="conv", downsampling=
 
 
 def light_block(x, g, w, stage):
-    """LightViT's: global tokens gather from the image tokens, which read windows and them; then all pass the FFN."""
+    """LightViT: aggregation into global tokens, window attention and broadcast, then the FFN on all tokens."""
     heads, attn = HEADS[stage], w.at("attn")
     q, k, v = split(layer_norm(x, attn.at("norm")).reshape(-1, x.shape[-1]), attn.at("qkv"), 3)
-    gathered = attention(split(layer_norm(g, attn.at("norm")), attn.at("qkv"), 3)[0], k, v, heads)
-    seen = windows(x, attn, heads).reshape(q.shape) + attention(q, *split(gathered, attn.at("kv"), 2), heads)
+    aggregated = attention(split(layer_norm(g, attn.at("norm")), attn.at("qkv"), 3)[0], k, v, heads)
+    seen = windows(x, attn, heads).reshape(q.shape) + attention(q, *split(aggregated, attn.at("kv"), 2), heads)
     tokens = np.concatenate((g, x.reshape(q.shape)))
-    tokens = tokens + linear(np.concatenate((gathered, seen)), attn.at("proj"))
+    tokens = tokens + linear(np.concatenate((aggregated, seen)), attn.at("proj"))
     ffn = linear(gelu(linear(layer_norm(tokens, w.at("norm2")), w.at("mlp.fc1"))), w.at("mlp.fc2"))
     tokens = tokens + bidim(ffn, w.at("bidim"))
     return tokens[len(g) :].reshape(x.shape), tokens[: len(g)]
@@ -202,7 +202,7 @@ def stem(x, w):
 
 
 def merge(x, g, w):
-    """Odd sizes are padded with zeros at the right and bottom."""
+    """Patch merging; odd sizes are zero-padded at the right and bottom."""
     x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2), (0, 0)))
     four = np.array([x[a::2, b::2] for a in (0, 1) for b in (0, 1)])
     main = linear(layer_norm(np.concatenate(four, -1), w.at("norm")), w.at("reduction"))

@@ -40,7 +40,7 @@ def arguments(photos: Path, out: Path, *more: str) -> list[str]:
         "augment.cutmix": 1,
         "augment.random-erasing": 0.5,
         "model.drop-path-rate": 0.2,
-        "run.accelerator": "cpu",
+        "run.device": "cpu",
         "run.save-every": 2,
     }
     given = [text for key, value in settings.items() for text in (f"--{key}", str(value))]

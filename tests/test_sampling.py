@@ -13,7 +13,7 @@ from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.sampling import loader, mix, seeded
 from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Augment, Data
+from dualtoken_vit.recipes import ClassificationAugment, ClassificationData
 
 STATISTICS = (0.5,) * 3, (0.5,) * 3
 
@@ -35,8 +35,8 @@ class Numbers(Dataset):
 @pytest.fixture
 def images(photos):
     """36 images under every augmentation there is."""
-    data = Data(root=str(photos), image_size=32)
-    augment = Augment(scale=(0.3, 1.0), vflip=0.5, auto_augment="rand-m9-n2-mstd0.5", random_erasing=0.5)
+    data = ClassificationData(root=str(photos), image_size=32)
+    augment = ClassificationAugment(scale=(0.3, 1.0), vflip=0.5, auto_augment="rand-m9-n2-mstd0.5", random_erasing=0.5)
     train, _ = build_datasets(data, 3)
     train.transform = classification_train(data, augment, *STATISTICS)
     return train
@@ -130,7 +130,7 @@ def test_validation_sees_every_image_once(length, world, workers):
 
 
 def test_validation_is_in_order(images):
-    images.transform = classification_eval(Data(image_size=32), *STATISTICS)
+    images.transform = classification_eval(ClassificationData(image_size=32), *STATISTICS)
     (x, targets), *_ = loader(images, 8, train=False, seed=0)
     assert targets.tolist() == images.targets[:8]
     assert torch.equal(x, torch.stack([images[index][0] for index in range(8)]))

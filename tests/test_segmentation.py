@@ -16,14 +16,15 @@ from test_resume import assert_same_run, die
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from dualtoken_vit import cli
-from dualtoken_vit.checkpoint import load_model, read_checkpoint
-from dualtoken_vit.data.masks import save_scenes
-from dualtoken_vit.data.transforms import IGNORE
+from dualtoken_vit.checkpoint import read_checkpoint
+from dualtoken_vit.data.segmentation import IGNORE, save_scenes
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.segmenters import View, segment
+from dualtoken_vit.evaluation import evaluate
+from dualtoken_vit.models.segmenters import segment
+from dualtoken_vit.predictors import load_model
+from dualtoken_vit.recipes import SegmentationInput as View
 from dualtoken_vit.show.drawing import color_of, draw_scene
 from dualtoken_vit.tasks import segmentation
-from dualtoken_vit.tasks.evaluation import evaluate
 from dualtoken_vit.tasks.segmentation import Scores, SegmentationEvaluation, cross_entropy
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -46,7 +47,7 @@ def arguments(scenes, out, *more, segmenter="deeplabv3", **settings):
         "optim.epochs": 4,
         "optim.lr": 4e-3,
         "optim.warmup-steps": 2,
-        "run.accelerator": "cpu",
+        "run.device": "cpu",
         "run.save-every": 2,
     } | {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
     given = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
@@ -215,7 +216,7 @@ def test_the_run_folder(trained, scenes, capsys):
     figures, iou = own_scores(out / "best.safetensors", scenes)
     assert {name: float(best[f"val_{name}"]) for name in figures} == pytest.approx(figures, abs=1e-4)
 
-    status, printed = call(capsys, "evaluate", out / "best.safetensors", "--json", "--accelerator", "cpu")
+    status, printed = call(capsys, "evaluate", out / "best.safetensors", "--json", "--device", "cpu")
     result = json.loads(printed)
     assert status == 0
     assert result == json.loads((out / "evaluation.json").read_text())
@@ -230,7 +231,7 @@ def test_the_run_folder(trained, scenes, capsys):
 
 def test_evaluation_of_another_split_and_by_other_views(trained, scenes, tmp_path, capsys):
     _, out = trained
-    best, common = out / "best.safetensors", ("--accelerator", "cpu", "--json")
+    best, common = out / "best.safetensors", ("--device", "cpu", "--json")
     shutil.copytree(scenes, tmp_path / "data")
     for kind in ("images", "annotations"):
         (tmp_path / "data" / kind / "val").rename(tmp_path / "data" / kind / "test")
@@ -258,9 +259,9 @@ def test_evaluation_elsewhere_than_the_file_of_the_classes(scenes, tmp_path, cap
     best = tmp_path / "run" / "best.safetensors"
     shutil.copytree(scenes, tmp_path / "data")
     (tmp_path / "data" / "classes.txt").write_text(names.upper())  # names.txt goes before it, as in training
-    assert call(capsys, "evaluate", best, "--data.root", tmp_path / "data", "--json", "--accelerator", "cpu")[0] == 0
+    assert call(capsys, "evaluate", best, "--data.root", tmp_path / "data", "--json", "--device", "cpu")[0] == 0
     (tmp_path / "names.txt").unlink()
-    status, printed = call(capsys, "evaluate", best, "--data.root", scenes, "--json", "--accelerator", "cpu")
+    status, printed = call(capsys, "evaluate", best, "--data.root", scenes, "--json", "--device", "cpu")
     assert status == 0
     assert list(json.loads(printed)["per_class"]) == names.split()
 
@@ -270,7 +271,7 @@ def test_the_worst_images_are_drawn_the_worst_first(trained, scenes, tmp_path, m
     drawn = []
     monkeypatch.setattr(segmentation, "WORST", 2)
     monkeypatch.setattr(segmentation, "draw_scene", lambda panels, names: drawn.append(panels) or panels[0][1])
-    evaluate(out / "best.safetensors", accelerator="cpu", out=tmp_path, batch_size=2)
+    evaluate(out / "best.safetensors", device="cpu", out=tmp_path, batch_size=2)
     found, truth = own_labels(out / "best.safetensors", scenes)
     right = (found == truth).mean((1, 2))
     paths = sorted((scenes / "images" / "val").iterdir())

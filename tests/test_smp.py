@@ -1,4 +1,4 @@
-"""segmentation_models_pytorch takes the model as it takes any other encoder of timm: by name."""
+"""segmentation_models_pytorch uses the model by name, like any other timm encoder."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_segmenter_trains(architecture):
     ("architecture", "output_stride"), [("DeepLabV3", 8), ("DeepLabV3", 16), ("DeepLabV3Plus", 16)]
 )
 def test_dilated_encoder(architecture, output_stride):
-    """The DeepLabs ask timm for an `output_stride`; the last map then has it."""
+    """DeepLab requests an `output_stride` from timm; the last map then has that stride."""
     model = create(architecture, encoder_output_stride=output_stride).eval()
     with torch.no_grad():
         maps = model.encoder(torch.randn(1, 3, 96, 64))

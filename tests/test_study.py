@@ -1,7 +1,11 @@
-"""Studies: what their verdicts say of numbers worked out by hand, and the command on real runs of small networks."""
+"""Studies: verdicts on results computed by hand, and the command with real runs of small networks."""
 
+import asyncio
 import json
 import math
+import os
+import signal
+from itertools import accumulate
 
 import pytest
 import timm
@@ -13,6 +17,7 @@ from dualtoken_vit.paper.counting import Counts
 from dualtoken_vit.paper.study import PRESETS, STUDIES, Result, networks, verdict
 from dualtoken_vit.paper.tables import PUBLISHED, Published
 from dualtoken_vit.recipes import Model
+from dualtoken_vit.tasks.run_folder import in_use
 
 
 def result(name, published, *top1):
@@ -27,30 +32,30 @@ def test_spread():
 
 
 def test_verdict():
-    """With three networks of two seeds, 0.02 apart, Tukey's bound is q(3 means, 3 free) = 5.91 times 0.01: 0.0591."""
+    """For three networks and two seeds 0.02 apart, Tukey's bound is q(3 means, 3 df) = 5.91 times 0.01, or 0.0591."""
     lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 72, 0.64, 0.66)])
-    assert lines[0] == "Best here: c, 65.0 %; in the paper: c, 72 %."
-    assert lines[1] == "Of 3 pairs of networks 3 come out in the paper's order, 0 the other way round."
-    assert "3 in the paper's order, 0 the other way round" in lines[2]
-    assert lines[-1] == "What is clear at this budget is as in the paper."
+    assert lines[0] == "Best network: c, 65.0 %; in the paper: c, 72 %."
+    assert lines[1] == "Pairs ranked as in the paper: 3 of 3."
+    assert "5 %): 3 as in the paper, 0 contrary to it." in lines[2]
+    assert lines[-1] == "All significant differences at this budget are as in the paper."
     lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.555, 0.575), result("c", 72, 0.61, 0.63)])
-    assert "1 in the paper's order, 0 the other way round" in lines[2]  # 0.055 is not beyond the bound, 0.11 is
-    assert "As in the paper: c over a by 11.0." in lines
+    assert "5 %): 1 as in the paper, 0 contrary to it." in lines[2]  # 0.055 is within the bound, 0.11 is not
+    assert "Significant, as in the paper: c over a by 11.0." in lines
     lines = verdict([result("a", 72, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 70, 0.51, 0.53)])
-    assert "1 come out in the paper's order, 2 the other way round" in lines[1]
-    assert "The other way round: b over a by 7.0." in lines
-    assert "As in the paper: b over c by 6.0." in lines
-    assert lines[-1] == "The paper's order does not hold at this budget."
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.53, 0.55)])  # q(2 means, 2 free) = 6.08: 0.0608
-    assert lines[-1] == "This budget does not decide about the paper's order."
+    assert lines[1] == "Pairs ranked as in the paper: 1 of 3."
+    assert "Significant, contrary to the paper: b over a by 7.0." in lines
+    assert "Significant, as in the paper: b over c by 6.0." in lines
+    assert lines[-1] == "The paper's ranking does not hold at this budget."
+    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.53, 0.55)])  # q(2 means, 2 df) = 6.08: 0.0608
+    assert lines[-1] == "This budget is too small to confirm or refute the paper's ranking."
     lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.565, 0.585)])
-    assert lines[-1] == "What is clear at this budget is as in the paper."
+    assert lines[-1] == "All significant differences at this budget are as in the paper."
     lines = verdict([result("a", 70, 0.50), result("b", 71, 0.60)])
-    assert "One seed: what is chance cannot be told." in lines
-    lines = verdict([result("a", 79.2, 0.50, 0.52), result("b", 79.2, 0.60, 0.62)])  # the paper has no order
-    assert lines[1].startswith("Of 0 pairs")
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.52, 0.50)])  # nor have we
-    assert lines[1].startswith("Of 0 pairs")
+    assert lines[-1] == "One seed per network: significance cannot be tested."
+    lines = verdict([result("a", 79.2, 0.50, 0.52), result("b", 79.2, 0.60, 0.62)])  # equal in the paper
+    assert lines[1] == "Pairs ranked as in the paper: 0 of 0."
+    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.52, 0.50)])  # equal in the study
+    assert lines[1] == "Pairs ranked as in the paper: 0 of 0."
 
 
 def test_networks_are_the_papers():
@@ -70,7 +75,7 @@ KWARGS = dict(depths=(1, 1, 1), dims=(8, 16, 24), num_heads=(1, 2, 3))
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two shallow networks in place of a study's."""
+    """Replaces the networks of every study by two shallow ones."""
     rows = [row for row in PUBLISHED if row.key in ("in1k-small-mix", "in1k-small")]
     args = tuple(f"{key}={value}".replace(" ", "") for key, value in KWARGS.items())
     names = ("dualtoken_vit_tiny_mix", "dualtoken_vit_tiny")
@@ -84,10 +89,10 @@ def run(photos, out, *more):
 
 
 @pytest.mark.slow
-def test_the_command(photos, tmp_path, small, capsys):
+def test_command(photos, tmp_path, small, capsys):
     out = tmp_path / "study"
     assert run(photos, out, "--seeds", 2) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     record = json.loads((out / "study-mlp.json").read_text())
     assert record["budget"]["seeds"] == 2
     assert record["budget"]["data.image_size"] == 32
@@ -104,10 +109,10 @@ def test_the_command(photos, tmp_path, small, capsys):
         assert not any((run / "last.ckpt").exists() for run in runs)
         model = timm.create_model(network["model"]["name"], num_classes=3, **KWARGS)
         assert network["counts"]["params"] == sum(p.numel() for p in model.parameters())
-    assert record["verdict"][0] in said
+    assert record["verdict"][0] in printed
     assert (out / "study-mlp.png").read_bytes().startswith(b"\x89PNG")
 
-    # a second call trains only what is missing
+    # repeating the command trains only what is missing
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("metrics.csv")}
     missing = next(iter(before))
     missing.unlink()
@@ -115,9 +120,9 @@ def test_the_command(photos, tmp_path, small, capsys):
     assert run(photos, out, "--seeds", 2) == 0
     after = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("metrics.csv")}
     assert {path for path in before if before[path] != after[path]} == {missing}
-    assert json.loads((out / "study-mlp.json").read_text())["networks"] == record["networks"]  # the same, bit by bit
+    assert json.loads((out / "study-mlp.json").read_text())["networks"] == record["networks"]  # bit for bit
 
-    # the paper's tables name it; these networks are in no row
+    # `tables` lists the study, but no row of the paper has these networks
     capsys.readouterr()
     assert cli.run(["tables", "--results", str(tmp_path)]) == 0
     tables = capsys.readouterr().out
@@ -125,52 +130,86 @@ def test_the_command(photos, tmp_path, small, capsys):
     assert "(1)" not in tables.split("Parameters", 1)[0]
     assert (out / "study-mlp.md").read_text().count("\n| DualToken-ViT-T") == 2
 
-    # what would mix budgets or data is refused
+    # another budget or other data is rejected
     kept = (out / "study-mlp.json").read_bytes()
     for more, message in (
-        (("--seeds", 2, "--optim.epochs", 2), r"--optim.epochs is 1 in the run in .*not 2: a study is of one budget"),
-        (("--seeds", 1), r"study-mlp\.json is of seeds 2, not 1"),
+        (
+            ("--seeds", 2, "--optim.epochs", 2),
+            r"--optim\.epochs is 1 in .*seed-0, not 2: .* share one budget",
+        ),
+        (("--seeds", 1), r"--seeds is 2 in .*study-mlp\.json, not 1"),
     ):
         with pytest.raises(InputError, match=message):
             run(photos, out, *more)
     (photos / "val" / "red" / "0.jpg").rename(photos / "val" / "red" / "another.jpg")
-    with pytest.raises(InputError, match=r"has runs on other images"):
+    with pytest.raises(InputError, match=r"runs used other images \(see data\.json\)"):
         run(photos, out, "--seeds", 2)
     assert (out / "study-mlp.json").read_bytes() == kept
 
 
-def test_a_run_that_fails_is_named_and_can_be_mended(photos, tmp_path, small):
+@pytest.mark.slow
+def test_failed_run_is_reported_and_can_be_repeated(photos, tmp_path, small):
     with pytest.raises(
         InputError, match=r"seed-0: 36 training images do not fill one batch of 40.*see .*train\.log \(and 1 more\)"
     ):
         run(photos, tmp_path / "study", "--optim.batch-size", 40, "--seeds", 1)
-    assert run(photos, tmp_path / "study", "--seeds", 1) == 0  # another budget: nothing had begun
+    assert run(photos, tmp_path / "study", "--seeds", 1) == 0  # with another budget, as no run had begun
 
 
-def test_a_run_that_is_killed_says_so(photos, tmp_path, small, monkeypatch):
-    begin = study._begin
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that a study starts; each runs the command in `started.command` if that is set."""
 
-    def killed(work, threads):
-        process = begin(work, threads)
-        process.kill()
-        return process
+    class Processes(list):
+        command = None
 
-    monkeypatch.setattr(study, "_begin", killed)
-    with pytest.raises(InputError, match=r"seed-0: stopped by SIGKILL"):
+    processes, create = Processes(), asyncio.create_subprocess_exec
+
+    async def recorded(*command, **kwargs):
+        processes.append(await create(*(processes.command or command), **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", recorded)
+    return processes
+
+
+def test_killed_run_is_reported(photos, tmp_path, small, started):
+    started.command = ["sh", "-c", "kill -9 $$"]
+    with pytest.raises(InputError, match=r"seed-0: stopped by SIGKILL \(and 1 more\)"):
         run(photos, tmp_path / "study", "--seeds", 1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_a_study_stops_its_runs(photos, tmp_path, small, started, number):
+    """Each of two parallel runs signals this process and would then go on for minutes."""
+    started.command = ["sh", "-c", f"kill -{int(number)} {os.getpid()}; exec sleep 300"]
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "study", "--seeds", 2, "--jobs", 2)
+    assert {process.returncode for process in started} == {-signal.SIGTERM}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_number_of_parallel_runs(photos, tmp_path, small, started, jobs):
+    """Each run records its start and end, and waits until at least as many runs have started as may run at once."""
+    log = tmp_path / "log"
+    wait = f"until [ $(grep -c + {log}) -ge {jobs} ]; do sleep 0.01; done"
+    started.command = ["sh", "-c", f"echo +1 >> {log}; {wait}; echo -1 >> {log}; exit 1"]
+    with pytest.raises(InputError, match=r"no output; see .* \(and 3 more\)"):
+        run(photos, tmp_path / "study", "--seeds", 2, "--jobs", jobs)
+    assert max(accumulate(map(int, log.read_text().split()))) == jobs
+
+
 def test_one_study_at_a_time_in_a_folder(photos, tmp_path, small):
-    with study._alone(tmp_path), pytest.raises(InputError, match="another study works in"):
+    with in_use(tmp_path), pytest.raises(InputError, match="is in use by another training"):
         run(photos, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("token-cuont",), "there is no study 'token-cuont'; did you mean token-count"),
+        (("token-cuont",), "study 'token-cuont' is unknown; did you mean token-count"),
         (("mlp", "--seeds", "0"), "--seeds 0: must be at least 1"),
-        (("mlp", "--model.name", "resnet18"), r"--model\.name: a study trains networks of its own"),
+        (("mlp", "--model.name", "resnet18"), r"--model\.name: a study trains its own networks"),
         (("peers", "--model.pretrained"), r"--model\.pretrained: a study"),
         (("peers", "--data.dataset", "shapes", "--data.image-size", "100"), "xcit_tiny_12_p16_224: `patch_size`"),
         (("mlp", "--data.dataset", "shapes", "--optim.optimizer", "nothing"), "--optim.optimizer nothing"),
@@ -195,10 +234,10 @@ def test_presets_are_defaults(monkeypatch, tmp_path):
         assert recipe.data == PRESETS[preset].recipe.data
 
 
-def test_a_damaged_result_is_named(tmp_path):
+def test_damaged_result(tmp_path):
     with pytest.raises(InputError, match="--results nowhere: no such folder"):
         cli.run(["tables", "--results", "nowhere"])
     for text in ("{", '{"table": "Table 6", "budget": {}, "networks": [{}]}'):
         (tmp_path / "study-x.json").write_text(text)
-        with pytest.raises(InputError, match=r"study-x\.json is not what `study` writes"):
+        with pytest.raises(InputError, match=r"study-x\.json: not a result of `study`"):
             cli.run(["tables", "--results", str(tmp_path)])

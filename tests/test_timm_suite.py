@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-TESTS_A_MODEL = 11  # a lower count means that the plugin or an import went wrong, however green the rest
+TESTS_PER_MODEL = 11  # a lower count means that the plugin or an import failed, even if all tests pass
 MODELS = 5
 
 
 def _download(version: str, folder: Path) -> None:
-    """Put `tests/` and `pyproject.toml` of timm's sources into `folder`; `timm/` would shadow the install."""
+    """Extract `tests/` and `pyproject.toml` of timm's sources to `folder`; `timm/` would shadow the installed one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "timm", "--dest", tmp]
@@ -33,7 +33,7 @@ def _download(version: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def timm_tests(tmp_path_factory) -> Path:
-    """A folder with timm's `tests/`: out of `DUALTOKEN_TIMM_TESTS`, or downloaded once into the user's cache."""
+    """A folder with timm's `tests/`: from `DUALTOKEN_TIMM_TESTS`, or downloaded once to the user's cache."""
     if given := os.environ.get("DUALTOKEN_TIMM_TESTS"):
         folder = tmp_path_factory.mktemp("timm")
         shutil.copytree(Path(given) / "tests", folder / "tests")
@@ -47,26 +47,27 @@ def timm_tests(tmp_path_factory) -> Path:
             _download(version, folder)
         except (subprocess.SubprocessError, OSError) as error:
             reason = (
-                f"the source distribution of timm {version} is not to be had: {getattr(error, 'stderr', '') or error}"
+                f"cannot download the source distribution of timm {version}: {getattr(error, 'stderr', '') or error}"
             )
             if os.environ.get("CI"):
                 pytest.fail(reason)
-            pytest.skip(f"{reason}\n(set DUALTOKEN_TIMM_TESTS to a folder that holds its tests/ and pyproject.toml)")
+            pytest.skip(f"{reason}\n(set DUALTOKEN_TIMM_TESTS to a folder that contains its tests/ and pyproject.toml)")
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_timm_model_suite(timm_tests):
-    env = {key: value for key, value in os.environ.items() if key != "GITHUB_ACTIONS"}  # it hides three of the tests
+    # GITHUB_ACTIONS would skip three of the tests.
+    env = {key: value for key, value in os.environ.items() if key != "GITHUB_ACTIONS"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     env.pop("PYTEST_ADDOPTS", None)
-    plugins = ["-p", "timm_plugin", "-p", "no:cacheprovider", "-p", "no:timeout"]  # a slow machine is no failure
+    plugins = ["-p", "timm_plugin", "-p", "no:cacheprovider", "-p", "no:timeout"]  # a slow machine must not fail
     command = [sys.executable, "-m", "pytest", "-q", *plugins, "-c", "pyproject.toml", "tests/test_models.py"]
     run = subprocess.run(command, cwd=timm_tests, env=env, capture_output=True, text=True)
     report = run.stdout + run.stderr
     assert run.returncode == 0, report
     summary = re.search(r"(\d+) passed.*", run.stdout)
     assert summary is not None, report
-    assert int(summary[1]) == TESTS_A_MODEL * MODELS, report
+    assert int(summary[1]) == TESTS_PER_MODEL * MODELS, report
     assert "skipped" not in summary[0], report

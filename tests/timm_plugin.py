@@ -1,15 +1,15 @@
-"""Pytest plugin that points timm's own model tests at our models; `test_timm_suite.py` loads it with `-p`."""
+"""Pytest plugin that restricts timm's model tests to our models; `test_timm_suite.py` loads it with `-p`."""
 
 import timm
 
-import dualtoken_vit  # noqa: F401  registers the models before timm's tests ask for their names
+import dualtoken_vit  # noqa: F401  registers the models before timm's tests list them
 
 PATTERNS = ["dualtoken_vit*", "lightvit*"]
 _list_models = timm.list_models
 
 
 def _list_ours(*args, **kwargs) -> list[str]:
-    """`timm.list_models` narrowed to our models; a `module` filter lists timm's own modules only, so it is dropped."""
+    """`timm.list_models` restricted to our models, without its `module` filter, which knows timm's modules only."""
     kwargs.pop("module", None)
     ours = {*_list_models(PATTERNS), *_list_models(PATTERNS, include_tags=True)}
     return [name for name in _list_models(*args, **kwargs) if name in ours]
@@ -19,7 +19,7 @@ timm.list_models = _list_ours  # before the tests import it by name
 
 
 def pytest_collection_modifyitems(config, items):
-    """Drop what is parametrised on models that timm's tests name outright, or on none."""
+    """Deselect the tests of models that timm's tests name explicitly, and those without a model."""
 
     def is_ours(item) -> bool:
         callspec = getattr(item, "callspec", None)

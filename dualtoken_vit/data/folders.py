@@ -1,16 +1,97 @@
-"""What counts as an image file, and the images in and below a folder."""
+"""Which files are images, and the images in and below a folder: the same rules for every task."""
 
 import os
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from timm.utils.misc import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif")
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
+
+Image.init()  # registers all of Pillow's formats
+# Pillow identifies these formats but cannot decode them; EPS needs Ghostscript, which runs programs in the file.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_READABLE = Image.OPEN.keys() - _NOT_DECODED | {"MPO"}  # MPO is opened as JPEG
+EXTENSIONS = tuple(sorted(ext for ext, kind in Image.registered_extensions().items() if kind in _READABLE))
 
 
-def image_files(folder: Path) -> list[str]:
-    """The images in and below a folder, in natural order; hidden ones, like macOS's ._name.jpg, do not count."""
-    found = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    images = (p for p in found if p.lower().endswith(EXTENSIONS) and not os.path.basename(p).startswith("."))
-    return sorted(images, key=lambda path: (natural_key(path), path))
+def is_image(path: str | Path) -> bool:
+    """Whether Pillow can read files with this extension."""
+    return os.fspath(path).lower().endswith(EXTENSIONS)
+
+
+def scan(folder: str | Path) -> tuple[dict[str, str], list[str]]:
+    """The files in and below a folder: (images with their real paths, other files), each in natural order.
+
+    Hidden files and folders are left out. Symbolic links are followed, but each real file and folder is listed once,
+    and links to a folder that contains `folder` are not followed.
+
+    Raises:
+        InputError: for a folder that cannot be read.
+    """
+    root = os.path.realpath(folder)
+    images: dict[str, str] = {}
+    others: list[str] = []
+    seen: set[str] = set()
+    folders = deque([(os.fspath(folder), root)])  # as named, real path
+    while folders:
+        path, real = folders.popleft()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: (entry.is_symlink(), entry.name))
+        except OSError as error:
+            raise InputError(f"{printable(path)}: cannot be read ({error.strerror})") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+            if entry.is_dir():
+                if not contains(target, root):
+                    # Links come last: an image keeps the name without them.
+                    (folders.append if entry.is_symlink() else folders.appendleft)((entry.path, target))
+            elif target not in seen:
+                seen.add(target)
+                if is_image(entry.name):
+                    images[entry.path] = target
+                else:
+                    others.append(entry.path)
+    return {path: images[path] for path in sorted(images, key=_natural)}, sorted(others, key=_natural)
+
+
+def _natural(path: str) -> tuple[list[str | int], str]:
+    return natural_key(path), path
+
+
+def image_files(folder: str | Path) -> list[str]:
+    """The images in and below a folder; see `scan`."""
+    return list(scan(folder)[0])
+
+
+def contains(folder: str, path: str) -> bool:
+    """Whether `path` is `folder` or below it; both are real paths."""
+    return os.path.commonpath([folder, path]) == folder
+
+
+def skipped_note(paths: Sequence[str], wanted: str = "images") -> str:
+    """One line about files that are not `wanted`."""
+    return f"skipped files that are not {wanted}: {len(paths)}, for example {printable(paths[0])}"
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark. Invalid bytes are kept as in file names.
+
+    Raises:
+        InputError: for a file that cannot be read, or has another encoding.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise InputError(f"{printable(path)}: cannot be read ({error.strerror})") from error
+    if "\0" in text:
+        raise InputError(f"{printable(path)}: not text in UTF-8; save it with this encoding")
+    return text.removesuffix("\n").split("\n")

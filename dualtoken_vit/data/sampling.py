@@ -1,7 +1,7 @@
-"""Batches whose content depends on nothing but the seed, the epoch and the dataset.
+"""Batches that depend on the seed, the epoch and the dataset alone.
 
-However many processes train, however many workers read, and wherever a run was interrupted: the same images come in
-the same order with the same augmentation.
+Whatever the number of processes and workers, and wherever a run was interrupted, the same images come in the same order
+with the same augmentation.
 """
 
 import random
@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.errors import InputError
 
 
 def mix(*entropy: int) -> int:
-    """One well-mixed 64-bit seed from several numbers, negative ones too."""
-    numbers = [len(entropy), *(number % 2**64 for number in entropy)]  # (1, 0) and (1,) are two things
+    """One 64-bit seed from several integers, which may be negative."""
+    numbers = [len(entropy), *(number % 2**64 for number in entropy)]  # (1, 0) and (1,) differ
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Inside, Python's, numpy's and torch's CPU generators start from `entropy`; afterwards they are as before."""
+    """Seed Python's, numpy's and torch's CPU generators from `entropy` inside, and restore them afterwards."""
     # timm's transforms draw from numpy's global generator, and torch.manual_seed would reset the GPUs' generators too.
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     seed = mix(*entropy)
@@ -42,31 +43,32 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 class _Seeded(Dataset):
-    """`dataset` with everything random about sample i drawn from (seed, epoch, i)."""
+    """`dataset` with the randomness of sample i drawn from (seed, epoch, i)."""
 
-    def __init__(self, dataset: Dataset, seed: int, epoch: int) -> None:
+    def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         with seeded(self.seed, self.epoch, index):
             return self.dataset[index]
 
 
 class _Rest(DataLoader):
-    """The batches of a stream from the `skip`-th on: those before are read and dropped."""
+    """The batches of a stream from number `skip` on: those before are read and dropped."""
 
     skip = 0
 
     def __len__(self) -> int:
         return super().__len__() - self.skip
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return islice(super().__iter__(), self.skip, None)
 
 
 def _steps(order: list[int], size: int, groups: Sequence[int] | None) -> list[list[int]]:
-    """`order` in steps of `size` images of one group, in the order in which they are filled; then of what is left."""
-    steps, filling = [], defaultdict(list)
+    """`order` in steps of `size` images of one group, in the order in which they fill up; then of the remainders."""
+    steps: list[list[int]] = []
+    filling: defaultdict[int, list[int]] = defaultdict(list)
     for index in order:
         step = filling[groups[index] if groups else 0]
         step.append(index)
@@ -78,10 +80,10 @@ def _steps(order: list[int], size: int, groups: Sequence[int] | None) -> list[li
 
 
 def full_batches(count: int, batch_size: int) -> int:
-    """How often `count` training images fill a batch.
+    """The number of full batches in `count` training images.
 
     Raises:
-        InputError: where they do not fill one.
+        InputError: for none.
     """
     if count < batch_size:
         raise InputError(
@@ -91,7 +93,7 @@ def full_batches(count: int, batch_size: int) -> int:
 
 
 def loader(
-    dataset: Dataset,
+    dataset: ImageData,
     batch_size: int,
     *,
     train: bool,
@@ -106,32 +108,39 @@ def loader(
 ) -> DataLoader:
     """The batches that process `rank` of `world` sees in one epoch.
 
-    In training the order is a permutation drawn from (seed, epoch), of which each process takes every `world`-th index,
-    and images that do not fill a batch in every process are left out. In validation every image comes exactly once
-    over all the processes, so one process may have a batch fewer, or a smaller one.
+    In training, the order is a permutation drawn from (seed, epoch). Each process takes every `world`-th index, and
+    images that do not fill a batch in every process are left out. In validation, every image occurs exactly once over
+    all processes, so one process may have a batch fewer, or a smaller one.
 
     Args:
-        batch_size: Images a batch of this process.
-        skip: Batches at the start of the epoch that were already done.
-        workers: Processes that read images; 0: this one.
-        groups: One number an image: in training, those of a step, over all the processes, have the same, but for the
-            last steps, of what is left of each group. Not for a stream.
-        collate_fn: Makes a batch of a list of samples; by default tensors are stacked.
+        dataset: map-style, or a stream
+        batch_size: images per batch of this process
+        train: whether to shuffle, and to drop images that do not fill a batch
+        seed: of the order and the augmentation
+        epoch: its number
+        skip: batches at the start of the epoch that are already done
+        rank: number of this process
+        world: number of processes
+        workers: processes that read images; 0: this one
+        groups: a number for each image. In training, the images of a step, over all processes, have the same number,
+            except in the last steps, which consist of the remainders of the groups. Not for a stream.
+        collate_fn: makes a batch of a list of samples; default: tensors are stacked
 
     Returns:
-        A loader of (images (B, C, S, S), targets (B,)), or of what `collate_fn` makes.
+        A loader of what `collate_fn` makes; for classification, (images (B, C, S, S), targets (B,)).
 
     Raises:
-        InputError: where training images do not fill one batch.
+        InputError: if the training images do not fill one batch.
     """
-    common = dict(
+    common: dict[str, Any] = dict(
         collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(mix(seed, epoch)),  # or a loader would draw from the global one
+        generator=torch.Generator().manual_seed(mix(seed, epoch)),  # a loader would otherwise draw from the global one
     )
-    if isinstance(dataset, IterableDataset):  # a ImageStream, whose docstring says what holds
+    samples: Any = dataset
+    if isinstance(dataset, IterableDataset):  # see `ImageStream`
         share = dict(train=train, seed=mix(seed, epoch), rank=rank, world=world, workers=workers)
-        stream, workers = dataset.epoch(batch_size, **share)
+        stream, workers = samples.epoch(batch_size, **share)
         rest = _Rest(stream, batch_size, drop_last=train, num_workers=workers, **common)
         rest.skip = skip
         return rest
@@ -139,8 +148,8 @@ def loader(
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix(seed, epoch))).tolist()
         full_batches(len(dataset), batch_size * world)
         batches = [step[rank::world] for step in _steps(order, batch_size * world, groups)]
-        dataset = _Seeded(dataset, seed, epoch)
+        samples = _Seeded(dataset, seed, epoch)
     else:
         own = list(range(rank, len(dataset), world))
         batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches[skip:], num_workers=workers, **common)
+    return DataLoader(samples, batch_sampler=batches[skip:], num_workers=workers, **common)

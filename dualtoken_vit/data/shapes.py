@@ -1,12 +1,12 @@
-"""Images of shapes, drawn by the program: a small dataset that needs no file and no network.
+"""Generated images of shapes: a small dataset that needs no files and no network.
 
-Every image shows a circle, cross, ring, square, star or triangle of any colour, place, size and angle on a mottled
-ground with strokes over it, so that neither a colour nor a pixel says which: the outline must be seen.
+Every image shows a circle, cross, ring, square, star or triangle of random colour, position, size and angle on a
+mottled background with strokes over it. Neither colours nor single pixels reveal the class: only the outline does.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,12 +20,12 @@ class Shape(NamedTuple):
     """One shape in an image of side S."""
 
     label: int  # index into CLASSES
-    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two are just outside
-    mask: np.ndarray  # (S, S) bool: where it is seen
+    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two are exclusive
+    mask: np.ndarray  # (S, S) bool: where it is visible
 
 
 def _corners(count: int, *radii: float) -> np.ndarray:
-    """(count, 2): points at even angles, the radii taken in turn."""
+    """(count, 2): points at equal angles; the radii alternate."""
     angles = 2 * np.pi * np.arange(count) / count
     return np.resize(radii, count)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -38,7 +38,7 @@ def _cross(half: float) -> np.ndarray:
     return np.concatenate([arm @ np.linalg.matrix_power(turn, quarter) for quarter in range(4)])
 
 
-# Corners on or in the unit circle; a second polygon is a hole in the first.
+# Corners in the unit circle; a second polygon is a hole in the first.
 _OUTLINES = {
     "circle": [_corners(40, 1.0)],
     "cross": [_cross(0.3)],
@@ -52,13 +52,13 @@ _OUTLINES = {
 def draw(
     rng: np.random.Generator, size: int, labels: Sequence[int], radii: tuple[float, float] = (0.3, 0.45)
 ) -> tuple[Image.Image, list[Shape]]:
-    """Draw an image with one shape a label; later ones lie over earlier ones.
+    """Draw an image with one shape per label; later shapes cover earlier ones.
 
     Args:
-        rng: Decides everything but the classes.
-        size: Side of the image in pixels.
-        labels: Indices into CLASSES.
-        radii: Smallest and largest radius of a shape, in sides of the image.
+        rng: draws everything except the classes
+        size: side of the image in pixels
+        labels: indices into CLASSES
+        radii: smallest and largest radius of a shape, as a fraction of `size`
 
     Returns:
         The RGB image, and its shapes in the order of `labels`.
@@ -68,12 +68,12 @@ def draw(
     image = Image.fromarray(mottle).resize((size, size), Image.Resampling.BICUBIC)
     masks: list[np.ndarray] = []
     for label in labels:
-        colour = (ground + rng.integers(90, 167, 3)) % 256  # 90 or more from the ground in every channel
+        colour = (ground + rng.integers(90, 167, 3)) % 256  # differs by 90 or more from the background in every channel
         radius = size * rng.uniform(*radii)
         centre = rng.uniform(radius, size - radius, 2)
         angle = rng.uniform(0, 2 * np.pi)
         axes = radius * np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
-        cover = Image.new("L", (4 * size, 4 * size))  # four times finer, then averaged: smooth edges
+        cover = Image.new("L", (4 * size, 4 * size))  # at four times the resolution, then averaged: smooth edges
         for fill, outline in zip((255, 0), _OUTLINES[CLASSES[label]], strict=False):
             ImageDraw.Draw(cover).polygon((4 * (outline @ axes + centre)).ravel().tolist(), fill=fill)
         cover = cover.reduce(4)
@@ -91,11 +91,11 @@ def draw(
 
 
 class ShapeImages(Sequence):
-    """The images of a split, drawn when they are asked for; image i shows class i modulo their number.
+    """The images of a split, drawn on access; image i shows class i modulo the number of classes.
 
     Args:
-        split: train or val.
-        size: Side of the images in pixels.
+        split: train or val
+        size: side of the images in pixels
     """
 
     def __init__(self, split: str, size: int) -> None:
@@ -105,13 +105,13 @@ class ShapeImages(Sequence):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    def __getitem__(self, index: Any) -> Any:
         rng = np.random.default_rng([list(COUNTS).index(self.split), index])
         return draw(rng, self.size, [self.targets[index]])[0]
 
 
 def scene(split: str, index: int, size: int) -> tuple[Image.Image, list[Shape]]:
-    """Image `index` of a split, with up to five smaller shapes; those that are all but hidden do not count."""
+    """Image `index` of a split, with up to five smaller shapes; almost hidden ones are not listed."""
     rng = np.random.default_rng([len(COUNTS) + list(COUNTS).index(split), index])
     labels = rng.integers(0, len(CLASSES), rng.integers(0, 6)).tolist()
     image, shapes = draw(rng, size, labels, radii=(0.1, 0.25))
@@ -119,7 +119,7 @@ def scene(split: str, index: int, size: int) -> tuple[Image.Image, list[Shape]]:
 
 
 def save(folder: str | Path, count: int = 36, size: int = 64) -> None:
-    """Write the first `count` validation images as FOLDER/CLASS/INDEX.png: files to try `predict` on."""
+    """Write the first `count` validation images as FOLDER/CLASS/INDEX.png, to try `predict` on."""
     images = ShapeImages("val", size)
     for index, label in enumerate(images.targets[:count]):
         path = Path(folder, CLASSES[label], f"{index:04d}.png")

@@ -1,4 +1,4 @@
-"""Work on many files at a time, under a progress bar."""
+"""Process many files in threads, with a progress bar."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -9,16 +9,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.machine import cores
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def in_threads(
-    look: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str, ahead: int = 256
+    function: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str, ahead: int = 256
 ) -> Iterator[Result]:
-    """`look` of each item, in order, on all the processors; with a `title`, under a progress bar on stderr.
+    """`function` of each item, in order, with one thread per usable core.
 
-    No more than `ahead` items are looked at before their results are asked for.
+    Args:
+        function: called in the threads
+        items: its arguments
+        total: their number, if known
+        title: of the progress bar on stderr; "" for no bar
+        ahead: the most items that are processed before their results are consumed
     """
     columns = (
         TextColumn("{task.description}"),
@@ -28,29 +35,45 @@ def in_threads(
         TimeRemainingColumn(),
     )
     items = iter(items)
-    with ThreadPool() as pool, Progress(*columns, console=Console(stderr=True), disable=not title) as bar:
+    with ThreadPool(cores()) as pool, Progress(*columns, console=Console(stderr=True), disable=not title) as bar:
         task = bar.add_task(title, total=total, rate="")
-        while chunk := list(islice(items, ahead)):  # a pool takes in its whole input at once: keep that small
-            for result in pool.imap(look, chunk):
+        while chunk := list(islice(items, ahead)):  # a pool consumes its whole input at once: keep that small
+            for result in pool.imap(function, chunk):
                 yield result
-                speed = bar.tasks[0].speed if bar.tasks[0].elapsed > 1 else None  # the first moments say nothing
+                progress = bar.tasks[0]
+                speed = progress.speed if (progress.elapsed or 0) > 1 else None  # not yet meaningful before
                 bar.update(task, advance=1, rate=f"{speed:.0f}/s" if speed else "")
 
 
-def verify_each(load: Callable[[int], Any], count: int, title: str) -> None:
-    """`load` each of `count` samples once; with a `title`, under a progress bar.
+def verify_each(
+    function: Callable[[Item], Any], items: Iterable[Item], total: int, title: str, skip: bool = False, hint: str = ""
+) -> list[Item]:
+    """Call `function` once for each item.
+
+    Args:
+        function: raises InputError for an item that cannot be used
+        items: its arguments
+        total: their number
+        title: of the progress bar; "" for no bar
+        skip: return the items that cannot be used instead of raising
+        hint: what to do, for the error
+
+    Returns:
+        The items that cannot be used.
 
     Raises:
-        InputError: the first that there was, with the number of the others.
+        InputError: of the first item that cannot be used, with the number of others.
     """
 
-    def look(index: int) -> str:
+    def fault(item: Item) -> tuple[Item | None, str]:
         try:
-            load(index)
+            function(item)
         except InputError as error:
-            return str(error)
-        return ""
+            return item, str(error)
+        return None, ""  # drops the item, which may be a whole file
 
-    bad = [problem for problem in in_threads(look, range(count), count, title) if problem]
-    if bad:
-        raise InputError(bad[0] + (f" (and {len(bad) - 1} more: check-data names all)" if len(bad) > 1 else ""))
+    bad = [(item, text) for item, text in in_threads(fault, items, total, title) if item is not None]
+    if bad and not skip:
+        more = [f"and {len(bad) - 1} more: check-data lists all"] * (len(bad) > 1) + [hint] * bool(hint)
+        raise InputError(bad[0][1] + (f" ({'; '.join(more)})" if more else ""))
+    return [item for item, _ in bad]

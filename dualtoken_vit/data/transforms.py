@@ -1,4 +1,4 @@
-"""The augmentation of every task, and timm's preprocessing of classification."""
+"""Image transforms: the augmentation of every task, and timm's evaluation transform for classification."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,13 @@ from timm.data import create_transform
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dualtoken_vit.data.segmentation import IGNORE
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Augment, Data, SegmentationAugment, SegmentationData
-
-IGNORE = 255  # label of ignored pixels, here and in targets, whatever it is in files
+from dualtoken_vit.recipes import ClassificationAugment, ClassificationData, SegmentationAugment, SegmentationData
 
 
-def train_size(data: Data, progress: float) -> int:
-    """Side of the training images when the share `progress` of the run is done: progressive resizing in steps of 16."""
+def train_size(data: ClassificationData, progress: float) -> int:
+    """Side of the training images at the fraction `progress` of a run: progressive resizing in steps of 16 pixels."""
     if data.start_size is None or progress >= 0.8:
         return data.image_size
     grown = max(progress - 0.5, 0) / 0.3
@@ -23,12 +22,16 @@ def train_size(data: Data, progress: float) -> int:
 
 
 def classification_train(
-    data: Data, augment: Augment, mean: tuple[float, ...], std: tuple[float, ...], progress: float = 0.0
+    data: ClassificationData,
+    augment: ClassificationAugment,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    progress: float = 0.0,
 ) -> Callable:
     """timm's training transform: a PIL image to a normalised float tensor (C, S, S), S = train_size(data, progress).
 
     Raises:
-        InputError: for an augmentation policy that timm does not know.
+        InputError: for an augmentation policy that timm rejects.
     """
     try:
         return create_transform(
@@ -38,7 +41,7 @@ def classification_train(
             ratio=augment.ratio,
             hflip=augment.hflip,
             vflip=augment.vflip,
-            color_jitter=augment.color_jitter or None,
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=augment.auto_augment,
             re_prob=augment.random_erasing,
             re_mode="pixel",
@@ -46,21 +49,21 @@ def classification_train(
             mean=mean,
             std=std,
         )
-    except (AssertionError, KeyError, ValueError) as error:  # only a policy can be wrong beyond its type
+    except (AssertionError, KeyError, ValueError) as error:  # the bounds of the other fields are checked before
         raise InputError(
-            f"--augment.auto-augment {augment.auto_augment}: not a policy of timm; for example rand-m9-n2-mstd0.5"
+            f"--augment.auto-augment {augment.auto_augment}: not a policy of timm; try rand-m9-n2-mstd0.5"
         ) from error
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
-    """torchvision's changes of brightness, contrast, saturation and hue, without its exchange of colour channels."""
+    """torchvision's random brightness, contrast, saturation and hue, without its channel permutation."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
-def classification_eval(data: Data, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-    """timm's evaluation transform: the short side to S / crop_pct, the centre cut out, to a float tensor (C, S, S)."""
+def classification_eval(data: ClassificationData, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """timm's evaluation transform: short side to S / crop_pct, centre crop, normalised float tensor (C, S, S)."""
     return create_transform(
         data.image_size,
         crop_pct=data.crop_pct,
@@ -71,21 +74,21 @@ def classification_eval(data: Data, mean: tuple[float, ...], std: tuple[float, .
 
 
 def detection_train(hflip: float = 0.5, photometric: float = 0.0) -> Callable:
-    """The joint transform of an image and its target in training; sizes are the detector's matter.
+    """The training transform of an image and its target. The detector resizes and normalises.
 
     Args:
-        hflip: Chance of a mirror image.
-        photometric: Chance of each change of brightness, contrast, saturation and hue.
+        hflip: probability of a horizontal flip
+        photometric: probability of each change of brightness, contrast, saturation and hue
     """
     distort = [PhotometricDistort(p=photometric)] if photometric > 0 else []
     return v2.Compose([v2.RandomHorizontalFlip(hflip), *distort])
 
 
-TRIES = 10  # at a crop
+TRIES = 10  # random positions per crop
 
 
 class RandomScale(v2.Transform):
-    """Resize to a random factor of `side` (short side in pixels; None: of the size that an image has)."""
+    """Resize to a random factor of `side` (short side in pixels; None: of the image's own size)."""
 
     def __init__(self, scale: tuple[float, float], side: int | None) -> None:
         super().__init__()
@@ -102,9 +105,10 @@ class RandomScale(v2.Transform):
 
 
 class CappedCrop(v2.RandomCrop):
-    """A random crop, of several tries the first in which no class covers more than `cap` of what counts.
+    """A random crop at the first of `TRIES` positions where no class covers more than `cap` of the pixels.
 
-    Smaller images are padded, in masks with `IGNORE`.
+    Ignored pixels do not count; a crop of ignored pixels only is tried again. If no position satisfies the cap, the
+    last one is used. Smaller images are padded with black, masks with `IGNORE`.
     """
 
     def __init__(self, size: tuple[int, int], cap: float) -> None:
@@ -122,7 +126,7 @@ class CappedCrop(v2.RandomCrop):
 
 
 def segmentation_train(data: SegmentationData, augment: SegmentationAugment) -> Callable:
-    """The joint transform of an image and its mask in training, to the crop's size."""
+    """The training transform of an image and its mask, both to the crop size."""
     return v2.Compose(
         [
             RandomScale(augment.scale, data.image_size),

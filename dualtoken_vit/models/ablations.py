@@ -1,4 +1,4 @@
-"""The alternatives that the paper compares in Tables 6 to 9; `DualTokenViT`'s switches choose them."""
+"""The alternatives of the paper's Tables 6 to 9, selected by the arguments of `DualTokenViT`."""
 
 import torch
 from timm.layers import trunc_normal_
@@ -33,7 +33,10 @@ class NormalStarFusion(Attention):
 
 
 class NormalFusion(Attention):
-    """Normal (Figure 3c, Table 6): G_new = Proj(MSA(Q(LN(G)), K(X_ga), V(X_ga))), no MLP (a best fit)."""
+    """Normal (Figure 3c, Table 6): G_new = Proj(MSA(Q(LN(G)), K(X_ga), V(X_ga))), no MLP.
+
+    The paper shows it in a figure only; this is the design closest to the published parameters and FLOPs.
+    """
 
     def __init__(self, dim, num_heads, token_mlp, num_tokens, attn_drop=0.0, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
@@ -53,7 +56,7 @@ FUSIONS = {"normal": NormalFusion, "normal_star": NormalStarFusion}
 
 
 class OneStepDownsample(nn.Module):
-    """Average pooling of X_local straight to the size of X_ds (Table 9)."""
+    """Average pooling of X_local to the size of X_ds in one step (Table 9)."""
 
     def __init__(self, halvings: int):
         super().__init__()
@@ -65,15 +68,17 @@ class OneStepDownsample(nn.Module):
 
 @register_notrace_function
 def crop(x: Tensor, like: Tensor) -> Tensor:
-    """The top left part of x (B, H, W, C) that has the size of `like`."""
+    """Crop x (B, H, W, C) at the right and bottom to the height and width of `like`."""
     return x[:, : like.shape[1], : like.shape[2]]
 
 
 class Windows(Attention):
-    """Attention within 7x7 windows, with relative position bias; what it is part of computes queries, keys, values.
+    """Attention within windows that do not overlap, with relative position bias, not shifted.
 
-    Used for Table 8 and by LightViT, so not shifted.
+    The base of Table 8's `WindowAttention` and of LightViT's attention, which compute queries, keys and values.
     """
+
+    relative_position_index: Tensor
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, window: int = 7, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
@@ -89,15 +94,16 @@ class Windows(Attention):
     def reset_parameters(self) -> None:
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         y, x = torch.meshgrid(torch.arange(self.window), torch.arange(self.window), indexing="ij")
-        place = torch.stack((y, x)).flatten(1)  # (2, window^2)
-        dy, dx = place[:, :, None] - place[:, None] + self.window - 1
+        position = torch.stack((y, x)).flatten(1)  # (2, window^2)
+        dy, dx = position[:, :, None] - position[:, None] + self.window - 1
         index = dy * (2 * self.window - 1) + dx
         self.relative_position_index.copy_(index)
 
-    def attend_windows(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3C) of whole windows -> (B, H, W, C)
+    def attend_windows(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3C), H and W multiples of window -> (B, H, W, C)
         w = self.window
-        B, H, W, C = qkv.shape  # of 3C
-        y = qkv.reshape(B, H // w, w, W // w, w, C).transpose(2, 3).reshape(-1, w * w, C)  # (B * windows, w^2, 3C)
+        B, H, W, C = qkv.shape  # C: three times the dim
+        y = qkv.reshape(B, H // w, w, W // w, w, C).transpose(2, 3)
+        y = y.flatten(3, 4).flatten(0, 2)  # (B * windows, w^2, 3C); no -1, which is ambiguous for an empty batch
         q, k, v = y.chunk(3, dim=-1)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, w^2, w^2)
         y = self.attend(q, k, v, bias)
@@ -105,7 +111,7 @@ class Windows(Attention):
 
 
 class WindowAttention(Windows):
-    """Local attention by windows (Table 8): X + MSA over the windows of LN(X), no output projection."""
+    """Window self-attention (Table 8): X + MSA within the windows of LN(X), no output projection."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         qkv = self.qkv(pad_to_multiple(self.norm(x), self.window))

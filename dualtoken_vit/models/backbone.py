@@ -1,4 +1,4 @@
-"""What is asked of a timm network: its size of images, its maps for detectors and segmenters."""
+"""timm networks as backbones: their feature maps for detectors and segmenters, and the image sizes they accept."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,33 +13,39 @@ from torch import Tensor, nn
 
 from dualtoken_vit.errors import InputError, first_line
 
-__all__ = ["Backbone", "OverBackbone", "check_size", "create_body", "statistics"]
+__all__ = ["Backbone", "OverBackbone", "check_size", "create_body", "pretrained_cfg", "statistics"]
 
-FREED = {"dynamic_img_size": True, "strict_img_size": False}  # arguments that let timm networks take any size
+ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # timm arguments that allow images of any size
+
+
+def pretrained_cfg(model: Any) -> dict[str, Any]:
+    """timm's description of a network: architecture, input size, mean, std, ..."""
+    return model.pretrained_cfg
 
 
 class Backbone(FeatureGetterNet):
-    """Some of a timm network's maps, (B, C, H, W) each, the finest first; what lies behind the last is cut off.
+    """Feature maps (B, C, H, W) of a timm network, finest first; layers after the last one are pruned.
 
-    A network that takes only sizes that its last stride divides (HRNet, DLA), or leaves out what is over (ConvNeXt),
-    sees zeros at the right and bottom; the places of its maps that lie beyond the image are left out.
+    Some networks need sides divisible by their last stride (HRNet, DLA) or drop the remainder (ConvNeXt). For these,
+    images are zero-padded at the right and bottom, and positions outside the image are cropped from the maps.
 
     Args:
-        model: from timm.create_model, with `forward_intermediates`
-        indices: places in the network's `feature_info`
-        user: who needs them, for errors
-        size: height and width of the image that it is tried with
-        in_chans: channels of the images
+        model: network from timm.create_model with `forward_intermediates`
+        indices: of the maps, in the network's `feature_info`
+        user: name of what needs the maps, for error messages
+        size: height and width of a trial image
+        in_chans: image channels
 
     Raises:
-        InputError: for a network that refuses that image.
+        InputError: if the network does not accept the trial image.
     """
 
     def __init__(self, model: nn.Module, indices: Sequence[int], user: str, size: tuple[int, int], in_chans: int = 3):
-        super().__init__(model, out_indices=list(indices))
+        super().__init__(model, out_indices=tuple(indices))
         self.strides: list[int] = self.feature_info.reduction()
         self.multiple = 1
-        """What must divide the sides of what the network sees."""
+        """Images are padded to a multiple of this."""
+        reason: Exception | None = None
         try:
             maps = self._try(in_chans, size)
             whole = all(
@@ -49,8 +55,6 @@ class Backbone(FeatureGetterNet):
             )
         except (AssertionError, RuntimeError, ValueError) as error:
             whole, reason = False, error
-        else:
-            reason = None
         if not whole:
             self.multiple = self.strides[-1]
             try:
@@ -58,7 +62,7 @@ class Backbone(FeatureGetterNet):
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise InputError(self._refusal(user, size, first_line(reason or error))) from error
         self.sizes = [tuple(m.shape[2:]) for m in maps]
-        """Those of its maps of that image."""
+        """Height and width of each map of the trial image."""
         self.train()
 
     @torch.no_grad()
@@ -67,12 +71,11 @@ class Backbone(FeatureGetterNet):
 
     def _refusal(self, user: str, size: tuple[int, int], reason: str) -> str:
         known = inspect.signature(type(self.model)).parameters
-        freed = next((f"{key}={value}" for key, value in FREED.items() if key in known), "")
-        hint = f"; try --model.args {freed}" if freed else ""
-        name = self.model.pretrained_cfg["architecture"]
+        argument = next((f"{key}={value}" for key, value in ANY_SIZE.items() if key in known), "")
+        hint = f"; try --model.args {argument}" if argument else ""
         return (
-            f"--model.name {name}: refuses a trial image of {size[0]}x{size[1]} pixels ({reason}); {user} needs a "
-            f"network for any size{hint}"
+            f"--model.name {pretrained_cfg(self.model)['architecture']}: fails on an image of {size[0]}x{size[1]} "
+            f"pixels ({reason}); {user} needs a network that accepts any image size{hint}"
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -83,47 +86,47 @@ class Backbone(FeatureGetterNet):
         return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, self.strides, strict=True)]
 
 
-class OverBackbone:
-    """What the tasks need of a network over a `Backbone`, beside its forward."""
+class OverBackbone(nn.Module):
+    """Base of the models that contain a `Backbone`: what loading weights and building an optimiser need."""
 
     class_layers: tuple[str, ...]
-    """Those whose weights belong to single classes."""
+    """Layers with weights of their own for each class."""
 
-    def _inside(self) -> tuple[str, nn.Module]:
+    def _inside(self) -> tuple[str, Any]:
         name, backbone = next((n, m) for n, m in self.named_modules() if isinstance(m, Backbone))
         return f"{name}.model", backbone.model
 
     @property
     def network(self) -> nn.Module:
-        """The timm network inside: for `checkpoint.load_weights`, `set_grad_checkpointing`, `pretrained_cfg`."""
+        """The timm network of the backbone."""
         return self._inside()[1]
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """timm's layers, for `layer_decay`: those of the network inside, and all else one above them.
+        """Layer number of each parameter, for `layer_decay`: timm's in the backbone, the next one for all others.
 
         Raises:
-            InputError: for a network whose layers timm does not know.
+            InputError: for a network without a `group_matcher`.
         """
         place, network = self._inside()
         if not hasattr(network, "group_matcher"):
-            name = network.pretrained_cfg["architecture"]
-            raise InputError(f"--optim.layer-decay: timm does not know the layers of {name}; leave it out")
+            name = pretrained_cfg(network)["architecture"]
+            raise InputError(f"--optim.layer-decay: timm does not define the layers of {name}; leave it out")
         layers = group_parameters(network, network.group_matcher(coarse=coarse), reverse=True)
         top = max(layers.values()) + 1
         return lambda name: layers.get(name.removeprefix(f"{place}."), top)
 
     def no_weight_decay(self) -> set[str]:
-        """timm's list of parameters that are not decayed (beside biases and norms)."""
+        """Names of the backbone's parameters without weight decay, besides biases and normalisation layers."""
         place, network = self._inside()
         return {f"{place}.{name}" for name in getattr(network, "no_weight_decay", set)()}
 
 
 def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation of each channel by which a timm network's images are normalised.
+    """Mean and standard deviation ("mean", "std") per channel, by which a timm network's images are normalised.
 
     Args:
         cfg: the network's `pretrained_cfg`
-        channels: of the images; where it is not the cfg's number, each has the mean of those
+        channels: image channels; if the cfg has another number, each gets the mean over the cfg's channels
     """
     found = {key: tuple(cfg[key]) for key in ("mean", "std")}
     if channels != len(found["mean"]):
@@ -133,13 +136,14 @@ def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...
 
 @torch.no_grad()
 def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
-    """See whether the network takes images of this size, by timm's record and by trial; leaves it in evaluation mode.
+    """Check timm's minimum size and run a trial image; leaves the network in evaluation mode.
 
     Raises:
-        InputError: if not.
+        InputError: if the network does not accept images of this size.
     """
-    refusal = f"--data.image-size {image_size} is not a size that {model.pretrained_cfg['architecture']} takes"
-    least = max(model.pretrained_cfg.get("min_input_size") or (0,))  # of (C, H, W)
+    cfg = pretrained_cfg(model)
+    refusal = f"--data.image-size {image_size} is not a size that {cfg['architecture']} takes"
+    least = max(cfg.get("min_input_size") or (0,))  # of (C, H, W)
     if image_size < least:
         raise InputError(f"{refusal}: give at least {least}")
     try:
@@ -149,10 +153,10 @@ def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
 
 
 def create_body(name: str, **model_args: Any) -> nn.Module:
-    """timm's network of that name without a classifier.
+    """`timm.create_model` without a classifier.
 
     Raises:
-        InputError: for an unknown name, or arguments that it refuses.
+        InputError: for an unknown name or invalid arguments.
     """
     try:
         return timm.create_model(name, num_classes=0, **model_args)

@@ -1,20 +1,20 @@
-"""RetinaNet and Mask R-CNN over any timm backbone, from torchvision's parts (section 4.2 of the paper).
+"""RetinaNet and Mask R-CNN with any timm backbone, built on torchvision's (section 4.2 of the paper).
 
     detector = create_detector("mask-rcnn", "dualtoken_vit_small_mix", num_classes=80)
     losses = detector(images, targets)          # in training: {name: scalar}, to be summed
-    detections = detector.eval()(images)        # a dict an image
+    detections = detector.eval()(images)        # one dict per image
 
-Images are a list of (3, H, W) in [0, 1], each of its own size from 32x32 up. The detector normalises, resizes and pads.
+Images are a list of (3, H, W) in [0, 1], of any sizes from 32x32. The detector normalises, resizes and pads them.
 
-Targets are a dict an image, in the image's own pixels:
+Targets are one dict per image, in pixels of the original image:
     boxes    (N, 4) float32, x1 y1 x2 y2 with x1 < x2 and y1 < y2
     labels   (N,) int64, from 0 to num_classes - 1
     masks    (N, H, W) bool or uint8; Mask R-CNN only
-    crowd    (K, 4), optional: regions of uncounted objects. Anchors and proposals that match no object and lie in one
-             by half of their own area or more are left out of the loss.
-N may be 0: the image is all background.
+    crowd    (K, 4), optional: crowd regions. Anchors and proposals that match no object and have half of their area or
+             more in one region are excluded from the loss.
+N may be 0: an image without objects.
 
-Detections are a dict an image, in the image's own pixels, the best first, at most `DETECTIONS`:
+Detections are one dict per image, in pixels of the original image, highest score first, at most `DETECTIONS`:
     boxes    (N, 4) float32, x1 y1 x2 y2
     labels   (N,) int64, from 0 to num_classes - 1
     scores   (N,) float32, above `SCORE_THRESHOLD`
@@ -46,47 +46,47 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.poolers import initLevelMapper
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body
+from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, pretrained_cfg
 
 __all__ = ["MaskRCNN", "Pyramid", "RetinaNet", "build_detector", "create_detector"]
 
-CHANNELS = 256  # of every level of the pyramid
+CHANNELS = 256  # of every pyramid level
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SCORE_THRESHOLD = 0.05
 NMS_THRESHOLD = 0.5
-DETECTIONS = 100  # an image
-CROWD_OVERLAP = 0.5  # share of a box's own area from which on it belongs to a crowd region
+DETECTIONS = 100  # per image
+CROWD_OVERLAP = 0.5  # minimum share of a box's area in a crowd region for the box to belong to it
 
 Target = dict[str, Tensor]
 
 
 class Stages(Backbone):
-    """A timm network's maps of strides 8, 16, 32, and 4 where it has a stage of that stride.
+    """Feature maps of a timm network at strides 8, 16, 32, and 4 if it has a stage of that stride.
 
-    A map counts as a stage's unless `feature_info` places it in the stem: ResNet's and PVT's maps of stride 4 do,
-    DualToken-ViT's, halfway through its stem, does not. BatchNorm's statistics stay as they are in training too
-    (a detector's batches are too small for their own), its weights and biases are trained.
+    A map of stride 4 is used unless `feature_info` places it in the stem: ResNet and PVT have one, DualToken-ViT, whose
+    map of stride 4 is inside the stem, does not. BatchNorm statistics are frozen because detection batches are small;
+    BatchNorm weights and biases are trained.
 
     Args:
-        model: from timm.create_model
-        finest: the smallest stride asked for, 4 or 8
-        in_chans: channels of the images
+        model: network from timm.create_model
+        finest: smallest stride to return, 4 or 8
+        in_chans: image channels
 
     Raises:
-        InputError: for a network without these strides, or which takes images of one size only.
+        InputError: for a network without these strides or with a fixed image size.
     """
 
     def __init__(self, model: nn.Module, finest: int, in_chans: int):
         info = getattr(model, "feature_info", ())
         at = {f["reduction"]: i for i, f in enumerate(info) if not (f["reduction"] == 4 and "stem" in f["module"])}
-        name = model.pretrained_cfg["architecture"]
+        name = pretrained_cfg(model)["architecture"]
         if not hasattr(model, "forward_intermediates") or not {8, 16, 32} <= at.keys():
-            raise InputError(f"--model.name {name}: gives no maps of strides 8, 16 and 32; a detector needs them")
+            raise InputError(f"--model.name {name}: has no feature maps of strides 8, 16 and 32; a detector needs them")
         indices = [at[s] for s in (4, 8, 16, 32) if s >= finest and s in at]
         super().__init__(model, indices, "a detector", (64, 96), in_chans)
         if self.sizes != [(64 // s, 96 // s) for s in self.strides]:
             raise InputError(
-                f"--model.name {name}: strides {self.strides}, but an image of 64x96 gives maps of {self.sizes}"
+                f"--model.name {name}: strides {self.strides}, but the feature maps of a 64x96 image are {self.sizes}"
             )
 
     def train(self, mode: bool = True):
@@ -98,21 +98,21 @@ class Stages(Backbone):
 
 
 class Pyramid(nn.Module):
-    """A LayerNorm on each of the backbone's maps, then a feature pyramid (Lin et al., arXiv 1612.03144).
+    """A LayerNorm on each feature map of the backbone, then a feature pyramid (Lin et al., arXiv 1612.03144).
 
     Args:
         body: the backbone
-        finest: stride of the finest level, 4 or 8. Where the backbone has no stage of stride 4, that level is made of
-            the one of stride 8, after its top-down sum, by a 2x2 transposed convolution of stride 2 (LightViT)
-        coarse: torchvision's block that makes the coarser levels
+        finest: stride of the finest level, 4 or 8. If the backbone has no stage of stride 4, a 2x2 transposed
+            convolution of stride 2 makes this level from the one of stride 8, after its top-down sum (LightViT)
+        coarse: torchvision's extra block for the coarser levels
 
     Returns:
-        (B, 256, H / stride, W / stride) by name, the finest first: "0", "1", ..., then what `coarse` names.
+        {name: (B, 256, H / stride, W / stride)}, finest first: "0", "1", ..., then the names from `coarse`.
     """
 
     def __init__(self, body: Stages, finest: int, coarse: nn.Module):
         super().__init__()
-        self.out_channels = CHANNELS  # torchvision's name
+        self.out_channels = CHANNELS  # torchvision reads this name
         self.body = body
         channels = body.feature_info.channels()
         self.norms = nn.ModuleList(LayerNorm2d(c) for c in channels)
@@ -121,7 +121,7 @@ class Pyramid(nn.Module):
         levels = len(channels) + (self.upsample is not None)
         self.outputs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(levels))
         for layer in (*self.laterals, *self.outputs, *([self.upsample] if self.upsample is not None else [])):
-            nn.init.kaiming_uniform_(layer.weight, a=1)  # as torchvision's
+            nn.init.kaiming_uniform_(layer.weight, a=1)  # as in torchvision
             nn.init.zeros_(layer.bias)
         self.coarse = coarse
 
@@ -139,10 +139,10 @@ class Pyramid(nn.Module):
 
 
 class Anchors(AnchorGenerator):
-    """torchvision's anchors, on the levels' own strides and in float32.
+    """torchvision's anchors, with the nominal stride of each level and in float32.
 
-    There a level's stride is the padded image's size by the level's, which is another where the level has been
-    rounded up, and the anchors are of the maps' precision: under autocast, off by pixels.
+    torchvision divides the size of the padded image by that of the level, which is not the stride if the level was
+    rounded up. It also makes the anchors in the precision of the maps, which is off by pixels under autocast.
     """
 
     def __init__(self, strides: tuple[int, ...], sizes: tuple[tuple[int, ...], ...]):
@@ -156,10 +156,10 @@ class Anchors(AnchorGenerator):
 
 
 def paste_mask(canvas: Tensor, mask: Tensor, box: Sequence[float]) -> None:
-    """Draw a box's mask (1, M, M) at its place x1, y1, x2, y2 in a canvas (1, H, W) bool of the image's size.
+    """Paste the mask (1, M, M) of a box x1, y1, x2, y2 into a canvas (1, H, W) bool of the size of the image.
 
-    torchvision's way of it works on whole pixels, which makes masks grow: one of 32x32 to 34x34. That costs small
-    objects a tenth of their IoU.
+    torchvision's version rounds to whole pixels, which enlarges masks (32x32 becomes 34x34) and costs small objects a
+    tenth of their IoU.
     """
     height, width = canvas.shape[1:]
     x1, y1, x2, y2 = box
@@ -173,13 +173,13 @@ def paste_mask(canvas: Tensor, mask: Tensor, box: Sequence[float]) -> None:
 
 
 class Transform(GeneralizedRCNNTransform):
-    """Normalises, resizes and pads images and targets; torchvision's, for crowd regions and any shape too.
+    """torchvision's transform, which normalises, resizes and pads, with crowd regions and for any aspect ratio.
 
     Args:
-        image_size: short side of the images
-        max_size: unless the long side would be longer
-        multi_scale: short sides of which training draws one for each image; none: image_size
-        mean, std: of each channel
+        image_size: short side of the resized images, in pixels
+        max_size: maximum long side, which takes precedence
+        multi_scale: short sides to choose from at random for each training image; empty: image_size
+        mean, std: per channel
     """
 
     def __init__(
@@ -206,22 +206,24 @@ class Transform(GeneralizedRCNNTransform):
         return image, target
 
     def fit(self, size: Sequence[int], short: int) -> tuple[int, int]:
-        """The height and width that an image of this one is resized to, for this short side."""
+        """Height and width of an image of this size after resizing to the given short side."""
         scale = min(short / min(size), self.max_size / max(size))
-        return tuple(max(1, round(side * scale)) for side in size)  # not 0, however narrow
+        height, width = (max(1, round(side * scale)) for side in size)  # 0 for a very narrow image
+        return height, width
 
     def padded(self, image: Tensor) -> tuple[int, int]:
-        """The height and width that an image alone has in evaluation, resized and padded."""
-        sides = self.fit(image.shape[-2:], self.min_size[-1])
-        return tuple(ceil(side / self.size_divisible) * self.size_divisible for side in sides)
+        """Height and width of an image in a batch of its own in evaluation, resized and padded."""
+        height, width = self.fit(image.shape[-2:], self.min_size[-1])
+        multiple = self.size_divisible
+        return ceil(height / multiple) * multiple, ceil(width / multiple) * multiple
 
     def postprocess(self, result, image_shapes, original_image_sizes) -> list[dict[str, Tensor]]:
         for found, size, original in zip(result, image_shapes, original_image_sizes, strict=False):  # [] in training
             boxes = found["boxes"]
             found["boxes"] = resize_boxes(boxes, size, original)
             if "masks" in found:
-                # torchvision cuts masks out of the targets half a pixel too far right and down (RoIAlign not
-                # `aligned`), so what is predicted belongs there.
+                # torchvision crops target masks half a pixel too far right and down (RoIAlign without `aligned`), so
+                # the predicted masks have the same offset.
                 places = resize_boxes(boxes + 0.5, size, original).tolist()
                 masks = torch.zeros(len(boxes), 1, *original, dtype=torch.bool, device=boxes.device)
                 for canvas, mask, box in zip(masks, found["masks"], places, strict=True):
@@ -231,7 +233,7 @@ class Transform(GeneralizedRCNNTransform):
 
 
 def in_crowd(boxes: Tensor, target: Target) -> Tensor:
-    """Which of the boxes (N, 4) belong to one of the target's crowd regions -> (N,) bool."""
+    """Whether each of the boxes (N, 4) belongs to a crowd region of the target -> (N,) bool."""
     crowd = target.get("crowd", boxes.new_empty(0, 4))
     sides = torch.minimum(boxes[:, None, 2:], crowd[:, 2:]) - torch.maximum(boxes[:, None, :2], crowd[:, :2])
     shared = sides.clamp(min=0).prod(2)  # (N, K)
@@ -240,7 +242,7 @@ def in_crowd(boxes: Tensor, target: Target) -> Tensor:
 
 
 class ProposalNetwork(RegionProposalNetwork):
-    """torchvision's, which leaves out of the loss the anchors in crowd regions."""
+    """torchvision's RPN; anchors in crowd regions are excluded from the loss."""
 
     def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list[Target]):
         labels, boxes = super().assign_targets_to_anchors(anchors, targets)
@@ -250,7 +252,7 @@ class ProposalNetwork(RegionProposalNetwork):
 
 
 class RegionHeads(RoIHeads):
-    """torchvision's, which learns nothing from the proposals in crowd regions."""
+    """torchvision's RoI heads; proposals in crowd regions are excluded from the loss."""
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
@@ -258,12 +260,12 @@ class RegionHeads(RoIHeads):
         proposals = [self.outside_crowd(p, t) for p, t in zip(proposals, targets, strict=True)]
         detections, losses = super().forward(features, proposals, image_shapes, targets)
         if not any(len(boxes) for boxes in (*proposals, *(t["boxes"] for t in targets))):
-            # Nothing but crowds: torchvision's means over no proposal are nan.
+            # Only crowd regions: torchvision's mean over no proposals is NaN.
             losses = {name: loss.nan_to_num() for name, loss in losses.items()}
         return detections, losses
 
     def outside_crowd(self, proposals: Tensor, target: Target) -> Tensor:
-        """Those of the proposals (N, 4) that match an object or lie in no crowd region."""
+        """The proposals (N, 4) that match an object or are outside crowd regions."""
         ignored = in_crowd(proposals, target)
         if len(target["boxes"]):
             overlap = box_iou(proposals, target["boxes"]).amax(1)
@@ -274,9 +276,10 @@ class RegionHeads(RoIHeads):
 def detect_by_size(
     detect: Callable[[list[Tensor]], list[dict[str, Tensor]]], images: Sequence[Tensor], transform: Transform
 ) -> list[dict[str, Tensor]]:
-    """What `detect` finds in images, of which only those go in together that need no padding for each other.
+    """The detections of `detect`, with only images of the same padded size in a batch.
 
-    The global tokens see the whole of a map, padding too: an image would be seen otherwise in other company.
+    Global tokens attend to the whole feature map, including padding, so the detections of an image would otherwise
+    depend on the other images in its batch.
     """
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, image in enumerate(images):
@@ -288,10 +291,10 @@ def detect_by_size(
 
 
 class CoarseLevels(LastLevelP6P7):
-    """torchvision's P6 and P7, of the last map of the backbone, and in float32.
+    """torchvision's P6 and P7, always from the last feature map of the backbone and in float32.
 
-    torchvision takes the pyramid's last level if the map happens to have as many channels. And PyTorch's convolutions
-    of maps one pixel wide have random gradients in bfloat16 on the CPU (seen in 2.14).
+    torchvision uses P5 instead if the map has as many channels. In bfloat16 on the CPU, PyTorch's convolutions of maps
+    one pixel wide return random gradients (seen in 2.14).
     """
 
     def __init__(self, in_channels: int):
@@ -307,7 +310,7 @@ class CoarseLevels(LastLevelP6P7):
 
 
 def to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Forward hook: what a head says, in float32 under autocast too, for boxes, losses and the order of the scores."""
+    """Forward hook: a head's outputs in float32, under autocast too, for exact boxes, losses and order of scores."""
     if isinstance(outputs, Tensor):
         return outputs.float()
     if isinstance(outputs, dict):
@@ -318,11 +321,14 @@ def to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
 class RetinaNet(OverBackbone, retinanet.RetinaNet):
     """RetinaNet (Lin et al., arXiv 1708.02002) on levels of stride 8 to 128.
 
-    P6 comes from the last map that the backbone hands out, P7 from P6. 9 anchors a place, 4 convolutions a
+    P6 is computed from the last feature map of the backbone, P7 from P6. 9 anchors per position, 4 convolutions per
     tower. The losses are "classification" and "bbox_regression".
     """
 
     class_layers = ("head.classification_head.cls_logits",)
+    transform: Transform
+    head: retinanet.RetinaNetHead
+    proposal_matcher: retinanet.det_utils.Matcher
 
     def __init__(self, model: nn.Module, num_classes: int, transform: Transform):
         body = Stages(model, 8, len(transform.image_mean))
@@ -348,7 +354,7 @@ class RetinaNet(OverBackbone, retinanet.RetinaNet):
         return self.head.compute_loss(targets, head_outputs, anchors, matches)
 
     def match(self, anchors: Tensor, target: Target) -> Tensor:
-        """The index of each anchor's object (N,), or the matcher's numbers for none (-1) and to be ignored (-2)."""
+        """The object index of each anchor (N,), or the matcher's values: -1 for background, -2 for ignored anchors."""
         matcher = self.proposal_matcher
         if len(target["boxes"]):
             matches = matcher(box_iou(target["boxes"], anchors))
@@ -359,10 +365,10 @@ class RetinaNet(OverBackbone, retinanet.RetinaNet):
 
 
 class MaskRCNN(OverBackbone, GeneralizedRCNN):
-    """Mask R-CNN (He et al., arXiv 1703.06870) on levels of stride 4 to 64, the last by pooling.
+    """Mask R-CNN (He et al., arXiv 1703.06870) on levels of stride 4 to 64, the last one pooled.
 
-    Box head of 2 fully connected layers (1024), mask head of 4 convolutions. The losses are "loss_objectness" and
-    "loss_rpn_box_reg" of the proposals, "loss_classifier", "loss_box_reg" and "loss_mask" of the detections.
+    The box head has 2 fully connected layers (1024), the mask head 4 convolutions. The losses are "loss_objectness" and
+    "loss_rpn_box_reg" of the RPN, "loss_classifier", "loss_box_reg" and "loss_mask" of the heads.
     """
 
     class_layers = (
@@ -370,6 +376,8 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
         "roi_heads.box_predictor.bbox_pred",
         "roi_heads.mask_predictor.mask_fcn_logits",
     )
+    transform: Transform
+    roi_heads: RegionHeads
 
     def __init__(self, model: nn.Module, num_classes: int, transform: Transform, roi_samples: int = 512):
         anchors = Anchors((4, 8, 16, 32, 64), ((32,), (64,), (128,), (256,), (512,)))
@@ -408,7 +416,7 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
 
     @property
     def score_thresh(self) -> float:
-        """The least score of a detection, as RetinaNet has it; torchvision's proposal network has one of its own."""
+        """Minimum score of a detection, under RetinaNet's name for it; the RPN has a threshold of its own."""
         return self.roi_heads.score_thresh
 
     @score_thresh.setter
@@ -418,13 +426,13 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
     @staticmethod
     def roi_pool(size: int) -> MultiScaleRoIAlign:
         pool = MultiScaleRoIAlign(["0", "1", "2", "3"], size, sampling_ratio=2)
-        # Else torchvision infers them from the first batch, wrongly where its images are half padding.
+        # torchvision would infer these from the first batch, wrongly if its images are half padding.
         pool.scales, pool.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], initLevelMapper(2, 5)
         return pool
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None):
         if self.training:
-            return super().forward(images, [{**t, "labels": t["labels"] + 1} for t in targets])
+            return super().forward(images, targets and [{**t, "labels": t["labels"] + 1} for t in targets])
         return [{**d, "labels": d["labels"] - 1} for d in detect_by_size(super().forward, images, self.transform)]
 
 
@@ -443,30 +451,25 @@ def build_detector(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> RetinaNet | MaskRCNN:
-    """A detector over a timm network, in training mode; the module's docstring says what it takes and gives.
+    """A detector with a timm network as backbone, in training mode; see the module for its inputs and outputs.
 
     Args:
         detector: "retinanet" or "mask-rcnn"
-        model: of timm.create_model
-        num_classes: of objects, without the background
-        image_size: images are resized so that their short side has this many pixels
-        max_size: unless the long side would be longer than this
-        multi_scale: short sides of which training draws one for each image; none: image_size
-        roi_samples: Mask R-CNN: proposals of an image that the heads learn from
-        mean, std: of each of the images' channels; by default those of the network
+        model: network from timm.create_model
+        num_classes: number of object classes, without the background
+        image_size: short side of the resized images, in pixels
+        max_size: maximum long side, which takes precedence
+        multi_scale: short sides to choose from at random for each training image; empty: image_size
+        roi_samples: Mask R-CNN: proposals sampled per image to train the heads
+        mean, std: per image channel; by default those of the network
 
     Raises:
-        InputError: for an unknown detector, or a network without maps of strides 8, 16 and 32.
+        InputError: for an unknown detector, or a network without feature maps of strides 8, 16 and 32.
     """
     if detector not in DETECTORS:
         raise InputError(f"--detector {detector}: choose one of {', '.join(DETECTORS)}")
-    transform = Transform(
-        image_size,
-        max_size,
-        multi_scale,
-        mean or model.pretrained_cfg["mean"],
-        std or model.pretrained_cfg["std"],
-    )
+    cfg = pretrained_cfg(model)
+    transform = Transform(image_size, max_size, multi_scale, mean or cfg["mean"], std or cfg["std"])
     more = {"roi_samples": roi_samples} if detector == "mask-rcnn" else {}
     return DETECTORS[detector](model, num_classes, transform, **more).to(memory_format=torch.channels_last)
 
@@ -475,17 +478,17 @@ BUILD = tuple(inspect.signature(build_detector).parameters)
 
 
 def create_detector(detector: str, name: str, num_classes: int, **args: Any) -> RetinaNet | MaskRCNN:
-    """`build_detector` over the timm network of that name.
+    """`build_detector` with a new timm network.
 
     Args:
         detector: "retinanet" or "mask-rcnn"
-        name: timm's name of the backbone
-        num_classes: of objects, without the background
+        name: timm model name of the backbone
+        num_classes: number of object classes, without the background
         args: other arguments of `build_detector` and of timm.create_model (pretrained, in_chans, drop_path_rate, ...)
 
     Raises:
-        InputError: for an unknown detector or network, refused arguments, or a network without maps of strides 8, 16
-            and 32.
+        InputError: for an unknown detector or network, invalid arguments, or a network without feature maps of strides
+            8, 16 and 32.
     """
     model = create_body(name, **{key: value for key, value in args.items() if key not in BUILD})
     own = {key: value for key, value in args.items() if key in BUILD}

@@ -1,18 +1,18 @@
 """DualToken-ViT in one file, from leaf to root (Chu et al., arXiv 2309.12424, section 3).
 
-Two streams run through the network. The image tokens X are a map of shape (B, H, W, C), kept channels-last from the
-stem to the head. The position-aware global tokens G are a 7x7 grid, (B, 49, C), that every block updates from the
-image and reads back into it:
+The network has two streams. The image tokens X are a map (B, H, W, C), channels-last from the stem to the head. The
+position-aware global tokens G are a 7x7 grid, (B, 49, C). Every block updates G from the image tokens and broadcasts it
+back to them:
 
     X_local  = Conv Encoder(X)                               local information          eq. 3.1
     X_ds     = step-wise downsampling of LN(X_local)         7x7 at 224 pixels          eq. 3.2
     X_ga     = self-attention over X_ds                      global information         eq. 3.3
-    G_new    = alpha * MLP(LN(G)) + (1 - alpha) * X_ga       enriched by the past       eq. 3.7
-    X_global = attention of LN(X_local) over G_new           broadcast to every place   eq. 3.5
+    G_new    = alpha * MLP(LN(G)) + (1 - alpha) * X_ga       fused with earlier stages  eq. 3.7
+    X_global = attention of LN(X_local) over G_new           broadcast to all positions eq. 3.5
     X        = X_local + X_global,  G = G + G_new            fusion                     eq. 3.6
     X        = X + BiDim(FFN(LN(X)))
 
-The alternatives of the paper's Tables 6 to 9 are in `ablations.py`; `DualTokenViT`'s arguments choose between them.
+The alternatives of the paper's Tables 6 to 9 are in `ablations.py`; arguments of `DualTokenViT` select them.
 Stem, patch merging, bi-dimensional attention and head follow LightViT (Huang et al., arXiv 2207.05557).
 """
 
@@ -38,9 +38,6 @@ from dualtoken_vit.models.two_stream import TwoStreamViT, check_stages, checkpoi
 __all__ = ["DualTokenViT", "checkpoint_filter_fn"]
 
 
-# Steps that branch on a size or a device are hidden from torch.fx, which cannot follow them.
-
-
 class ConvEncoder(nn.Module):
     """Local information: the ConvNeXt block, X + PW2(GELU(PW1(LN(DW(X))))), expansion 4 (eq. 3.1)."""
 
@@ -57,7 +54,7 @@ class ConvEncoder(nn.Module):
 
 
 class StepwiseDownsample(nn.Module):
-    """X_ds = phi(DS(X)): halve by average pooling, then (convolve, halve) M times (eq. 3.2)."""
+    """X_ds = phi(DS(X)): average pooling by 2, the first M followed by a convolution (eq. 3.2)."""
 
     def __init__(self, dim: int, steps: int, convs: int, device=None, dtype=None):
         super().__init__()
@@ -85,7 +82,7 @@ class GlobalAggregation(Attention):
 
 
 class GlobalBroadcast(Attention):
-    """X_global = Proj(MSA(Q(X), K(G_new), V(G_new))): every place reads the global tokens (eq. 3.5)."""
+    """X_global = Proj(MSA(Q(X), K(G_new), V(G_new))): every image token attends to the global tokens (eq. 3.5)."""
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
@@ -100,19 +97,20 @@ class GlobalBroadcast(Attention):
 
 
 class PositionAwareFusion(nn.Module):
-    """G_new = alpha * MLP(LN(G)) + (1 - alpha) * X_ga, place by place (eq. 3.7)."""
+    """G_new = alpha * MLP(LN(G)) + (1 - alpha) * X_ga, position by position (eq. 3.7)."""
 
-    def __init__(self, dim: int, grid: int, token_mlp: str, alpha: float, device=None, dtype=None):
+    def __init__(self, dim: int, grid: int, token_mlp: str, alpha: float, antialias: bool, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.grid = grid
+        self.antialias = antialias
         self.alpha = alpha
         self.norm = LayerNorm(dim, **dd)
         self.mlp = token_mlp_layer(token_mlp, dim, grid * grid, **dd)
 
     def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C), (B, M, C) -> (B, M, C)
         assert g is not None
-        x_ga = resize_grid(x_ga, self.grid).flatten(1, 2)
+        x_ga = resize_grid(x_ga, self.grid, self.antialias).flatten(1, 2)
         return self.alpha * self.mlp(self.norm(g)) + (1 - self.alpha) * x_ga
 
 
@@ -162,8 +160,8 @@ class DualTokenViT(TwoStreamViT):
     """Position-aware efficient vision transformer with dual token fusion.
 
     Raises:
-        ValueError: for a switch with an unknown value, a combination of switches that means nothing, or a setting of
-            the stages that is longer or shorter than dims.
+        ValueError: for an unknown value, an invalid combination of arguments, or a per-stage argument that does not
+            have one value per stage.
     """
 
     def __init__(
@@ -180,6 +178,7 @@ class DualTokenViT(TwoStreamViT):
         global_tokens: str = "position",  # "position", "normal" or "normal_star" (Table 6)
         local_attention: str = "conv",  # "conv" or "window" (Table 8)
         downsampling: str = "stepwise",  # "stepwise" or "onestep" (Table 9)
+        grid_resize: str = "bilinear",  # of X_ga to the token grid: "bilinear" or "antialias" (bilinear, antialiased)
         output_stride: int = 32,  # 8, 16 or 32
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -192,13 +191,16 @@ class DualTokenViT(TwoStreamViT):
         dtype=None,
     ):
         dd = {"device": device, "dtype": dtype}
-        _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, output_stride)
+        _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, grid_resize, output_stride)
         check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, kernel_sizes=kernel_sizes)
         position_aware = global_tokens == "position"
         num_tokens = token_grid**2 if position_aware else 8
 
         def make_block(i: int, halvings: int, dilation: int, drop_path: float) -> Block:
             dim, heads = dims[i], num_heads[i]
+            local: nn.Module
+            downsample: nn.Module
+            fusion: nn.Module
             if kernel_sizes[i] == 0:
                 local = nn.Identity()
             elif local_attention == "conv":
@@ -210,7 +212,7 @@ class DualTokenViT(TwoStreamViT):
             else:
                 downsample = ablations.OneStepDownsample(halvings)
             if position_aware and token_grid > 0:
-                fusion = PositionAwareFusion(dim, token_grid, token_mlp, alpha, **dd)
+                fusion = PositionAwareFusion(dim, token_grid, token_mlp, alpha, grid_resize == "antialias", **dd)
             elif position_aware:
                 fusion = ablations.NoTokens()
             else:
@@ -235,27 +237,30 @@ class DualTokenViT(TwoStreamViT):
         )
 
 
-def _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, output_stride) -> None:
-    """Refuse unknown values and combinations that mean nothing, naming the argument and what to do."""
+def _check_switches(
+    token_mlp, token_grid, global_tokens, local_attention, downsampling, grid_resize, output_stride
+) -> None:
+    """Raise ValueError for unknown values and invalid combinations, naming the argument and what to do."""
     for name, value, allowed in (
         ("token_mlp", token_mlp, ("mlp", "mix")),
         ("token_grid", token_grid, (7, 0, 3, 4, 5, 6, 8)),
         ("global_tokens", global_tokens, ("position", "normal", "normal_star")),
         ("local_attention", local_attention, ("conv", "window")),
         ("downsampling", downsampling, ("stepwise", "onestep")),
+        ("grid_resize", grid_resize, ("bilinear", "antialias")),
         ("output_stride", output_stride, (32, 16, 8)),
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
     if global_tokens != "position" and token_grid != 7:
         raise ValueError(
-            f"token_grid={token_grid} goes with global_tokens='position' only: {global_tokens!r} tokens form no grid, "
-            "there are always 8 of them; leave token_grid out"
+            f"token_grid={token_grid} requires global_tokens='position': the 8 {global_tokens!r} tokens form no grid; "
+            "leave token_grid out"
         )
     if token_mlp == "mix" and token_grid == 0:
-        raise ValueError("token_mlp='mix' has no tokens to mix at token_grid=0; use token_mlp='mlp'")
+        raise ValueError("token_mlp='mix' requires global tokens, but token_grid=0; use token_mlp='mlp'")
     if token_mlp == "mix" and global_tokens == "normal":
-        raise ValueError("token_mlp='mix' does not go with global_tokens='normal', which has no MLP; use 'mlp'")
+        raise ValueError("token_mlp='mix' has no effect with global_tokens='normal', which has no MLP; use 'mlp'")
 
 
 default_cfgs = generate_default_cfgs(

@@ -1,9 +1,9 @@
-"""LightViT (Huang et al., arXiv 2207.05557), the closest relative of DualToken-ViT, to compare it with.
+"""LightViT (Huang et al., arXiv 2207.05557), the network on which DualToken-ViT builds, for comparison.
 
-Stem, patch merging, bi-dimensional attention and head are those that DualToken-ViT took over. Its blocks differ: image
-tokens attend within windows, and eight global tokens, which have no place, gather from all of the image and are read
-by all of it. The same queries, keys and values serve both kinds of attention, and both kinds of tokens go through the
-same layers. Weights start as DualToken-ViT's do (`TwoStreamViT.init_weights`), not from LightViT's truncated normal.
+Both share stem, patch merging, bi-dimensional attention and head. The blocks differ: in LightViT, image tokens attend
+within windows. Eight global tokens without a position aggregate information from the whole image and broadcast it back.
+Both kinds of attention use the same queries, keys and values, and image and global tokens pass through the same layers.
+Weights are initialised as in DualToken-ViT (`TwoStreamViT.init_weights`), not by LightViT's truncated normal.
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ from dualtoken_vit.models.ablations import Windows, crop
 from dualtoken_vit.models.layers import BiDim, LayerNorm, Linear, Mlp, pad_to_multiple
 from dualtoken_vit.models.two_stream import TwoStreamViT, check_stages, checkpoint_filter_fn, create, model_cfg
 
-__all__ = ["LightViT", "checkpoint_filter_fn"]  # the latter is looked for beside a network's class
+__all__ = ["LightViT", "checkpoint_filter_fn"]  # timm looks for the filter in the module of the class
 
 
 class LocalGlobalAttention(Windows):
-    """MSA within windows, plus what image tokens read from global tokens that have gathered from all of them."""
+    """MSA within windows, plus attention to global tokens that have aggregated all image tokens."""
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, window: int = 7, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
@@ -39,7 +39,7 @@ class LocalGlobalAttention(Windows):
 
 
 class LightBlock(nn.Module):
-    """Attention, then an FFN gated by bi-dimensional attention, on global and image tokens together."""
+    """Attention, then an FFN gated by bi-dimensional attention, on image and global tokens together."""
 
     def __init__(
         self,
@@ -65,17 +65,17 @@ class LightBlock(nn.Module):
     def forward(self, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (B, H, W, C), (B, M, C)
         assert g is not None
         tokens = torch.cat((g, x.flatten(1, 2)), dim=1) + self.drop_path1(self.attn(x, g))
-        # BiDim wants a map: its mean runs over the tokens of both kinds.
+        # BiDim takes a map; its mean runs over both kinds of tokens.
         y = self.bidim(self.mlp(self.norm2(tokens))[:, None])[:, 0]
         tokens = tokens + self.drop_path2(y)
         return tokens[:, g.shape[1] :].reshape(x.shape), tokens[:, : g.shape[1]]
 
 
 class LightViT(TwoStreamViT):
-    """Light-weight convolution-free vision transformer, with a convolution stem.
+    """Light-weight vision transformer without convolutions except in the stem.
 
     Raises:
-        ValueError: for a setting of the stages that is longer or shorter than dims.
+        ValueError: if a per-stage argument does not have one value per stage.
     """
 
     def __init__(
@@ -134,5 +134,5 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def lightvit_tiny(pretrained: bool = False, **kwargs: Any) -> LightViT:
-    """LightViT-T: 9.4 M parameters, 0.7 G FLOPs, 78.7 % on ImageNet-1k as published."""
+    """LightViT-T: 9.4 M parameters, 0.7 G FLOPs, 78.7 % on ImageNet-1k as published (arXiv 2207.05557)."""
     return create(LightViT, "lightvit_tiny", pretrained, **kwargs)

@@ -1,19 +1,18 @@
-"""DeepLabv3 and PSPNet over any timm backbone, from torchvision's parts (section 4.3 of the paper).
+"""DeepLabv3 and PSPNet with any timm backbone, built from torchvision layers (section 4.3 of the paper).
 
     segmenter = create_segmenter("deeplabv3", "dualtoken_vit_small", num_classes=150)
     logits = segmenter(images)                  # in training {"out": ..., "aux": ...}
-    labels = segment(segmenter.eval(), images, View())
+    labels = segment(segmenter.eval(), images, SegmentationInput())
 
-Images are (B, C, H, W) in [0, 1], of any size from 32x32 up; the segmenter normalises. Logits are
-(B, num_classes, H, W) float32, those of the auxiliary head ("aux") in training only.
+Images are (B, C, H, W) in [0, 1], of any size from 32x32; the segmenter normalises them. Logits are
+(B, num_classes, H, W) float32; those of the auxiliary head ("aux") exist in training only.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +21,15 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, statistics
+from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, pretrained_cfg, statistics
+from dualtoken_vit.recipes import SegmentationInput
 
-__all__ = ["SEGMENTERS", "Segmenter", "View", "build_segmenter", "create_segmenter", "segment"]
+__all__ = ["SEGMENTERS", "Segmenter", "build_segmenter", "create_segmenter", "segment"]
 
-STRIDE = 8  # that the last map is resized to
+STRIDE = 8  # to which the last feature map is resized
 AUX_WIDTH = 256
 LEAST_SIDE = 32  # of images, in pixels
-LOGITS = 2**26  # numbers of scores at the images' size that are held at a time: 256 MiB, and as many again
+LOGITS = 2**26  # maximum number of logits at image resolution held at once: 256 MiB, plus a copy
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -38,24 +38,24 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
-    """Resize a map (B, C, h, w) to `factor` times its size, and keep the first rows and columns: `size`.
+    """Resize a map (B, C, h, w) by `factor` and crop it to `size` at the bottom and right.
 
-    The last places of a map reach beyond an image whose sides their stride does not divide. Resized to the image's
-    size, the map would be squeezed, and all that it says shifted.
+    The last cells of a map extend beyond an image whose sides are not multiples of the stride. Resizing the map to the
+    size of the image would shift its predictions.
     """
     inner = [max(round(side * factor), least) for side, least in zip(x.shape[-2:], size, strict=True)]
     return resize(x, inner)[..., : size[0], : size[1]]
 
 
 def atrous_pooling(channels: int, width: int) -> nn.Module:
-    """DeepLabv3's context (Chen et al., arXiv 1706.05587): rates 1, 12, 24, 36 and the whole image, then a 3x3."""
+    """DeepLabv3's ASPP (Chen et al., arXiv 1706.05587): rates 1, 12, 24, 36 and image pooling, then a 3x3."""
     pool = ASPP(channels, (12, 24, 36), width)
     pool.project = Conv2dNormActivation(5 * width, width, 3)
     return pool
 
 
 class PyramidPooling(nn.Module):
-    """PSPNet's context (Zhao et al., arXiv 1612.01105): means over 1, 4, 9 and 36 parts of the image, then a 3x3."""
+    """PSPNet's pyramid pooling (Zhao et al., arXiv 1612.01105): bins of 1x1, 2x2, 3x3 and 6x6, then a 3x3."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -69,21 +69,25 @@ class PyramidPooling(nn.Module):
         return self.project(torch.cat([x, *(resize(level(x), x.shape[-2:]) for level in self.levels)], dim=1))
 
 
-SEGMENTERS = {"deeplabv3": atrous_pooling, "pspnet": PyramidPooling}
+Context = Callable[[int, int], nn.Module]
+"""Makes a context module (B, channels, H, W) -> (B, width, H, W), given channels and width."""
+SEGMENTERS: dict[str, Context] = {"deeplabv3": atrous_pooling, "pspnet": PyramidPooling}
 
 
 def classifier(width: int, num_classes: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1))
 
 
-class Segmenter(OverBackbone, nn.Module):
-    """The last map of a network under a head, the map before it under an auxiliary one; see `build_segmenter`."""
+class Segmenter(OverBackbone):
+    """A head on the last feature map of a network and an auxiliary head on the one before; see `build_segmenter`."""
 
     class_layers = ("head.1.1", "aux_head.1.1")
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
-        context: nn.Module,
+        context: Context,
         model: nn.Module,
         num_classes: int,
         stride: int | None,
@@ -92,9 +96,10 @@ class Segmenter(OverBackbone, nn.Module):
         in_chans: int,
     ):
         super().__init__()
-        name, info = model.pretrained_cfg["architecture"], getattr(model, "feature_info", ())
+        cfg, info = pretrained_cfg(model), getattr(model, "feature_info", ())
         if not hasattr(model, "forward_intermediates") or len(info) < 2:
-            raise InputError(f"--model.name {name}: gives no maps of its stages; a segmenter needs the last two")
+            name = cfg["architecture"]
+            raise InputError(f"--model.name {name}: returns no feature maps; a segmenter needs those of two stages")
         self.backbone = Backbone(model, (len(info) - 2, len(info) - 1), "a segmenter", (70, 99), in_chans)
         self.stride, self.num_classes = stride, num_classes
         middle, last = self.backbone.feature_info.channels()
@@ -102,7 +107,7 @@ class Segmenter(OverBackbone, nn.Module):
         self.aux_head = nn.Sequential(
             Conv2dNormActivation(middle, AUX_WIDTH, 3), classifier(AUX_WIDTH, num_classes, dropout)
         )
-        for key, values in statistics(model.pretrained_cfg, in_chans).items():  # saved: a name alone may have others
+        for key, values in statistics(cfg, in_chans).items():  # saved: timm's values for a name may change
             self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:  # (B, C, H, W)
@@ -120,21 +125,21 @@ class Segmenter(OverBackbone, nn.Module):
 
 
 def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.Module:
-    """The network that `create` makes, with this output stride if there is one.
+    """The network that `create` returns, with the given output stride, if any.
 
     Raises:
-        InputError: for a network that cannot have it, and whatever `create` raises without it.
+        InputError: if the network does not support the output stride, or `create` fails without it.
     """
     if not output_stride:
         return create()
     try:
         model = create(output_stride=output_stride)
     except InputError:
-        model = create()  # raises what has another cause
+        model = create()  # raises if the error has another cause
     info = getattr(model, "feature_info", ())
     if info and info[-1]["reduction"] != output_stride:
-        name = model.pretrained_cfg["architecture"]
-        raise InputError(f"--output-stride {output_stride}: {name} cannot be made with it; leave it out")
+        name = pretrained_cfg(model)["architecture"]
+        raise InputError(f"--output-stride {output_stride}: {name} does not support it; leave it out")
     return model
 
 
@@ -148,20 +153,20 @@ def build_segmenter(
     dropout: float = 0.1,
     in_chans: int = 3,
 ) -> Segmenter:
-    """A segmenter over a timm network, in training mode; the module's docstring says what it takes and gives.
+    """A segmenter with a timm network as backbone, in training mode; see the module for its inputs and outputs.
 
     Args:
         segmenter: "deeplabv3" or "pspnet"
-        model: of timm.create_model
-        num_classes: of pixels
-        output_stride: what the network was made with, 8 or 16, if it was: then its last map goes into the head as it
-            is, else resized to stride 8, as in the paper
+        model: network from timm.create_model
+        num_classes: number of pixel classes
+        output_stride: 8 or 16 if the network was created with this output stride: the head uses its last feature map as
+            it is. None: the map is resized to stride 8, as in the paper
         width: channels of the head
-        dropout: rate at which channels are left out before the classifiers, in training
-        in_chans: channels of the images
+        dropout: channel dropout rate before the classifiers
+        in_chans: image channels
 
     Raises:
-        InputError: for an unknown segmenter, or a network without two maps or for one size of images only.
+        InputError: for an unknown segmenter, or a network with fewer than two feature maps or a fixed image size.
     """
     if segmenter not in SEGMENTERS:
         raise InputError(f"--segmenter {segmenter}: choose one of {', '.join(SEGMENTERS)}")
@@ -182,71 +187,56 @@ def create_segmenter(
     dropout: float = 0.1,
     **model_args: Any,
 ) -> Segmenter:
-    """`build_segmenter` over the timm network of that name.
+    """`build_segmenter` with a new timm network.
 
     Args:
         segmenter: "deeplabv3" or "pspnet"
-        name: timm's name of the backbone
-        num_classes: of pixels
-        pretrained: take timm's weights of the backbone
-        output_stride: 8 or 16: make the backbone with this stride, and take its last map as it is; None: resize it
+        name: timm model name of the backbone
+        num_classes: number of pixel classes
+        pretrained: load timm's pretrained weights into the backbone
+        output_stride: 8 or 16: dilate the backbone to this stride; None: resize its last feature map to stride 8
         width: channels of the head
-        dropout: rate at which channels are left out before the classifiers, in training
-        in_chans: channels of the images
+        dropout: channel dropout rate before the classifiers
+        in_chans: image channels
         model_args: other arguments of timm.create_model
 
     Raises:
-        InputError: as `build_segmenter`, and for an unknown network or refused arguments.
+        InputError: as `build_segmenter`, and for an unknown network or invalid arguments.
     """
     body = partial(create_body, name, pretrained=pretrained, in_chans=in_chans, **model_args)
-    head = dict(output_stride=output_stride, width=width, dropout=dropout, in_chans=in_chans)
+    head: dict[str, Any] = dict(output_stride=output_stride, width=width, dropout=dropout, in_chans=in_chans)
     return build_segmenter(segmenter, dilated(body, output_stride), num_classes, **head)
 
 
-@dataclass(frozen=True)
-class View:
-    """How a trained segmenter looks at an image."""
+def check_windows(view: SegmentationInput) -> None:
+    """Reject inference settings that would leave pixels without a prediction.
 
-    image_size: int | None = None
-    """Short side that images are resized to, in pixels; None: they stay as they are."""
-    mode: Literal["whole", "slide"] = "whole"
-    """The whole image at once, or windows over it, whose logits are averaged where they overlap."""
-    window: int = 512
-    """Side of the windows in pixels."""
-    window_stride: int = 341
-    """Pixels from one window to the next."""
-    scales: tuple[float, ...] = (1.0,)
-    """Sizes relative to the first; with several the probabilities are averaged."""
-    flip: bool = False
-    """Look at the mirror image too."""
-
-    def __post_init__(self) -> None:
-        if self.window < LEAST_SIDE:
-            raise InputError(f"window={self.window}: must be at least {LEAST_SIDE}")
-        if not 0 < self.window_stride <= self.window:
-            raise InputError(
-                f"window_stride={self.window_stride}: must be at least 1 and at most the window's {self.window}"
-            )
-        if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
-            raise InputError(f"scales={self.scales}: give one or more numbers between 0.1 and 10")
+    Raises:
+        InputError: names the setting.
+    """
+    if view.window_stride > view.window:
+        raise InputError(f"window_stride={view.window_stride}: must be at most the window's {view.window}")
+    if not view.scales:
+        raise InputError("scales: give one or more")
 
 
 @torch.inference_mode()
-def segment(model: Segmenter, images: Sequence[Tensor], view: View, check: bool = True) -> list[Tensor]:
+def segment(model: Segmenter, images: Sequence[Tensor], view: SegmentationInput, check: bool = True) -> list[Tensor]:
     """The class of every pixel of images (C, H, W) in [0, 1] of any sizes -> (H, W) int64 each.
 
-    Images of one size go through the network together, as many as `LOGITS` allows. No side is made smaller than 32
-    pixels.
+    Images of the same size share a forward pass, as many as `LOGITS` allows. Images are never resized to less than 32
+    pixels a side.
 
     Raises:
-        InputError: where the network's answers are not numbers, if that is to be checked.
+        InputError: if `check` is set and the network produced NaN or Inf.
     """
+    check_windows(view)
     alike: dict[torch.Size, list[int]] = defaultdict(list)
     for index, image in enumerate(images):
         alike[image.shape].append(index)
     labels: dict[int, Tensor] = {}
     for size, indices in alike.items():
-        area = sum(height * width for height, width in _inner(size[-2:], view))  # scores of all scales are held at once
+        area = sum(height * width for height, width in _inner(size[-2:], view))  # all scales are held at once
         most = max(1, LOGITS // (model.num_classes * max(area, size[1] * size[2])))
         for start in range(0, len(indices), most):
             some = indices[start : start + most]
@@ -255,15 +245,15 @@ def segment(model: Segmenter, images: Sequence[Tensor], view: View, check: bool 
     return [labels[index] for index in range(len(images))]
 
 
-def _inner(size: Sequence[int], view: View) -> list[list[int]]:
-    """The sizes, one a scale, in which the network sees an image of this size."""
+def _inner(size: Sequence[int], view: SegmentationInput) -> list[list[int]]:
+    """Height and width at which the network processes an image of this size, for each scale."""
     base = view.image_size / min(size) if view.image_size else 1.0
     return [[max(LEAST_SIDE, round(side * base * scale)) for side in size] for scale in view.scales]
 
 
-def _classes(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:  # (B, C, H, W) -> (B, H, W)
+def _classes(model: Segmenter, x: Tensor, view: SegmentationInput, check: bool) -> Tensor:  # (B, C, H, W) -> (B, H, W)
     size = x.shape[-2:]
-    scores = []  # of each scale, at its size
+    scores = []  # for each scale, at its size
     for inner in _inner(size, view):
         y = x
         if inner != list(size):
@@ -272,27 +262,27 @@ def _classes(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:  #
         if view.flip:
             found = found + _scores(model, y.flip(-1), view, check).flip(-1)
         scores.append(found)
-    # A few classes at a time: all of a large image's scores at its own size may not fit into memory.
+    # A few classes at a time: the scores of all classes at the size of a large image may not fit into memory.
     step = max(1, LOGITS // (len(x) * size[0] * size[1]))
     best, classes = x.new_full((len(x), *size), -torch.inf), x.new_zeros((len(x), *size), dtype=torch.int64)
     for start in range(0, scores[0].shape[1], step):
-        total = sum(resize(each[:, start : start + step], size) for each in scores)
+        total = reduce(torch.add, (resize(each[:, start : start + step], size) for each in scores))
         highest, which = total.max(1)
         classes = torch.where(highest > best, which + start, classes)
         best = torch.maximum(best, highest)
     return classes
 
 
-def _scores(model: Segmenter, x: Tensor, view: View, check: bool) -> Tensor:
-    """Logits of one look at an image; probabilities, if it is one of several."""
+def _scores(model: Segmenter, x: Tensor, view: SegmentationInput, check: bool) -> Tensor:
+    """Logits at one scale and orientation; probabilities where several are averaged."""
     logits = _slide(model, x, view) if view.mode == "slide" else model(x)
     if check and not logits.isfinite().all():
-        raise InputError("the network answers with what are not numbers; take another checkpoint")
+        raise InputError("the network produced NaN or Inf; use another checkpoint")
     return logits.softmax(1) if view.flip or len(view.scales) > 1 else logits
 
 
-def _slide(model: Segmenter, x: Tensor, view: View) -> Tensor:
-    """Logits of windows over the image, averaged where they overlap; the last ones end at its border."""
+def _slide(model: Segmenter, x: Tensor, view: SegmentationInput) -> Tensor:
+    """Logits of windows, averaged where they overlap; the last windows are aligned with the image border."""
     starts = [
         sorted({min(start, max(side - view.window, 0)) for start in range(0, side, view.window_stride)})
         for side in x.shape[-2:]

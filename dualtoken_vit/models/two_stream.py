@@ -1,7 +1,7 @@
-"""The skeleton that DualToken-ViT and LightViT share: stem, stages of blocks on two streams, head, timm's contract."""
+"""The base of DualToken-ViT and LightViT: stem, stages of blocks on two streams, head and timm's interface."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from dualtoken_vit.models.layers import LayerNorm, Linear, pad_to_multiple, resize_grid
 
-STRIDE = 32  # of the grid on which global information is gathered, and of the last stage
+STRIDE = 32  # of the last stage, and of the map on which global information is aggregated
 
 
 class PatchMerging(nn.Module):
-    """Residual patch merging (LightViT): halves the map, widens both kinds of tokens.
+    """Residual patch merging (LightViT): halves the resolution and projects image and global tokens to `out_dim`.
 
-    With `stride` 1 (`output_stride` below 32) every place is merged with its three neighbours at distance
-    `dilation`, so that the weights trained at stride 2 mean the same.
+    With `stride` 1 (`output_stride` below 32) every position is merged with its three neighbours at distance
+    `dilation`, so that weights trained at stride 2 remain valid.
     """
 
     def __init__(self, dim: int, out_dim: int, has_tokens: bool, stride: int, dilation: int, device=None, dtype=None):
@@ -59,7 +59,7 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging (but in the first stage) and blocks."""
+    """Patch merging (except in the first stage) and blocks."""
 
     def __init__(self, merging: PatchMerging | None, blocks: list[nn.Module]):
         super().__init__()
@@ -79,7 +79,7 @@ class Stage(nn.Module):
 
 
 class Stem(nn.Module):
-    """Convolutions to stride 8 (LightViT), with the maps of stride 2 and 4 on the way; C' = C / 2."""
+    """Convolutional stem of stride 8 (LightViT), with intermediate maps of stride 2 and 4; C' = C / 2."""
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
@@ -91,9 +91,9 @@ class Stem(nn.Module):
             ConvNormAct(mid, mid, groups=mid, **kwargs),
             ConvNormAct(mid, mid, groups=mid, **kwargs),
         )
-        self.stride4 = ConvNormAct(mid, mid, stride=2, groups=mid, **kwargs)  # stride 4
-        self.proj = nn.Conv2d(mid, dim, 3, stride=2, padding=1, **dd)
-        self.norm = LayerNorm(dim, **dd)
+        self.stride4: nn.Module = ConvNormAct(mid, mid, stride=2, groups=mid, **kwargs)  # stride 4
+        self.proj: nn.Module = nn.Conv2d(mid, dim, 3, stride=2, padding=1, **dd)
+        self.norm: nn.Module = LayerNorm(dim, **dd)
 
     def embed(self, x: Tensor) -> Tensor:  # (B, C', H/4, W/4) -> (B, H/8, W/8, C)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
@@ -103,11 +103,11 @@ class Stem(nn.Module):
 
 
 class TokenMean(nn.Module):
-    """The classification head up to its pooling (LightViT): LN, Linear to 1280, LN, GELU, mean over X and G.
+    """The classification head before pooling (LightViT): LN, Linear to 1280, LN, GELU, mean over X and G.
 
-    The mean runs over the tokens of both streams, yet what leaves is one map, as timm's `forward_features` must:
-    N image tokens f(X) and M global tokens f(G) become (N f(X) + sum f(G)) / (N + M), whose plain average over the
-    map is the mean over all N + M tokens.
+    The mean covers the tokens of both streams, but timm's `forward_features` must return one map. N image tokens f(X)
+    and M global tokens f(G) become the map (N f(X) + sum f(G)) / (N + M), whose average is the mean over all N + M
+    tokens.
     """
 
     def __init__(self, dim: int, hidden_size: int, device=None, dtype=None):
@@ -127,19 +127,19 @@ class TokenMean(nn.Module):
 
 
 class TwoStreamViT(nn.Module):
-    """What DualToken-ViT and LightViT share: stem, stages of blocks on both streams, head; all that timm asks for.
+    """Stem, stages of blocks on two streams, head, and timm's interface.
 
     Takes (B, in_chans, H, W) of any size from 32x32 up and returns logits (B, num_classes). `forward_features` returns
-    a map (B, H/32, W/32, 1280), NHWC, in which the global tokens already have their share (see `TokenMean`);
-    `forward_intermediates` returns the pyramid of strides 2, 4 (stem), 8, 16, 32 (stages).
+    a map (B, H/32, W/32, 1280), NHWC, that includes the global tokens (see `TokenMean`). `forward_intermediates`
+    returns the pyramid of strides 2, 4 (stem), 8, 16, 32 (stages).
 
     Args:
-        make_block: (stage, halvings from its stride to 32, dilation, drop path) -> a block: X, G -> X, G
-        num_tokens: global tokens, 0: none
+        make_block: (stage, halvings from its stride to 32, dilation, drop path) -> a block (X, G) -> (X, G)
+        num_tokens: number of global tokens, 0 for none
         dims: C of each stage
-        depths: blocks of each stage
+        depths: number of blocks of each stage
         head_hidden_size: width of the head
-        output_stride: of the last stage, 8, 16 or 32
+        output_stride: stride of the last stage: 8, 16 or 32
     """
 
     def __init__(
@@ -167,12 +167,12 @@ class TwoStreamViT(nn.Module):
 
         self.stem = Stem(in_chans, dims[0], **dd)
         self.token_embed = nn.Parameter(torch.empty(1, num_tokens, dims[0], **dd)) if num_tokens else None
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             dict(num_chs=dims[0] // 2, reduction=2, module="stem.stride2"),
             dict(num_chs=dims[0] // 2, reduction=4, module="stem.stride4"),
         ]
 
-        drop_path = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        drop_path: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         stages, prev_dim, stride, dilation = [], dims[0], 8, 1
         for i, dim in enumerate(dims):
             merging = None
@@ -187,8 +187,8 @@ class TwoStreamViT(nn.Module):
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f"stages.{i}"))
         self.stages = nn.ModuleList(stages)
 
-        self.norm = LayerNorm(prev_dim, **dd)
-        self.token_mean = TokenMean(prev_dim, head_hidden_size, **dd)
+        self.norm: nn.Module = LayerNorm(prev_dim, **dd)
+        self.token_mean: TokenMean | None = TokenMean(prev_dim, head_hidden_size, **dd)
         self.num_features = head_hidden_size  # of the map that `forward_features` returns
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
@@ -196,19 +196,19 @@ class TwoStreamViT(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise every parameter and buffer; also after `to_empty`. All initialisation is in this one place.
+        """Initialise every parameter and buffer, also after `to_empty`. All initialisation is here.
 
-        Weights keep the variance of what goes through them (Xavier for linear layers, LeCun for the stages'
-        convolutions): in layers as narrow as these the usual 0.02 leaves every branch near zero and learning slow to
-        start (REPRODUCTION.md). The stem as PyTorch has it; classifier and global tokens 0.02; biases zero.
+        Linear layers use Xavier, the convolutions of the stages LeCun initialisation: in layers this narrow the usual
+        standard deviation of 0.02 leaves every branch near zero, and training starts slowly (REPRODUCTION.md). The stem
+        keeps PyTorch's default, classifier and global tokens use 0.02, biases are zero.
 
         Args:
-            needs_reset: call `reset_parameters` first; not needed for a model whose constructor just ran.
+            needs_reset: call `reset_parameters` first; not needed in the constructor
         """
         if needs_reset:
             for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                if reset := getattr(module, "reset_parameters", None):
+                    reset()
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -243,26 +243,27 @@ class TwoStreamViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; 0 classes: none. `global_pool` None keeps the pooling, "" leaves the map."""
+        """Replace the classifier; 0 classes remove it. `global_pool` None keeps the pooling, "" disables it."""
         if global_pool is not None:
             self.global_pool = SelectAdaptivePool2d(
                 pool_type=global_pool, flatten=bool(global_pool), input_fmt=self.output_fmt
             ).train(self.training)
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        head = nn.Identity()
+        head: nn.Module = nn.Identity()
         if num_classes > 0:
-            head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
-            trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
+            head = linear = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
+            trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
         self.head = head.train(self.training)
 
     def forward_intermediates(
@@ -274,15 +275,15 @@ class TwoStreamViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The final features and the pyramid: indices 0, 1 are the stem at strides 2, 4, then one a stage.
+        """Return the final features and the pyramid. Indices 0 and 1 are the stem (strides 2 and 4), then the stages.
 
         Args:
             x: (B, in_chans, H, W)
             indices: the last n if an int, all if None, else those listed
             norm: apply the final LayerNorm to the last stage's map
-            stop_early: leave out the stages behind the last index asked for
+            stop_early: skip the stages after the last requested index
             output_fmt: "NCHW" or "NHWC"
-            intermediates_only: return the list alone
+            intermediates_only: return the list only
         """
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be NCHW or NHWC."
         take_indices, max_index = feature_take_indices(2 + len(self.stages), indices)
@@ -308,7 +309,7 @@ class TwoStreamViT(nn.Module):
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         if intermediates_only:
             return maps
-        if len(stages) == len(self.stages):  # else stopped early: the final norm is not sized for x
+        if len(stages) == len(self.stages):  # otherwise the final norm does not fit the width of x
             x = self._finish(x, g)
         return x, maps
 
@@ -316,7 +317,7 @@ class TwoStreamViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the given `forward_intermediates` indices do not need; returns them as non-negative numbers."""
+        """Remove the layers that these `forward_intermediates` indices do not need; return them as non-negative."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         prune_end = max_index < len(self.feature_info) - 1
         if max_index < 1:
@@ -334,12 +335,12 @@ class TwoStreamViT(nn.Module):
         return take_indices
 
     def _expand_tokens(self, x: Tensor) -> Tensor | None:
-        """The learnable global tokens, once for each image of x."""
+        """The global tokens repeated for each image of x: (B, M, C)."""
         g = self.token_embed
         return g.expand(x.shape[0], -1, -1) if g is not None else None
 
     def _finish(self, x: Tensor, g: Tensor | None) -> Tensor:
-        """The final norm and, unless pruned away, the head up to its pooling."""
+        """The final norm and, unless pruned, the head before pooling."""
         x = self.norm(x)
         if self.token_mean is not None:
             x = self.token_mean(x, self.norm(g) if g is not None else None)
@@ -360,15 +361,18 @@ class TwoStreamViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+Model = TypeVar("Model", bound=TwoStreamViT)
+
+
 def check_stages(dims: tuple[int, ...], **settings: tuple[float, ...]) -> None:
-    """Refuse a setting that does not have one value for each stage, naming it."""
+    """Raise ValueError for a per-stage argument that does not have one value per stage."""
     for name, values in settings.items():
         if len(values) != len(dims):
-            raise ValueError(f"{name}={values} must have as many values as dims={dims}: one for each stage")
+            raise ValueError(f"{name}={values} must have as many values as dims={dims}: one per stage")
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Fit a checkpoint to `model`: unwrap trainers' nesting and prefixes, resize the grid of global tokens."""
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Fit a checkpoint to `model`: remove wrapping keys and prefixes, resize the grid of global tokens."""
     for key in ("state_dict_ema", "state_dict", "model"):
         state_dict = state_dict.get(key, state_dict)
     state_dict = {key.removeprefix("module.").removeprefix("model."): value for key, value in state_dict.items()}
@@ -402,14 +406,14 @@ def model_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def create(cls: type[TwoStreamViT], variant: str, pretrained: bool, **kwargs: Any) -> TwoStreamViT:
-    """A network by timm's rules."""
+def create(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any) -> Model:
+    """Build a model with timm's `build_model_with_cfg`."""
     return build_model_with_cfg(
         cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        # timm's default wrapper rewrites a model as a chain of children, which would lose the global tokens.
+        # timm's default feature wrapper chains the children, which would lose the global tokens.
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
         **kwargs,
     )

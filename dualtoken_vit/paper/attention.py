@@ -1,11 +1,11 @@
-"""What a network attends to: the maps of the Global Broadcast, drawn as in the paper's Figures 1 and 4.
+"""Attention maps of the Global Broadcast, drawn as in the paper's Figures 1 and 4.
 
     with recording(model) as maps:
         logits = model(x)
-    maps["stages.2.blocks.5"]    # (B, H, W, h, w): how much each image token (H, W) reads from each place (h, w)
+    maps["stages.2.blocks.5"]    # (B, H, W, h, w): attention of each image token (H, W) to each position (h, w)
 
-A map is the mean over the heads. Position-aware global tokens are a grid themselves. Normal ones have no place of their
-own; each stands for the places of X_ga that it was gathered from, in the shares in which it was.
+A map is the mean over the heads. Position-aware global tokens form a grid. Normal global tokens have no position; their
+attention is distributed over the positions of X_ga by the attention weights with which they aggregated them.
 """
 
 import math
@@ -26,48 +26,43 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
-from dualtoken_vit.checkpoint import Checkpoint, load_model
-from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import in_threads
-from dualtoken_vit.data.transforms import classification_eval
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable
-from dualtoken_vit.machine import pick_device
-from dualtoken_vit.models.backbone import check_size
 from dualtoken_vit.models.dualtoken import Block, PositionAwareFusion
 from dualtoken_vit.models.layers import Attention
 from dualtoken_vit.predict import find_images, none_readable, save_record, tell_unreadable
-from dualtoken_vit.recipes import Data
+from dualtoken_vit.predictors import load_predictor
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
+from dualtoken_vit.tasks.classification import ClassificationPredictor
 
 __all__ = ["attention", "blocks_of", "gradient_importance", "recording", "replacement_importance"]
 
-RECORD = "attention.json"  # marks a folder as one that `attention` wrote
-HIGHEST = 8  # global tokens that Figure 4 marks
-ROWS = 8  # images on the pages of all of them
-TOGETHER = 64  # replacements in a batch
+RECORD = "attention.json"  # marks an output folder of `attention`
+HIGHEST = 8  # number of global tokens marked in Figure 4
+ROWS = 8  # images in figure-1.png and figure-4.png
+TOGETHER = 64  # replaced tokens per batch
 
 
 def blocks_of(model: nn.Module) -> dict[str, Block]:
-    """The Dual Token Blocks of a network by name, from the first to the last.
+    """The Dual Token Blocks of a network by name, in order.
 
     Raises:
-        InputError: for a network that has none.
+        InputError: if the network has none.
     """
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
     if not blocks:
-        raise InputError("the network has no Dual Token Blocks: only a DualToken-ViT has such maps")
+        raise InputError("the network has no Dual Token Blocks; use a DualToken-ViT")
     return blocks
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Inside, a forward pass leaves every block's map in the dict, by the block's name: (B, H, W, h, w).
+    """Context in which each forward pass stores the map of every block in the returned dict, by block name.
 
-    What an image token reads from the h * w places adds up to 1.
-
-    Fused attention gives no map, so what is recorded goes the unfused way meanwhile.
+    A map is (B, H, W, h, w). The attention of an image token to the h * w positions sums to 1. Fused attention does not
+    return its weights, so it is disabled in the recorded layers within the context.
 
     Raises:
         InputError: for a network without Dual Token Blocks.
@@ -80,7 +75,7 @@ def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _watch(block: Block, stack: ExitStack, keep: Callable[[Tensor], None]) -> None:
-    """Call `keep` with the map of each forward pass of a block, until the stack is closed."""
+    """Call `keep` with the map of each forward pass of a block until the stack is closed."""
     seen: dict[str, Any] = {}
 
     def note(key: str) -> Callable:
@@ -93,7 +88,7 @@ def _watch(block: Block, stack: ExitStack, keep: Callable[[Tensor], None]) -> No
     def assemble(broadcast: nn.Module, args: tuple, out: Tensor) -> None:
         found = seen["broadcast"]  # (B, H * W, M)
         if "fusion" in seen:
-            found = found @ seen["fusion"]  # (B, M, h * w): where each token was gathered
+            found = found @ seen["fusion"]  # (B, M, h * w): positions that each token aggregated
         keep(found.unflatten(1, args[0].shape[1:3]).unflatten(3, seen["grid"]).detach())
 
     for key, module in (("broadcast", block.broadcast_attn), ("fusion", block.fusion)):
@@ -106,24 +101,24 @@ def _watch(block: Block, stack: ExitStack, keep: Callable[[Tensor], None]) -> No
 
 
 def _log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
-    """(B, classes), in float32 or better."""
+    """(B, num_classes), in float32 or higher precision."""
     logits = model(x)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def gradient_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
-    """How much each image token that enters a block speaks for the class that is predicted.
+    """First-order contribution of each input token of a block to the predicted class.
 
-    To first order, what the log-probability of that class would lose if the token were the mean token of its image:
-    the gradient with respect to the token times the token's difference from the mean.
+    It estimates the decrease of the log-probability of that class if the token were replaced by the mean token of its
+    image: the gradient with respect to the token times the difference between the token and the mean.
 
     Args:
-        model: in evaluation mode
-        block: of it
-        x: (B, C, H, W)
+        model: network in evaluation mode
+        block: one of its blocks
+        x: images (B, C, H, W)
 
     Returns:
-        (B, h, w), of the block's map.
+        (B, h, w), at the resolution of the block.
     """
     inputs: list[Tensor] = []
     hook = block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -136,17 +131,18 @@ def gradient_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def replacement_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
-    """What the log-probability of the predicted class loses when an image token that enters a block is replaced.
+    """Decrease of the log-probability of the predicted class when an input token of a block is replaced.
 
-    By the mean token of its image: what `gradient_importance` foretells, measured, in a forward pass a token.
+    The replacement is the mean token of the image. This measures what `gradient_importance` estimates, and takes one
+    forward pass per token.
 
     Args:
-        model: in evaluation mode
-        block: of it
-        x: (B, C, H, W)
+        model: network in evaluation mode
+        block: one of its blocks
+        x: images (B, C, H, W)
 
     Returns:
-        (B, h, w), of the block's map.
+        (B, h, w), at the resolution of the block.
     """
 
     def replace(module: nn.Module, args: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -162,7 +158,7 @@ def replacement_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
     lost, size = [], [0, 0]
     with block.register_forward_pre_hook(replace):
         for image in x:
-            places: list[int] = []  # none: the network as it is
+            places: list[int] = []  # none for the unmodified network
             before, best = _log_probabilities(model, image[None]).max(-1)
             after = []
             for start in range(0, math.prod(size), TOGETHER):
@@ -173,7 +169,7 @@ def replacement_importance(model: nn.Module, block: Block, x: Tensor) -> Tensor:
 
 
 def highest(grid: np.ndarray, count: int = HIGHEST) -> np.ndarray:
-    """Which places of a map (h, w) are its `count` highest -> (h, w) bool."""
+    """Mask (h, w) of the `count` highest values of a map (h, w)."""
     chosen = np.zeros(grid.size, dtype=bool)
     chosen[np.argsort(-grid, axis=None, kind="stable")[:count]] = True
     return chosen.reshape(grid.shape)
@@ -181,19 +177,19 @@ def highest(grid: np.ndarray, count: int = HIGHEST) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a network attends to in one image."""
+    """The attention of a network in one image."""
 
     title: str
     image: Image.Image
-    """As the network saw it."""
+    """The input of the network, without normalisation."""
     label: str
-    """The class that it predicts, with its probability."""
+    """The predicted class and its probability."""
     token: tuple[int, int]
-    """Row and column of the key token among the block's image tokens."""
+    """Row and column of the key token in the block."""
     maps: dict[str, np.ndarray]
-    """(H, W, h, w) by block."""
+    """Maps (H, W, h, w) by block name."""
     block: str
-    """The block in question."""
+    """Name of the selected block."""
 
     @property
     def map(self) -> np.ndarray:
@@ -207,7 +203,7 @@ def _plain(axes: Axes, title: str = "") -> None:
 
 
 def _show_image(axes: Axes, seen: Seen, boxed: bool, title: str) -> None:
-    """The image, the key token boxed if asked for."""
+    """Draw the image, optionally with a box around the key token."""
     axes.imshow(seen.image)
     if boxed:
         (height, width), (row, column) = seen.map.shape[:2], seen.token
@@ -217,7 +213,7 @@ def _show_image(axes: Axes, seen: Seen, boxed: bool, title: str) -> None:
 
 
 def _mosaic(maps: np.ndarray, gap: int = 1) -> np.ndarray:
-    """Sub-images (H, W, h, w) side by side in one array, white (nan) between them."""
+    """Sub-images (H, W, h, w) arranged in one array, separated by NaN, which is drawn white."""
     height, width, h, w = maps.shape
     page = np.full((height * (h + gap) - gap, width * (w + gap) - gap), np.nan)
     for row in range(height):
@@ -228,22 +224,22 @@ def _mosaic(maps: np.ndarray, gap: int = 1) -> np.ndarray:
 
 
 def draw_key_tokens(seen: Sequence[Seen]) -> Figure:
-    """Figure 1, a row an image: the image with its key token boxed, and that token's map over the global tokens."""
+    """Figure 1, one row per image: the image with its key token boxed, and the attention of that token."""
     figure = Figure(figsize=(5.2, 2.6 * len(seen)), layout="constrained")
     for (left, right), one in zip(figure.subplots(len(seen), 2, squeeze=False), seen, strict=True):
         _show_image(left, one, True, one.label)
         heat = right.imshow(one.map[one.token], cmap="viridis")
-        _plain(right, "read from the global tokens")
+        _plain(right, "attention to the global tokens")
         figure.colorbar(heat, ax=right, shrink=0.8, format=lambda share, _: f"{share:.1%}").ax.tick_params(labelsize=7)
     return figure
 
 
 def draw_maps(seen: Sequence[Seen], most: int = 7) -> Figure:
-    """Figure 4, a row an image: it; the map of every image token; their highest global tokens; the mean of all maps.
+    """Figure 4, one row per image: the image, the map of every token, their highest values, the mean of all maps.
 
     Args:
-        seen: one a row
-        most: sub-images a side; a finer map of image tokens is averaged down to so many
+        seen: one per row
+        most: maximum number of maps per side; more image tokens are averaged down to that number
     """
     figure = Figure(figsize=(11, 2.9 * len(seen)), layout="constrained")
     for row, one in zip(figure.subplots(len(seen), 4, squeeze=False), seen, strict=True):
@@ -254,18 +250,18 @@ def draw_maps(seen: Sequence[Seen], most: int = 7) -> Figure:
         mean = maps.mean((0, 1))
         _show_image(row[0], one, False, one.label)
         row[1].imshow(_mosaic(maps), cmap="viridis")
-        _plain(row[1], "map of the token at each place")
+        _plain(row[1], "map of each token")
         row[2].imshow(_mosaic(marks), cmap="Reds", vmin=0, vmax=1)
-        _plain(row[2], f"its {HIGHEST} highest")
+        _plain(row[2], f"its {HIGHEST} highest values")
         row[3].imshow(mean, cmap="viridis")
         for top, left in zip(*highest(mean).nonzero(), strict=True):
             row[3].add_patch(Rectangle((left - 0.5, top - 0.5), 1, 1, fill=False, color="red", linewidth=1.5))
-        _plain(row[3], f"mean of all, its {HIGHEST} highest")
+        _plain(row[3], f"mean of all maps, its {HIGHEST} highest values")
     return figure
 
 
 def draw_blocks(seen: Seen, columns: int = 6) -> Figure:
-    """What the image tokens read on average in each block, beside the image."""
+    """The image, and the mean map of each block."""
     names = list(seen.maps)
     rows = math.ceil((len(names) + 1) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.1 * rows), layout="constrained")
@@ -282,61 +278,61 @@ def draw_blocks(seen: Seen, columns: int = 6) -> Figure:
 def _numbers(token: str) -> tuple[int, int]:
     row, comma, column = token.partition(",")
     if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
-        raise InputError(f"--token {token}: give ROW,COL, counted from 0, for example 1,2")
+        raise InputError(f"--token {token}: must be ROW,COL, starting at 0, for example 1,2")
     return int(row), int(column)
 
 
-class Viewer:
-    """A classifier as `attention` uses one."""
+def load_classifier(checkpoint: Path, device: str, image_size: int | None) -> ClassificationPredictor:
+    """The predictor of a classification checkpoint, at another image size if one is given.
 
-    def __init__(self, model: nn.Module, loaded: Checkpoint, block: int, image_size: int | None):
-        self.model, self.class_names = model, loaded.class_names
+    Raises:
+        InputError: for a checkpoint of another task.
+    """
+    predictor = load_predictor(checkpoint, device, **({} if image_size is None else {"image_size": image_size}))
+    if not isinstance(predictor, ClassificationPredictor):
+        raise InputError(f"{checkpoint} is not a classifier; give the best.safetensors of a classification run")
+    return predictor
+
+
+class Viewer:
+    """A classifier and one of its blocks, for `attention`."""
+
+    def __init__(self, predictor: ClassificationPredictor, block: int):
+        self.predictor, self.model = predictor, predictor.model
+        model = predictor.model
         self.blocks = blocks_of(model)
         if not -len(self.blocks) <= block < len(self.blocks):
-            raise InputError(
-                f"--block {block}: there are {len(self.blocks)}, 0 to {len(self.blocks) - 1} (-1: the last)"
-            )
+            raise InputError(f"--block {block}: the network has blocks 0 to {len(self.blocks) - 1} (-1 is the last)")
         self.block = list(self.blocks)[block]
-        preprocessing = loaded.preprocessing
-        self.channels, size, _ = preprocessing["input_size"]
-        if image_size is not None:
-            check_size(model, self.channels, image_size)
-        self.mean, self.std = (tuple(preprocessing[key]) for key in ("mean", "std"))
-        data = Data(
-            image_size=image_size or size,
-            crop_pct=preprocessing["crop_pct"],
-            interpolation=preprocessing["interpolation"],
-        )
-        self.transform = classification_eval(data, self.mean, self.std)
 
     def image(self, x: Tensor) -> Image.Image:
-        """The image (C, H, W) that the network sees, for people."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        """An input of the network (C, H, W) as an image."""
+        mean, std = (torch.tensor(self.predictor.preprocessing[key])[:, None, None] for key in ("mean", "std"))
         pixels = ((x.cpu() * std + mean).clamp(0, 1) * 255).round().byte()
         return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
     def look(self, title: str, x: Tensor, token: tuple[int, int] | None) -> tuple[Seen, dict[str, Any]]:
-        """The maps of an image (C, H, W), and what is to be told of it."""
-        x = x[None].to(next(self.model.parameters()).device)
+        """The maps of an image (C, H, W), and its entry in the record."""
+        x = x[None].to(self.predictor.device)
         with torch.inference_mode(), recording(self.model) as maps:
-            probability, best = self.model(x).float().softmax(-1).max(-1)
-        name = self.class_names[best.item()]
-        told: dict[str, Any] = {"image": title, "class": name, "probability": round(probability.item(), 6)}
+            probability, best = self.predictor.forward(x).softmax(-1).max(-1)
+        name = self.predictor.class_names[best.item()]
+        entry: dict[str, Any] = {"image": title, "class": name, "probability": round(probability.item(), 6)}
         height, width = maps[self.block].shape[1:3]
         if token is None:
-            foretold, lost = (
+            estimated, lost = (
                 importance(self.model, self.blocks[self.block], x).flatten()
                 for importance in (gradient_importance, replacement_importance)
             )
             token = divmod(lost.argmax().item(), width)
-            told["gradient_token"] = list(divmod(foretold.argmax().item(), width))
-            told["agreement"] = round(spearman_corrcoef(foretold, lost).item(), 3) if len(lost) > 1 else 1.0
+            entry["gradient_token"] = list(divmod(estimated.argmax().item(), width))
+            entry["agreement"] = round(spearman_corrcoef(estimated, lost).item(), 3) if len(lost) > 1 else 1.0
         elif not (token[0] < height and token[1] < width):
-            here = f"{height}x{width} image tokens here, 0,0 to {height - 1},{width - 1}"
-            raise InputError(f"--token {token[0]},{token[1]}: {self.block} has {here}")
-        told["token"] = list(token)
+            grid = f"{height}x{width} image tokens, 0,0 to {height - 1},{width - 1}"
+            raise InputError(f"--token {token[0]},{token[1]}: {self.block} has {grid}")
+        entry["token"] = list(token)
         found = {key: value[0].cpu().numpy() for key, value in maps.items()}
-        return Seen(title, self.image(x[0]), f"{name} {probability.item():.0%}", token, found, self.block), told
+        return Seen(title, self.image(x[0]), f"{name} {probability.item():.0%}", token, found, self.block), entry
 
 
 def attention(
@@ -350,57 +346,48 @@ def attention(
     device: str = "auto",
     json: bool = False,
 ) -> bool:
-    """Draw what the image tokens of a trained classifier read from the global tokens, as the paper's Figures 1 and 4.
+    """Draw the attention of image tokens to global tokens in a trained classifier, as in the paper's Figures 1 and 4.
 
-    Writes for each image NAME.key.png (the key token boxed, beside its map), NAME.maps.png (the maps of all tokens)
-    and the maps as NAME.npy (H, W, h, w); of several images also figure-1.png and figure-4.png of the first 8. The
-    key token is the one that enters the block and whose replacement by the mean token of the image costs the class
-    that is predicted most of its log-probability; the table compares what the gradient says.
+    For each image, writes NAME.key.png (the key token and its map), NAME.maps.png (the maps of all tokens) and the maps
+    as NAME.npy (H, W, h, w); for several images also figure-1.png and figure-4.png with the first 8. The key token is
+    the input token of the block whose replacement by the mean token of the image decreases the log-probability of the
+    predicted class most. The table compares it with the estimate from the gradient.
 
     Args:
-        checkpoint: A best.safetensors of a classification run of a DualToken-ViT.
+        checkpoint: The best.safetensors of a classification run of a DualToken-ViT.
         images: Image files, and folders to search for them, subfolders included.
-        out: Folder for the drawings: a new one, or one that this command made.
-        block: Which block's maps, counted from 0; -1 is the last.
-        token: ROW,COL of the token to show in place of the key token, counted from 0.
-        every_block: Also draw what is read on average in every block, NAME.blocks.png, and save all their maps as
+        out: Folder for the drawings: a new one, or an output folder of this command.
+        block: Index of the block, starting at 0; -1 is the last.
+        token: ROW,COL of the token to show instead of the key token, starting at 0.
+        every_block: Also draw the mean map of every block, NAME.blocks.png, and save the maps of every block as
             NAME.BLOCK.npy.
-        image_size: Side of the images that the network sees, in pixels; by default as in training.
+        image_size: Input size of the network in pixels; by default as in training.
         device: auto, or any of torch's: cpu, cuda, mps.
         json: Print one JSON object on stdout instead of the table, and nothing else there.
 
     Returns:
-        Whether every image could be read; those that could not are named on stderr.
+        Whether every image could be read; unreadable images are reported on stderr.
 
     Raises:
-        InputError: where no image can be read, for another kind of checkpoint, a block or token that is not there.
+        InputError: if no image can be read, for a checkpoint of another task or network, or an unknown block or token.
     """
     place = _numbers(token) if token is not None else None
-    imgs = find_images(images, out, RECORD)
-    model, loaded = load_model(checkpoint)
-    if loaded.task != "classification":
-        raise InputError(f"{checkpoint} is of {loaded.task}; give the best.safetensors of a classification run")
-    viewer = Viewer(model.to(pick_device(device)).eval(), loaded, block, image_size)
-
-    def read(path: Path) -> Tensor | InputError:
-        try:
-            return viewer.transform(load_image(path, viewer.channels, printable(path)))
-        except InputError as error:
-            return error
+    sources = find_images(images, out, RECORD)
+    viewer = Viewer(load_classifier(checkpoint, device, image_size), block)
 
     record: dict[str, Any] = {"checkpoint": str(checkpoint), "block": viewer.block, "images": [], "unreadable": []}
     first: list[Seen] = []
-    pixels = in_threads(read, [image.path for image in imgs], len(imgs), "looking", 16)
-    for image, x in zip(imgs, pixels, strict=True):
-        if isinstance(x, InputError):
-            record["unreadable"].append({"image": str(image.path), "reason": str(x)})
+    loaded = in_threads(viewer.predictor.load, [source.path for source in sources], len(sources), "attention", 16)
+    for source, (_, x, error) in zip(sources, loaded, strict=True):
+        if x is None:
+            record["unreadable"].append({"image": str(source.path), "reason": str(error)})
             continue
-        seen, told = viewer.look(printable(image.path), x, place)
-        if not record["images"]:  # or a run that is cut short leaves a folder that the next one refuses
+        seen, entry = viewer.look(printable(source.path), x, place)
+        if not record["images"]:  # otherwise an interrupted run leaves a folder that the next run rejects
             save_record(record, out / RECORD)
-        record["images"].append(told)
+        record["images"].append(entry)
         first += [seen] * (len(first) < ROWS)
-        stem = out / image.drawing.removesuffix(".png")
+        stem = out / source.place
         save_figure(draw_key_tokens([seen]), stem.with_name(f"{stem.name}.key.png"), dpi=200)
         save_figure(draw_maps([seen]), stem.with_name(f"{stem.name}.maps.png"), dpi=200)
         arrays = {"": seen.map}
@@ -420,12 +407,12 @@ def attention(
         print(dumps(record))
     else:
         _print(record["images"])
-        print(f"block {list(viewer.blocks).index(viewer.block)}, {viewer.block}; drawings: {out}")
-    return tell_unreadable(record["unreadable"], len(imgs))
+        print(f"block {list(viewer.blocks).index(viewer.block)}, {viewer.block}; drawings in {out}")
+    return tell_unreadable(record["unreadable"], len(sources))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    """What was told of each image, a line each."""
+    """Print a table with one row per image."""
     columns = ["<image", "<class", "probability", "key token"]
     columns += ["by gradient", "rank correlation"] * ("agreement" in rows[0])
     lines = []

@@ -1,21 +1,23 @@
 """Speed, memory and size of networks, side by side in one run on one machine.
 
-Only ratios within a run mean much: machines differ, and one machine differs from hour to hour. So the models take
-turns, one short visit each a round, and drift hits all of them alike; what is reported is the median over the rounds.
+Only ratios within a run are comparable: speed differs between machines, and on one machine from hour to hour.
+Therefore the models take turns, with one short visit per round, so that drift affects all of them alike. The figures
+are medians over the rounds.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from json import dumps
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -29,8 +31,11 @@ from torchvision.models.detection.retinanet import RetinaNet
 import dualtoken_vit  # noqa: F401  registers the models
 from dualtoken_vit import machine
 from dualtoken_vit.errors import InputError, first_line
-from dualtoken_vit.machine import tune_cpu
+from dualtoken_vit.machine import pick_device, tune_cpu
+from dualtoken_vit.models.detectors import DETECTORS, create_detector
+from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
 from dualtoken_vit.paper.counting import Counts, count
+from dualtoken_vit.recipes import Device
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_growth
 
@@ -48,18 +53,16 @@ PEERS = (
 Mode = Literal["eager", "compiled"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
-OVER = ("retinanet", "mask-rcnn", "deeplabv3", "pspnet")  # what can be had over a backbone
-
 HOW_MEMORY_IS_MEASURED = {
-    "cpu": "peak resident memory of a fresh process that builds the model and runs it three times (eager only), less "
-    "what it held before",
-    "cuda": "peak of what PyTorch allocates in a forward pass, plus the weights",
+    "cpu": "peak resident memory of a fresh process that builds the model and runs it three times (eager only), minus "
+    "its memory before",
+    "cuda": "peak memory allocated by PyTorch in a forward pass, plus the weights",
 }
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model in one mode at one batch size."""
+    """One model in one mode at one input and batch size."""
 
     model: str
     mode: Mode
@@ -68,21 +71,52 @@ class Result:
     batch_size: int
     images_per_second: float
     ratio: float
-    """Speed relative to the first model's: that one's latency divided by this one's."""
+    """Latency of the first model divided by the latency of this one."""
     latency_ms: float
-    """Of a forward pass of the whole batch, median over the rounds."""
+    """Forward pass of the whole batch, median over the rounds."""
     spread_percent: float
-    """Distance between the rounds' quartiles, in percent of the median."""
+    """Interquartile range over the rounds, in percent of the median."""
     memory_mib: float | None
-    """Peak memory by `HOW_MEMORY_IS_MEASURED`, None where it is not."""
+    """Peak memory (see `HOW_MEMORY_IS_MEASURED`), None if not measured."""
     params: int
     macs: int
     """Multiply-accumulates for one image."""
 
 
+TORCHVISION_DETECTORS = torchvision.models.list_models(module=torchvision.models.detection)
+
+
+def _timm(name: str, size: tuple[int, int]) -> nn.Module:
+    cfg = timm.get_pretrained_cfg(name)
+    kwargs: dict[str, Any] = {"img_size": size} if cfg and cfg.fixed_input_size else {}
+    return timm.create_model(name, **kwargs)
+
+
+def _torchvision(name: str, size: tuple[int, int]) -> nn.Module:
+    kwargs = {"min_size": min(size), "max_size": max(size)} if name in TORCHVISION_DETECTORS else {}
+    return torchvision.models.get_model(name, weights=None, weights_backbone=None, **kwargs)
+
+
+def _detector(kind: str, name: str, size: tuple[int, int]) -> nn.Module:
+    return create_detector(kind, name, 80, image_size=min(size), max_size=max(size))
+
+
+def _segmenter(kind: str, name: str, size: tuple[int, int]) -> nn.Module:
+    return create_segmenter(kind, name, 150)
+
+
+BUILDERS: dict[str, Callable[[str, tuple[int, int]], nn.Module]] = {
+    "": _timm,
+    **{kind: partial(_detector, kind) for kind in DETECTORS},
+    **{kind: partial(_segmenter, kind) for kind in SEGMENTERS},
+    "torchvision": _torchvision,
+}
+"""KIND in KIND:NAME -> function that builds NAME for images of (height, width), with random weights."""
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What all the models of a comparison share."""
+    """What all models of a comparison share."""
 
     size: tuple[int, int]
     """Height and width of the images."""
@@ -94,41 +128,25 @@ class Setting:
         return f"{width}x{height}"
 
     def build(self, name: str) -> nn.Module:
-        """The network of that name (see `benchmark`) for images of this size, with random weights."""
+        """The model of this name (see `benchmark`) for images of this size, with random weights."""
         kind, _, inner = name.rpartition(":")
-        sides = {"min_size": min(self.size), "max_size": max(self.size)}
-        if kind == "torchvision":
-            kwargs = sides if inner in torchvision.models.list_models(module=torchvision.models.detection) else {}
-            model = torchvision.models.get_model(inner, weights=None, weights_backbone=None, **kwargs)
-        elif kind == "mask-rcnn" and self.precision != "float32":
-            raise InputError(f"{name}: torchvision's pooling of regions takes --precision float32 only")
-        elif kind in ("deeplabv3", "pspnet"):
-            from dualtoken_vit.models.segmenters import create_segmenter
-
-            model = create_segmenter(kind, inner, 150)
-        elif kind:
-            from dualtoken_vit.models.detectors import create_detector
-
-            model = create_detector(kind, inner, 80, image_size=sides["min_size"], max_size=sides["max_size"])
-        else:
-            cfg = timm.get_pretrained_cfg(name)
-            model = timm.create_model(name, **({"img_size": self.size} if cfg and cfg.fixed_input_size else {}))
-        return model.eval().to(self.device, getattr(torch, self.precision), memory_format=torch.channels_last)
+        model = BUILDERS[kind](inner, self.size).eval()
+        return model.to(self.device, getattr(torch, self.precision)).to(memory_format=torch.channels_last)
 
     def images(self, batch_size: int) -> Tensor:
-        """A batch of noise (B, 3, H, W), 0 to 1, channels last."""
+        """A batch of noise (B, 3, H, W) in [0, 1], channels-last."""
         x = torch.rand((batch_size, 3, *self.size), dtype=getattr(torch, self.precision), device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
 
 
 def forward(model: nn.Module, x: Tensor) -> object:
-    """The network's answer to a batch; a detector takes it as a list."""
+    """The model's output for a batch; a detector takes a list of images."""
     return model(list(x)) if detects(model) else model(x)
 
 
 def detects(model: nn.Module) -> bool:
-    """Whether this is one of torchvision's detectors, or built on one."""
-    return isinstance(getattr(model, "_orig_mod", model), (GeneralizedRCNN, RetinaNet))
+    """Whether this is a detector, compiled or not."""
+    return isinstance(getattr(model, "_orig_mod", model), (GeneralizedRCNN, RetinaNet, *DETECTORS.values()))
 
 
 def take_turns(
@@ -139,19 +157,19 @@ def take_turns(
     synchronize: Callable[[], object] = lambda: None,
     after_visit: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Time callables against each other: each round visits all of them, and begins with another one each time.
+    """Time callables against each other. Each round visits all of them, starting with a different one.
 
-    A visit calls one of them as often as fits into `visit_seconds`, at least once.
+    A visit repeats one callable for about `visit_seconds`, at least once.
 
     Args:
-        calls: what to time, by name.
-        rounds: visits to each.
-        visit_seconds: how long a visit lasts, about.
-        synchronize: waits until the device is done.
+        calls: callables by name.
+        rounds: visits to each callable.
+        visit_seconds: approximate duration of a visit in seconds.
+        synchronize: waits for the device.
         after_visit: called after every visit, for a progress bar.
 
     Returns:
-        Seconds a call, one number a round, by name.
+        Seconds per call by name, one value per round.
     """
 
     def visit(call: Callable[[], object], repeats: int) -> float:
@@ -177,16 +195,16 @@ def take_turns(
 
 
 def _count(name: str, setting: Setting) -> Counts:
-    """Parameters and MACs of a model.
+    """Parameters and MACs of a model, which do not depend on device and precision.
 
     Raises:
-        InputError: for a model that cannot take this size.
+        InputError: for a model that does not accept images of this size.
     """
     try:
-        model = setting.build(name)
+        model = replace(setting, device=torch.device("cpu"), precision="float32").build(name)
         return count(model, (3, *setting.size), forward, device="cpu" if detects(model) else "meta")
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise InputError(f"{name} cannot take images of {setting} pixels: {first_line(e)}") from e
+        raise InputError(f"{name} does not accept images of {setting} pixels: {first_line(e)}") from e
 
 
 def _peak_resident_bytes() -> int:
@@ -195,7 +213,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _cpu_memory(name: str, batch_size: int, setting: Setting, threads: int) -> int:
-    """Bytes that a model needs to be built and run; to be called in a fresh process."""
+    """Bytes needed to build and run a model. Call it in a fresh process."""
     torch.set_num_threads(threads)
     before = _peak_resident_bytes()
     model, x = setting.build(name), setting.images(batch_size)
@@ -206,7 +224,7 @@ def _cpu_memory(name: str, batch_size: int, setting: Setting, threads: int) -> i
 
 
 def _cuda_memory(model: nn.Module, call: Callable[[], object]) -> int:
-    """Bytes that a model needs for a forward pass, its weights included."""
+    """Bytes needed for a forward pass, weights included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -218,7 +236,7 @@ def _cuda_memory(model: nn.Module, call: Callable[[], object]) -> int:
 def _peak_memory(
     name: str, model: nn.Module, call: Callable[[], object], setting: Setting, mode: Mode, batch_size: int
 ) -> int | None:
-    """Bytes by `HOW_MEMORY_IS_MEASURED`, None where there is no way to measure them."""
+    """Bytes (see `HOW_MEMORY_IS_MEASURED`), None if they cannot be measured."""
     if setting.device.type == "cuda":
         return _cuda_memory(model, call)
     if setting.device.type == "cpu" and mode == "eager" and Path("/proc/self/status").exists():
@@ -239,7 +257,7 @@ def _measure(
     memory: bool,
     done: Callable[[str], object],
 ) -> list[Result]:
-    """The models against each other in one mode at one batch size."""
+    """Time the models against each other in one mode at one batch size."""
     x = setting.images(batch_size)
     calls: dict[str, Callable[[], object]] = {}
     peaks: dict[str, int | None] = {}
@@ -247,13 +265,13 @@ def _measure(
     with torch.inference_mode():
         for name in models:
             model = setting.build(name)
-            network = torch.compile(model, dynamic=False) if mode == "compiled" else model
-            calls[name] = lambda network=network: forward(network, x)
+            network: Any = torch.compile(model, dynamic=False) if mode == "compiled" else model
+            calls[name] = partial(forward, network, x)
             try:
                 calls[name]()  # compiles
             except RuntimeError as e:
-                what = f"{mode}, batch {batch_size}, {setting.precision}"
-                raise InputError(f"{name} does not run ({what}): {first_line(e)}") from e
+                where = f"{mode}, batch {batch_size}, {setting.precision} on {setting.device.type}"
+                raise InputError(f"{name} does not run ({where}): {first_line(e)}") from e
             peaks[name] = _peak_memory(name, model, calls[name], setting, mode, batch_size) if memory else None
             done(f"{mode}, batch {batch_size}: {name} built")
         seconds = take_turns(
@@ -266,6 +284,7 @@ def _measure(
     latency = {name: median(times) for name, times in seconds.items()}
     results = []
     for name in models:
+        peak = peaks[name]
         quartiles = quantiles(seconds[name], n=4, method="inclusive") if rounds > 1 else 3 * seconds[name]
         results.append(
             Result(
@@ -277,7 +296,7 @@ def _measure(
                 ratio=latency[models[0]] / latency[name],
                 latency_ms=1e3 * latency[name],
                 spread_percent=100 * (quartiles[2] - quartiles[0]) / latency[name],
-                memory_mib=None if peaks[name] is None else peaks[name] / 2**20,
+                memory_mib=None if peak is None else peak / 2**20,
                 params=counts[name].params,
                 macs=counts[name].macs,
             )
@@ -286,52 +305,44 @@ def _measure(
 
 
 def _machine(setting: Setting) -> dict[str, str]:
-    """The state of the machine, in words."""
+    """Description of the machine for the report."""
     found = machine.describe(setting.device)
     found["precision"] = f"{setting.precision}, denormals flushed to zero, freed memory kept (glibc)"
     if hasattr(os, "getloadavg"):
         load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
-        found["load"] = f"{load} (mean of the last 1, 5, 15 minutes)"
+        found["load"] = f"{load} (average over 1, 5, 15 minutes)"
     return found
 
 
 def _check_models(models: tuple[str, ...]) -> None:
     if not models:
-        raise InputError("models: none is named; name one or more timm models")
+        raise InputError("models: none given; name one or more timm models")
     for name in models:
         kind, colon, inner = name.rpartition(":")
-        if colon and kind not in (*OVER, "torchvision"):
-            raise InputError(f"models: {name}: before the colon stands {', '.join(OVER)} or torchvision")
+        if colon and kind not in BUILDERS:
+            kinds = ", ".join(filter(None, BUILDERS))
+            raise InputError(f"models: {name}: {kind!r} is not a kind of model; use one of {kinds}, or a timm name")
         library = torchvision.models if kind == "torchvision" else timm
         names = library.list_models()
-        if inner not in names and not (library is timm and timm.is_model(inner)):  # which knows names with a tag too
+        if inner not in names and not (library is timm and timm.is_model(inner)):  # timm also accepts names with a tag
             near = get_close_matches(inner, names)
             hint = f"did you mean {' or '.join(near)}?" if near else f"{library.__name__}.list_models() lists them"
             raise InputError(f"models: {kind or 'timm'} has no model {inner!r}; {hint}")
         if models.count(name) > 1:
-            raise InputError(f"models: {name} is named twice; name it once")
+            raise InputError(f"models: {name} is given twice; give it once")
 
 
 def _size(text: str) -> tuple[int, int]:
-    """Height and width from "224" or "640x480" (width first, as sizes of images are written)."""
+    """Height and width from "224" or "640x480" (width x height)."""
     width, cross, height = text.partition("x")
     if not width.isdecimal() or (cross and not height.isdecimal()) or int(width) < 1 or int(height or 1) < 1:
-        raise InputError(f"input_sizes: {text!r} is not a size; give pixels as 224 or WIDTHxHEIGHT, as 640x480")
+        raise InputError(f"input_sizes: {text!r} is not a size; give pixels as 224, or WIDTHxHEIGHT as 640x480")
     return int(height or width), int(width)
-
-
-def _device(device: str) -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if device == "auto":
-        return found or torch.device("cpu")
-    if device != "cpu" and (found is None or found.type != device):
-        raise InputError(f"device: this machine has no {device} device that PyTorch can use; use auto or cpu")
-    return torch.device(device)
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], object]]:
-    """A progress bar on stderr; yields a function that advances it, given what was done."""
+    """Progress bar on stderr; yields a function that advances it and shows its argument."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total)
@@ -347,7 +358,7 @@ def benchmark(
     modes: tuple[Mode, ...] = ("eager", "compiled"),
     rounds: int = 15,
     visit_seconds: float = 0.3,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    device: Device = "auto",
     precision: Precision = "float32",
     threads: int | None = None,
     memory: bool = True,
@@ -355,42 +366,42 @@ def benchmark(
     markdown: bool = False,
     plot: Path | None = None,
 ) -> list[Result]:
-    """Compare speed, memory and size of networks, side by side in one run.
+    """Compare speed, memory and size of models in one run.
 
-    Prints the state of the machine, then the table. Weights are random and images are noise, both channels-last.
-    Denormals are flushed to zero and freed memory is kept; this and the number of threads stay so in the process.
+    Prints a description of the machine, then the table. Weights are random and images are noise, both channels-last.
+    Flushes denormals to zero and keeps freed memory; these settings and the number of threads persist in the process.
 
     Args:
-        models: names of timm models; retinanet:NAME and mask-rcnn:NAME for a detector over one (80 classes),
-            deeplabv3:NAME and pspnet:NAME for a segmenter (150 classes); torchvision:NAME for a model of torchvision's.
-            The others are compared with the first one.
-        input_sizes: pixels of the images, as 224 or 640x480 (width x height), the same for all the models.
-        batch_sizes: images in a forward pass.
+        models: timm names; retinanet:NAME and mask-rcnn:NAME for a detector over a timm model (80 classes),
+            deeplabv3:NAME and pspnet:NAME for a segmenter (150 classes); torchvision:NAME for a torchvision model.
+            The first one is the reference for the ratios.
+        input_sizes: image sizes in pixels, as 224 or 640x480 (width x height), the same for all models.
+        batch_sizes: images per forward pass.
         modes: eager, or compiled by torch.compile with its default settings (compiling takes minutes).
         rounds: visits to each model.
-        visit_seconds: how long a visit lasts, about.
-        device: auto is the accelerator if there is one, else the CPU.
-        precision: of weights and images.
-        threads: CPU threads; None leaves it to PyTorch.
-        memory: measure the peak memory too.
+        visit_seconds: approximate duration of a visit in seconds.
+        device: auto uses the accelerator if there is one, otherwise the CPU.
+        precision: data type of weights and images.
+        threads: CPU threads; None uses PyTorch's default.
+        memory: also measure the peak memory.
         json: print one JSON object.
         markdown: print the table as Markdown.
-        plot: PNG to draw the latency against the pixels of the images in.
+        plot: PNG file for a plot of latency against image size.
 
     Returns:
         One result for each mode, input size, batch size and model, in this order.
 
     Raises:
-        InputError: for a model that timm does not know or that cannot take this size, and for a missing device.
+        InputError: for an unknown model, a model that does not accept this size, or an unavailable device.
     """
     _check_models(models)
     least = {"batch_sizes": min(batch_sizes, default=0), "rounds": rounds}
     for name, value in (least | {"threads": 1 if threads is None else threads}).items():
         if value < 1:
             raise InputError(f"{name}: {value} is too small; give 1 or more")
-    settings = [Setting(_size(text), _device(device), precision) for text in input_sizes]
+    settings = [Setting(_size(text), pick_device(device), precision) for text in input_sizes]
     if not settings:
-        raise InputError("input_sizes: none is given")
+        raise InputError("input_sizes: none given; give one or more, as 224 or 640x480")
     if threads is not None:
         torch.set_num_threads(threads)
     tune_cpu()
@@ -408,21 +419,21 @@ def benchmark(
                 counts[setting][name] = _count(name, setting)
                 done(f"{name} counted")
         for mode, setting, batch_size in cells:
-            options = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
+            options: dict[str, Any] = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
             results.append(_measure(models, counts[setting], setting, mode, batch_size, **options))
 
     flat = [result for cell in results for result in cell]
     about = {
         "size": "of the images, width x height in pixels",
-        "latency": f"of a whole batch, median over {rounds} rounds; spread is the distance between their quartiles",
-        "ratio": f"speed relative to {models[0]}: above 1 is faster",
+        "latency": f"of a whole batch, median over {rounds} rounds; spread is the interquartile range",
+        "ratio": f"speed relative to {models[0]}; above 1 is faster",
         "memory": HOW_MEMORY_IS_MEASURED.get(settings[0].device.type, "not measured on this device"),
         "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
     }
-    if any("rcnn" in name.replace("-", "") or "retinanet" in name for name in models):
+    if any(kind in DETECTORS or name in TORCHVISION_DETECTORS for kind, _, name in (m.rpartition(":") for m in models)):
         about["detectors"] = (
-            "untrained, on noise: they find little or nothing, so speed, memory and MACs are without mask heads, and "
-            "with little suppression of boxes and pasting of masks"
+            "untrained, on noise: they detect little or nothing, so speed, memory and MACs exclude mask heads and most "
+            "of the suppression of boxes and pasting of masks"
         )
     if json:
         print(dumps({"machine": about_machine, "about": about, "results": [asdict(r) for r in flat]}, indent=2))

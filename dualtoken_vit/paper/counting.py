@@ -1,9 +1,10 @@
-"""Parameters, multiply-accumulates and FLOPs of any model, on the meta device: nothing is computed, only shapes."""
+"""Parameters, multiply-accumulates and FLOPs of any model, from shapes alone (on the meta device)."""
 
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,19 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Counts:
-    """What `count` found, for one image."""
+    """Result of `count`, for one image."""
 
     params: int
-    """Parameters, all of them."""
+    """Number of parameters."""
     macs: int
     """Multiply-accumulates of convolutions, linear layers and attention products."""
     flops: int
-    """FLOPs as the paper counts them: `macs` plus what normalisation and bilinear resizing cost by fvcore's rules."""
+    """FLOPs as the paper counts them: `macs` plus normalisation and bilinear resizing by fvcore's rules."""
     attention: int = 0
-    """Of `macs`, the products of two activations: Q K^T, and attention's product with V."""
+    """The part of `macs` that multiplies two activations: Q K^T, and its product with V."""
 
 
-# fvcore's rules for what is no matrix product: operations an element. Arguments are shapes where they are tensors.
+# fvcore's rules for operations other than matrix products, per element. Tensor arguments arrive as shapes.
 
 
 def _layer_norm(x, normalized_shape, weight, *args, **kwargs) -> int:
@@ -51,8 +52,9 @@ RULES = {
     aten.native_layer_norm: _layer_norm,
     aten.native_group_norm: _group_norm,
     aten.native_batch_norm: _batch_norm,
-    aten._native_batch_norm_legit_no_training: _batch_norm,  # what older PyTorch's counter sees of the former
+    aten._native_batch_norm_legit_no_training: _batch_norm,  # the same in older versions of PyTorch
     aten.upsample_bilinear2d: _bilinear,
+    aten._upsample_bilinear2d_aa: _bilinear,
 }
 
 
@@ -62,17 +64,18 @@ def count(
     forward: Callable[[nn.Module, Tensor], object] | None = None,
     device: str = "meta",
 ) -> Counts:
-    """Count one image's forward pass through any model, in evaluation mode. The model is left as it is.
+    """Count the forward pass of one image through a model in evaluation mode. The model is not changed.
 
-    Activations, softmax, pooling, biases and additions count nothing, as in fvcore.
+    Activations, softmax, pooling, biases and additions are not counted, as in fvcore.
 
     Args:
-        model: on any device, the meta device included.
-        input_size: of the image, (channels, height, width).
-        forward: how to call the model, if not with a batch.
-        device: for a model whose work depends on what it sees (a detector) cpu, where it is run on noise.
+        model: on any device, including meta.
+        input_size: channels, height and width of the image.
+        forward: called with the model and a batch of one image; by default calls the model.
+        device: "cpu" for a model whose operations depend on the values (a detector), which then runs on noise.
     """
     model = deepcopy(model).to(device).eval().requires_grad_(False)
+    module: Any
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # PyTorch's counter has missed fused attention in some versions

@@ -1,9 +1,9 @@
-"""How well attention maps say where things are: the paper's claim about position-aware global tokens, measured.
+"""How well attention maps localise objects: a measurement of the paper's claim about position-aware global tokens.
 
-An image token on a labelled object reads from global tokens. If these carry positions, it should read from what was
-gathered on the same object; chance is what a map that reads everywhere alike would give. Every map is taken to the
-places of X_ga, where global information is gathered: position-aware tokens are X_ga resized, normal ones are mixtures
-of it (see `attention.recording`). So both kinds are judged on the same grid.
+An image token on a labelled object attends to global tokens. If these carry positions, it should attend to information
+from the same object; chance is the result of uniform attention. All maps are converted to the positions of X_ga, the
+grid of global aggregation: position-aware tokens are a resized X_ga, normal tokens are mixtures of its positions (see
+`attention.recording`). Both types are therefore evaluated on the same grid.
 """
 
 import math
@@ -19,15 +19,12 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from dualtoken_vit.checkpoint import load_model
-from dualtoken_vit.data.coco import CocoDataset, DetectionDataset, ShapeScenes
+from dualtoken_vit.data.detection import CocoDataset, DetectionDataset, ShapeScenes
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.machine import pick_device
-from dualtoken_vit.models.backbone import check_size
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.models.two_stream import STRIDE
-from dualtoken_vit.paper.attention import blocks_of, recording
+from dualtoken_vit.paper.attention import blocks_of, load_classifier, recording
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 
@@ -36,21 +33,21 @@ __all__ = ["Place", "localise", "measure", "places_of"]
 
 @dataclass(frozen=True)
 class Place:
-    """What the tokens on one object read from, in one block; shares of 1."""
+    """The attention of the tokens on one object in one block; all values are between 0 and 1."""
 
     on_object: float
-    """Share of their attention that lies on the object."""
+    """Share of their attention on the object."""
     chance: float
-    """Share of the places that the object covers: `on_object` of a map that reads everywhere alike."""
+    """Share of the positions that the object covers, which is `on_object` of uniform attention."""
     highest: float
-    """How often the place that they read most from lies on the object (in parts, where it does in parts)."""
+    """Mean coverage by the object of the position with the highest attention."""
     own: float
-    """How often no other place is nearer to the token than that."""
+    """Share of the tokens for which no other position is closer than that of the highest attention."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A block's `Place`s: the mean over the images of the mean over an image's objects."""
+    """The `Place`s of a block: means over the objects of an image, then over the images."""
 
     checkpoint: str
     block: str
@@ -58,31 +55,31 @@ class Score:
     objects: int
     on_object: float
     error: float
-    """Standard error of `on_object` less `chance`, over the images."""
+    """Standard error of `on_object` minus `chance` over the images."""
     chance: float
     highest: float
     own: float
     own_chance: float
-    """One in the number of places, on average."""
+    """`own` of uniform attention: one divided by the number of positions, mean over the images."""
 
     @property
     def lift(self) -> float:
-        """How many times as much attention lies on the object as chance would put there."""
+        """Attention on the object relative to chance."""
         return self.on_object / self.chance
 
 
 def cells(x: Tensor, stride: int) -> Tensor:
-    """The mean of x (C, Y, X) over cells of `stride` pixels, as the network pools: the last ones may be partial."""
+    """Mean of x (C, Y, X) over cells of `stride` pixels. As in the network, the last cells may be partial."""
     return F.avg_pool2d(x[None], stride, ceil_mode=True, count_include_pad=False)[0]
 
 
 def gathered(attended: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map over global tokens (H, W, h, w) as one over the places of X_ga that these were resized from.
+    """Convert a map over global tokens (H, W, h, w) to a map over the positions of X_ga that they were resized from.
 
-    Each token passes what it is given on to the places that it is interpolated from, in their shares.
+    The attention to a token is distributed over these positions by their interpolation weights.
 
     Args:
-        attended: what each image token reads from each global token
+        attended: attention of each image token to each global token
         grid: rows and columns of X_ga
     """
     if attended.shape[2:] == grid:
@@ -90,19 +87,19 @@ def gathered(attended: Tensor, grid: tuple[int, int]) -> Tensor:
     places = torch.eye(math.prod(grid), dtype=attended.dtype).unflatten(1, grid)[
         ..., None
     ]  # (places, rows, columns, 1)
-    shares = resize_grid(places, attended.shape[2])[..., 0]  # (places, h, w); global tokens form a square
+    shares = resize_grid(places, attended.shape[2])[..., 0]  # (places, h, w); the grid of global tokens is square
     return torch.einsum("abhw,phw->abp", attended, shares).unflatten(2, grid)
 
 
 def places_of(attended: Tensor, cover: Tensor) -> Place:
-    """Judge the map of an image by one object in it.
+    """Evaluate the map of an image for one object.
 
-    The tokens on an object are those of whose cell it covers at least a half, or, of a small one, the cell that it
-    covers most of.
+    The tokens on an object are those whose cell it covers by at least half; for a small object, the cell that it covers
+    most.
 
     Args:
-        attended: (H, W, h, w), what each image token reads from each global token; each adds up to 1
-        cover: (Y, X), 1 where the object is in the image that the network sees
+        attended: (H, W, h, w), attention of each image token to each global token; sums to 1 per image token
+        cover: (Y, X), mask of the object in the input of the network
     """
     cover = cover[None].to(attended.dtype)
     (rows, columns), (height, width) = attended.shape[:2], cover.shape[1:]
@@ -123,7 +120,7 @@ def places_of(attended: Tensor, cover: Tensor) -> Place:
 
 
 def _covers(target: dict) -> Tensor:
-    """(N, Y, X): the masks of the objects, or their boxes, filled."""
+    """Masks of the objects (N, Y, X), or their filled boxes."""
     if "masks" in target:
         return target["masks"].float()
     height, width = target["boxes"].canvas_size
@@ -134,18 +131,18 @@ def _covers(target: dict) -> Tensor:
 
 @torch.inference_mode()
 def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[Score]:
-    """Judge every block's maps by every object; objects of less than a pixel there are left out.
+    """Evaluate the maps of every block for every object; objects without a pixel in the input are skipped.
 
     Args:
         model: a DualToken-ViT in evaluation mode
-        images: with a `transform` that makes the network's input
-        name: of the network, for the scores
+        images: dataset whose `transform` returns the input of the network
+        name: name of the network in the scores
 
     Raises:
-        InputError: for another network, or images without objects.
+        InputError: for another network, or a dataset without objects.
     """
     device = next(model.parameters()).device
-    found: dict[str, list[Tensor]] = {block: [] for block in blocks_of(model)}  # of each image (objects, 4)
+    found: dict[str, list[Tensor]] = {block: [] for block in blocks_of(model)}  # (objects, 4) per image
     sizes: list[int] = []
     for x, target in in_threads(images.__getitem__, range(len(images)), len(images), name, 16):
         covers = [cover for cover in _covers(target) if cover.any()]
@@ -158,7 +155,7 @@ def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[
             found[block].append(torch.tensor([[p.on_object, p.chance, p.highest, p.own] for p in places]))
         sizes.append(math.prod(math.ceil(side / STRIDE) for side in x.shape[1:]))
     if not sizes:
-        raise InputError(f"{images.name}: no objects; nothing to judge attention by")
+        raise InputError(f"{images.name}: no objects, which are needed to evaluate attention")
     scores = []
     for block, places in found.items():
         means = torch.stack([one.double().mean(0) for one in places])  # (images, 4)
@@ -182,7 +179,7 @@ def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[
 
 
 def draw(scores: Sequence[Score]) -> Figure:
-    """Lift on the objects, and how often a token reads most from its own place, against the blocks."""
+    """Lift on the objects, and how often the attention of a token is highest at its own position, by block."""
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in dict.fromkeys(score.checkpoint for score in scores):
@@ -192,8 +189,8 @@ def draw(scores: Sequence[Score]) -> Figure:
         (line,) = right.plot([100 * score.own for score in rows], ".-", label=name)
         right.plot([100 * score.own_chance for score in rows], ":", color=line.get_color())
     left.axhline(1, color="grey", linestyle=":")
-    left.set(ylabel="attention on the object / chance")
-    right.set(ylabel="reads most from its own place (%)")
+    left.set(ylabel="attention on object / chance")
+    right.set(ylabel="highest attention at own position (%)")
     for axes in (left, right):
         axes.set_xlabel("block (dotted: chance)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -202,7 +199,7 @@ def draw(scores: Sequence[Score]) -> Figure:
     return figure
 
 
-def _images(images: Path | None, annotations: Path | None, masks: bool, limit: int | None) -> DetectionDataset:
+def _dataset(images: Path | None, annotations: Path | None, masks: bool, limit: int | None) -> DetectionDataset:
     if (images is None) != (annotations is None):
         raise InputError("--images DIR and --annotations FILE go together; without both, shapes are drawn")
     if limit is not None and limit < 1:
@@ -224,60 +221,53 @@ def localise(
     json: bool = False,
     markdown: bool = False,
 ) -> None:
-    """Measure how well attention maps say where objects are, in every block.
+    """Measure how well attention maps localise objects, in every block.
 
-    An image token on an object reads from global tokens: how much of that, and how often most of it, was gathered on
-    the same object? Chance is what reading everywhere alike would give. Give several checkpoints to compare them, for
-    example of position-aware and of normal global tokens.
+    An image token on an object attends to global tokens: how much of this attention, and how often its maximum, lies on
+    the same object? Chance is the result of uniform attention. Give several checkpoints to compare them, for example
+    with position-aware and with normal global tokens.
 
     Args:
-        checkpoints: best.safetensors of classification runs of DualToken-ViTs.
-        images: Folder of images with labelled objects; without one, scenes of shapes are drawn, with masks.
-        annotations: COCO json of these images.
-        masks: The objects are their masks, not their boxes (those of drawn shapes are always masks).
-        image_size: Short side of the images that the network sees, in pixels; by default as in training. The finer
-            the better places can be told apart: global information is gathered on a grid of stride 32.
-        limit: Only the first so many images.
+        checkpoints: The best.safetensors of classification runs of DualToken-ViTs.
+        images: Folder of images with labelled objects; by default, scenes of shapes with masks are drawn.
+        annotations: COCO JSON file of these images.
+        masks: Use the masks of the objects instead of their boxes. Drawn shapes always use masks.
+        image_size: Short side of the input in pixels; by default as in training. Larger inputs resolve more positions,
+            because global aggregation has a stride of 32.
+        limit: Use only the first LIMIT images.
         device: auto, or any of torch's: cpu, cuda, mps.
-        plot: PNG to draw the figures against the blocks in.
+        plot: PNG file for a plot of the results by block.
         json: Print one JSON object and nothing else.
         markdown: Print the table as Markdown.
 
     Raises:
-        InputError: for another kind of checkpoint, or images that cannot be used.
+        InputError: for a checkpoint of another task or network, or images that cannot be used.
     """
     if not checkpoints:
-        raise InputError("no checkpoint is given; give the best.safetensors of one or more runs")
-    networks = []
-    for checkpoint in checkpoints:
-        model, loaded = load_model(checkpoint)
-        if loaded.task != "classification":
-            raise InputError(f"{checkpoint} is of {loaded.task}; give the best.safetensors of a classification run")
+        raise InputError("no checkpoint given; give the best.safetensors of one or more runs")
+    predictors = {checkpoint: load_classifier(checkpoint, device, image_size) for checkpoint in checkpoints}
+    for checkpoint, predictor in predictors.items():
         try:
-            blocks_of(model)
+            blocks_of(predictor.model)
         except InputError as error:
             raise InputError(f"{checkpoint}: {error}") from error
-        channels, size, _ = loaded.preprocessing["input_size"]
-        size = size if image_size is None else image_size
-        check_size(model, channels, size)
-        networks.append((checkpoint, model, loaded.preprocessing, channels, size))
-    if len(sizes := {size for *_, size in networks}) > 1:
+    if len(sizes := {predictor.options.image_size for predictor in predictors.values()}) > 1:
         raise InputError(
-            f"the networks see {' and '.join(map(str, sorted(sizes)))} pixels: give one --image-size for all"
+            f"the networks differ in input size ({', '.join(map(str, sorted(sizes)))} pixels); give one --image-size"
         )
-    imgs = _images(images, annotations, masks, limit)
+    dataset = _dataset(images, annotations, masks, limit)
     scores: list[Score] = []
-    for checkpoint, model, preprocessing, channels, size in networks:
-        imgs.channels = channels
-        imgs.transform = v2.Compose(
+    for checkpoint, predictor in predictors.items():
+        dataset.channels = predictor.channels
+        dataset.transform = v2.Compose(
             [
-                v2.Resize(size, antialias=True),
+                v2.Resize(predictor.options.image_size, antialias=True),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(preprocessing["mean"], preprocessing["std"]),
+                v2.Normalize(predictor.preprocessing["mean"], predictor.preprocessing["std"]),
             ]
         )
         name = str(checkpoint.parent) if checkpoint.name == "best.safetensors" else str(checkpoint)
-        scores += measure(model.to(pick_device(device)), imgs, name)
+        scores += measure(predictor.model, dataset, name)
     if plot is not None:
         save_figure(draw(scores), plot, dpi=150)
     if json:
@@ -290,8 +280,8 @@ def localise(
         "+-",
         "chance %",
         "lift",
-        "highest %",
-        "own place %",
+        "peak on object %",
+        "peak at token %",
         "its chance %",
     )
     groups: dict[str, list[tuple[str, ...]]] = {}
@@ -300,10 +290,11 @@ def localise(
         place = [f"{100 * share:.1f}" for share in (s.highest, s.own, s.own_chance)]
         groups.setdefault(s.checkpoint, []).append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
     print(table_text(columns, groups.values(), markdown))
-    print(f"\n{scores[0].objects} objects in {scores[0].images} of {len(imgs)} images; means over the images.")
+    print(f"\n{scores[0].objects} objects in {scores[0].images} of {len(dataset)} images; means over the images.")
     print(
-        "on object    share of what an object's tokens read that lies on it; +-: standard error of its lead on chance\n"
-        "chance       share of the places that the object covers; lift: the former over this\n"
-        "highest      how often the place read most from lies on the object, to be compared with chance\n"
-        "own place    how often that place is the token's own, or as near to it as any"
+        "on object       share of the attention of an object's tokens on the object; +-: standard error of its\n"
+        "                difference from chance\n"
+        "chance          share of the positions that the object covers; lift: on object / chance\n"
+        "peak on object  how often the position with the highest attention lies on the object; compare with chance\n"
+        "peak at token   how often no other position is closer to the token than that position"
     )

@@ -1,6 +1,6 @@
-"""The paper's Tables 2 to 9 beside what this code has: sizes counted as you look, accuracies read from results.
+"""The paper's Tables 2 to 9 beside this implementation: sizes are counted, accuracies are read from results.
 
-What the paper prints is in `PUBLISHED`; nothing else is stored here.
+Only the published figures are stored (`PUBLISHED`).
 """
 
 import json as jsonlib
@@ -12,10 +12,12 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dualtoken_vit  # noqa: F401  registers the models
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.detectors import DETECTORS, create_detector
+from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.recipes import RECIPES, Detection, Model, Segmentation, model_kwargs
 from dualtoken_vit.show.console import table_text
@@ -25,12 +27,12 @@ __all__ = ["PUBLISHED", "Published", "Row", "compare", "read_studies", "tables"]
 
 @dataclass(frozen=True)
 class Published:
-    """One network as the paper prints it."""
+    """One row of the paper's tables."""
 
     table: str
     network: str
     key: str
-    """How it is had here: a recipe, a timm name, KIND:NAME for a detector or segmenter over one; "": not at all."""
+    """How to build it here: a recipe, a timm name, or KIND:NAME for a detector or segmenter; "" if unavailable."""
     params: str
     """In millions."""
     flops: str
@@ -114,55 +116,57 @@ _PRINTED: dict[str, tuple[tuple[str, str, str, str, str], ...]] = {
 # fmt: on
 PUBLISHED = [Published(table, *row) for table, rows in _PRINTED.items() for row in rows]
 
-DENSE = ("Table 3", "Table 4", "Table 5")  # of detectors and segmenters
+DENSE = ("Table 3", "Table 4", "Table 5")  # detectors and segmenters
+OUTPUT_STRIDES = {"mobilenetv2_100": 8}  # dilated backbones of Table 5
 
 WHAT_IS_COUNTED = """\
-Parameters and FLOPs are counted now; "paper" is what it prints.
+Parameters and FLOPs are counted in this run; "paper" is the published figure.
 MACs   multiply-accumulates of convolutions, linear layers and attention products (Q K^T, and its product with V).
-FLOPs  as the paper counts them: one MAC is one FLOP, plus, by fvcore's rules, 5 an element of a LayerNorm,
-       2 of a BatchNorm and 4 of a bilinear resize. Activations, softmax, pooling, additions: none.
-       Classification (Tables 2, 6 to 9): one image of 224x224 pixels, 1000 classes. Others' figures in Table 2 are
-       those that their papers give, by rules of their own (LightViT's 0.7 is without attention products).
-       Detection (3, Mask R-CNN; 4, RetinaNet): 1280x800 pixels, 80 classes, without attention products, as the paper
-       has them for its own networks; its PVTv2-B0 is with them, our MACs. 1,000 proposals, 100 detections.
-       Segmentation (5, DeepLabv3 and PSPNet): 512x512, 150 classes, without attention products.
-=      rounds to what the paper prints.
+FLOPs  as the paper counts them: one MAC is one FLOP, plus, by fvcore's rules, 5 per element of a LayerNorm,
+       2 of a BatchNorm and 4 of a bilinear resize. Activations, softmax, pooling and additions are not counted.
+       Classification (Tables 2, 6 to 9): one image of 224x224 pixels, 1000 classes. For other networks Table 2 quotes
+       their own papers, which count differently (LightViT's 0.7 excludes attention products).
+       Detection (3, Mask R-CNN; 4, RetinaNet): 1280x800 pixels, 80 classes, 1,000 proposals, 100 detections, without
+       attention products, as in the paper for DualToken-ViT. The paper's PVTv2-B0 includes them: compare with MACs.
+       Segmentation (5, DeepLabv3 and PSPNet): 512x512, 150 classes, without attention products. MobileNetV2 is dilated
+       to output stride 8, which the paper's FLOPs imply; the other backbones keep stride 32.
+=      rounds to the published figure.
 published  by the paper, in percent: top-1 on ImageNet-1k; box/mask AP on COCO, 1x and 3x; mIoU on ADE20K.
-measured   top-1 by this project, the mean over seeds; (1) ... say where and with what budget. "T" and the like: of that
-       DualToken-ViT in place of S.
+measured   top-1 by this project, mean over seeds; the numbers in parentheses refer to the studies below the table.
+       "T": DualToken-ViT-T in place of S.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One network: counted, published and measured."""
+    """One network: published, counted and measured."""
 
     published: Published
     counts: Counts | None
-    """None: neither timm nor this project has it."""
+    """None if neither timm nor this project has the network."""
     measured: str
-    """Top-1 by this project in percent, the mean over seeds, and the letter of its budget."""
+    """Top-1 by this project in percent, mean over seeds, and the numbers of the studies."""
 
     @property
     def flops(self) -> int:
-        """By the rule of the row's table."""
+        """FLOPs by the rule of the row's table."""
         assert self.counts is not None
         without = self.published.table in DENSE
         return self.counts.flops - without * self.counts.attention
 
 
 def bare(model: Model) -> Model:
-    """What decides about the network alone: rates and weights to start from change nothing that is counted."""
+    """Name and arguments of the network, without drop rates and initial weights, which do not affect counts."""
     return Model(name=model.name, args=model.args)
 
 
 def model_of(key: str) -> Model:
-    """The network of a row: of a recipe, or a timm name."""
+    """The network of a row's key: a recipe's, or a timm model."""
     return RECIPES[key].model if key in RECIPES else Model(name=key)
 
 
-def _heads(detector: nn.Module, x: Tensor) -> None:
-    """A detector's work on an image, with 1000 proposals and 100 detections, whatever it would find."""
+def _heads(detector: Any, x: Tensor) -> None:
+    """Run all parts of a detector on an image with exactly 1000 proposals and 100 detections."""
     maps = list(detector.backbone(x).values())
     if hasattr(detector, "head"):  # RetinaNet
         detector.head(maps)
@@ -173,23 +177,21 @@ def _heads(detector: nn.Module, x: Tensor) -> None:
     regions.mask_predictor(regions.mask_head(x.new_empty(100, 256, 14, 14)))
 
 
-@cache  # some networks stand in several tables
+@cache  # some networks are in several tables
 def _count(kind: str, model: Model) -> Counts:
-    """What a network has, or a detector or segmenter over it, of which `kind` says which."""
-    from dualtoken_vit.models.detectors import create_detector  # after the command line has answered --help
-    from dualtoken_vit.models.segmenters import create_segmenter
-
+    """Count a network, or the detector or segmenter `kind` over it."""
     kwargs = model_kwargs(model)
     with torch.device("meta"):
-        if kind in ("retinanet", "mask-rcnn"):
+        if kind in DETECTORS:
             return count(create_detector(kind, model.name, 80, **kwargs), (3, 800, 1280), _heads)
-        if kind in ("deeplabv3", "pspnet"):
-            return count(create_segmenter(kind, model.name, 150, **kwargs), (3, 512, 512))
+        if kind in SEGMENTERS:
+            output_stride = OUTPUT_STRIDES.get(model.name)
+            return count(create_segmenter(kind, model.name, 150, output_stride=output_stride, **kwargs), (3, 512, 512))
         return count(timm.create_model(model.name, **kwargs))
 
 
 def _counts(key: str) -> Counts | None:
-    """What a row's network has, if it can be had."""
+    """Count the network of a row's key, if available."""
     if not key:
         return None
     kind, _, name = key.rpartition(":")
@@ -202,10 +204,10 @@ def _counts(key: str) -> Counts | None:
 
 
 def read_studies(folder: Path) -> list[dict[str, Any]]:
-    """What `study` has written below a folder, by name; none where there is none.
+    """Read the study-*.json files that `study` wrote below a folder, sorted by path.
 
     Raises:
-        InputError: for a file that is damaged.
+        InputError: for a damaged file.
     """
     studies = []
     for path in sorted(folder.glob("**/study-*.json")):
@@ -219,15 +221,15 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
             study = {"file": str(path), "table": found["table"], "text": found["budget"]["text"], "networks": networks}
             studies.append(study | {"base": found["budget"]["base"]})
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not what `study` writes ({error!r}); repair or remove it") from error
+            raise InputError(f"{path}: not a result of `study` ({error!r}); repair or remove it") from error
     return studies
 
 
 def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
-    """The accuracies of a classifier; in the ablation that it stands in, also of a smaller one in its place."""
+    """Measured accuracies of a classifier; in an ablation also those of a smaller model in its place."""
     if not row.key or row.table in DENSE:
         return ""
-    found: dict[str, list[str]] = {}  # accuracy: the numbers of the studies that have it, often from the same runs
+    found: dict[str, list[str]] = {}  # accuracy -> numbers of the studies, which may share runs
     for number, study in enumerate(studies, start=1):
         for network in study["networks"]:
             top1 = f"{100 * network['mean']:.1f}"
@@ -239,12 +241,12 @@ def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
 
 
 def compare(studies: Sequence[dict[str, Any]] = ()) -> list[Row]:
-    """Count every network of the paper's tables, and add what `read_studies` found of it."""
+    """Count every network of the paper's tables and add the accuracies from `read_studies`."""
     return [Row(row, _counts(row.key), _measured(row, studies)) for row in PUBLISHED]
 
 
 def difference(found: float, printed: str) -> str:
-    """How far `found` is from the paper's print, in percent; marked = if it rounds to the print."""
+    """Difference from the published figure in percent, followed by = if `found` rounds to that figure."""
     digits = len(printed.partition(".")[2])
     same = f"{found:.{digits}f}" == printed
     percent = round(100 * (found / float(printed) - 1), 1) + 0.0  # adding 0 turns -0.0 into 0.0
@@ -257,37 +259,36 @@ def _cells(row: Row) -> tuple[str, ...]:
         return ("", it.network, "", it.params, "", "", it.flops, "", "", it.score, "")
     params, flops, macs = row.counts.params / 1e6, row.flops / 1e9, row.counts.macs / 1e9
     digits = 3 if flops < 10 else 1
-    sizes = (f"{params:.3f}", it.params, difference(params, it.params))
-    sizes += (f"{flops:.{digits}f}", it.flops, difference(flops, it.flops), f"{macs:.{digits}f}")
-    return (it.key, it.network, *sizes, it.score, row.measured)
+    params_cells = (f"{params:.3f}", it.params, difference(params, it.params))
+    flops_cells = (f"{flops:.{digits}f}", it.flops, difference(flops, it.flops), f"{macs:.{digits}f}")
+    return (it.key, it.network, *params_cells, *flops_cells, it.score, row.measured)
 
 
 def tables(*, json: bool = False, markdown: bool = False, results: Path | None = None) -> None:
-    """Print the paper's Tables 2 to 9 beside this implementation: parameters and FLOPs, counted now, and accuracies.
+    """Print the paper's Tables 2 to 9 beside this implementation: parameters, FLOPs and accuracies.
 
-    Accuracies are the paper's, and those that `study` has measured.
+    Parameters and FLOPs are counted. Accuracies are the paper's and those measured by `study`.
 
     Args:
         json: print one JSON object.
         markdown: print the table as Markdown.
-        results: folder below which `study` has left study-*.json, each with its budget; by default `results`, if there
-            is one.
+        results: folder with the study-*.json files of `study`; by default `results`, if it exists.
 
     Raises:
-        InputError: for a folder that is not there, or a file in it that is damaged.
+        InputError: for a missing folder or a damaged file in it.
     """
     if results is not None and not results.is_dir():
         raise InputError(f"--results {results}: no such folder")
     studies = read_studies(results or Path("results"))
     rows = compare(studies)
     if json:
-        told = [
+        printed = [
             {"published": asdict(row.published), "counts": row.counts and asdict(row.counts)}
             | {"flops": row.counts and row.flops, "measured": row.measured}
             for row in rows
         ]
         found = [{key: study[key] for key in ("file", "table", "text", "base")} for study in studies]
-        print(jsonlib.dumps({"what_is_counted": WHAT_IS_COUNTED, "rows": told, "studies": found}, indent=2))
+        print(jsonlib.dumps({"what_is_counted": WHAT_IS_COUNTED, "rows": printed, "studies": found}, indent=2))
         return
     print(f"```\n{WHAT_IS_COUNTED}```\n" if markdown else WHAT_IS_COUNTED)
     groups: dict[str, list[tuple[str, ...]]] = {}

@@ -1,6 +1,6 @@
-"""Average precision of detections as COCO defines it, computed by faster-coco-eval.
+"""COCO's average precision of detections, computed by faster-coco-eval.
 
-Detections are gathered as COCO results, one list an image, which is also what is written to a file.
+Detections are collected as COCO results, one list per image, in the form of the result files.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from dualtoken_vit.data.coco import encode_masks
+from dualtoken_vit.data.detection import encode_masks
 from dualtoken_vit.files import atomic_write
 
 KINDS = {"box": "bbox", "mask": "segmentation"}  # what is compared: its key in a result
@@ -23,7 +23,7 @@ CURVES = (0.5, 0.75)  # IoUs
 
 @dataclass(frozen=True)
 class Score:
-    """How good boxes or masks are; -1 is COCO's sign for a figure of which there is no true object."""
+    """COCO's metrics of boxes or masks; -1 means that there is no ground truth."""
 
     figures: dict[str, float]
     """FIGURES, 0 to 1: AP over IoU 0.5 to 0.95; for small, medium, large objects; AR with 1, 10, 100 detections."""
@@ -37,10 +37,10 @@ def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Seque
     """The detections of one image as COCO results.
 
     Args:
-        image_id: The json's.
-        detections: boxes (N, 4) XYXY in pixels of the image as it is stored, labels (N,) class indices, scores (N,),
-            and masks (N, 1, H, W) where there are any.
-        category_ids: The json's id of each class index.
+        image_id: as in the json
+        detections: boxes (N, 4) XYXY in pixels of the original image, labels (N,) class indices, scores (N,), and
+            optionally masks (N, 1, H, W)
+        category_ids: the json's id of each class index
     """
     left, top, right, bottom = detections["boxes"].double().unbind(1)
     sides = [x.tolist() for x in (left, top, right - left, bottom - top)]
@@ -56,24 +56,36 @@ def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Seque
 
 
 def evaluate(truth: dict[str, list[dict]], found: dict[int, list[dict]], masks: bool) -> dict[str, Score]:
-    """Compare results with what is there, in all the images of `truth`.
+    """Compare results with the ground truth in all images of `truth`.
 
     Args:
-        truth: A COCO file whose annotations have area and iscrowd, and, for masks, a segmentation.
-        found: Image id to results, as `to_results` makes them; images may be missing.
-        masks: Whether to score masks too.
+        truth: a COCO file whose annotations have area and iscrowd, and for masks a segmentation
+        found: image id to results, as `to_results` makes them; images may be missing
+        masks: whether to score masks too
 
     Returns:
-        "box": its score; and if there are masks, "mask": theirs.
+        "box": its score; with `masks`, also "mask".
     """
-    results = [result for one in found.values() for result in one]
+    # COCO's programs hold ids as floating-point numbers, which are exact up to 2^53, and take id 0 for "no match".
+    images = {image_id: i for i, image_id in enumerate(sorted(one["id"] for one in truth["images"]), 1)}
+    categories = {one["id"]: i for i, one in enumerate(truth["categories"], 1)}
+
+    def renumbered(entry: dict) -> dict:
+        return entry | {"image_id": images[entry["image_id"]], "category_id": categories[entry["category_id"]]}
+
+    truth = {
+        "images": [one | {"id": images[one["id"]]} for one in truth["images"]],
+        "categories": [one | {"id": categories[one["id"]]} for one in truth["categories"]],
+        "annotations": [renumbered(one) | {"id": i} for i, one in enumerate(truth["annotations"], 1)],
+    }
+    results = [renumbered(result) for one in found.values() for result in one]
     return {kind: _score(truth, results, kind) for kind in KINDS if kind == "box" or masks}
 
 
 def of_kind(results: Iterable[dict], kind: str) -> list[dict]:
-    """The results with boxes alone or masks alone.
+    """The results with boxes only, or masks only.
 
-    Given both, COCO's programs take the box's area for the mask's when they sort objects by size.
+    Given both, COCO's programs take the area of the box for that of the mask when they sort objects by size.
     """
     (other,) = (key for name, key in KINDS.items() if name != kind)
     return [{key: value for key, value in result.items() if key != other} for result in results]
@@ -84,20 +96,20 @@ def _score(truth: dict[str, list[dict]], results: list[dict], kind: str) -> Scor
     there = COCO(truth | {"annotations": [annotation.copy() for annotation in truth["annotations"]]})
     evaluation = COCOeval_faster(there, there.loadRes(of_kind(results, kind)), {"box": "bbox", "mask": "segm"}[kind])
     evaluation.run()
-    order = [evaluation.params.catIds.index(category["id"]) for category in truth["categories"]]
-    precision = evaluation.eval["precision"][:, :, order, 0, -1]  # (IoUs, recalls, classes): any size, 100 detections
+    # (IoUs, recalls, classes), for objects of any size and 100 detections; the classes are in the order of their ids
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
     names = [category["name"] for category in truth["categories"]]
     ious = [int(np.isclose(evaluation.params.iouThrs, iou).argmax()) for iou in CURVES]
     return Score(
         figures=dict(zip(FIGURES, map(float, evaluation.stats), strict=True)),
-        per_class=dict(zip(names, precision.mean((0, 1)).tolist(), strict=True)),  # -1 throughout, or nowhere
+        per_class=dict(zip(names, precision.mean((0, 1)).tolist(), strict=True)),  # -1 everywhere or nowhere
         precision=precision[ious].transpose(0, 2, 1),
     )
 
 
 def save_results(folder: str | Path, found: dict[int, list[dict]], masks: bool) -> list[Path]:
-    """Write FOLDER/detections-box.json and, if there are masks, detections-mask.json, which pycocotools reads."""
-    paths = []
+    """Write FOLDER/detections-box.json and, with `masks`, detections-mask.json, which pycocotools reads."""
+    paths: list[Path] = []
     for kind in KINDS:
         if kind == "box" or masks:
             paths.append(Path(folder, f"detections-{kind}.json"))

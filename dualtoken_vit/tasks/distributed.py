@@ -1,11 +1,13 @@
 """What several processes share: sums, gathered results, batch normalisation over the whole batch."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class _AllReduce(torch.autograd.Function):
@@ -35,11 +37,15 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
     Every process must have a batch of the same shape. Followed by the dropout and activation of timm's layer.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        self.weight, self.bias = norm.weight, norm.bias
-        self.running_mean, self.running_var = norm.running_mean, norm.running_var
-        self.num_batches_tracked = norm.num_batches_tracked
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(norm, name))
         self.drop = getattr(norm, "drop", nn.Identity())
         self.act = getattr(norm, "act", nn.Identity())
 
@@ -80,9 +86,9 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def gather(found: dict[int, list[dict]]) -> dict[int, list[dict]]:
-    """The results of all the processes, in each of them: image id to results, each image once."""
-    parts = [found]
+def gather(found: dict[int, T]) -> dict[int, T]:
+    """The results of all the processes, in each of them: image id to result, each image once."""
+    parts: list[Any] = [found]
     if dist.is_available() and dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, found)

@@ -29,9 +29,11 @@ def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
         near = get_close_matches(recipe.name, timm.list_models())
         hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
         raise InputError(f"--model.name {recipe.name}: timm has no such model{hint}")
-    rates = {"drop_path_rate": recipe.drop_path_rate} if recipe.drop_path_rate > 0 else {}  # not every network takes it
+    rates: dict[str, Any] = {}
+    if recipe.drop_path_rate > 0:  # not every network takes it
+        rates["drop_path_rate"] = recipe.drop_path_rate
     try:
-        model = timm.create_model(
+        model: Any = timm.create_model(
             recipe.name,
             pretrained=recipe.pretrained,
             num_classes=num_classes,

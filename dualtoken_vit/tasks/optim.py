@@ -1,7 +1,8 @@
-"""Optimisers and the schedule of the learning rate."""
+"""The optimiser and the learning rate schedule."""
 
 import math
 from difflib import get_close_matches
+from typing import Any
 
 import timm.optim
 import torch
@@ -12,29 +13,24 @@ from dualtoken_vit.recipes import Optim
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """timm's optimiser of that name over the model's parameters.
+    """A timm optimiser for the parameters of a model.
 
-    Biases, norms and what `model.no_weight_decay()` names are not decayed. With `layer_decay` the groups follow
-    `model.group_matcher()`, and each group's peak learning rate is lr * layer_decay ** (layers above it).
+    Biases, normalisation layers and the parameters in `model.no_weight_decay()` have no weight decay. With
+    `layer_decay`, groups follow `model.group_matcher()` and have peak learning rate lr * layer_decay ** (layers above).
 
     Raises:
-        InputError: for an optimiser that timm does not have.
+        InputError: for an unknown optimiser.
     """
+    options: dict[str, Any] = dict(lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
     try:
-        pair = timm.optim.get_optimizer_info(optim.optimizer.rpartition("_")[2]).num_betas == 2  # some take three
-        optimizer = timm.optim.create_optimizer_v2(
-            model,
-            opt=optim.optimizer,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            layer_decay=optim.layer_decay,
-            **({"betas": optim.betas} if pair else {}),
-        )
+        if timm.optim.get_optimizer_info(optim.optimizer.rpartition("_")[2]).num_betas == 2:  # some have three
+            options["betas"] = optim.betas
+        optimizer = timm.optim.create_optimizer_v2(model, opt=optim.optimizer, **options)
     except ValueError as error:
-        near = get_close_matches(optim.optimizer, timm.optim.list_optimizers())
+        near = get_close_matches(optim.optimizer, map(str, timm.optim.list_optimizers()))
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise InputError(f"--optim.optimizer {optim.optimizer}: {error}{hint}") from error
-    for group in optimizer.param_groups:  # torch's schedulers do not know timm's lr_scale
+    for group in optimizer.param_groups:  # torch's schedulers ignore timm's lr_scale
         group["lr"] *= group.get("lr_scale", 1.0)
     return optimizer
 
@@ -42,7 +38,13 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 def build_schedule(
     optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up to the peak, then `optim.schedule` to the last step; to be stepped every batch."""
+    """Linear warm-up to the peak, then `optim.schedule` until the last step.
+
+    Args:
+        optimizer: from `build_optimizer`
+        optim: settings
+        steps_per_epoch: optimiser steps per epoch; call the scheduler's `step` after each
+    """
     total = optim.epochs * steps_per_epoch
     warmup = round(optim.warmup_epochs * steps_per_epoch) if optim.warmup_steps is None else optim.warmup_steps
     warmup = min(warmup, total)

@@ -1,49 +1,130 @@
-"""Semantic segmentation: losses, metrics of one confusion matrix; what training and evaluation need."""
+"""Semantic segmentation: losses, metrics of one confusion matrix, prediction."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
+from rich import box
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint, load_weights
-from dualtoken_vit.data.masks import (
+from dualtoken_vit.data.check import segmentation as data_check
+from dualtoken_vit.data.contract import ImageData
+from dualtoken_vit.data.segmentation import (
+    IGNORE,
     SegmentationDataset,
     build_datasets,
     build_val_dataset,
     class_weights,
     collate,
 )
-from dualtoken_vit.data.transforms import IGNORE, segmentation_train
+from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write
-from dualtoken_vit.models.segmenters import View, build_segmenter, dilated, segment
-from dualtoken_vit.recipes import Model, Segmentation, model_kwargs
+from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.models.segmenters import (
+    Segmenter,
+    build_segmenter,
+    check_windows,
+    create_segmenter,
+    dilated,
+    segment,
+)
+from dualtoken_vit.recipes import Model, Segmentation, SegmentationInput, model_kwargs
+from dualtoken_vit.results import LabelMap
 from dualtoken_vit.show import plots
-from dualtoken_vit.show.drawing import draw_scene, save_image
-from dualtoken_vit.tasks.base import Setup, Task
+from dualtoken_vit.show.drawing import draw_scene, palette, save_image
+from dualtoken_vit.show.guard import guard
+from dualtoken_vit.tasks.base import Setup, Task, TaskModule
 from dualtoken_vit.tasks.distributed import gather, mean_over_processes
 from dualtoken_vit.tasks.networks import create_network
+from dualtoken_vit.tasks.predictor import Predictor, Report, naming_memory
+
+MEMORY_HINT = "use mode slide, or a smaller image_size"
+
+
+class SegmentationPredictor(Predictor[LabelMap]):
+    """A segmenter: returns the class of every pixel of each image."""
+
+    model: Segmenter
+    Options = SegmentationInput
+    batch_size = 4
+    ahead = 16
+    memory_hint = MEMORY_HINT
+
+    def __init__(self, model: nn.Module, class_names: Any, preprocessing: dict[str, Any], options: Any):
+        super().__init__(model, class_names, preprocessing, options)
+        check_windows(options)
+
+    def preprocess(self, image: Image.Image) -> Tensor:  # -> (C, H, W) uint8
+        return pil_to_tensor(image)
+
+    def forward(self, batch: list[Tensor], check: bool = True) -> list[Tensor]:  # (C, H, W) uint8 each -> (H, W) int64
+        return segment(self.model, [image.to(self.device) / 255 for image in batch], self.options, check)
+
+    def postprocess(self, outputs: list[Tensor]) -> list[LabelMap]:
+        return [LabelMap(self.class_names, labels.byte().cpu().numpy()) for labels in outputs]
+
+
+class SegmentationReport(Report[LabelMap]):
+    """The classes of each image with their share of its pixels; label maps as palette PNGs."""
+
+    suffixes = (".png", ".labels.png")
+
+    def __init__(self, predictor: SegmentationPredictor):
+        super().__init__(predictor)
+        self.predictions: list[dict[str, Any]] = []
+
+    def add(self, path: Path, image: Image.Image, result: LabelMap) -> None:
+        classes = [{"class": name, "share": share} for name, share in result.shares().items()]
+        self.predictions.append({"image": str(path), "classes": classes})
+
+    def draw(
+        self, title: str, image: Image.Image, result: LabelMap
+    ) -> tuple[Image.Image, Image.Image, tuple[str, float | None]]:
+        drawing = draw_scene([("", image, result.labels)], result.class_names)
+        return drawing, drawing, (title, None)
+
+    def files(self, result: LabelMap) -> dict[str, Image.Image]:
+        labels = Image.fromarray(result.labels)
+        labels.putpalette(palette(len(result.class_names)))
+        return {self.suffixes[1]: labels}
+
+    def record(self) -> dict[str, Any]:
+        return {"classes": list(self.predictor.class_names), "predictions": self.predictions}
+
+    def table(self) -> Table:
+        table = Table("image", "class", "share of the pixels", box=box.SIMPLE_HEAD)
+        table.columns[0].overflow = "fold"
+        for prediction in self.predictions:
+            name = printable(prediction["image"])
+            for number, one in enumerate(prediction["classes"]):
+                share = Text(f"{one['share']:.1%}", justify="right")
+                table.add_row(Text("" if number else name), Text(printable(one["class"])), share)
+            table.add_section()
+        return table
+
 
 AUX_WEIGHT = 0.4
-WORST = 8  # images that are drawn
+WORST = 8  # images to draw
 FIGURES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 
 Batch = tuple[list[Tensor], list[Tensor]]
 
 
 def cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean over the pixels that count, weighted by class if there are `weights` (classes,); 0 where none counts.
+    """The mean over the pixels that are not ignored, weighted by class with `weights` (classes,); 0 if all are ignored.
 
-    Of several processes each divides by the mean of all their sums, so that their gradients' mean is that of one.
+    Each process divides by the mean of all processes' sums, so that averaged gradients equal those of one process.
     """
     loss = F.cross_entropy(logits, mask, weights, ignore_index=IGNORE, reduction="sum")
     counts = mask != IGNORE
@@ -54,13 +135,13 @@ def cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor | None = None) -
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix (row: true class, column: predicted one) in pixels comes to; shares are from 0 to 1."""
+    """Metrics of a confusion matrix in pixels (row: true class, column: predicted class), between 0 and 1."""
 
     miou: float
-    """Mean over the classes that are in the truth or in a prediction."""
+    """Mean over the classes in the ground truth or the predictions."""
     pixel_accuracy: float
     mean_accuracy: float
-    """Mean over the classes that are in the truth."""
+    """Mean over the classes in the ground truth."""
     per_class: tuple[float | None, ...]
     """Intersection over union of each class; None where it is in neither."""
 
@@ -78,66 +159,73 @@ class Scores:
         )
 
 
-class SegmentationTask(Task):
-    """Cross-entropy of both heads over (images, masks) as `data.masks` gives them.
+class SegmentationModule(TaskModule):
+    """Cross-entropy of both heads over (images, masks) of `data.segmentation`.
 
     Args:
-        model: of `create_segmenter`
+        predictor: runs the segmenter
         recipe: the experiment
         val: the validation images, of which the worst are drawn
         steps_per_epoch: optimiser steps
     """
 
+    predictor: SegmentationPredictor
     score = "miou"
-    panels: ClassVar = {
-        "loss": {"train_loss": "training"},
-        "validation (%)": {"val_miou": "mIoU", "val_pixel_accuracy": "pixels", "val_mean_accuracy": "mean of classes"},
-    }
     collate = staticmethod(collate)
 
-    def __init__(self, model: nn.Module, recipe: Segmentation, val: SegmentationDataset, steps_per_epoch: int = 1):
-        super().__init__(model, recipe, steps_per_epoch)
+    def __init__(
+        self,
+        predictor: SegmentationPredictor,
+        recipe: Segmentation,
+        val: SegmentationDataset,
+        steps_per_epoch: int = 1,
+    ):
+        super().__init__(predictor, recipe, steps_per_epoch)
+        validation = {"val_miou": "mIoU", "val_pixel_accuracy": "pixels", "val_mean_accuracy": "mean of classes"}
+        self.panels = {"loss": {"train_loss": "training"}, "validation (%)": validation}
         self.weights: Tensor | None = None
-        """Of the classes in the loss, in a run of a recipe in which they are not equal."""
-        self.val, self.view = val, view_of(recipe)
+        """(classes,) in the loss, where the recipe does not weight them equally."""
+        self.val = val
         self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=IGNORE, validate_args=False)
         self.found: dict[int, tuple[float, np.ndarray]] = {}
-        """The worst images of the validation that is under way, by index: share of right pixels, labels (H, W)."""
+        """The worst images of the validation in progress, by index: pixel accuracy, labels (H, W)."""
         self.seen = 0
         """Images of this process in that validation."""
         self.worst: list[tuple[int, np.ndarray]] = []
         """Index and labels of the worst images of the last validation, the worst first."""
         self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)
-        """Pixels of each class (row) that were taken for each class (column), of the last validation."""
+        """(classes, classes): pixels by true class (row) and predicted class (column), of the last validation."""
 
-    def on_fit_start(self) -> None:
-        """Look at what is in the training masks: a class that is in none cannot be learnt.
+    def check_training_data(self, state: dict[str, Any]) -> None:
+        """Weight the classes by their share of the training pixels; a class that no mask has cannot be learnt.
 
         Raises:
-            InputError: where there are fewer than two classes.
+            InputError: where the masks have fewer than two classes, or were not counted.
         """
-        pixels, names = self.trainer.datamodule.pixels, self.val.class_names
-        if pixels is None and self.recipe.class_weights == "equal":  # a run that an older version began
+        pixels, names = state.get("pixels"), self.val.class_names
+        if pixels is None and self.recipe.class_weights == "equal":  # --data.verify false
             return
         if pixels is None:
             raise InputError(
-                "an older version began this run, and did not keep the weights of the classes; start another with --out"
+                f"--class-weights {self.recipe.class_weights} counts the pixels of each class in the training masks: "
+                "leave --data.verify at true; a run that an older version began cannot be resumed"
             )
         missing = [name for name, count in zip(names, pixels[0].tolist(), strict=True) if not count]
         if missing and self.trainer.is_global_zero:
-            print(f"in no training mask: {', '.join(missing)}")
+            print(f"in no training mask: {', '.join(map(printable, missing))}")
         if len(names) - len(missing) < 2:
-            ignored = self.recipe.data.ignore_index
             raise InputError(
-                f"the training masks hold one class only, beside {ignored}, which counts for nothing "
-                "(--data.ignore-index); look at them with check-data"
+                f"the training masks have only one class, besides ignored pixels ({self.recipe.data.ignore_index}, "
+                "--data.ignore-index); look at them with check-data"
             )
         if self.recipe.class_weights != "equal":
-            self.weights = class_weights(self.recipe.class_weights, self.trainer.datamodule.pixels).to(self.device)
+            self.weights = class_weights(self.recipe.class_weights, pixels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = (torch.stack(each) for each in batch)
         masks = masks.long()
+        if self.weights is not None:
+            self.weights = self.weights.to(masks.device)
         found = self.model(images / 255)
         losses = {name: cross_entropy(logits, masks, self.weights) for name, logits in found.items()}
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(images))
@@ -147,14 +235,15 @@ class SegmentationTask(Task):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, masks = batch
-        # In training what is not a number stops the run elsewhere, on all processes and with the last good state named.
+        # In training NaN stops the run elsewhere, on all processes, naming the last good state.
         check = self.trainer.state.fn != TrainerFn.FITTING
-        labels = segment(self.model, [image / 255 for image in images], self.view, check=check)
+        with naming_memory(f"{MEMORY_HINT} (--data.mode, --data.image-size)"):
+            labels = self.predictor.forward(images, check)
         for found, mask in zip(labels, masks, strict=True):
             confusion = self.metric(found, mask.long())  # of this image
             index = self.trainer.global_rank + self.seen * self.trainer.world_size  # as `sampling.loader` deals them
             self.seen += 1
-            right = (confusion.trace() / confusion.sum()).nan_to_num(1.0).item()  # nothing to be right about: no matter
+            right = (confusion.trace() / confusion.sum()).nan_to_num(1.0).item()  # all pixels ignored
             self.found[index] = right, found.byte().cpu().numpy()
             if len(self.found) > WORST:
                 del self.found[max(self.found, key=lambda index: self.found[index][0])]
@@ -179,10 +268,11 @@ class SegmentationTask(Task):
         plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
         plots.save_confusion(self.confusion, names, out / "confusion.png", percent=True)
         for number, (index, labels) in enumerate(self.worst, start=1):
-            image, truth = self.val.load(index)
-            title = Path(self.val.paths[index]).name
-            panels = [(title, image, None), ("truth", image, truth), ("prediction", image, labels)]
-            save_image(draw_scene(panels, names), out / "worst" / f"{number}.png")
+            with guard(path := out / "worst" / f"{number}.png"):
+                image, truth = self.val.load(index)
+                title = Path(self.val.image_names[index]).name
+                panels = [(title, image, None), ("ground truth", image, truth), ("prediction", image, labels)]
+                save_image(draw_scene(panels, names), path)
 
     def evaluation(self) -> "SegmentationEvaluation":
         return SegmentationEvaluation(Scores.of(self.confusion), self.val.class_names, len(self.val))
@@ -190,7 +280,7 @@ class SegmentationTask(Task):
 
 @dataclass(frozen=True)
 class SegmentationEvaluation:
-    """What a segmenter does on a validation set."""
+    """Metrics of a segmenter on a validation set."""
 
     scores: Scores
     class_names: tuple[str, ...]
@@ -205,7 +295,7 @@ class SegmentationEvaluation:
     def table(self) -> Table:
         table = Table("class", "IoU")
         for name, share in zip(self.class_names, self.scores.per_class, strict=True):
-            table.add_row(Text(name), "-" if share is None else f"{share:.1%}")
+            table.add_row(Text(printable(name)), "-" if share is None else f"{share:.1%}")
         table.add_section()
         for name, about in FIGURES.items():
             table.add_row(about, f"{getattr(self.scores, name):.1%}")
@@ -216,49 +306,60 @@ class SegmentationEvaluation:
         return f"{shares}, {self.images} images"
 
 
-def view_of(recipe: Segmentation) -> View:
-    """How the recipe has images looked at in evaluation."""
-    return View(**{field.name: getattr(recipe.data, field.name) for field in fields(View)})
+class SegmentationTask(Task[Segmentation]):
+    name = "segmentation"
+    recipe = Segmentation
+    predictor = SegmentationPredictor
+    report = SegmentationReport
+    data_flags = "--data.root DIR [--data.val-split NAME]"
 
-
-def prepare(recipe: Segmentation, start: Model) -> Setup:
-    """The recipe's data and segmenter, whose backbone or whole starts as `start` says.
-
-    Raises:
-        InputError: for whatever is wrong with them.
-    """
-    if recipe.optim.batch_size // recipe.optim.accumulate < 2:
-        raise InputError(
-            f"--optim.batch-size {recipe.optim.batch_size}: batch normalisation of what is pooled over a whole image "
-            "needs 2 or more images in each accumulated batch"
+    def prepare(self, recipe: Segmentation, start: Model) -> Setup:
+        train, val = build_datasets(recipe.data, start.in_chans)
+        train.transform = segmentation_train(recipe.data, recipe.augment)
+        args = model_kwargs(start)
+        network = dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
+        head: dict[str, Any] = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
+        model = build_segmenter(recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head)
+        statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
+        preprocessing = dict(input_size=(start.in_chans, *recipe.data.crop_size), **statistics)
+        options = SegmentationPredictor.make_options(**self.predictor.stored_options(recipe.data, preprocessing))
+        predictor = SegmentationPredictor(model, train.class_names, preprocessing, options)
+        return Setup(
+            title=f"{recipe.segmenter} over {recipe.model.name}",
+            model=model,
+            train=train,
+            val=val,
+            class_names=train.class_names,
+            preprocessing=preprocessing,
+            model_args={**args, "segmenter": recipe.segmenter, **head},
+            report=load_weights(model, start.checkpoint, train.class_names) if start.checkpoint else None,
+            build_module=lambda steps: SegmentationModule(predictor, recipe, val, steps),
         )
-    view_of(recipe)  # refuses what cannot be, now
-    train, val = build_datasets(recipe.data, start.in_chans)
-    train.transform = segmentation_train(recipe.data, recipe.augment)
-    args = model_kwargs(start)
-    network = dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
-    head = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
-    model = build_segmenter(recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head)
-    statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
-    return Setup(
-        model=model,
-        train=train,
-        val=val,
-        class_names=train.class_names,
-        preprocessing=dict(input_size=(start.in_chans, *recipe.data.crop_size), **statistics),
-        model_args={**args, "segmenter": recipe.segmenter, **head},
-        report=load_weights(model, start.checkpoint, train.class_names) if start.checkpoint else None,
-        build_task=lambda model, steps: SegmentationTask(model, recipe, val, steps),
-    )
+
+    def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
+        return create_segmenter(name=checkpoint.model, **checkpoint.model_args)
+
+    def evaluation(
+        self, predictor: SegmentationPredictor, recipe: Segmentation
+    ) -> tuple[SegmentationModule, ImageData]:
+        val = build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
+        return SegmentationModule(predictor, recipe, val), val
+
+    def check_data(self, recipe: Segmentation, out: Path) -> bool:
+        return data_check.check(recipe, out)
+
+    def relocate(self, recipe: Segmentation, given: dict[str, Any]) -> dict[str, Any]:
+        if "root" not in given:
+            return {}
+        follows: dict[str, Any] = {"dataset": "masks", "limit": None}
+        if recipe.data.classes and not Path(recipe.data.classes).is_file():
+            follows["classes"] = None  # it stayed with the training images; the checkpoint has the names
+        return follows
+
+    def share_fault(self, recipe: Segmentation, share: int) -> str:
+        if share < 2 and recipe.optim.batch_size // recipe.optim.accumulate < 2:
+            return "the head's batch normalisation after global pooling needs two or more images"
+        return ""
 
 
-def prepare_evaluation(
-    model: nn.Module, stored: Checkpoint, recipe: Segmentation
-) -> tuple[SegmentationTask, SegmentationDataset]:
-    """A trained segmenter as a task, and the recipe's validation images.
-
-    Raises:
-        InputError: for data that cannot be used, or of other classes.
-    """
-    val = build_val_dataset(recipe.data, stored.preprocessing["input_size"][0], stored.class_names)
-    return SegmentationTask(model, recipe, val), val
+TASK = SegmentationTask()

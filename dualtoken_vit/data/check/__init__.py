@@ -1,1 +1,1 @@
-"""Reports on datasets: what they hold, and what would stop or spoil a training run."""
+"""check-data: reports on datasets, and on what would stop or spoil a training run."""

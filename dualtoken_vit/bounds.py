@@ -1,0 +1,116 @@
+"""Types and bounds of the fields of frozen dataclasses, and their checker.
+
+Bounds are annotated-types metadata, for example `Annotated[float, Interval(ge=0, le=1)]`. In a tuple or a union they
+apply to every number.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
+
+from dualtoken_vit.errors import InputError
+
+ASCENDING = "in ascending order"  # metadata of a (low, high) range
+T = TypeVar("T")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a type, given as a type hint without `Annotated`."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)  # True == 1
+    if origin is tuple:
+        hints = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, tuple) else args
+        return isinstance(value, tuple) and len(value) == len(hints) and all(map(fits, value, hints))
+    if hint in (int, float):  # an int serves as a float; a bool is no number
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, origin or hint)
+
+
+def type_name(hint: Any) -> str:
+    """A type hint in words, for messages."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType, Literal):
+        return " or ".join(repr(arg) if origin is Literal else type_name(arg) for arg in args)
+    return "None" if hint is NoneType else str(hint) if args else hint.__name__
+
+
+def build(cls: type[T], values: dict[str, Any], path: str = "") -> T:
+    """A dataclass from plain data; missing fields take their defaults, and JSON lists become tuples.
+
+    Args:
+        cls: dataclass, whose fields may be dataclasses
+        values: values by field name, as `dataclasses.asdict` returns them
+        path: name of the object in messages
+
+    Raises:
+        TypeError: for an unknown field or a value of the wrong type. Bounds are not checked.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{path} is {values!r}: must be an object")
+    hints, names = get_type_hints(cls), {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{path}.{name}".removeprefix(".")
+        if name not in names:
+            raise TypeError(f"unknown field {key}")
+        if is_dataclass(hints[name]):
+            value = build(hints[name], value, key)
+        elif isinstance(value, list):
+            value = tuple(value)
+        if not fits(value, hints[name]):
+            raise TypeError(f"{key} is {value!r}: must be {type_name(hints[name])}")
+        found[name] = value
+    return cls(**found)
+
+
+def check_bounds(obj: Any, prefix: str = "") -> None:
+    """Check the types and bounds of all fields of a dataclass, and of the dataclasses in it.
+
+    Args:
+        obj: a dataclass instance
+        prefix: start of the flags in messages, for example "data."
+
+    Raises:
+        InputError: names the flag of the first wrong value. NaN and infinity are always wrong.
+    """
+    plain, annotated = get_type_hints(type(obj)), get_type_hints(type(obj), include_extras=True)
+    for field in fields(obj):
+        value, hint = getattr(obj, field.name), plain[field.name]
+        if is_dataclass(value):
+            check_bounds(value, f"{prefix}{field.name}.")
+            continue
+        flag = f"--{prefix}{field.name}".replace("_", "-")
+        metadata = getattr(annotated[field.name], "__metadata__", ())
+        values = value if isinstance(value, tuple) else (value,)
+        for each in values:
+            if isinstance(each, int | float) and (problem := _problem(each, metadata)):
+                raise InputError(f"{flag} {each}: must be {problem}")
+        if not fits(value, hint):
+            raise InputError(f"{flag} {value}: must be {type_name(hint)}")
+        if ASCENDING in metadata and list(values) != sorted(values):
+            raise InputError(f"{flag} {' '.join(map(str, values))}: must be {ASCENDING}")
+
+
+def _problem(value: Any, metadata: Iterable[Any]) -> str | None:
+    """What a number must be instead; None: it is within the bounds."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "finite"
+    for each in metadata:
+        for bound in each if isinstance(each, GroupedMetadata) else (each,):
+            match bound:
+                case Ge(limit) if value < limit:
+                    return f"at least {limit}"
+                case Gt(limit) if value <= limit:
+                    return f"above {limit}"
+                case Le(limit) if value > limit:
+                    return f"at most {limit}"
+                case Lt(limit) if value >= limit:
+                    return f"below {limit}"
+    return None

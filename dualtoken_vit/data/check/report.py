@@ -1,0 +1,160 @@
+"""What the reports of all tasks share: reading images, finding copies, tables of classes, printing."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from hashlib import blake2b
+from statistics import median
+from typing import Any, NamedTuple
+
+from PIL import ExifTags, Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dualtoken_vit.data.images import load_image, naming
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
+
+_SHOWN = 20  # lines of each kind of problem that may be frequent; unreadable images are all listed
+
+
+class Facts(NamedTuple):
+    """What is known about an image after reading it."""
+
+    name: str
+    label: str
+    problem: str = ""
+    size: tuple[int, int] = (0, 0)  # width, height
+    mode: str = ""
+    digest: bytes = b""  # of the size and the 8-bit RGB pixels
+    rotated: bool = False  # by its EXIF orientation
+
+
+Splits = Mapping[str, Sequence[Facts]]  # by the name of the split
+
+
+def read_facts(name: str, source: Any, label: str = "") -> Facts:
+    """Read one image from what `load_image` takes."""
+    try:
+        with naming(name):
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+        with nullcontext(image) if image is source else image:
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            pixels = load_image(image, name=name)
+    except InputError as error:
+        return Facts(name, label, str(error))
+    digest = blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).digest()
+    return Facts(name, label, "", pixels.size, image.mode, digest, rotated)
+
+
+def print_report(table: Table, lines: Sequence[str], problems: Sequence[str], many: Sequence[Sequence[str]]) -> bool:
+    """Print what was found.
+
+    Args:
+        table: comes first
+        lines: what is not a problem
+        problems: all are printed
+        many: kinds of problems; only the first of each kind are printed
+
+    Returns:
+        Whether there is no problem.
+    """
+    console = Console()
+    console.print(table)
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=True)
+    for line in (*problems, *(line for kind in many for line in first(kind))):
+        console.print(Text(printable(line), style="red"), soft_wrap=True)
+    count = len(problems) + sum(map(len, many))
+    verdict = Text(f"problems: {count}", "bold red") if count else Text("no problems", "bold green")
+    console.print(verdict, soft_wrap=True)
+    return not count
+
+
+def first(lines: Sequence[str]) -> list[str]:
+    """The first lines, and the number of the others."""
+    if len(lines) <= _SHOWN:
+        return list(lines)
+    kinds = {line.partition(": ")[0] for line in lines}  # or files, if the lines begin with one
+    kind = f": {kinds.pop()}" if len(kinds) == 1 else ""
+    return [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more{kind}"]
+
+
+def class_table(splits: Sequence[str], rows: Mapping[str, Sequence[tuple[str, bool]]]) -> Table:
+    """A table with one row per class and one cell (text, whether it is a problem) per split."""
+    table = Table("class")
+    for split in splits:
+        table.add_column(Text(printable(split)), justify="right")
+    for name, cells in rows.items():
+        table.add_row(Text(printable(name)), *(Text(text, style="red" if bad else "") for text, bad in cells))
+    return table
+
+
+def count_table(class_names: Mapping[str, Sequence[str]], counts: Mapping[str, Counter[str]]) -> Table:
+    """The number of images or objects of each class in each split; "-" for classes that a split does not have."""
+    rows = {}
+    for name in dict.fromkeys(name for names in class_names.values() for name in names):
+        cells = [str(counts[split][name]) if name in class_names[split] else "-" for split in counts]
+        rows[name] = [(cell, cell in ("0", "-")) for cell in cells]
+    table = class_table(list(counts), rows)
+    table.add_section()
+    table.add_row("all", *(str(count.total()) for count in counts.values()))
+    return table
+
+
+def image_lines(splits: Splits) -> Iterator[str]:
+    """The sizes and modes of the readable images of each split."""
+    for split, facts in splits.items():
+        sizes = [fact.size for fact in facts if not fact.problem]
+        for side, values in zip(("width", "height"), zip(*sizes, strict=True), strict=False):
+            yield f"{split}: {side} {min(values)} to {max(values)} px, median {median(values):g}"
+        modes = Counter(fact.mode for fact in facts if not fact.problem).most_common()
+        if modes:
+            yield f"{split}: modes {', '.join(f'{mode} {count}' for mode, count in modes)}"
+
+
+def missing_classes(class_names: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The classes that only other splits have."""
+    for split, names in class_names.items():
+        others = {name for other in class_names.values() for name in other} - set(names)
+        yield from (f"class missing: {split}/{name}" for name in sorted(others))
+
+
+def in_both(splits: Splits) -> list[str]:
+    """The images that are in more than one split."""
+    return [f"in both splits: {names}" for names in copies(splits, lambda split, _: split)]
+
+
+def copies(splits: Splits, differing: Callable[[str, Facts], str]) -> Iterator[str]:
+    """The names of equal images for which `differing` (of the split and the image) differs."""
+    for group in _equal(splits):
+        if len({differing(split, fact) for split, fact in group}) > 1:
+            yield " = ".join(fact.name for _, fact in group)
+
+
+def copy_notes(splits: Splits) -> Iterator[str]:
+    """The number of copies within each split."""
+    for split, facts in splits.items():
+        number = sum(len(group) - 1 for group in _equal({split: facts}))
+        if number:
+            yield f"{number} images of {split} are exact copies of others in it"
+
+
+def rotation_notes(splits: Splits, labels: str) -> Iterator[str]:
+    """The images that EXIF rotates; `labels` must have been drawn on the rotated images."""
+    for split, facts in splits.items():
+        names = [fact.name for fact in facts if fact.rotated]
+        if names:
+            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            yield f"{len(names)} images of {split} are rotated by EXIF; {labels} must fit the rotated image: {listed}"
+
+
+def _equal(splits: Splits) -> list[list[tuple[str, Facts]]]:
+    """Groups of two or more images with the same pixels, each with its split."""
+    groups = defaultdict(list)
+    for split, facts in splits.items():
+        for fact in facts:
+            if not fact.problem:
+                groups[fact.digest].append((split, fact))
+    return [group for group in groups.values() if len(group) > 1]

@@ -1,0 +1,74 @@
+"""What training and evaluation need from a dataset, and the choice of its format by `--data.dataset`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
+
+Reader = TypeVar("Reader")
+
+
+@runtime_checkable
+class ImageData(Protocol):
+    """The dataset of any task. A class that inherits from it gets the defaults given here.
+
+    It is either a map-style `Dataset`, whose `dataset[i]` is sample i, or an `IterableDataset` that has the method
+    `epoch` of `classification.ImageStream`.
+    """
+
+    class_names: tuple[str, ...]
+    image_names: Sequence[str] = ()
+    """Display name of each image; empty for a stream."""
+    transform: Callable[..., Any] | None = None
+    """Applied to each sample as it is read."""
+    groups: Sequence[int] | None = None
+    """A number for each image: images of one number share training batches. None: all images do."""
+    notes: tuple[str, ...] = ()
+    """Lines to print before training or evaluation: absent classes, skipped files."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        raise NotImplementedError
+
+    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
+        """Read every image once.
+
+        Args:
+            skip: leave unreadable images out instead of stopping, where the task supports it
+            progress: show a progress bar
+
+        Returns:
+            The display names of the images left out.
+
+        Raises:
+            InputError: names the first image that cannot be used, and the number of others.
+        """
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `verify` found, in plain data and tensors, for other processes and a resumed run."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Apply another dataset's `state_dict`, in place of `verify`. The data may have moved to another folder."""
+        return None
+
+
+def find_format(formats: dict[str, Reader], name: str) -> Reader:
+    """The reader of format `name`, or of NAME in NAME/REST.
+
+    Raises:
+        InputError: for an unknown format.
+    """
+    kind = name.partition("/")[0].lower()
+    if kind not in formats:
+        raise InputError(f"--data.dataset {name}: unknown format; choose from {', '.join(formats)}")
+    return formats[kind]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(f"'{printable(name)}'" for name in names[:5]) + (
+        f" and {len(names) - 5} more" if len(names) > 5 else ""
+    )

@@ -1,0 +1,448 @@
+"""Images with a mask each, in the formats of `FORMATS`."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from dualtoken_vit.data.contract import ImageData, find_format, some
+from dualtoken_vit.data.folders import read_lines, scan, skipped_note
+from dualtoken_vit.data.images import load_image, naming
+from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
+from dualtoken_vit.data.threads import in_threads, verify_each
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.recipes import SegmentationData
+
+IGNORE = 255  # label of ignored pixels in targets, whatever it is in files
+BEYOND = 254  # of labels outside the classes
+MAX_CLASSES = 254
+CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's
+
+MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's, of mask files
+STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow scales 2-bit and 4-bit greyscale to 0 ... 255
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """The labels (H, W), uint8 or int32, of a mask file as they are stored; for a palette image, the indices.
+
+    Raises:
+        InputError: for a file that cannot be read, or is not single-channel.
+    """
+    name = printable(path)
+    with naming(path), Image.open(path) as mask:
+        if mask.format == "JPEG":
+            raise InputError(f"{name}: a JPEG mask, whose compression changes labels; save masks as PNG")
+        tiles: Any = mask.tile
+        stored = next((tile.args if isinstance(tile.args, str) else tile.args[0] for tile in tiles), "")
+        mask.load()
+        labels, mode = np.asarray(mask), mask.mode
+    if mode not in MODES:
+        raise InputError(
+            f"{name}: a mask of mode {mode}, but masks need one label per pixel. To convert it with numpy, with the "
+            "classes' (R, G, B) in a list colours: hit = (np.asarray(mask.convert('RGB'))[:, :, None] == colours)"
+            ".all(-1), then labels = np.where(hit.any(-1), hit.argmax(-1), 255), and Image.fromarray("
+            "labels.astype('uint8')).save(NAME.png); pixels of other colours get the label 255 and are ignored"
+        )
+    if stored in STRETCHED:
+        labels = labels // STRETCHED[stored]
+    return labels.astype(np.uint8 if mode in ("L", "P", "1") else np.int32)
+
+
+def label_table(classes: Sequence[int], ignore_index: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
+    """What each label becomes, (257 or more,) uint8: a class, `IGNORE` or `BEYOND`; the last is for all other labels.
+
+    Args:
+        classes: the class of each label, from the first class's on
+        ignore_index: label of ignored pixels
+        reduce_zero_label: whether label 0 is ignored too, and the first class has label 1
+    """
+    first = int(reduce_zero_label)
+    table = np.full(max(257, ignore_index + 2), BEYOND, dtype=np.uint8)
+    table[first : first + len(classes)] = classes
+    table[:first] = IGNORE
+    table[ignore_index] = IGNORE
+    return table
+
+
+def to_classes(labels: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Labels converted by a `label_table`, uint8."""
+    return table[labels if labels.dtype == np.uint8 else np.clip(labels, -1, len(table) - 1)]
+
+
+def beyond_fault(labels: np.ndarray, pixels: np.ndarray, table: np.ndarray) -> str:
+    """What is wrong with a mask that has these labels outside the classes, each in so many pixels."""
+    more = f" (and {len(labels) - 1} more such labels)" if len(labels) > 1 else ""
+    return (
+        f"label {labels[0]} in {pixels[0]} pixels{more}, but there are {(table < BEYOND).sum()} classes: correct it, "
+        "or see --data.classes, --data.ignore-index and --data.reduce-zero-label"
+    )
+
+
+def size_fault(path: str, size: tuple[int, int], labels: np.ndarray) -> str:
+    """What is wrong with a mask of an image of this size (width, height); "" if nothing."""
+    height, width = labels.shape
+    if size == (width, height):
+        return ""
+    shown = f"{size[0]}x{size[1]} (after any EXIF rotation)"
+    return f"{width}x{height} pixels, but {printable(path)} is {shown}: make them equal"
+
+
+class MaskedImages(NamedTuple):
+    """A split as the reader of a format returns it."""
+
+    pairs: list[tuple[str, str]]  # display names of each image and its mask: without `draw`, their files
+    class_names: tuple[str, ...] | None  # in the order of the labels; None: they have no names
+    alone: tuple[list[str], list[str]] = ([], [])  # images without a mask, masks without an image
+    notes: tuple[str, ...] = ()
+    draw: Callable[[int], tuple[Image.Image, np.ndarray]] | None = None  # makes an image and its labels
+
+    def sources(self, index: int) -> tuple[str | Image.Image, np.ndarray]:
+        """What `load_image` takes, and the labels (H, W), of pair `index`."""
+        if self.draw:
+            return self.draw(index)
+        image, mask = self.pairs[index]
+        return image, read_mask(mask)
+
+
+class SegmentationDataset(Dataset, ImageData):
+    """Images with a mask each.
+
+    Sample i is (image, mask), a tv_tensors.Image (C, H, W) uint8 and a tv_tensors.Mask (H, W) uint8 of indices into
+    class_names or `IGNORE`, after `transform`, if there is one.
+
+    Args:
+        split: the images and their masks
+        class_names: name of each class
+        table: a `label_table`
+        channels: 3 (RGB) or 1 (greyscale)
+        limit: use only the first images
+    """
+
+    def __init__(
+        self,
+        split: MaskedImages,
+        class_names: Sequence[str],
+        table: np.ndarray,
+        channels: int = 3,
+        limit: int | None = None,
+    ) -> None:
+        self.split, self.class_names, self.table, self.channels = split, tuple(class_names), table, channels
+        self.image_names = [image for image, _ in split.pairs[:limit]]
+        self.notes = split.notes
+        self.pixels: Tensor | None = None
+        """(2, classes) int64, after `verify`: the pixels of each class, and of all the images that contain it."""
+
+    def __len__(self) -> int:
+        return len(self.image_names)
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        image, mask = self.load(index)
+        sample = v2.functional.to_image(image), tv_tensors.Mask(torch.from_numpy(mask))
+        return self.transform(*sample) if self.transform else sample
+
+    def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Image `index`, and its mask (H, W) uint8.
+
+        Raises:
+            InputError: if one cannot be read, their sizes differ, or the mask has a label outside the classes.
+        """
+        name, mask = self.split.pairs[index]
+        source, labels = self.split.sources(index)
+        image, classes = load_image(source, self.channels, name), to_classes(labels, self.table)
+        fault, beyond = size_fault(name, image.size, labels), classes == BEYOND
+        if not fault and beyond.any():
+            fault = beyond_fault(*np.unique(labels[beyond], return_counts=True), self.table)
+        if fault:
+            raise InputError(f"{printable(mask)}: {fault}")
+        return image, classes
+
+    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
+        """Read every image and mask once, and count `pixels`; see `ImageData`. No image is left out.
+
+        Raises:
+            InputError: also if all pixels are ignored.
+        """
+        total = torch.zeros(2, len(self.class_names), dtype=torch.int64)
+        lock = Lock()
+
+        def count(index: int) -> None:
+            found = torch.bincount(torch.from_numpy(self.load(index)[1]).flatten(), minlength=256)[: total.shape[1]]
+            with lock:
+                total.add_(torch.stack([found, (found > 0) * found.sum()]))
+
+        verify_each(count, range(len(self)), len(self), "reading every image and mask" if progress else "")
+        if not total.any():
+            raise InputError(
+                f"{printable(self.image_names[0])} and all others: no pixel has a class; see --data.ignore-index"
+            )
+        self.pixels = total
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pixels": self.pixels}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pixels = state["pixels"]
+
+
+def median_frequency(pixels: Tensor) -> Tensor:
+    """The median of all f / f, f the class's share of the images with it (Eigen and Fergus, arXiv 1411.4734)."""
+    share = pixels[0] / pixels[1]  # NaN where no image contains it
+    return share.nanquantile(0.5) / share
+
+
+def log_frequency(pixels: Tensor) -> Tensor:
+    """1 / ln(1.02 + f), f the class's share of all pixels (ENet, arXiv 1606.02147)."""
+    return 1 / torch.log(1.02 + pixels[0] / pixels[0].sum())
+
+
+WEIGHTS = {"median-frequency": median_frequency, "log": log_frequency}
+
+
+def class_weights(kind: str, pixels: Tensor) -> Tensor:
+    """The weight of each class in the loss, (classes,); 0 for a class without pixels.
+
+    Args:
+        kind: one of `WEIGHTS`
+        pixels: of `SegmentationDataset.pixels`
+    """
+    return torch.where(pixels[0] > 0, WEIGHTS[kind](pixels), 0)
+
+
+class ShapeScenes(SegmentationDataset):
+    """Scenes of up to five drawn shapes, with the class "ground" elsewhere; they need no files.
+
+    Args:
+        split: train or val
+        size: side of the images in pixels
+        channels: 3 (RGB) or 1 (greyscale)
+        count: number of scenes; default: the whole split
+    """
+
+    def __init__(self, split: str, size: int, channels: int = 3, count: int | None = None) -> None:
+        scenes = draw_scenes(split, size)
+        names = scenes.class_names or ()
+        super().__init__(scenes, names, label_table(range(len(names))), channels, count)
+
+
+def draw_scenes(split: str, size: int) -> MaskedImages:
+    """The scenes of a split, as images of `size` pixels a side."""
+    names = [f"{split}-{index:04d}" for index in range(SCENES[split])]
+    return MaskedImages([(name, name) for name in names], ("ground", *CLASSES), draw=partial(_draw_scene, split, size))
+
+
+def _draw_scene(split: str, size: int, index: int) -> tuple[Image.Image, np.ndarray]:
+    image, shapes = scene(split, index, size)
+    labels = np.zeros((size, size), dtype=np.uint8)
+    for shape in shapes:
+        labels[shape.mask] = shape.label + 1
+    return image, labels
+
+
+def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
+    """Write scenes as FOLDER/{images,annotations}/{train,val}/*.png and FOLDER/classes.txt.
+
+    Args:
+        folder: created if needed
+        size: side of the images in pixels
+        counts: number of scenes in a split (train=100); default: the whole split
+    """
+    for split in SCENES:
+        scenes = ShapeScenes(split, size, count=counts.get(split))
+        for index, name in enumerate(scenes.image_names):
+            img, mask = scenes.load(index)
+            for kind, image in (("images", img), ("annotations", Image.fromarray(mask))):
+                with atomic_write(Path(folder, kind, split, f"{name}.png")) as file:
+                    image.save(file, format="png")
+        with atomic_write(Path(folder, "classes.txt"), "w") as file:
+            file.write("\n".join(scenes.class_names) + "\n")
+
+
+def _by_stem(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The images in and below a folder, by their path in it without extension; and a note on the other files."""
+    found: dict[str, str] = {}
+    images, others = scan(folder)
+    for path in images:
+        name = os.path.splitext(os.path.relpath(path, folder))[0]
+        if name in found:
+            raise InputError(f"{printable(found[name])} and {printable(path)} have the same name; rename or remove one")
+        found[name] = path
+    return found, (skipped_note(others),) if others else ()
+
+
+def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
+    """The names in the class file; None without one.
+
+    Raises:
+        InputError: for a file that cannot be read, repeats a name, or has too few or too many.
+    """
+    if data.ignore_index == 0 and not data.reduce_zero_label:
+        raise InputError(
+            "--data.ignore-index 0: 0 is the label of the first class; if the classes begin at 1, give "
+            "--data.reduce-zero-label instead"
+        )
+    files = [Path(data.classes)] if data.classes else [Path(data.root, name) for name in CLASS_FILES]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None and data.classes:
+        raise InputError(f"--data.classes {printable(data.classes)}: no such file")
+    if path is None:
+        return None
+    file = printable(path)
+    names: tuple[str, ...] = ()
+    for place, line in enumerate(read_lines(path), start=1):
+        number, *columns = line.strip().split("\t")
+        if not number or (columns and place == 1 and not number.isdecimal()):  # empty, or the header of ADE20K's table
+            continue
+        if columns and not number.isdecimal():
+            raise InputError(f"{file}, line {place}: {line.strip()!r} is neither NAME nor NUMBER<TAB>NAME")
+        if columns:  # ADE20K has more columns, with the name in the last
+            if int(number) == data.ignore_index:
+                continue
+            if int(number) != len(names) + data.reduce_zero_label:
+                start = "1 (--data.reduce-zero-label)" if data.reduce_zero_label else "0"
+                raise InputError(f"{file}, line {place}: label {number}, but labels must count up from {start}")
+        names += (columns[-1].strip() if columns else number,)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{file}: the class {twice!r} is listed twice")
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise InputError(f"{file}: {len(names)} classes, but 2 to {MAX_CLASSES} are supported")
+    ignored = data.ignore_index - data.reduce_zero_label
+    if 0 <= ignored < len(names):
+        raise InputError(
+            f"--data.ignore-index {data.ignore_index} is the label of {names[ignored]!r} in {file}: remove the class "
+            "there, and let the other labels count up without it"
+        )
+    return names
+
+
+def highest_label(labels: np.ndarray, data: SegmentationData) -> int:
+    """The highest label that is not ignored."""
+    return int(labels[labels != data.ignore_index].max(initial=0))
+
+
+def number_classes(highest: int, path: str, data: SegmentationData) -> tuple[str, ...]:
+    """Numbers as class names, up to the highest label, which is in the mask `path`.
+
+    Raises:
+        InputError: for too few, or more than `MAX_CLASSES`.
+    """
+    count = highest + 1 - data.reduce_zero_label
+    if not 2 <= count <= MAX_CLASSES:
+        raise InputError(
+            f"{printable(path)}: the highest label in the training masks is {highest}, apart from the ignored label "
+            f"{data.ignore_index}, but 2 to {MAX_CLASSES} classes are supported; give another --data.ignore-index, or "
+            "a class file as --data.classes"
+        )
+    if 0 <= data.ignore_index - data.reduce_zero_label < count:
+        raise InputError(
+            f"--data.ignore-index {data.ignore_index}: is among the labels of the classes, which go up to {highest}; "
+            "give it a higher number"
+        )
+    return tuple(map(str, range(count)))
+
+
+def count_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
+    """`number_classes` of mask files.
+
+    Raises:
+        InputError: for a mask that cannot be read, or labels that cannot be class numbers.
+    """
+    found = in_threads(lambda path: (highest_label(read_mask(path), data), path), masks, len(masks), "counting classes")
+    return number_classes(*max(found), data)
+
+
+def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """A batch of images of any size: a list of images, and a list of masks."""
+    images, masks = zip(*samples, strict=True)
+    return list(images), list(masks)
+
+
+def _masks(data: SegmentationData, split: str) -> MaskedImages:
+    """ROOT/{images,annotations}/SPLIT/**, paired by name."""
+    if not data.root:
+        raise InputError("--data.root is missing: give the folder that contains images/train, annotations/train, ...")
+    name = {"train": data.train_split, "val": data.val_split}[split]
+    folders = [Path(data.root, kind, name) for kind in ("images", "annotations")]
+    for folder in folders:
+        if not folder.is_dir():
+            layout = f"{printable(folders[0])}/NAME.jpg and {printable(folders[1])}/NAME.png"
+            flags = "see --data.train-split, --data.val-split"
+            raise InputError(f"{printable(folder)}: no such folder; expected {layout}; {flags}")
+    (images, skipped), (masks, others) = map(_by_stem, folders)
+    if not images:
+        raise InputError(f"{printable(folders[0])}: no images in this folder")
+    pairs = [(path, masks[name]) for name, path in images.items() if name in masks]
+    alone = [path for name, path in images.items() if name not in masks]
+    orphans = [path for name, path in masks.items() if name not in images]
+    return MaskedImages(pairs, read_class_names(data), (alone, orphans), skipped + others)
+
+
+def _shapes(data: SegmentationData, split: str) -> MaskedImages:
+    if data.root or data.reduce_zero_label or data.ignore_index != IGNORE:
+        raise InputError("--data.dataset shapes draws its own images and masks; for files give --data.dataset masks")
+    return draw_scenes(split, max(data.crop_size))
+
+
+FORMATS: dict[str, Callable[[SegmentationData, str], MaskedImages]] = {"masks": _masks, "shapes": _shapes}
+"""Each reads (data section, "train" or "val")."""
+
+
+def read_split(data: SegmentationData, split: str) -> MaskedImages:
+    """The train or val split as it is stored."""
+    return find_format(FORMATS, data.dataset)(data, split)
+
+
+def _dataset(
+    data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None
+) -> SegmentationDataset:
+    """A split, whose masks are brought to the order of `class_names`, if given."""
+    found = read_split(data, split)
+    if found.alone[0]:
+        more = f" (and {len(found.alone[0]) - 1} more images)" if len(found.alone[0]) > 1 else ""
+        raise InputError(f"{printable(found.alone[0][0])}: no mask for this image{more}; see check-data")
+    names = found.class_names or class_names or count_classes([mask for _, mask in found.pairs], data)
+    trained = tuple(class_names or names)
+    unknown = [name for name in names if name not in trained]
+    if unknown:
+        place = printable(data.classes or f"the class file in {data.root}")
+        raise InputError(
+            f"{place}: class {some(unknown)} is not among the {len(trained)} trained classes: {some(trained)}"
+        )
+    absent = [name for name in trained if name not in names]
+    if absent:
+        found = found._replace(notes=(*found.notes, f"{data.root}: no class {some(absent)}"))
+    table = label_table([trained.index(name) for name in names], data.ignore_index, data.reduce_zero_label)
+    return SegmentationDataset(found, trained, table, channels, data.limit)
+
+
+def build_datasets(data: SegmentationData, channels: int) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """The training and the validation images; set `transform` before use.
+
+    Raises:
+        InputError: for a missing folder, an image without a mask, ...
+    """
+    train = _dataset(data, "train", channels, None)
+    return train, build_val_dataset(data, channels, train.class_names)
+
+
+def build_val_dataset(data: SegmentationData, channels: int, class_names: Sequence[str]) -> SegmentationDataset:
+    """The validation images alone, with `class_names` in their order.
+
+    Classes that the class file of the validation images lacks are named in `notes`.
+
+    Raises:
+        InputError: as `build_datasets`, and for names in a class file that are not in `class_names`.
+    """
+    return _dataset(data, "val", channels, class_names)

@@ -1,0 +1,244 @@
+"""Classification images that are read in the order in which they are stored: webdataset shards, TensorFlow Datasets."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from copy import copy
+from io import BytesIO
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dualtoken_vit.data.contract import ImageData
+from dualtoken_vit.data.folders import EXTENSIONS
+from dualtoken_vit.data.images import load_image
+from dualtoken_vit.data.sampling import mix, seeded
+from dualtoken_vit.data.threads import verify_each
+from dualtoken_vit.errors import InputError, reason
+from dualtoken_vit.files import printable
+
+SHUFFLE = dict(bufsize=8192, initial=2048)  # timm's buffer of encoded images
+
+Record = tuple[str, Any, int]  # display name, what `load_image` takes, class index
+
+
+class Source(Protocol):
+    """Stored samples that can only be read in order."""
+
+    parts: int
+    """The most readers that the samples can be divided among."""
+    samples: int
+
+    def records(self) -> Iterator[Record]:
+        """Every sample once, always in the same order."""
+
+    def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
+        """The samples of reader `reader` out of `readers`, once.
+
+        `seed` decides which samples these are, and with `repeat` their order.
+        """
+
+
+class ImageStream(IterableDataset, ImageData):
+    """Images without an index.
+
+    In training, the order depends on the seed, the epoch, and the numbers of processes and workers. Shards are divided
+    among those, and a shard's images may be repeated so that every process gets the same number of full batches. In
+    validation, each process reads everything with one worker and decodes its share: every image occurs once.
+
+    Args:
+        source: the samples
+        class_names: name of each class
+        channels: 3 (RGB) or 1 (greyscale)
+    """
+
+    def __init__(self, source: Source, class_names: tuple[str, ...], channels: int) -> None:
+        self.source, self.class_names, self.channels = source, class_names, channels
+        self.labels: Sequence[int] = range(len(class_names))
+        self.left_out: frozenset[str] = frozenset()
+        self.train, self.seed, self.rank, self.world, self.workers = False, 0, 0, 1, 0
+        self.share = 0  # training images per worker and epoch
+
+    def __len__(self) -> int:
+        if self.train:
+            return self.share * max(self.workers, 1)
+        return len(range(self.rank, self.source.samples - len(self.left_out), self.world))
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        records = islice(self.records(), self.rank, None, self.world)
+        if self.train:
+            records = islice(self._repeated(worker), self.share)
+        for number, (name, source, label) in enumerate(records):
+            image: Any = load_image(source, self.channels, name)
+            if self.transform:
+                with seeded(self.seed, self.rank, worker, number):
+                    image = self.transform(image)
+            yield image, label
+
+    def epoch(
+        self, batch_size: int, *, train: bool, seed: int, rank: int, world: int, workers: int
+    ) -> tuple["ImageStream", int]:
+        """The stream that process `rank` of `world` reads in one epoch, and how many workers can read it."""
+        parts = self.source.parts
+        if train and parts < world:
+            raise InputError(f"{parts} training shards cannot be divided among {world} processes; use fewer processes")
+        stream = copy(self)
+        stream.train, stream.seed, stream.rank, stream.world = train, seed, rank, world
+        stream.workers = min(workers, parts // world if train else 1)
+        share = -(-(self.source.samples - len(self.left_out)) // (world * max(stream.workers, 1)))
+        stream.share = -(-share // batch_size) * batch_size
+        return stream, stream.workers
+
+    def _repeated(self, worker: int) -> Iterator[Record]:
+        """The training images of a worker, repeated without end."""
+        workers = max(self.workers, 1)
+        reader, readers = self.rank * workers + worker, self.world * workers
+        for repeat in count():
+            empty = True
+            for record in self._used(self.source.shuffled(self.seed, repeat, reader, readers)):
+                empty = False
+                yield record
+            if empty:
+                raise InputError(
+                    f"no images for worker {reader + 1} of {readers}; use fewer --data.workers or processes"
+                )
+
+    def _used(self, records: Iterator[Record]) -> Iterator[Record]:
+        """The records that are not left out, with the targets that `relabel` sets."""
+        for name, source, label in records:
+            if not 0 <= label < len(self.labels):
+                raise InputError(f"{printable(name)}: class {label}, but there are {len(self.labels)} class names")
+            if name not in self.left_out:
+                yield name, source, self.labels[label]
+
+    def relabel(self, class_names: tuple[str, ...], labels: Sequence[int]) -> None:
+        """Rename and reorder the classes: class i becomes class labels[i]."""
+        self.class_names, self.labels = class_names, [labels[label] for label in self.labels]
+
+    def records(self) -> Iterator[Record]:
+        """Every image, still encoded."""
+        return self._used(self.source.records())
+
+    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
+        names = unreadable(self, skip, progress)
+        self.left_out |= set(names)
+        return names
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left_out": sorted(self.left_out)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left_out = frozenset(state["left_out"])
+
+
+def unreadable(dataset: Any, skip: bool, progress: bool) -> list[str]:
+    """The names of the unreadable images of a dataset with `records` and `channels`; without `skip`, an InputError."""
+    bad = verify_each(
+        lambda record: load_image(record[1], dataset.channels, record[0]),
+        dataset.records(),
+        len(dataset),
+        "reading every image" if progress else "",
+        skip,
+        "--data.unreadable skip leaves them out",
+    )
+    return [name for name, _, _ in bad]
+
+
+class Shards:
+    """webdataset's tar files.
+
+    Args:
+        root: their folder; names may also be absolute, or URLs that webdataset opens
+        split: a split of ROOT/_info.json, or the names of the shards: train-{000..127}.tar, or with their number of
+            samples, train-{000..127}.tar|128000
+
+    Raises:
+        InputError: for a split that does not exist.
+    """
+
+    def __init__(self, root: str, split: str) -> None:
+        from webdataset.shardlists import expand_urls  # installed only by those who use it
+
+        self.label_key = ""  # of the json file of each sample; default: the class is in the cls file
+        if ".tar" in split:
+            names, _, number = split.partition("|")
+            shards, self.samples = expand_urls(names), int(number) if number.isdecimal() else 0
+        else:
+            path = Path(root, "_info.json")
+            try:
+                info = json.loads(path.read_bytes())["splits"][split]
+                shards, self.samples = info["filenames"], int(info["num_samples"])
+                self.label_key = info.get("alt_label", "")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{printable(path)}: split {split!r} cannot be read ({reason(error)}); or name the shards in "
+                    "--data.train-split and --data.val-split: train-{000..127}.tar"
+                ) from error
+        self.shards = [name if "://" in name or name.startswith("pipe:") else str(Path(root, name)) for name in shards]
+        self.parts = len(self.shards)
+
+    def records(self) -> Iterator[Record]:
+        return self._read(self.shards)
+
+    def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
+        import webdataset as wds
+
+        shards = random.Random(seed).sample(self.shards, self.parts)[reader::readers]  # the same order in all readers
+        return wds.detshuffle(**SHUFFLE, seed=mix(seed, repeat, reader)).run(self._read(shards))
+
+    def _read(self, shards: Sequence[str]) -> Iterator[Record]:
+        import webdataset as wds
+
+        for shard in shards:
+            try:
+                for sample in wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples()):
+                    image = next((data for kind, data in sample.items() if f".{kind.lower()}" in EXTENSIONS), b"")
+                    label = json.loads(sample["json"])[self.label_key] if self.label_key else sample["cls"]
+                    yield f"{shard}/{sample['__key__']}", BytesIO(image), int(label)
+            except Exception as error:
+                raise InputError(f"{printable(shard)}: cannot be read ({reason(error)})") from error
+
+
+class TensorFlowDataset:
+    """A split of TensorFlow Datasets.
+
+    Args:
+        name: of the dataset
+        root: folder that it is kept in; "": the package's own
+        split: name of the split
+    """
+
+    def __init__(self, name: str, root: str, split: str) -> None:
+        import tensorflow_datasets as tfds  # installed only by those who use it
+
+        self.builder, self.split = tfds.builder(name, data_dir=root or None), split
+        self.builder.download_and_prepare()
+        self.class_names = tuple(self.builder.info.features["label"].names)
+        self.parts = self.samples = self.builder.info.splits[split].num_examples
+
+    def records(self) -> Iterator[Record]:
+        return self._read(self.split)
+
+    def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
+        import tensorflow_datasets as tfds
+
+        return self._read(tfds.even_splits(self.split, readers)[reader], mix(seed, repeat, reader) % 2**31)
+
+    def _read(self, split: Any, seed: int | None = None) -> Iterator[Record]:
+        """The samples of a split or a part of it; with a seed, shuffled."""
+        import tensorflow_datasets as tfds
+
+        data = self.builder.as_dataset(
+            split=split,
+            decoders={"image": tfds.decode.SkipDecoding()},
+            shuffle_files=seed is not None,
+            read_config=tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True),
+        )
+        if seed is not None:
+            data = data.shuffle(SHUFFLE["bufsize"], seed)
+        for sample in tfds.as_numpy(data):
+            yield sample["tfds_id"].decode(), BytesIO(sample["image"]), int(sample["label"])

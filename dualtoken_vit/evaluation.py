@@ -1,0 +1,91 @@
+"""The evaluation of a trained network on a validation set."""
+
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from dualtoken_vit.bounds import check_bounds
+from dualtoken_vit.checkpoint import read_checkpoint
+from dualtoken_vit.data.sampling import loader
+from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.machine import tune_cpu
+from dualtoken_vit.predictors import load_predictor, stored_recipe
+from dualtoken_vit.tasks.base import Evaluation
+from dualtoken_vit.tasks.progress import ProgressBar, quiet
+from dualtoken_vit.tasks.registry import get_task
+from dualtoken_vit.tasks.run_folder import RUN
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    data: dict[str, Any] | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    precision: str = "32-true",
+    out: Path | None = None,
+) -> Evaluation:
+    """Run a best.safetensors on its validation images, prepared as the file describes.
+
+    Args:
+        checkpoint: the file
+        data: fields of the recipe's data section that differ from the stored ones, for example root
+        batch_size: images in a batch; by default as in training
+        device: auto (an accelerator if there is one), cpu, cuda or mps
+        precision: Lightning's: 32-true, bf16-mixed, 16-mixed
+        out: folder to write evaluation.json and the details into
+
+    Raises:
+        InputError: for a file or data that cannot be used.
+    """
+    if out is not None and any((out / name).exists() for name in RUN):
+        raise InputError(f"--out {out}: holds a run, whose files are kept; give another, for example {out / 'test'}")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: must be at least 1")
+    quiet()
+    tune_cpu()
+    header = read_checkpoint(checkpoint, weights=False)
+    recipe, task, given = stored_recipe(checkpoint, header), get_task(header.task), data or {}
+    known = {field.name for field in fields(recipe.data)}
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"--data.{name.replace('_', '-')} is not an option of {task.name}, the task of {checkpoint}: leave it "
+                f"out; its data is named by {task.data_flags}"
+            )
+    recipe = replace(recipe, data=replace(recipe.data, **task.relocate(recipe, given) | given))
+    check_bounds(recipe)
+    names = {field.name for field in fields(task.predictor.Options)} & known
+    options = {name: getattr(recipe.data, name) for name in names} | task.evaluation_options
+    predictor = load_predictor(checkpoint, device, **options)
+    module, images = task.evaluation(predictor, recipe)
+    for note in images.notes:
+        print(note, file=sys.stderr)  # stdout may be one JSON object
+    try:
+        trainer = lightning.Trainer(
+            accelerator=predictor.device.type,
+            devices=1,
+            precision=precision,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            callbacks=[ProgressBar()],
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise InputError(f"--device {device}, --precision {precision}: {first_line(error)}") from error
+    batches = loader(
+        images,
+        batch_size or recipe.optim.batch_size // recipe.optim.accumulate,
+        train=False,
+        seed=recipe.run.seed,
+        workers=recipe.data.workers,
+        collate_fn=module.collate,
+    )
+    trainer.validate(module, batches, verbose=False)
+    module.compute_metrics()
+    if out is not None:
+        module.save_details(out)
+    return module.evaluation()

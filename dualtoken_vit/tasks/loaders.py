@@ -1,0 +1,123 @@
+"""The batches of each process and epoch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning
+
+from dualtoken_vit.data.contract import ImageData
+from dualtoken_vit.data.sampling import full_batches, loader
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Recipe
+
+
+class _Batches:
+    """A loader with the length of the whole epoch, as Lightning counts, even where its start is skipped.
+
+    Its worker processes start with the first batch, not with `iter`, which Lightning calls twice an epoch.
+    """
+
+    def __init__(self, batches: Any, length: int):
+        self.batches, self.length = batches, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.batches
+
+
+class Loaders(lightning.LightningDataModule):
+    """The batches of each process and epoch.
+
+    Before a new run the first process reads every image (`ImageData.verify`); every process, and a resumed run, takes
+    over what it found.
+
+    Args:
+        train, val: the datasets
+        recipe: the experiment
+        batch_size: per process and accumulated batch
+        resumed: do not verify
+    """
+
+    trainer: Any
+    """The lightning.Trainer of a `TaskModule`; set by Lightning."""
+
+    def __init__(self, train: ImageData, val: ImageData, recipe: Recipe, batch_size: int, resumed: bool):
+        super().__init__()
+        self.train, self.val = train, val
+        self.recipe = recipe
+        self.batch_size = batch_size
+        self.resumed = resumed
+        self.problem = ""
+        self.prepare_data_per_node = False
+
+    @property
+    def images(self) -> list[int]:
+        """Numbers of training and validation images."""
+        return [len(self.train), len(self.val)]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps.
+
+        Raises:
+            InputError: where the images do not suffice for one.
+        """
+        return full_batches(len(self.train), self.recipe.optim.batch_size)
+
+    def prepare_data(self) -> None:
+        """Read every image; called on the first process only, the others wait however long it takes."""
+        if self.resumed or not self.recipe.data.verify:
+            return
+        skip = self.recipe.data.skip
+        try:
+            for title, dataset in (("training", self.train), ("validation", self.val)):
+                names = dataset.verify(skip=skip)
+                if names:
+                    print(f"skipped {len(names)} unreadable {title} images")
+        except InputError as error:
+            self.problem = str(error)
+
+    def setup(self, stage: str) -> None:
+        """Hand what `prepare_data` found to every process.
+
+        Raises:
+            InputError: on all of them, so that none waits for another that has stopped.
+        """
+        self.problem, found = self.trainer.strategy.broadcast((self.problem, self.state_dict()))
+        if self.problem:
+            raise InputError(self.problem)
+        self.load_state_dict(found)
+        count, world = len(self.val), self.trainer.world_size
+        if count < world:
+            raise InputError(
+                f"{count} validation images cannot be shared by {world} processes; use fewer --run.devices"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train": self.train.state_dict(), "val": self.val.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train.load_state_dict(state_dict["train"])
+        self.val.load_state_dict(state_dict["val"])
+        self.trainer.lightning_module.steps_per_epoch = self.steps_per_epoch
+
+    def _arguments(self) -> dict[str, Any]:
+        trainer, recipe = self.trainer, self.recipe
+        place = dict(rank=trainer.global_rank, world=trainer.world_size)
+        collate = trainer.lightning_module.collate
+        work = dict(batch_size=self.batch_size, workers=recipe.data.workers, collate_fn=collate)
+        return dict(seed=recipe.run.seed, **work, **place)
+
+    def train_dataloader(self) -> _Batches:
+        loop = self.trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.processed if loop.restarting else 0
+        epoch = self.trainer.current_epoch
+        self.trainer.lightning_module.prepare_epoch(self.train, epoch / self.recipe.optim.epochs)
+        groups = self.train.groups
+        batches = loader(self.train, train=True, groups=groups, epoch=epoch, skip=done, **self._arguments())
+        return _Batches(batches, min(done + len(batches), self.steps_per_epoch * self.recipe.optim.accumulate))
+
+    def val_dataloader(self) -> Any:
+        return loader(self.val, train=False, **self._arguments())

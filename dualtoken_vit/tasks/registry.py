@@ -1,0 +1,36 @@
+"""The tasks. To add one: a module in this package and a line here, or `register` from outside the package."""
+
+from importlib import import_module
+from typing import Any
+
+from dualtoken_vit import recipes
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Recipe
+from dualtoken_vit.tasks.base import Task
+
+# Imported when they are asked for, so that the command line answers quickly; each module has a `TASK`.
+BUILT_IN = {
+    "classification": "dualtoken_vit.tasks.classification",
+    "detection": "dualtoken_vit.tasks.detection",
+    "segmentation": "dualtoken_vit.tasks.segmentation",
+}
+_REGISTERED: dict[str, Task[Any]] = {}
+
+
+def register(task: Task[Any], named: dict[str, tuple[str, Recipe]] | None = None) -> None:
+    """Add a task, its kind of recipe, and named recipes for the command line: {name: (description, recipe)}."""
+    _REGISTERED[task.name] = task
+    recipes.register(task.recipe, named or {})
+
+
+def get_task(name: str) -> Task[Any]:
+    """The task of that name.
+
+    Raises:
+        InputError: for an unknown one.
+    """
+    if name not in _REGISTERED and name in BUILT_IN:
+        _REGISTERED[name] = import_module(BUILT_IN[name]).TASK
+    if name not in _REGISTERED:
+        raise InputError(f"task {name!r} is unknown; there are {', '.join({**BUILT_IN, **_REGISTERED})}")
+    return _REGISTERED[name]

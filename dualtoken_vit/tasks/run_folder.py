@@ -1,0 +1,289 @@
+"""The folder of a run: its files, what they hold, and the callbacks that write them.
+
+recipe.json, metrics.csv, curves.png, tensorboard/, last.ckpt (to resume), best.safetensors (to use), and the details
+that the task writes for the best epoch.
+"""
+
+import csv
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.data.contract import some
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write
+from dualtoken_vit.recipes import Recipe, flatten, free_on_resume, from_dict, to_dict
+from dualtoken_vit.show import plots
+from dualtoken_vit.tasks.base import Setup
+from dualtoken_vit.tasks.registry import get_task
+
+RUN = RECIPE, LAST, BEST = "recipe.json", "last.ckpt", "best.safetensors"  # files that mark a folder as a run's
+NAME = "recipe"  # key in recipe.json: the recipe's name
+
+# Lightning's hooks declare its base classes, which lack the attributes used here.
+Trainer = Any  # lightning.Trainer with `Loaders` as its datamodule
+Module = Any  # TaskModule
+
+LOOK_EVERY = 50  # steps between two checks of the loss on a GPU, each of which waits for it
+
+
+def stored_recipe(out: Path, name: str = "") -> Recipe | None:
+    """The recipe of the run in a folder; None: no run there.
+
+    Args:
+        out: the folder
+        name: of the recipe that the run must have been started with; "": of any
+
+    Raises:
+        InputError: for a recipe that this version cannot read, or of another name.
+    """
+    path = out / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        started = values.pop(NAME, "")  # "": from Python, or by an early version
+        if "task" in values:
+            get_task(values["task"])
+        recipe = from_dict(values)
+    except (TypeError, ValueError, AttributeError, InputError) as error:
+        raise InputError(f"{path}: not a recipe of this version ({error}); give another --out") from error
+    if name and started and name != started:
+        raise InputError(f"{out} holds a run of the recipe {started}, not {name}; give another --out")
+    return recipe
+
+
+def write_recipe(out: Path, recipe: Recipe, name: str = "") -> None:
+    """Write recipe.json."""
+    with atomic_write(out / RECIPE, "w") as file:
+        json.dump(({NAME: name} if name else {}) | to_dict(recipe), file, indent=2)
+
+
+def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
+    """Reject settings that would make the resumed run another one.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    before, free = flatten(stored), free_on_resume(type(stored))
+    for key, value in flatten(asked).items():
+        if key not in before or (value != before[key] and key not in free):
+            raise InputError(
+                f"--{key.replace('_', '-')} is {before.get(key)} in the run in {out}, not {value}: a resumed run keeps "
+                f"its settings; leave it out, or start another with --out and --model.checkpoint {out / BEST}"
+            )
+
+
+def check_classes(last: Path, names: tuple[str, ...], out: Path) -> None:
+    """Reject data of other classes than those of the run that last.ckpt belongs to.
+
+    Raises:
+        InputError: names the added and missing classes, or the file if it is damaged.
+    """
+    before = tuple(AtomicCheckpointIO().load_checkpoint(last, "cpu")["run"]["class_names"])
+    if before == names:
+        return
+    added, missing = [n for n in names if n not in before], [n for n in before if n not in names]
+    changes = [f"{what} {some(found)}" for what, found in (("added", added), ("missing", missing)) if found]
+    raise InputError(
+        f"the classes changed since the run in {out} began: {' and '.join(changes) or 'another order'}; "
+        "restore them, or start another run with --out"
+    )
+
+
+@contextmanager
+def in_use(out: Path) -> Iterator[None]:
+    """Inside, no other training may use the folder.
+
+    Raises:
+        InputError: where another one does.
+    """
+    existed = out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"{out} is in use by another training; wait for it, or give another --out") from error
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        (out / ".lock").unlink(missing_ok=True)
+        lock.release()
+        if not existed and not any(out.iterdir()):  # nothing was begun: leave nothing
+            out.rmdir()
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves to a temporary file that takes the place of the old checkpoint once it is whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{path} is damaged and cannot be resumed from; start another run with --out") from error
+
+
+def best_epoch(history: list[dict[str, Any]], score: str) -> dict[str, Any] | None:
+    """The row with the highest validation metric `score`; of equal ones, that with the lowest validation loss."""
+    return max(history, key=lambda row: (row[f"val_{score}"], -row.get("val_loss", 0)), default=None)
+
+
+class RunFolder(Callback):
+    """Watches the loss; keeps recipe, history and best weights in the run's folder.
+
+    Must precede weight averaging in the list of callbacks: it saves the averaged weights while they are in the model.
+    """
+
+    def __init__(self, out: Path, recipe: Recipe, name: str, setup: Setup):
+        self.out = out
+        self.recipe, self.name = recipe, name
+        self.save_every = recipe.run.save_every
+        self.saved: dict[str, Any] = dict(
+            task=recipe.task,
+            class_names=setup.class_names,
+            preprocessing=setup.preprocessing,
+            recipe=to_dict(recipe),
+            model_args=setup.model_args,
+            category_ids=setup.category_ids,
+        )
+        """Arguments of `save_checkpoint`."""
+        self.history: list[dict[str, Any]] = []
+        self.loss_sum: Any = 0.0  # over the epoch's batches, stays on the device
+        self.batches = 0
+        self.bad_step: Any = 0  # the first whose loss was not finite
+
+    def best(self, score: str) -> dict[str, Any] | None:
+        return best_epoch(self.history, score)
+
+    def on_save_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = {
+            "history": self.history,
+            "loss_sum": trainer.strategy.reduce(torch.as_tensor(self.loss_sum)).item(),  # mean over the processes
+            "batches": self.batches,
+            "images": trainer.datamodule.images,
+            "class_names": list(self.saved["class_names"]),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
+        run = checkpoint["run"]
+        self.history, self.loss_sum, self.batches = run["history"], run["loss_sum"], run["batches"]
+        images = trainer.datamodule.images
+        if run["images"] != images:
+            raise InputError(
+                f"the data changed since the run in {self.out} began: {run['images']} training and validation images "
+                f"then, {images} now; restore them, or start another run with --out"
+            )
+
+    def on_train_start(self, trainer: Trainer, task: Module) -> None:
+        """Begin to write, now that the data is known to be sound."""
+        if trainer.is_global_zero:
+            if not (self.out / RECIPE).exists():
+                write_recipe(self.out, self.recipe, self.name)
+            train, val = trainer.datamodule.images
+            print(f"{train} training and {val} validation images, {task.steps_per_epoch} steps an epoch", flush=True)
+        trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
+        # TensorBoard drops what a stopped run had logged from this step on: it is logged again.
+        trainer.logger = TensorBoardLogger(self.out, name="", version="tensorboard", purge_step=trainer.global_step)
+        for row in self.history:
+            if row["step"] == trainer.global_step:
+                self._log(trainer, row)
+
+    def _log(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        trainer.logger.log_metrics({f"epoch/{key}": value for key, value in row.items()}, step=row["step"])
+        trainer.logger.save()
+
+    def on_train_epoch_start(self, trainer: Trainer, task: Module) -> None:
+        self.loss_sum, self.batches = 0.0, 0
+
+    def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
+        loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
+        self.loss_sum = self.loss_sum + loss
+        self.batches += 1
+        step = trainer.current_epoch * task.steps_per_epoch + index // trainer.accumulate_grad_batches + 1
+        bad = torch.as_tensor(self.bad_step, device=loss.device)
+        self.bad_step = torch.where((bad > 0) | loss.isfinite(), bad, step)
+        every = 1 if task.device.type == "cpu" else LOOK_EVERY
+        if step % every == 0 or step % self.save_every == 0 or trainer.is_last_batch:
+            bad = trainer.strategy.reduce(self.bad_step, reduce_op="max")
+            if bad > 0:
+                self.stop(trainer, f"the training loss is NaN or Inf at step {int(bad)}")
+
+    def stop(self, trainer: Trainer, reason: str) -> None:
+        last, best = self.out / LAST, self.out / BEST
+        kept = [f"the last good state is {last}"] * last.exists() + [f"the best weights are {best}"] * best.exists()
+        raise InputError(
+            f"{reason} (epoch {trainer.current_epoch + 1}), so it stopped; {', '.join(kept) or 'nothing was saved'}; "
+            "try a lower --optim.lr, --optim.clip-grad 1 or --run.precision 32-true"
+        )
+
+    def on_validation_epoch_end(self, trainer: Trainer, task: Module) -> None:
+        train_loss = trainer.strategy.reduce(torch.as_tensor(self.loss_sum / self.batches)).item()
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "train_loss": train_loss,
+            **task.compute_metrics(),
+        }
+        for name, value in row.items():
+            if not math.isfinite(value):
+                what = name.replace("val_", "validation ")
+                self.stop(trainer, f"the {what} is NaN or Inf at step {trainer.global_step}")
+        self.history.append(row)
+        best = self.best(task.score) or row
+        if trainer.is_global_zero:
+            if best is row:
+                save_checkpoint(self.out / BEST, task.model, metrics=row, **self.saved)
+                task.save_details(self.out)
+            self._write_history(task, best)
+            self._log(trainer, row)
+            progress = f"epoch {row['epoch']}/{trainer.max_epochs}  train loss {row['train_loss']:.3f}"
+            print(f"{progress}  {task.headline(row)}{'  best' if best is row else ''}", flush=True)
+
+    def _write_history(self, task: Module, best: dict[str, Any]) -> None:
+        with atomic_write(self.out / "metrics.csv", "w") as file:
+            writer = csv.DictWriter(file, self.history[0])
+            writer.writeheader()
+            writer.writerows(self.history)
+        plots.save_curves(self.history, task.panels, f"val_{task.score}", best, self.out / "curves.png")
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves last.ckpt every few steps and after each epoch; Lightning calls it after all other callbacks."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
+        stepped = (index + 1) % trainer.accumulate_grad_batches == 0
+        # From a state saved after an epoch's last batch Lightning would resume without validating: not here, but below.
+        if stepped and trainer.global_step % self.folder.save_every == 0 and not trainer.is_last_batch:
+            self._save(trainer, task)
+
+    def on_train_epoch_end(self, trainer: Trainer, task: Module) -> None:
+        self._save(trainer, task)
+
+    def _save(self, trainer: Trainer, task: Module) -> None:
+        # The loss was finite before the step; the step may have made the weights NaN or Inf.
+        finite = torch.stack([p.isfinite().all() for p in task.parameters()]).all()
+        if trainer.strategy.reduce((~finite).float(), reduce_op="max") > 0:
+            self.folder.stop(trainer, f"a weight is NaN or Inf after step {trainer.global_step}")
+        trainer.save_checkpoint(self.folder.out / LAST)

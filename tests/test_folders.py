@@ -1,0 +1,148 @@
+"""Which files are images: each real file once, whatever links there are, and every extension that Pillow reads."""
+
+import os
+
+import pytest
+from PIL import Image
+
+from dualtoken_vit.data.classification import build_datasets
+from dualtoken_vit.data.folders import EXTENSIONS, image_files, read_lines, scan, skipped_note
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
+from dualtoken_vit.recipes import ClassificationData
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """{train,val}/{a,b}/{0,1,2}.png"""
+    for split in ("train", "val"):
+        for label, name in enumerate("ab"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (4, 4), (label, index, split == "val")).save(folder / f"{index}.png")
+    return tmp_path
+
+
+def test_links_to_folders_above_are_not_followed(tree):
+    a = tree / "train" / "a"
+    for name, target in (("self", "."), ("up", ".."), ("top", "../.."), ("root", "/")):
+        (a / name).symlink_to(target)
+    (tree / "train" / "all").symlink_to(".")
+    assert image_files(a) == [f"{a}/{index}.png" for index in range(3)]
+    train, _ = build_datasets(ClassificationData(root=str(tree)), 3)
+    assert train.class_names == ("a", "b")
+    assert train.targets == [0, 0, 0, 1, 1, 1]
+    assert train.notes == ()
+
+
+def test_each_real_file_is_listed_once_by_its_name_without_links(tree):
+    a = tree / "train" / "a"
+    (a / "deep").mkdir()
+    Image.new("RGB", (4, 4)).save(a / "deep" / "x.png")
+    (a / "0 again.png").symlink_to("0.png")
+    (a / "again").symlink_to("deep")
+    (a / "deep" / "loop").symlink_to("../deep")
+    (a / "elsewhere").symlink_to(tree / "val" / "a")
+    expected = [a / "0.png", a / "1.png", a / "2.png", a / "deep" / "x.png"]
+    expected += [a / "elsewhere" / f"{index}.png" for index in range(3)]
+    assert image_files(a) == [str(path) for path in expected]
+    images, others = scan(a)
+    assert [os.path.realpath(path) for path in images] == list(images.values())
+    assert others == []
+
+
+def test_classes_may_be_links_to_real_folders(tree, tmp_path_factory):
+    other = tmp_path_factory.mktemp("links")
+    for split in ("train", "val"):
+        (other / split).mkdir()
+        for name in "ab":
+            (other / split / name).symlink_to(tree / split / name)
+    train, val = build_datasets(ClassificationData(root=str(other)), 3)
+    assert train.class_names == ("a", "b")
+    assert train.targets == val.targets == [0, 0, 0, 1, 1, 1]
+    assert train.image_names[0] == f"{other}/train/a/0.png"
+
+
+def test_a_file_in_two_classes_stays_in_both_and_is_reported(tree):
+    b = tree / "train" / "b"
+    (b / "link.png").symlink_to("../a/1.png")
+    train, _ = build_datasets(ClassificationData(root=str(tree)), 3)
+    assert train.targets == [0, 0, 0, 1, 1, 1, 1]
+    assert train.notes == (f"files in more than one class: 1, for example {tree}/train/a/1.png = {b}/link.png",)
+
+
+def test_a_link_to_nowhere_is_not_lost(tree):
+    (tree / "train" / "a" / "9.png").symlink_to("missing.png")
+    train, _ = build_datasets(ClassificationData(root=str(tree)), 3)
+    with pytest.raises(InputError, match=r"train/a/9\.png: no such file"):
+        train.verify(progress=False)
+
+
+@pytest.mark.parametrize("extension", [".jfif", ".jpe", ".JPEG", ".jp2", ".avif", ".apng", ".tga", ".qoi", ".mpo"])
+def test_extensions_that_pillow_reads(tree, extension):
+    path = tree / "train" / "a" / f"x{extension}"
+    Image.new("RGB", (16, 16), "red").save(path)
+    train, _ = build_datasets(ClassificationData(root=str(tree)), 3)
+    assert str(path) in train.image_names
+    assert train.verify(progress=False) == []
+
+
+def test_extensions_of_files_that_pillow_cannot_decode():
+    """Formats that Pillow writes or identifies only, and PostScript, which is a program."""
+    assert not {".pdf", ".palm", ".mpeg", ".mpg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".eps"} & {*EXTENSIONS}
+    assert {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"} <= {*EXTENSIONS}
+
+
+def test_what_is_skipped_is_reported_in_one_line(tree):
+    a = tree / "train" / "a"
+    for path in (a / "notes.txt", a / ".hidden.txt", a / "._0.png", a / "film\n.mp4", tree / "train" / "loose.png"):
+        path.write_bytes(b"")
+    (a / ".cache").mkdir()
+    (a / ".cache" / "0.png").write_bytes(b"")
+    train, val = build_datasets(ClassificationData(root=str(tree)), 3)
+    assert len(train) == 6
+    example = f"{tree}/train/loose.png"
+    assert train.notes == (f"skipped files that are not images in a class folder: 3, for example {example}",)
+    assert val.notes == ()
+    assert scan(a)[1] == [f"{a}/film\n.mp4", f"{a}/notes.txt"]
+    assert skipped_note(scan(a)[1]) == f"skipped files that are not images: 2, for example {a}/film\\n.mp4"
+
+
+def test_a_folder_that_cannot_be_read(tree):
+    with pytest.raises(InputError, match=r"none: cannot be read \(No such file or directory\)"):
+        scan(tree / "none")
+
+
+def test_names_that_are_not_utf_8_are_listed(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(tmp_path / name)
+    assert image_files(tmp_path) == [f"{tmp_path}/{name}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("plain ü 写真 🐟 $x$", "plain ü 写真 🐟 $x$"),
+        ("a\nb\r\tc\x1b[31m\x7f\x85", r"a\nb\r\tc\x1b[31m\x7f\x85"),
+        ("a\u2028b", r"a\u2028b"),
+        (os.fsdecode(b"caf\xe9"), "caf\ufffd"),
+        ("\ud800", "\ufffd"),  # half of a pair, from a JSON file
+    ],
+)
+def test_printable(name, shown):
+    assert printable(name) == shown
+    assert len(shown.splitlines()) == 1
+    shown.encode()
+
+
+def test_lines_of_a_file_from_any_editor(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffone\r\ntwo\u2028\x0bstill two\rthree\n".encode() + b"caf\xe9")
+    assert read_lines(path) == ["one", "two\u2028\x0bstill two", "three", "caf\udce9"]
+    path.write_text("one\ntwo\n", "utf-16")
+    with pytest.raises(InputError, match=r"names\.txt: not text in UTF-8"):
+        read_lines(path)
+    with pytest.raises(InputError, match=r"none\.txt: cannot be read \(No such file"):
+        read_lines(tmp_path / "none.txt")

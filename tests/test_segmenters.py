@@ -215,7 +215,8 @@ def test_grey_images():
         (
             "pspnet",
             "levit_128",
-            r"levit_128: fails on an image of 70x99 pixels \(.*\); a segmenter needs a network that accepts any image size$",
+            r"levit_128: fails on an image of 70x99 pixels \(.*\); a segmenter needs a network that accepts any image "
+            "size$",
         ),
         ("pspnet", "no_such_net", "--model.name no_such_net: "),
     ],

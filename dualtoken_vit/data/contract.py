@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 
-Reader = TypeVar("Reader")
+Split = TypeVar("Split")
 
 
 @runtime_checkable
@@ -52,23 +52,24 @@ class ImageData(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Apply another dataset's `state_dict`, in place of `verify`. The data may have moved to another folder."""
-        return None
 
 
-def find_format(formats: dict[str, Reader], name: str) -> Reader:
-    """The reader of format `name`, or of NAME in NAME/REST.
+class Formats(dict[str, Callable[..., Split]]):
+    """The formats of one kind of data: name to reader. A reader takes a recipe's data section, "train" or "val", ..."""
 
-    Raises:
-        InputError: for an unknown format.
-    """
-    kind = name.partition("/")[0].lower()
-    if kind not in formats:
-        raise InputError(f"--data.dataset {name}: unknown format; choose from {', '.join(formats)}")
-    return formats[kind]
+    def read(self, data: Any, split: str, *args: Any) -> Split:
+        """A split as it is stored, in the format that `--data.dataset` names: NAME or NAME/REST.
+
+        Raises:
+            InputError: for an unknown format, and whatever the reader rejects.
+        """
+        kind = data.dataset.partition("/")[0].lower()
+        if kind not in self:
+            raise InputError(f"--data.dataset {data.dataset}: unknown format; choose from {', '.join(self)}")
+        return self[kind](data, split, *args)
 
 
 def some(names: Sequence[str]) -> str:
     """The first names of a list, for a message."""
-    return ", ".join(f"'{printable(name)}'" for name in names[:5]) + (
-        f" and {len(names) - 5} more" if len(names) > 5 else ""
-    )
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(f"'{printable(name)}'" for name in names[:5]) + more

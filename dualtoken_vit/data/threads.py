@@ -6,7 +6,8 @@ from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.machine import cores
@@ -15,51 +16,43 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class _Rate(ProgressColumn):
+    """Items per second, once it is meaningful."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f}/s" if task.speed and (task.elapsed or 0) > 1 else "")
+
+
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str, ahead: int = 256
 ) -> Iterator[Result]:
     """`function` of each item, in order, with one thread per usable core.
 
     Args:
-        function: called in the threads
-        items: its arguments
-        total: their number, if known
+        function: called in the threads with each of `items`
+        items: `total` of them, if that is known
         title: of the progress bar on stderr; "" for no bar
         ahead: the most items that are processed before their results are consumed
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
     items = iter(items)
     with ThreadPool(cores()) as pool, Progress(*columns, console=Console(stderr=True), disable=not title) as bar:
-        task = bar.add_task(title, total=total, rate="")
+        task = bar.add_task(title, total=total)
         while chunk := list(islice(items, ahead)):  # a pool consumes its whole input at once: keep that small
             for result in pool.imap(function, chunk):
                 yield result
-                progress = bar.tasks[0]
-                speed = progress.speed if (progress.elapsed or 0) > 1 else None  # not yet meaningful before
-                bar.update(task, advance=1, rate=f"{speed:.0f}/s" if speed else "")
+                bar.advance(task)
 
 
 def verify_each(
     function: Callable[[Item], Any], items: Iterable[Item], total: int, title: str, skip: bool = False, hint: str = ""
 ) -> list[Item]:
-    """Call `function` once for each item.
+    """Call `function`, which raises InputError for an item that cannot be used, once for each of `total` items.
 
     Args:
-        function: raises InputError for an item that cannot be used
-        items: its arguments
-        total: their number
         title: of the progress bar; "" for no bar
         skip: return the items that cannot be used instead of raising
         hint: what to do, for the error
-
-    Returns:
-        The items that cannot be used.
 
     Raises:
         InputError: of the first item that cannot be used, with the number of others.

@@ -6,20 +6,9 @@ import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 T = TypeVar("T")
-
-
-class _AllReduce(torch.autograd.Function):
-    """The sum over the processes, of values and of gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    backward = forward
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
@@ -32,22 +21,21 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 
 class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the batches of all processes, on any device (torch's SyncBatchNorm wants a GPU).
+    """Batch normalisation over all processes' batches, which must have equal shapes, on any device.
 
-    Every process must have a batch of the same shape. Followed by the dropout and activation of timm's layer.
+    torch's SyncBatchNorm needs a GPU. Without this, two processes on a CPU would not train as one does. Applies the
+    dropout and activation of timm's layers too.
     """
 
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor
     momentum: float
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(self, name, getattr(norm, name))
-        self.drop = getattr(norm, "drop", nn.Identity())
-        self.act = getattr(norm, "act", nn.Identity())
+        self.drop, self.act = getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity())
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions."""
@@ -55,24 +43,19 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, ...)
         if not self.training:
             return self.act(self.drop(super().forward(x)))
-        dtype = x.dtype
-        x = x.to(torch.promote_types(dtype, torch.float32))  # statistics of half precision would be poor
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        world = dist.get_world_size()
-        count = x.numel() // x.shape[1] * world
-        mean = _AllReduce.apply(x.mean(dims)) / world
-        centred = x - mean.view(shape)
-        var = _AllReduce.apply(centred.square().mean(dims)) / world
+        y = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1)  # (B, ..., C)
+        world, dims = dist.get_world_size(), list(range(x.ndim - 1))
+        mean = all_reduce(y.mean(dims)) / world
+        var = all_reduce((y - mean).square().mean(dims)) / world
         if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        x = centred * (var + self.eps).rsqrt().view(shape)
+            count = y.numel() // y.shape[-1] * world
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+        y = (y - mean) * (var + self.eps).rsqrt()
         if self.affine:
-            x = x * self.weight.view(shape) + self.bias.view(shape)
-        return self.act(self.drop(x.to(dtype)))
+            y = y * self.weight + self.bias
+        return self.act(self.drop(y.to(x.dtype).movedim(-1, 1)))
 
 
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

@@ -8,8 +8,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from dualtoken_vit.data.check.detection import check as check_data
-from dualtoken_vit.data.check.detection import check_splits
-from dualtoken_vit.data.detection import CLASSES, AnnotatedImages, read_coco, save_scenes
+from dualtoken_vit.data.detection import CLASSES, save_scenes
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Detection, DetectionData
 
@@ -30,13 +29,12 @@ def check(_scenes, tmp_path, capsys):
     for path in (_scenes / "images").iterdir():
         (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
 
-    def run(masks=True, **args):
+    def run(masks=True, limit=None):
+        paths = {f"{split}_json": str(tmp_path / f"{split}.json") for split in SPLITS}
         for split in SPLITS:
             (tmp_path / f"{split}.json").write_text(json.dumps(run.coco[split]))
-        paths = {s: tmp_path / f"{s}.json" for s in SPLITS}
-        images = str(tmp_path / "images")
-        splits = {s: AnnotatedImages(str(path), read_coco(path), images) for s, path in paths.items()}
-        verdict = check_splits(splits, masks, **args)
+        data = DetectionData(images=str(tmp_path / "images"), **paths, limit=limit)
+        verdict = check_data(Detection(detector="mask-rcnn" if masks else "retinanet", data=data), tmp_path)
         return verdict, capsys.readouterr().out.splitlines()
 
     run.coco = {s: json.loads((_scenes / f"annotations/instances_{s}.json").read_text()) for s in SPLITS}
@@ -45,7 +43,11 @@ def check(_scenes, tmp_path, capsys):
 
 
 def problems(lines):
-    start = next(index for index, line in reversed(list(enumerate(lines))) if re.match("(train|val|note): ", line))
+    start = next(
+        index
+        for index, line in reversed(list(enumerate(lines)))
+        if re.match("(train|val|note): |no image|[0-9]+ images with", line)
+    )
     return lines[start + 1 : -1]
 
 
@@ -174,8 +176,8 @@ def test_the_contact_sheet_shows_the_labels(check, tmp_path):
     for name in ("train-0002.png", "train-0008.png"):
         Image.fromarray(np.full((48, 48, 3), 64, np.uint8)).save(check.root / "images" / name)
     check.coco["val"]["annotations"] = []
-    path = tmp_path / "sheet/labels.png"
-    _, lines = check(sheet=path)
+    path = tmp_path / "labels.png"
+    _, lines = check()
     assert f"2 images with their labels: {path}" in lines
     sheet = np.asarray(Image.open(path)).astype(int)
     assert sheet.shape == (640, 3 * 640, 3)
@@ -194,12 +196,12 @@ def test_the_contact_sheet_shows_the_labels(check, tmp_path):
 
 def test_nothing_to_draw(check, tmp_path):
     check.coco["train"]["annotations"] = []
-    verdict, lines = check(sheet=tmp_path / "sheet.png")
+    verdict, lines = check()
     assert not verdict
     assert problems(lines)[-1] == f"no objects: {check.root}/train.json has none of a pixel or more"
     assert lines[-1] == "problems: 1"
     assert "no image of train has labels to draw" in lines
-    assert not (tmp_path / "sheet.png").exists()
+    assert not (tmp_path / "labels.png").exists()
 
 
 def test_boxes_in_shares_of_the_image(check):
@@ -221,7 +223,7 @@ def test_the_sheet_shows_images_from_all_over_a_split(check, tmp_path):
     check.coco["train"]["annotations"] = [
         {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 20, 20]} for i in range(1, 15)
     ]
-    _, lines = check(masks=False, sheet=tmp_path / "labels.png")
+    _, lines = check(masks=False)
     assert f"7 images with their labels: {tmp_path}/labels.png" in lines  # every second of 14
 
 

@@ -17,12 +17,12 @@ from torchvision.ops import masks_to_boxes
 from dualtoken_vit.data.detection import (
     FORMATS,
     AnnotatedImages,
-    CocoDataset,
+    DetectionDataset,
     Packed,
-    ShapeScenes,
     build_datasets,
     collate,
     decode_masks,
+    draw_scenes,
     encode_masks,
     read_coco,
     save_scenes,
@@ -65,7 +65,7 @@ def files(coco, tmp_path):
 
     def read(masks=True, **args):
         (tmp_path / "coco.json").write_text(json.dumps(coco))
-        return CocoDataset(tmp_path, tmp_path / "coco.json", masks, **args)
+        return DetectionDataset(read_coco(tmp_path / "coco.json", tmp_path), masks, **args)
 
     read.folder = tmp_path
     return read
@@ -324,7 +324,7 @@ def test_missing_images(files, tmp_path):
     with pytest.raises(
         InputError, match=r"nowhere: no such folder; give the one that contains the images of .*coco.json"
     ):
-        CocoDataset(tmp_path / "nowhere", tmp_path / "coco.json", True)
+        DetectionDataset(read_coco(tmp_path / "coco.json", tmp_path / "nowhere"), True)
     (tmp_path / "2.png").unlink()
     with pytest.raises(InputError, match=r"2\.png: no such file, but it is listed in .*coco\.json$"):
         files()
@@ -370,10 +370,10 @@ def test_names_that_are_hard_to_print(files, coco):
     path, name = files.folder / "coco.json", os.fsdecode(b"caf\xe9\n.png")
     path.write_bytes(path.read_bytes().replace(b"\\u00e9", b"\xe9"))
     with pytest.raises(InputError) as caught:
-        CocoDataset(files.folder, path, False)
+        DetectionDataset(read_coco(path, files.folder), False)
     assert str(caught.value) == f"{files.folder}/caf\ufffd\\n.png: no such file, but it is listed in {path}"
     (files.folder / "2.png").rename(files.folder / name)
-    data = CocoDataset(files.folder, path, False)
+    data = DetectionDataset(read_coco(path, files.folder), False)
     assert data.class_names == ("dog", "$cat\n\r")
     assert data[1][0].shape == (3, 32, 20)
     (files.folder / name).write_bytes(b"")
@@ -381,7 +381,7 @@ def test_names_that_are_hard_to_print(files, coco):
         data.verify(progress=False)
     assert str(caught.value).startswith(f"{files.folder}/caf\ufffd\\n.png: cannot be read as an image")
     with pytest.raises(InputError, match=r"category '\$cat\\n\\r' is not among the 1 trained classes"):
-        CocoDataset(files.folder, path, False, class_names=["dog"])
+        DetectionDataset(read_coco(path, files.folder), False, class_names=["dog"])
 
 
 def test_packed_data_is_what_was_packed():
@@ -395,7 +395,7 @@ def test_packed_data_is_what_was_packed():
 
 
 def test_scenes():
-    scenes = ShapeScenes("val", 48, count=60)
+    scenes = DetectionDataset(draw_scenes("val", 48, 60), masks=True)
     assert scenes.class_names == ("circle", "cross", "ring", "square", "star", "triangle")
     assert scenes.dropped == 0
     counts = []
@@ -408,16 +408,16 @@ def test_scenes():
             assert torch.equal(target["boxes"], corners)
             assert target["masks"].sum(0).max() == 1  # the upper hides the lower
     assert set(counts) == set(range(6))
-    again = ShapeScenes("val", 48, count=3)[2]
+    again = DetectionDataset(draw_scenes("val", 48, 3), masks=True)[2]
     assert torch.equal(again[0], scenes[2][0])
-    assert not torch.equal(ShapeScenes("train", 48, count=3)[2][0], scenes[2][0])
+    assert not torch.equal(DetectionDataset(draw_scenes("train", 48, 3), masks=True)[2][0], scenes[2][0])
 
 
 def test_scenes_as_files(tmp_path):
     save_scenes(tmp_path, 48, train=3, val=2)
     for split, count in (("train", 3), ("val", 2)):
-        drawn = ShapeScenes(split, 48, count=count)
-        read = CocoDataset(tmp_path / "images", tmp_path / f"annotations/instances_{split}.json", True)
+        drawn = DetectionDataset(draw_scenes(split, 48, count), masks=True)
+        read = DetectionDataset(read_coco(tmp_path / f"annotations/instances_{split}.json", tmp_path / "images"), True)
         assert len(read) == count
         assert read.truth == drawn.truth
         for (image, target), (expected, truth) in zip((read[i] for i in range(count)), drawn, strict=False):

@@ -15,7 +15,7 @@ from pycocotools import mask as reference
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dualtoken_vit.data.detection import CocoDataset, clip, decode_masks, save_scenes
+from dualtoken_vit.data.detection import DetectionDataset, clip, decode_masks, read_coco, save_scenes
 from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, evaluate, save_results, to_results
 from dualtoken_vit.tasks.distributed import gather
 
@@ -101,7 +101,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("masks", [False, True])
 def test_all_figures_are_those_of_pycocotools(folder, tmp_path, masks):
     path = folder / "annotations/instances_val.json"
-    data = CocoDataset(folder / "images", path, masks)
+    data = DetectionDataset(read_coco(path, folder / "images"), masks)
     objects, crowds = zip(*map(data.objects, range(len(data))), strict=True)
     assert any(crowds)
     assert not all(objects)
@@ -128,8 +128,8 @@ def test_ids_that_a_float_cannot_hold(folder, tmp_path, reverse):
         coco["images"].reverse()
         coco["categories"].reverse()
     path.write_text(json.dumps(coco))
-    small = CocoDataset(folder / "images", folder / "annotations/instances_val.json", True)
-    data = CocoDataset(folder / "images", path, True, class_names=small.class_names)
+    small = DetectionDataset(read_coco(folder / "annotations/instances_val.json", folder / "images"), True)
+    data = DetectionDataset(read_coco(path, folder / "images"), True, class_names=small.class_names)
     assert data.category_ids == [categories[category] for category in small.category_ids]
     found = perturbed(small)
     renamed = {
@@ -168,8 +168,8 @@ def test_a_detection_in_another_image_of_a_large_id_is_wrong(tmp_path):
 
 def test_a_class_without_truth_is_absent(folder, tmp_path):
     path = folder / "annotations/instances_val.json"
-    data = CocoDataset(folder / "images", path, False)
-    wider = CocoDataset(folder / "images", path, False, class_names=("new", *data.class_names))
+    data = DetectionDataset(read_coco(path, folder / "images"), False)
+    wider = DetectionDataset(read_coco(path, folder / "images"), False, class_names=("new", *data.class_names))
     found = perturbed(data)
     image_id = data.image_ids[0]
     detections = {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.tensor([0]), "scores": torch.ones(1)}
@@ -187,7 +187,7 @@ def test_all_figures_on_photos(tmp_path, split):
     if not root:
         pytest.skip("DUALTOKEN_DATA names no folder of real photos")
     path = Path(root, "coco228/annotations", f"instances_{split}.json")
-    data = CocoDataset(Path(root, "coco228/images"), path, True)
+    data = DetectionDataset(read_coco(path, Path(root, "coco228/images")), True)
     assert_equal(data, path, tmp_path)
 
 
@@ -230,8 +230,8 @@ def test_figures_that_can_be_worked_out():
 
 def test_the_order_of_the_classes_is_the_network_s(folder):
     path = folder / "annotations/instances_val.json"
-    data = CocoDataset(folder / "images", path, False)
-    turned = CocoDataset(folder / "images", path, False, class_names=data.class_names[::-1])
+    data = DetectionDataset(read_coco(path, folder / "images"), False)
+    turned = DetectionDataset(read_coco(path, folder / "images"), False, class_names=data.class_names[::-1])
     one, other = (evaluate(each.truth, perturbed(each), False)["box"] for each in (data, turned))
     assert other.per_class == one.per_class
     assert list(other.per_class) == list(turned.class_names)

@@ -13,7 +13,7 @@ from test_predict import NAMES, save
 from torchvision.transforms import v2
 
 from dualtoken_vit import cli
-from dualtoken_vit.data.detection import ShapeScenes, save_scenes
+from dualtoken_vit.data.detection import DetectionDataset, draw_scenes, save_scenes
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.paper.attention import blocks_of
@@ -99,7 +99,7 @@ def test_measure_is_the_mean_over_images_of_the_mean_over_objects(tokens):
     for block in blocks_of(model).values():  # maps far from uniform
         with torch.no_grad():
             block.broadcast_attn.q.weight.mul_(20)
-    images = ShapeScenes("val", 112, count=6)
+    images = DetectionDataset(draw_scenes("val", 112, 6), masks=True)
     images.transform = v2.ToDtype(torch.float32, scale=True)
     scores = measure(model, images)
     assert [score.block for score in scores] == [f"stages.{stage}.blocks.0" for stage in range(3)]

@@ -17,7 +17,6 @@ from dualtoken_vit.data.segmentation import (
     FORMATS,
     IGNORE,
     MaskedImages,
-    ShapeScenes,
     build_datasets,
     build_val_dataset,
     class_weights,
@@ -49,6 +48,10 @@ def tree(tmp_path):
 
 def data(tree, **args):
     return SegmentationData(root=str(tree), **args)
+
+
+def drawn(size, **args):
+    return build_datasets(SegmentationData(dataset="shapes", crop_size=(size, size), **args), 3)
 
 
 def labels_of(tree, name="0"):
@@ -157,7 +160,7 @@ def test_the_median_of_two_frequencies_lies_between_them():
 
 
 def test_drawn_scenes_are_counted_by_their_masks():
-    scenes = ShapeScenes("train", 32, count=3)
+    scenes = drawn(32, limit=3)[0]
     scenes.verify(progress=False)
     masks = [scenes.load(index)[1] for index in range(3)]
     assert scenes.pixels.tolist() == [
@@ -510,7 +513,7 @@ def test_an_image_that_is_ignored_entirely_goes_through(tree):
 
 
 def test_images_come_at_a_side_before_the_scale():
-    scenes = ShapeScenes("train", 64)
+    scenes = drawn(64)[0]
     scenes.transform = segmentation_train(
         SegmentationData(crop_size=(64, 64), image_size=32), SegmentationAugment(scale=(1.0, 1.0))
     )
@@ -519,7 +522,7 @@ def test_images_come_at_a_side_before_the_scale():
 
 
 def test_drawn_scenes(tmp_path):
-    scenes = ShapeScenes("val", 48, count=3)
+    scenes = drawn(48, limit=3)[1]
     assert scenes.class_names == ("ground", *CLASSES)
     for index in range(3):
         image, shapes = scene("val", index, 48)

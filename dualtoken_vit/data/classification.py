@@ -15,7 +15,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import Imagenette
 
-from dualtoken_vit.data.contract import ImageData, find_format, some
+from dualtoken_vit.data.contract import Formats, ImageData, some, split_name
 from dualtoken_vit.data.folders import contains, read_lines, scan, skipped_note
 from dualtoken_vit.data.images import MODES, load_image
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
@@ -39,8 +39,7 @@ class ImageDataset(Dataset, ImageData):
         class_names: name of each class
         image_names: display name of each image
         channels: 3 (RGB) or 1 (greyscale)
-        root: folder of the images, which may differ when a run is resumed
-        filled: whether a class without training images is an error
+        root: folder of the image files, which may differ when a run is resumed; each class must have training images
     """
 
     def __init__(
@@ -51,10 +50,9 @@ class ImageDataset(Dataset, ImageData):
         image_names: list[str],
         channels: int = 3,
         root: str = "",
-        filled: bool = False,
     ) -> None:
         self.sources, self.targets, self.class_names, self.image_names = sources, targets, class_names, image_names
-        self.channels, self.root, self.filled = channels, root, filled
+        self.channels, self.root = channels, root
         self.left_out: list[str] = []
         """Names of the images left out, relative to `root`."""
 
@@ -120,11 +118,6 @@ class DrawnDataset(ImageDataset):
 Images = ImageDataset | ImageStream
 
 
-def split_name(data: ClassificationData, split: str) -> str:
-    """The recipe's name of the train or val split."""
-    return {"train": data.train_split, "val": data.val_split}[split]
-
-
 def _where(data: ClassificationData, split: str) -> str:
     """A split, for messages."""
     return printable(os.path.join(data.root, split_name(data, split)))
@@ -157,7 +150,7 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
         skipped += others
         shared += [(first[target], path) for path, target in images.items() if target in first]
         first |= {target: path for path, target in images.items()}
-    dataset = ImageDataset(paths, targets, tuple(names), paths, channels, str(Path(data.root)), filled=True)
+    dataset = ImageDataset(paths, targets, tuple(names), paths, channels, str(Path(data.root)))
     if shared:
         pair = " = ".join(map(printable, shared[0]))
         dataset.notes += (f"files in more than one class: {len(shared)}, for example {pair}",)
@@ -240,21 +233,26 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
     """webdataset: wds/NAME; see `Shards`. ROOT/classnames.txt has one class name per line; default: numbers."""
     if not data.root:
         raise InputError(f"--data.root is missing: give the folder with the shards of {data.dataset}")
-    shards: Shards = _opened(data, split, "webdataset", lambda _, name: Shards(data.root, name))
+    shards: Shards = _opened(data, split, "webdataset", lambda _, name: Shards(data.root, name, channels))
     path = Path(data.root, "classnames.txt")
     class_names = tuple(read_lines(path)) if path.is_file() else ()
     if not class_names or not shards.samples:
         title = f"reading the labels of {split_name(data, split)}"
-        labels = list(in_threads(itemgetter(2), shards.records(), shards.samples or None, title))
+        labels = list(in_threads(itemgetter(2), shards.stored(), shards.samples or None, title))
         shards.samples = len(labels)
         class_names = class_names or _numbers(labels)
-    return ImageStream(shards, class_names, channels)
+    shards.class_names, shards.labels = class_names, range(len(class_names))
+    return shards
 
 
 def _tfds(data: ClassificationData, split: str, channels: int) -> ImageStream:
     """TensorFlow Datasets: tfds/NAME; data.root is the folder that they are kept in."""
-    source = _opened(data, split, "tensorflow_datasets", lambda name, part: TensorFlowDataset(name, data.root, part))
-    return ImageStream(source, source.class_names, channels)
+
+
+    def read(name: str, split: str) -> ImageStream:
+        return TensorFlowDataset(name, data.root, split, channels)
+
+    return _opened(data, split, "tensorflow_datasets", read)
 
 
 def _numbers(labels: Collection[int]) -> tuple[str, ...]:
@@ -262,22 +260,17 @@ def _numbers(labels: Collection[int]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(max(labels, default=-1) + 1))
 
 
-FORMATS: dict[str, Callable[[ClassificationData, str, int], Images]] = {
-    "folder": _folder,
-    "shapes": _shapes,
-    "imagenette": _imagenette,
-    "hfds": _hfds,
-    "wds": _wds,
-    "tfds": _tfds,
-}
-"""Each reads (data section, "train" or "val", channels); classes may be empty, and differ between the splits."""
+FORMATS: Formats[Images] = Formats(
+    folder=_folder, shapes=_shapes, imagenette=_imagenette, hfds=_hfds, wds=_wds, tfds=_tfds
+)
+"""Classes may be empty, and differ between the splits."""
 
 
 def read_split(data: ClassificationData, split: str, channels: int) -> Images:
     """The train or val split as it is stored."""
     if channels not in MODES:
         raise InputError(f"--model.in-chans {channels}: images have 3 channels (RGB) or 1 (greyscale)")
-    dataset = find_format(FORMATS, data.dataset)(data, split, channels)
+    dataset = FORMATS.read(data, split, channels)
     if not len(dataset):
         raise InputError(f"{_where(data, split)}: no images")
     return dataset
@@ -290,7 +283,7 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
         InputError: for a missing folder, an empty training class, validation classes that are not trained, ...
     """
     train = read_split(data, "train", channels)
-    empty = _empty(train) if isinstance(train, ImageDataset) and train.filled else []
+    empty = _empty(train) if isinstance(train, ImageDataset) and train.root else []
     if empty:
         raise InputError(f"{_where(data, 'train')}: no images in class {some(empty)}; add some, or remove the class")
     if data.holdout:
@@ -299,18 +292,25 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
 
 
 def build_val_dataset(data: ClassificationData, channels: int, class_names: Sequence[str] | None = None) -> Images:
-    """The validation images alone; with `class_names`, the targets are indices into them.
-
-    Classes without validation images are named in `notes`.
+    """The validation images alone, with `class_names` in their order; classes without images are named in `notes`.
 
     Raises:
-        InputError: as `build_datasets`, and for classes that are not in `class_names`.
+        InputError: as `build_datasets`.
     """
     val = read_split(data, "train" if data.holdout else "val", channels)
     if data.holdout:
         val = _hold_out(val, data.holdout)[1]
     if class_names is not None:
-        _reorder(val, tuple(class_names), data)
+        trained, named = {name: label for label, name in enumerate(class_names)}, val.class_names
+        if data.dataset.startswith(("wds", "hfds")) and named == _numbers(range(len(named))):
+            named = (*class_names[: len(named)], *named[len(trained) :])
+        unknown = [name for name in named if name not in trained]
+        if unknown:
+            raise InputError(
+                f"{_where(data, 'val')}: class {some(unknown)} is not among the {len(trained)} trained classes: "
+                f"{some(class_names)}; rename or remove it"
+            )
+        val.relabel(tuple(class_names), [trained[name] for name in named])
     absent = _empty(val) if isinstance(val, ImageDataset) else []
     if absent:
         val.notes += (f"{_where(data, 'val')}: no images of class {some(absent)}",)
@@ -321,25 +321,6 @@ def _empty(dataset: ImageDataset) -> list[str]:
     """The classes that have no images."""
     filled = set(dataset.targets)
     return [name for label, name in enumerate(dataset.class_names) if label not in filled]
-
-
-def _reorder(val: Images, class_names: tuple[str, ...], data: ClassificationData) -> None:
-    """Bring the targets to the order of `class_names`."""
-    named = val.class_names
-    if (
-        data.dataset.startswith(("wds", "hfds"))
-        and named == _numbers(range(len(named)))
-        and len(named) <= len(class_names)
-    ):
-        named = class_names[: len(named)]
-    unknown = [name for name in named if name not in class_names]
-    if unknown:
-        raise InputError(
-            f"{_where(data, 'val')}: class {some(unknown)} is not among the {len(class_names)} trained classes: "
-            f"{some(class_names)}; rename or remove it"
-        )
-    labels = {name: label for label, name in enumerate(class_names)}
-    val.relabel(class_names, [labels[name] for name in named])
 
 
 def _hold_out(dataset: Images, share: float) -> tuple[ImageDataset, ImageDataset]:

@@ -69,6 +69,11 @@ class Formats(dict[str, Callable[..., Split]]):
         return self[kind](data, split, *args)
 
 
+def split_name(data: Any, split: str) -> str:
+    """The name that a recipe's data section gives to the train or val split."""
+    return {"train": data.train_split, "val": data.val_split}[split]
+
+
 def some(names: Sequence[str]) -> str:
     """The first names of a list, for a message."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

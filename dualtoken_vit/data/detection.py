@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dualtoken_vit.data.contract import ImageData, find_format, some
+from dualtoken_vit.data.contract import Formats, ImageData, some
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import verify_each
@@ -55,8 +55,8 @@ class AnnotatedImages(NamedTuple):
         return self.draw(image) if self.draw else self.path(image)
 
 
-def read_coco(path: str | Path) -> dict[str, list]:
-    """The images, categories and annotations of a COCO json, without checks of single entries.
+def read_coco(path: str | Path, images: str | Path = "") -> AnnotatedImages:
+    """A COCO json, without checks of single entries, and the folder of its images.
 
     Raises:
         InputError: for a file that is missing, not JSON, or not a COCO file.
@@ -75,7 +75,7 @@ def read_coco(path: str | Path) -> dict[str, list]:
     for key in _FIELDS:
         if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
             raise InputError(f"{name} is not a COCO file: no list {key!r}; it needs {', '.join(_FIELDS)}")
-    return {key: coco[key] for key in _FIELDS}
+    return AnnotatedImages(str(path), {key: coco[key] for key in _FIELDS}, str(images))
 
 
 def sift(coco: dict[str, list], masks: bool) -> tuple[dict[str, list[dict]], list[str]]:
@@ -270,6 +270,7 @@ class DetectionDataset(Dataset, ImageData):
     ) -> None:
         self.name, self.masks, self.channels = printable(split.name), masks, channels
         self.split = split._replace(coco={})  # its annotations are packed below
+        self.dropped = 0
         coco, problems = sift(split.coco, masks)
         if problems:
             more = f" (and {len(problems) - 1} more: check-data lists all)" if len(problems) > 1 else ""
@@ -296,24 +297,20 @@ class DetectionDataset(Dataset, ImageData):
         self.image_ids = [image["id"] for image in self.images]
         self.sizes = [(image["width"], image["height"]) for image in self.images]
         self.groups = [int(height > width) for width, height in self.sizes]  # portrait or not: less padding in a batch
-        places = {image_id: index for index, image_id in enumerate(self.image_ids)}
-        of_image: list[list[dict]] = [[] for _ in self.images]
+        images = {image["id"]: image for image in self.images}
+        of_image: dict[int, list[dict]] = {image_id: [] for image_id in images}
         keys = ["id", "image_id", "category_id", "bbox", "area", "iscrowd", *["segmentation"] * masks]
-        self.dropped = self.trained = 0
-        present = set()
+        trained = []
         for annotation in coco["annotations"]:
-            index = places[annotation["image_id"]]
-            of_image[index].append({key: annotation[key] for key in keys if key in annotation})
-            if degenerate(annotation, self.images[index]):
+            of_image[annotation["image_id"]].append({key: annotation[key] for key in keys if key in annotation})
+            if degenerate(annotation, images[annotation["image_id"]]):
                 self.dropped += 1
             elif not annotation.get("iscrowd"):
-                self.trained += 1
-                present.add(annotation["category_id"])
-        self.annotations = Packed(of_image)
+                trained.append(annotation["category_id"])
+        self.trained, present = len(trained), set(trained)
+        self.annotations = Packed(list(of_image.values()))
         self._labels = {category: label for label, category in enumerate(self.category_ids)}
-        absent = [
-            name for name, category in zip(self.class_names, self.category_ids, strict=True) if category not in present
-        ]
+        absent = [name for name in self.class_names if ids[name] not in present]
         if absent:
             self.notes = (f"{self.name}: no objects of class {some(absent)}",)
 
@@ -391,48 +388,19 @@ class DetectionDataset(Dataset, ImageData):
         return {"images": self.images, "categories": categories, "annotations": annotations}
 
 
-class CocoDataset(DetectionDataset):
-    """The images of a COCO json; see `DetectionDataset`.
-
-    Args:
-        images: folder that the json's file names are relative to
-        path: the json
-        args: see `DetectionDataset`
-    """
-
-    def __init__(self, images: str | Path, path: str | Path, *args: Any, **kwargs: Any) -> None:
-        super().__init__(AnnotatedImages(str(path), read_coco(path), str(images)), *args, **kwargs)
-
-
-class ShapeScenes(DetectionDataset):
-    """Scenes of up to five drawn shapes; see `DetectionDataset`. They need no files.
-
-    Args:
-        split: train or val
-        size: side of the images in pixels
-        masks: whether targets have masks
-        channels: 3 (RGB) or 1 (greyscale)
-        count: number of scenes; default: the whole split
-    """
-
-    def __init__(self, split: str, size: int, masks: bool = True, channels: int = 3, count: int | None = None) -> None:
-        super().__init__(draw_scenes(split, size, count), masks, channels, CLASSES)
-
-
 def draw_scenes(split: str, size: int, count: int | None = None) -> AnnotatedImages:
-    """The first `count` scenes of a split, as images of `size` pixels a side."""
-    names = [f"{split}-{index:04d}.png" for index in range(SCENES[split] if count is None else count)]
-    images: list[dict[str, Any]] = [
-        {"id": i, "file_name": name, "width": size, "height": size} for i, name in enumerate(names, start=1)
-    ]
-    annotations: list[dict] = []
-    for image in images:
-        for shape in scene(split, image["id"] - 1, size)[1]:
+    """The first `count` scenes of a split: images of `size` pixels a side with up to five shapes; they need no files."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(SCENES[split] if count is None else count):
+        name = f"{split}-{index:04d}.png"
+        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
+        for shape in scene(split, index, size)[1]:
             left, top, right, bottom = shape.box
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": image["id"],
+                    "image_id": index + 1,
                     "category_id": shape.label + 1,
                     "bbox": [left, top, right - left, bottom - top],
                     "area": int(shape.mask.sum()),
@@ -457,15 +425,16 @@ def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
         size: side of the images in pixels
         counts: number of scenes in a split (train=100); default: the whole split
     """
-    for split in SCENES:
-        if counts.get(split) == 0:
+    for split, total in SCENES.items():
+        count = counts.get(split, total)
+        if not count:
             continue
-        scenes = ShapeScenes(split, size, count=counts.get(split))
-        for index, name in enumerate(scenes.image_names):
-            with atomic_write(Path(folder, "images", name)) as file:
-                scenes.image(index).save(file, format="png")
+        scenes = draw_scenes(split, size, count)
+        for image in scenes.coco["images"]:
+            with atomic_write(Path(folder, "images", image["file_name"])) as file:
+                _draw_scene(split, size, image).save(file, format="png")
         with atomic_write(Path(folder, "annotations", f"instances_{split}.json"), "w") as file:
-            json.dump(scenes.truth, file)
+            json.dump(scenes.coco, file)
 
 
 def collate(samples: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
@@ -484,7 +453,7 @@ def _coco(data: DetectionData, split: str) -> AnnotatedImages:
     ):
         if not value:
             raise InputError(f"{flag} is missing: give {what}")
-    return AnnotatedImages(path, read_coco(path), images)
+    return read_coco(path, images)
 
 
 def _shapes(data: DetectionData, split: str) -> AnnotatedImages:
@@ -493,31 +462,23 @@ def _shapes(data: DetectionData, split: str) -> AnnotatedImages:
     return draw_scenes(split, data.image_size, data.limit)
 
 
-FORMATS: dict[str, Callable[[DetectionData, str], AnnotatedImages]] = {"coco": _coco, "shapes": _shapes}
-"""Each reads (data section, "train" or "val")."""
-
-
-def read_split(data: DetectionData, split: str) -> AnnotatedImages:
-    """The train or val split as it is stored."""
-    return find_format(FORMATS, data.dataset)(data, split)
+FORMATS: Formats[AnnotatedImages] = Formats(coco=_coco, shapes=_shapes)
 
 
 def build_datasets(data: DetectionData, masks: bool, channels: int) -> tuple[DetectionDataset, DetectionDataset]:
     """The training and the validation images; set `transform` before use.
 
     Raises:
-        InputError: for an empty field, a file that is not a COCO file, ...
+        InputError: for an empty field, a file that is not a COCO file, validation categories that are not trained, ...
     """
-    train = DetectionDataset(read_split(data, "train"), masks, channels, limit=data.limit)
+    train = DetectionDataset(FORMATS.read(data, "train"), masks, channels, limit=data.limit)
     return train, build_val_dataset(data, masks, channels, train.class_names)
 
 
 def build_val_dataset(data: DetectionData, masks: bool, channels: int, class_names: Sequence[str]) -> DetectionDataset:
-    """The validation images alone, with `class_names` in their order.
-
-    Classes without validation objects are named in `notes`.
+    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`.
 
     Raises:
         InputError: as `build_datasets`.
     """
-    return DetectionDataset(read_split(data, "val"), masks, channels, class_names, data.limit)
+    return DetectionDataset(FORMATS.read(data, "val"), masks, channels, class_names, data.limit)

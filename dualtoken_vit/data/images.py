@@ -23,11 +23,8 @@ def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, n
 
     Args:
         source: file name, open binary file, or PIL image
-        channels: 3 for RGB, 1 for greyscale
+        channels: 3 for a new image of mode RGB, 1 for L
         name: what errors call the image; default: the file name
-
-    Returns:
-        A new PIL image of mode RGB or L.
 
     Raises:
         InputError: for a source that cannot be decoded completely.

@@ -80,15 +80,10 @@ def _steps(order: list[int], size: int, groups: Sequence[int] | None) -> list[li
 
 
 def full_batches(count: int, batch_size: int) -> int:
-    """The number of full batches in `count` training images.
-
-    Raises:
-        InputError: for none.
-    """
+    """The number of full batches in `count` training images; an InputError for none."""
     if count < batch_size:
-        raise InputError(
-            f"{count} training images do not fill one batch of {batch_size}; give --optim.batch-size {count} or less"
-        )
+        message = f"{count} training images do not fill one batch of {batch_size}"
+        raise InputError(f"{message}; give --optim.batch-size {count} or less")
     return count // batch_size
 
 
@@ -116,11 +111,9 @@ def loader(
         dataset: map-style, or a stream
         batch_size: images per batch of this process
         train: whether to shuffle, and to drop images that do not fill a batch
-        seed: of the order and the augmentation
-        epoch: its number
+        seed, epoch: of the order and the augmentation
         skip: batches at the start of the epoch that are already done
-        rank: number of this process
-        world: number of processes
+        rank, world: number of this process, and number of processes
         workers: processes that read images; 0: this one
         groups: a number for each image. In training, the images of a step, over all processes, have the same number,
             except in the last steps, which consist of the remainders of the groups. Not for a stream.
@@ -139,9 +132,8 @@ def loader(
     )
     samples: Any = dataset
     if isinstance(dataset, IterableDataset):  # see `ImageStream`
-        share = dict(train=train, seed=mix(seed, epoch), rank=rank, world=world, workers=workers)
-        stream, workers = samples.epoch(batch_size, **share)
-        rest = _Rest(stream, batch_size, drop_last=train, num_workers=workers, **common)
+        stream = samples.epoch(batch_size, train, mix(seed, epoch), rank, world, workers)
+        rest = _Rest(stream, batch_size, drop_last=train, num_workers=stream.workers, **common)
         rest.skip = skip
         return rest
     if train:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dualtoken_vit.data.contract import ImageData, find_format, some
+from dualtoken_vit.data.contract import Formats, ImageData, some, split_name
 from dualtoken_vit.data.folders import read_lines, scan, skipped_note
 from dualtoken_vit.data.images import load_image, naming
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
@@ -28,6 +28,7 @@ IGNORE = 255  # label of ignored pixels in targets, whatever it is in files
 BEYOND = 254  # of labels outside the classes
 MAX_CLASSES = 254
 CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's
+SCENE_CLASSES = ("ground", *CLASSES)
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's, of mask files
 STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow scales 2-bit and 4-bit greyscale to 0 ... 255
@@ -196,50 +197,27 @@ class SegmentationDataset(Dataset, ImageData):
         self.pixels = state["pixels"]
 
 
-def median_frequency(pixels: Tensor) -> Tensor:
-    """The median of all f / f, f the class's share of the images with it (Eigen and Fergus, arXiv 1411.4734)."""
-    share = pixels[0] / pixels[1]  # NaN where no image contains it
-    return share.nanquantile(0.5) / share
-
-
-def log_frequency(pixels: Tensor) -> Tensor:
-    """1 / ln(1.02 + f), f the class's share of all pixels (ENet, arXiv 1606.02147)."""
-    return 1 / torch.log(1.02 + pixels[0] / pixels[0].sum())
-
-
-WEIGHTS = {"median-frequency": median_frequency, "log": log_frequency}
-
-
 def class_weights(kind: str, pixels: Tensor) -> Tensor:
     """The weight of each class in the loss, (classes,); 0 for a class without pixels.
 
     Args:
-        kind: one of `WEIGHTS`
+        kind: median-frequency: the median of all f / f, where f is the class's share of the images that contain it
+            (Eigen and Fergus, arXiv 1411.4734); log: 1 / ln(1.02 + f), where f is its share of all pixels (ENet, arXiv
+            1606.02147)
         pixels: of `SegmentationDataset.pixels`
     """
-    return torch.where(pixels[0] > 0, WEIGHTS[kind](pixels), 0)
-
-
-class ShapeScenes(SegmentationDataset):
-    """Scenes of up to five drawn shapes, with the class "ground" elsewhere; they need no files.
-
-    Args:
-        split: train or val
-        size: side of the images in pixels
-        channels: 3 (RGB) or 1 (greyscale)
-        count: number of scenes; default: the whole split
-    """
-
-    def __init__(self, split: str, size: int, channels: int = 3, count: int | None = None) -> None:
-        scenes = draw_scenes(split, size)
-        names = scenes.class_names or ()
-        super().__init__(scenes, names, label_table(range(len(names))), channels, count)
+    if kind == "log":
+        weights = 1 / torch.log(1.02 + pixels[0] / pixels[0].sum())
+    else:
+        share = pixels[0] / pixels[1]  # NaN where no image contains it
+        weights = share.nanquantile(0.5) / share
+    return torch.where(pixels[0] > 0, weights, 0)
 
 
 def draw_scenes(split: str, size: int) -> MaskedImages:
-    """The scenes of a split, as images of `size` pixels a side."""
+    """The scenes of a split: images of `size` pixels a side with up to five shapes, and the class "ground" elsewhere."""
     names = [f"{split}-{index:04d}" for index in range(SCENES[split])]
-    return MaskedImages([(name, name) for name in names], ("ground", *CLASSES), draw=partial(_draw_scene, split, size))
+    return MaskedImages([(name, name) for name in names], SCENE_CLASSES, draw=partial(_draw_scene, split, size))
 
 
 def _draw_scene(split: str, size: int, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -258,15 +236,14 @@ def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
         size: side of the images in pixels
         counts: number of scenes in a split (train=100); default: the whole split
     """
-    for split in SCENES:
-        scenes = ShapeScenes(split, size, count=counts.get(split))
-        for index, name in enumerate(scenes.image_names):
-            img, mask = scenes.load(index)
-            for kind, image in (("images", img), ("annotations", Image.fromarray(mask))):
-                with atomic_write(Path(folder, kind, split, f"{name}.png")) as file:
-                    image.save(file, format="png")
-        with atomic_write(Path(folder, "classes.txt"), "w") as file:
-            file.write("\n".join(scenes.class_names) + "\n")
+    for split, total in SCENES.items():
+        for index in range(counts.get(split, total)):
+            image, mask = _draw_scene(split, size, index)
+            for kind, content in (("images", image), ("annotations", Image.fromarray(mask))):
+                with atomic_write(Path(folder, kind, split, f"{split}-{index:04d}.png")) as file:
+                    content.save(file, format="png")
+    with atomic_write(Path(folder, "classes.txt"), "w") as file:
+        file.write("\n".join(SCENE_CLASSES) + "\n")
 
 
 def _by_stem(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -353,16 +330,6 @@ def number_classes(highest: int, path: str, data: SegmentationData) -> tuple[str
     return tuple(map(str, range(count)))
 
 
-def count_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
-    """`number_classes` of mask files.
-
-    Raises:
-        InputError: for a mask that cannot be read, or labels that cannot be class numbers.
-    """
-    found = in_threads(lambda path: (highest_label(read_mask(path), data), path), masks, len(masks), "counting classes")
-    return number_classes(*max(found), data)
-
-
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """A batch of images of any size: a list of images, and a list of masks."""
     images, masks = zip(*samples, strict=True)
@@ -373,8 +340,7 @@ def _masks(data: SegmentationData, split: str) -> MaskedImages:
     """ROOT/{images,annotations}/SPLIT/**, paired by name."""
     if not data.root:
         raise InputError("--data.root is missing: give the folder that contains images/train, annotations/train, ...")
-    name = {"train": data.train_split, "val": data.val_split}[split]
-    folders = [Path(data.root, kind, name) for kind in ("images", "annotations")]
+    folders = [Path(data.root, kind, split_name(data, split)) for kind in ("images", "annotations")]
     for folder in folders:
         if not folder.is_dir():
             layout = f"{printable(folders[0])}/NAME.jpg and {printable(folders[1])}/NAME.png"
@@ -395,24 +361,22 @@ def _shapes(data: SegmentationData, split: str) -> MaskedImages:
     return draw_scenes(split, max(data.crop_size))
 
 
-FORMATS: dict[str, Callable[[SegmentationData, str], MaskedImages]] = {"masks": _masks, "shapes": _shapes}
-"""Each reads (data section, "train" or "val")."""
-
-
-def read_split(data: SegmentationData, split: str) -> MaskedImages:
-    """The train or val split as it is stored."""
-    return find_format(FORMATS, data.dataset)(data, split)
+FORMATS: Formats[MaskedImages] = Formats(masks=_masks, shapes=_shapes)
 
 
 def _dataset(
     data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None
 ) -> SegmentationDataset:
     """A split, whose masks are brought to the order of `class_names`, if given."""
-    found = read_split(data, split)
+    found = FORMATS.read(data, split)
     if found.alone[0]:
         more = f" (and {len(found.alone[0]) - 1} more images)" if len(found.alone[0]) > 1 else ""
         raise InputError(f"{printable(found.alone[0][0])}: no mask for this image{more}; see check-data")
-    names = found.class_names or class_names or count_classes([mask for _, mask in found.pairs], data)
+    names = found.class_names or class_names
+    if names is None:
+        masks = [mask for _, mask in found.pairs]
+        labels = in_threads(lambda path: highest_label(read_mask(path), data), masks, len(masks), "counting classes")
+        names = number_classes(*max(zip(labels, masks, strict=True)), data)
     trained = tuple(class_names or names)
     unknown = [name for name in names if name not in trained]
     if unknown:
@@ -431,18 +395,16 @@ def build_datasets(data: SegmentationData, channels: int) -> tuple[SegmentationD
     """The training and the validation images; set `transform` before use.
 
     Raises:
-        InputError: for a missing folder, an image without a mask, ...
+        InputError: for a missing folder, an image without a mask, validation classes that are not trained, ...
     """
     train = _dataset(data, "train", channels, None)
     return train, build_val_dataset(data, channels, train.class_names)
 
 
 def build_val_dataset(data: SegmentationData, channels: int, class_names: Sequence[str]) -> SegmentationDataset:
-    """The validation images alone, with `class_names` in their order.
-
-    Classes that the class file of the validation images lacks are named in `notes`.
+    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`.
 
     Raises:
-        InputError: as `build_datasets`, and for names in a class file that are not in `class_names`.
+        InputError: as `build_datasets`.
     """
     return _dataset(data, "val", channels, class_names)

@@ -52,16 +52,12 @@ _OUTLINES = {
 def draw(
     rng: np.random.Generator, size: int, labels: Sequence[int], radii: tuple[float, float] = (0.3, 0.45)
 ) -> tuple[Image.Image, list[Shape]]:
-    """Draw an image with one shape per label; later shapes cover earlier ones.
+    """Draw an RGB image of `size` pixels a side with one shape per label, in their order; later ones cover earlier ones.
 
     Args:
         rng: draws everything except the classes
-        size: side of the image in pixels
         labels: indices into CLASSES
         radii: smallest and largest radius of a shape, as a fraction of `size`
-
-    Returns:
-        The RGB image, and its shapes in the order of `labels`.
     """
     ground = rng.integers(0, 256, 3)
     mottle = np.clip(ground + rng.normal(0, 25, (6, 6, 3)), 0, 255).astype(np.uint8)
@@ -91,12 +87,7 @@ def draw(
 
 
 class ShapeImages(Sequence):
-    """The images of a split, drawn on access; image i shows class i modulo the number of classes.
-
-    Args:
-        split: train or val
-        size: side of the images in pixels
-    """
+    """The images of a split, `size` pixels a side, drawn on access; image i shows class i modulo their number."""
 
     def __init__(self, split: str, size: int) -> None:
         self.split, self.size = split, size

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from io import BytesIO
 from itertools import count, islice
+from math import ceil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -24,47 +25,41 @@ SHUFFLE = dict(bufsize=8192, initial=2048)  # timm's buffer of encoded images
 Record = tuple[str, Any, int]  # display name, what `load_image` takes, class index
 
 
-class Source(Protocol):
-    """Stored samples that can only be read in order."""
-
-    parts: int
-    """The most readers that the samples can be divided among."""
-    samples: int
-
-    def records(self) -> Iterator[Record]:
-        """Every sample once, always in the same order."""
-
-    def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
-        """The samples of reader `reader` out of `readers`, once.
-
-        `seed` decides which samples these are, and with `repeat` their order.
-        """
-
-
 class ImageStream(IterableDataset, ImageData):
-    """Images without an index.
+    """Images without an index, stored in `parts` that can only be read in order.
 
-    In training, the order depends on the seed, the epoch, and the numbers of processes and workers. Shards are divided
-    among those, and a shard's images may be repeated so that every process gets the same number of full batches. In
-    validation, each process reads everything with one worker and decodes its share: every image occurs once.
+    In training, the order depends on the seed, the epoch, and the numbers of processes and workers. The parts are
+    divided among those, and a part's images may be repeated so that every process gets the same number of full batches.
+    In validation, each process reads everything with one worker and decodes its share: every image occurs once.
 
-    Args:
-        source: the samples
-        class_names: name of each class
-        channels: 3 (RGB) or 1 (greyscale)
+    A kind of storage is a subclass with `stored`, `shuffled`, `parts` and `samples`.
     """
 
-    def __init__(self, source: Source, class_names: tuple[str, ...], channels: int) -> None:
-        self.source, self.class_names, self.channels = source, class_names, channels
-        self.labels: Sequence[int] = range(len(class_names))
-        self.left_out: frozenset[str] = frozenset()
-        self.train, self.seed, self.rank, self.world, self.workers = False, 0, 0, 1, 0
-        self.share = 0  # training images per worker and epoch
+    parts: int
+    """The most readers that the images can be divided among."""
+    samples: int
+    """Number of stored images."""
+    labels: Sequence[int] = ()
+    """The target of each stored class index."""
+    left_out: frozenset[str] = frozenset()
+    train, seed, rank, world, workers = False, 0, 0, 1, 0
+    share = 0  # training images per worker and epoch
+
+    def stored(self) -> Iterator[Record]:
+        """Every image once, always in the same order."""
+        raise NotImplementedError
+
+    def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
+        """The images of reader `reader` out of `readers`, once.
+
+        `seed` decides which images these are, and with `repeat` their order.
+        """
+        raise NotImplementedError
 
     def __len__(self) -> int:
         if self.train:
             return self.share * max(self.workers, 1)
-        return len(range(self.rank, self.source.samples - len(self.left_out), self.world))
+        return len(range(self.rank, self.samples - len(self.left_out), self.world))
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         info = get_worker_info()
@@ -79,33 +74,30 @@ class ImageStream(IterableDataset, ImageData):
                     image = self.transform(image)
             yield image, label
 
-    def epoch(
-        self, batch_size: int, *, train: bool, seed: int, rank: int, world: int, workers: int
-    ) -> tuple["ImageStream", int]:
-        """The stream that process `rank` of `world` reads in one epoch, and how many workers can read it."""
-        parts = self.source.parts
-        if train and parts < world:
-            raise InputError(f"{parts} training shards cannot be divided among {world} processes; use fewer processes")
+    def epoch(self, batch_size: int, train: bool, seed: int, rank: int, world: int, workers: int) -> "ImageStream":
+        """The stream that process `rank` of `world` reads in one epoch, with at most `workers` workers."""
+        if train and self.parts < world:
+            message = f"{self.parts} training shards cannot be divided among {world} processes; use fewer processes"
+            raise InputError(message)
         stream = copy(self)
         stream.train, stream.seed, stream.rank, stream.world = train, seed, rank, world
-        stream.workers = min(workers, parts // world if train else 1)
-        share = -(-(self.source.samples - len(self.left_out)) // (world * max(stream.workers, 1)))
-        stream.share = -(-share // batch_size) * batch_size
-        return stream, stream.workers
+        stream.workers = min(workers, self.parts // world if train else 1)
+        share = ceil((self.samples - len(self.left_out)) / (world * max(stream.workers, 1)))
+        stream.share = ceil(share / batch_size) * batch_size
+        return stream
 
     def _repeated(self, worker: int) -> Iterator[Record]:
         """The training images of a worker, repeated without end."""
         workers = max(self.workers, 1)
         reader, readers = self.rank * workers + worker, self.world * workers
         for repeat in count():
-            empty = True
-            for record in self._used(self.source.shuffled(self.seed, repeat, reader, readers)):
-                empty = False
-                yield record
-            if empty:
-                raise InputError(
-                    f"no images for worker {reader + 1} of {readers}; use fewer --data.workers or processes"
-                )
+            records = self._used(self.shuffled(self.seed, repeat, reader, readers))
+            first = next(records, None)
+            if first is None:
+                message = f"no images for worker {reader + 1} of {readers}; use fewer --data.workers or processes"
+                raise InputError(message)
+            yield first
+            yield from records
 
     def _used(self, records: Iterator[Record]) -> Iterator[Record]:
         """The records that are not left out, with the targets that `relabel` sets."""
@@ -121,7 +113,7 @@ class ImageStream(IterableDataset, ImageData):
 
     def records(self) -> Iterator[Record]:
         """Every image, still encoded."""
-        return self._used(self.source.records())
+        return self._used(self.stored())
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
         names = unreadable(self, skip, progress)
@@ -148,21 +140,23 @@ def unreadable(dataset: Any, skip: bool, progress: bool) -> list[str]:
     return [name for name, _, _ in bad]
 
 
-class Shards:
+class Shards(ImageStream):
     """webdataset's tar files.
 
     Args:
         root: their folder; names may also be absolute, or URLs that webdataset opens
         split: a split of ROOT/_info.json, or the names of the shards: train-{000..127}.tar, or with their number of
-            samples, train-{000..127}.tar|128000
+            images, train-{000..127}.tar|128000; without it `samples` is 0
+        channels: 3 (RGB) or 1 (greyscale)
 
     Raises:
         InputError: for a split that does not exist.
     """
 
-    def __init__(self, root: str, split: str) -> None:
+    def __init__(self, root: str, split: str, channels: int) -> None:
         from webdataset.shardlists import expand_urls  # installed only by those who use it
 
+        self.channels = channels
         self.label_key = ""  # of the json file of each sample; default: the class is in the cls file
         if ".tar" in split:
             names, _, number = split.partition("|")
@@ -181,7 +175,7 @@ class Shards:
         self.shards = [name if "://" in name or name.startswith("pipe:") else str(Path(root, name)) for name in shards]
         self.parts = len(self.shards)
 
-    def records(self) -> Iterator[Record]:
+    def stored(self) -> Iterator[Record]:
         return self._read(self.shards)
 
     def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
@@ -203,24 +197,19 @@ class Shards:
                 raise InputError(f"{printable(shard)}: cannot be read ({reason(error)})") from error
 
 
-class TensorFlowDataset:
-    """A split of TensorFlow Datasets.
+class TensorFlowDataset(ImageStream):
+    """A split of TensorFlow Datasets, kept in the folder `root`; "": the package's own."""
 
-    Args:
-        name: of the dataset
-        root: folder that it is kept in; "": the package's own
-        split: name of the split
-    """
-
-    def __init__(self, name: str, root: str, split: str) -> None:
+    def __init__(self, name: str, root: str, split: str, channels: int) -> None:
         import tensorflow_datasets as tfds  # installed only by those who use it
 
-        self.builder, self.split = tfds.builder(name, data_dir=root or None), split
+        self.builder, self.split, self.channels = tfds.builder(name, data_dir=root or None), split, channels
         self.builder.download_and_prepare()
-        self.class_names = tuple(self.builder.info.features["label"].names)
+        names = self.builder.info.features["label"].names
+        self.class_names, self.labels = tuple(names), range(len(names))
         self.parts = self.samples = self.builder.info.splits[split].num_examples
 
-    def records(self) -> Iterator[Record]:
+    def stored(self) -> Iterator[Record]:
         return self._read(self.split)
 
     def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:

@@ -64,13 +64,8 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
 
 def classification_eval(data: ClassificationData, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
     """timm's evaluation transform: short side to S / crop_pct, centre crop, normalised float tensor (C, S, S)."""
-    return create_transform(
-        data.image_size,
-        crop_pct=data.crop_pct,
-        interpolation=data.interpolation,
-        mean=mean,
-        std=std,
-    )
+    how: dict[str, Any] = dict(crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std)
+    return create_transform(data.image_size, **how)
 
 
 def detection_train(hflip: float = 0.5, photometric: float = 0.0) -> Callable:
@@ -127,11 +122,5 @@ class CappedCrop(v2.RandomCrop):
 
 def segmentation_train(data: SegmentationData, augment: SegmentationAugment) -> Callable:
     """The training transform of an image and its mask, both to the crop size."""
-    return v2.Compose(
-        [
-            RandomScale(augment.scale, data.image_size),
-            CappedCrop(data.crop_size, augment.class_cap),
-            v2.RandomHorizontalFlip(augment.hflip),
-            PhotometricDistort(p=augment.photometric),
-        ]
-    )
+    scale, crop = RandomScale(augment.scale, data.image_size), CappedCrop(data.crop_size, augment.class_cap)
+    return v2.Compose([scale, crop, v2.RandomHorizontalFlip(augment.hflip), PhotometricDistort(p=augment.photometric)])

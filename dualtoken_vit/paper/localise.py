@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from dualtoken_vit.data.detection import CocoDataset, DetectionDataset, ShapeScenes
+from dualtoken_vit.data.detection import DetectionDataset, draw_scenes, read_coco
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.layers import resize_grid
@@ -205,8 +205,8 @@ def _dataset(images: Path | None, annotations: Path | None, masks: bool, limit: 
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: must be at least 1")
     if images is None or annotations is None:
-        return ShapeScenes("val", 128, count=limit)
-    return CocoDataset(images, annotations, masks, limit=limit)
+        return DetectionDataset(draw_scenes("val", 128, limit), masks=True)
+    return DetectionDataset(read_coco(annotations, images), masks, limit=limit)
 
 
 def localise(

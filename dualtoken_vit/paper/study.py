@@ -94,6 +94,7 @@ class Preset:
 
 
 _FOLDER = RECIPES["folder"]
+assert isinstance(_FOLDER, Classification)
 PRESETS = {
     "cpu": Preset(
         "one epoch at 64 pixels, two seeds: at most 30 minutes per study for 10,000 images on two CPU cores",

@@ -1,21 +1,24 @@
 """What a task is: one object with everything that the program needs to know about it."""
 
+import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from lightning import LightningModule
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
-from dualtoken_vit.checkpoint import Checkpoint, LoadReport
+from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import mix
+from dualtoken_vit.files import atomic_write, printable
 from dualtoken_vit.recipes import Model, Recipe
 from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
 from dualtoken_vit.tasks.predictor import Predictor, Report
@@ -23,14 +26,32 @@ from dualtoken_vit.tasks.predictor import Predictor, Report
 R = TypeVar("R", bound=Recipe)
 
 
-class Evaluation(Protocol):
-    """The metrics of a network on a validation set."""
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a network on a validation set; shares are between 0 and 1."""
 
-    def to_json(self) -> dict[str, Any]: ...
+    metrics: dict[str, Any]
+    """For JSON, with the number of images as "images"."""
+    headline: str
+    """The main metrics in a few words."""
+    columns: Sequence[str] = ()
+    """Headings of the table."""
+    classes: Sequence[Sequence[str]] = ()
+    """A row of the table for each class, which starts with its name."""
+    totals: Sequence[Sequence[str]] = ()
+    """The rows below them."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further entries of evaluation.json."""
 
-    def table(self) -> Table: ...
-
-    def headline(self) -> str: ...
+    def table(self) -> Table:
+        """The metrics for the terminal."""
+        table = Table(*self.columns)
+        for name, *cells in self.classes:
+            table.add_row(Text(printable(name)), *cells)
+        table.add_section()
+        for row in self.totals:
+            table.add_row(*row)
+        return table
 
 
 class TaskModule(LightningModule):
@@ -41,7 +62,6 @@ class TaskModule(LightningModule):
     Args:
         predictor: runs the network in validation, as it does after training
         recipe: the experiment
-        steps_per_epoch: optimiser steps; the data module may still change them when it leaves out images
     """
 
     score: str
@@ -50,13 +70,14 @@ class TaskModule(LightningModule):
     """What `plots.save_curves` draws."""
     collate: Callable[[list[Any]], Any] | None = None
     """Makes a batch of samples; None: tensors are stacked."""
+    steps_per_epoch = 1
+    """Optimiser steps; set by `Loaders`."""
 
-    def __init__(self, predictor: Predictor[Any], recipe: Any, steps_per_epoch: int = 1):
+    def __init__(self, predictor: Predictor[Any], recipe: Any):
         super().__init__()
         self.predictor = predictor
         self.model: nn.Module = predictor.model
         self.recipe = recipe
-        self.steps_per_epoch = steps_per_epoch
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.recipe.optim)
@@ -91,13 +112,15 @@ class TaskModule(LightningModule):
         """The metrics of an epoch in a few words."""
         raise NotImplementedError
 
-    def save_details(self, out: Path) -> None:
-        """Write what the last validation found, beside the metrics, into a folder."""
-        raise NotImplementedError
-
     def evaluation(self) -> Evaluation:
         """The metrics of the last validation."""
         raise NotImplementedError
+
+    def save_details(self, out: Path) -> None:
+        """Write evaluation.json, and whatever else a task adds, of the last validation into a folder."""
+        evaluation = self.evaluation()
+        with atomic_write(out / "evaluation.json", "w") as file:
+            json.dump(evaluation.metrics | evaluation.details, file, indent=2)
 
 
 @dataclass(frozen=True)
@@ -105,19 +128,12 @@ class Setup:
     """Everything that training needs from a task."""
 
     title: str
-    """The network's name, for people."""
-    model: nn.Module
+    """Display name of the network."""
+    module: TaskModule
     train: ImageData
     val: ImageData
-    class_names: tuple[str, ...]
-    preprocessing: dict[str, Any]
-    """`save_checkpoint`'s, as are `model_args` and `category_ids`."""
     model_args: dict[str, Any]
-    build_module: Callable[[int], TaskModule]
-    """Makes the module, given the optimiser steps per epoch."""
-    report: LoadReport | None = None
-    """What was loaded to start from."""
-    category_ids: tuple[int, ...] = ()
+    """`save_checkpoint`'s."""
     notes: tuple[str, ...] = ()
     """Lines to print before the run."""
 
@@ -138,10 +154,10 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def prepare(self, recipe: R, start: Model) -> Setup:
-        """The recipe's datasets and network, whose weights start as `start` says.
+        """The recipe's datasets and network, built from `start`; the caller loads `start.checkpoint`.
 
         Raises:
-            InputError: for whatever is wrong with them.
+            InputError: for data or settings that cannot be used.
         """
 
     @abstractmethod
@@ -158,12 +174,7 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def check_data(self, recipe: R, out: Path) -> bool:
-        """Read all data of a recipe, print a report; returns whether it is free of problems.
-
-        Args:
-            recipe: the experiment
-            out: folder for drawings
-        """
+        """Read all data of a recipe, print a report and draw into `out`; returns whether there are no problems."""
 
     def relocate(self, recipe: R, given: dict[str, Any]) -> dict[str, Any]:
         """Fields of the data section that follow from `given`, fields that name other data than the stored recipe."""

@@ -1,11 +1,9 @@
 """Image classification: loss, mixing of images, metrics, prediction."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import timm
@@ -13,29 +11,27 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from PIL import Image
-from rich import box
-from rich.table import Table
 from rich.text import Text
 from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from dualtoken_vit.checkpoint import Checkpoint, load_weights
+from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.check import classification as data_check
 from dualtoken_vit.data.classification import build_datasets, build_val_dataset
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import check_size, pretrained_cfg, statistics
 from dualtoken_vit.recipes import Classification, ClassificationInput, Model
 from dualtoken_vit.results import Classes
 from dualtoken_vit.show import plots
 from dualtoken_vit.show.drawing import SIDE, draw_card, fit
-from dualtoken_vit.tasks.base import Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.networks import create_model
-from dualtoken_vit.tasks.predictor import Predictor, Report
+from dualtoken_vit.tasks.predictor import Caption, Predictor, Report
 
 
 @dataclass(frozen=True)
@@ -83,39 +79,26 @@ class ClassificationPredictor(Predictor[Classes]):
         ]
 
 
+def _pairs(result: Classes) -> list[tuple[str, float]]:
+    return list(zip(result.names, result.probabilities.tolist(), strict=True))
+
+
 class ClassificationReport(Report[Classes]):
     """The classes of each image with their probabilities."""
 
-    def __init__(self, predictor: ClassificationPredictor):
-        super().__init__(predictor)
-        self.predictions: list[dict[str, Any]] = []
+    columns = "class", ""
 
-    def add(self, path: Path, image: Image.Image, result: Classes) -> None:
-        pairs = zip(result.names, result.probabilities.tolist(), strict=True)
-        classes = [{"class": name, "probability": probability} for name, probability in pairs]
-        self.predictions.append({"image": str(path), "classes": classes})
+    def entry(self, result: Classes) -> dict[str, Any]:
+        return {"classes": [{"class": name, "probability": share} for name, share in _pairs(result)]}
 
-    def draw(
-        self, title: str, image: Image.Image, result: Classes
-    ) -> tuple[Image.Image, Image.Image, tuple[str, float | None]]:
-        small = fit(image, SIDE)
-        top = list(zip(result.names, result.probabilities.tolist(), strict=True))
+    def rows(self, result: Classes) -> Iterator[tuple[Text, Text]]:
+        for rank, (name, share) in enumerate(_pairs(result)):
+            style = "dim" if rank else "bold"
+            yield Text(printable(name), style), Text(f"{share:.1%}", style, justify="right")
+
+    def draw(self, title: str, image: Image.Image, result: Classes) -> tuple[Image.Image, Image.Image, Caption]:
+        small, top = fit(image, SIDE), _pairs(result)
         return draw_card(small, title, top), small, top[0]
-
-    def record(self) -> dict[str, Any]:
-        return {"predictions": self.predictions}
-
-    def table(self) -> Table:
-        table = Table("image", "class", "", box=box.SIMPLE_HEAD)
-        table.columns[0].overflow = "fold"
-        for prediction in self.predictions:
-            name = printable(prediction["image"])
-            for rank, one in enumerate(prediction["classes"]):
-                style = "dim" if rank else "bold"
-                share = Text(f"{one['probability']:.1%}", style, justify="right")
-                table.add_row(Text("" if rank else name), Text(printable(one["class"]), style), share)
-            table.add_section()
-        return table
 
 
 class ClassificationModule(TaskModule):
@@ -123,23 +106,14 @@ class ClassificationModule(TaskModule):
 
     score = "top1"
 
-    def __init__(
-        self,
-        predictor: ClassificationPredictor,
-        recipe: Classification,
-        steps_per_epoch: int = 1,
-        train_transform: Callable[[float], Callable] | None = None,
-    ):
-        super().__init__(predictor, recipe, steps_per_epoch)
-        self.panels = {
-            "loss": {"train_loss": "training", "val_loss": "validation"},
-            "accuracy (%)": {"val_top1": "top-1", "val_top5": "top-5"},
-        }
-        self.class_names = predictor.class_names
-        self.train_transform = train_transform
-        """The transform of training images at a completed share of the run."""
-        num_classes = len(self.class_names)
-        augment = recipe.augment
+    panels: ClassVar = {
+        "loss": {"train_loss": "training", "val_loss": "validation"},
+        "accuracy (%)": {"val_top1": "top-1", "val_top5": "top-5"},
+    }
+
+    def __init__(self, predictor: ClassificationPredictor, recipe: Classification):
+        super().__init__(predictor, recipe)
+        num_classes, augment = len(predictor.class_names), recipe.augment
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
             self.mixup = Mixup(
@@ -148,11 +122,10 @@ class ClassificationModule(TaskModule):
                 label_smoothing=augment.label_smoothing,
                 num_classes=num_classes,
             )
-        top5 = min(5, num_classes)
         self.metrics = MetricCollection(
             {
                 "top1": MulticlassAccuracy(num_classes, average="micro"),
-                "top5": MulticlassAccuracy(num_classes, top_k=top5, average="micro"),
+                "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
                 "confusion": MulticlassConfusionMatrix(num_classes),
             },
             compute_groups=False,
@@ -183,8 +156,8 @@ class ClassificationModule(TaskModule):
         self.loss.update(F.cross_entropy(logits, target), len(x))
 
     def prepare_epoch(self, train: ImageData, progress: float) -> None:
-        if self.train_transform is not None:
-            train.transform = self.train_transform(progress)
+        mean, std = (self.predictor.preprocessing[key] for key in ("mean", "std"))
+        train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
 
     def compute_metrics(self) -> dict[str, float]:
         metrics = self.metrics.compute()
@@ -198,54 +171,28 @@ class ClassificationModule(TaskModule):
     def headline(self, row: dict[str, Any]) -> str:
         return f"val loss {row['val_loss']:.3f}  top-1 {row['val_top1']:.1%}  top-5 {row['val_top5']:.1%}"
 
-    def save_details(self, out: Path) -> None:
-        """evaluation.json, and the confusion matrix as confusion.csv and confusion.png."""
-        result = self.evaluation()
-        with atomic_write(out / "evaluation.json", "w") as file:
-            json.dump(result.to_json() | {"per_class": result.per_class}, file, indent=2)
-        plots.save_confusion_csv(self.confusion, self.class_names, out / "confusion.csv")
-        plots.save_confusion(self.confusion, self.class_names, out / "confusion.png")
-
-    def evaluation(self) -> "ClassificationEvaluation":
+    def evaluation(self) -> Evaluation:
         counts = self.confusion.sum(1)
-        right = self.confusion.diagonal() / np.maximum(counts, 1)
-        pairs = zip(right.tolist(), counts.tolist(), strict=True)
-        return ClassificationEvaluation(
-            **self.last, images=int(counts.sum()), per_class=dict(zip(self.class_names, pairs, strict=True))
+        right = (self.confusion.diagonal() / np.maximum(counts, 1)).tolist()
+        per_class = dict(zip(self.predictor.class_names, zip(right, counts.tolist(), strict=True), strict=True))
+        images, last = int(counts.sum()), self.last
+        rows = [
+            (name, str(count) if count else "absent", f"{accuracy:.1%}" if count else "-")
+            for name, (accuracy, count) in per_class.items()
+        ]
+        return Evaluation(
+            metrics={name: last[name] for name in ("top1", "top5", "loss")} | {"images": images},
+            headline=f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%}, loss {last['loss']:.4f}, {images} images",
+            columns=("class", "images", "top-1"),
+            classes=rows,
+            totals=[("all", str(images), f"{last['top1']:.1%}")],
+            details={"per_class": per_class},
         )
 
-
-@dataclass(frozen=True)
-class ClassificationEvaluation:
-    """Metrics of a classifier on a validation set; shares are between 0 and 1."""
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-    per_class: dict[str, tuple[float, int]]
-    """Class: (top-1 accuracy, images)."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"top1": self.top1, "top5": self.top5, "loss": self.loss, "images": self.images}
-
-    def table(self) -> Table:
-        table = Table("class", "images", "top-1")
-        for name, (accuracy, count) in self.per_class.items():
-            table.add_row(Text(printable(name)), str(count) if count else "absent", f"{accuracy:.1%}" if count else "-")
-        table.add_section()
-        table.add_row("all", str(self.images), f"{self.top1:.1%}")
-        return table
-
-    def headline(self) -> str:
-        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}, {self.images} images"
-
-
-def _preprocessing(recipe: Classification, cfg: dict[str, Any]) -> dict[str, Any]:
-    """timm's data config for the recipe's images, with the network's own mean and deviation."""
-    data, channels = recipe.data, recipe.model.in_chans
-    size = (channels, data.image_size, data.image_size)
-    return dict(input_size=size, interpolation=data.interpolation, crop_pct=data.crop_pct, **statistics(cfg, channels))
+    def save_details(self, out: Path) -> None:
+        """evaluation.json, and the confusion matrix as confusion.csv and confusion.png."""
+        super().save_details(out)
+        plots.save_confusions(self.confusion, self.predictor.class_names, out)
 
 
 class ClassificationTask(Task[Classification]):
@@ -254,30 +201,26 @@ class ClassificationTask(Task[Classification]):
     predictor = ClassificationPredictor
     report = ClassificationReport
     data_flags = "--data.root DIR [--data.val-split NAME]"
+    check_data = staticmethod(data_check.check)
 
     def prepare(self, recipe: Classification, start: Model) -> Setup:
         train, val = build_datasets(recipe.data, recipe.model.in_chans)
-        names = tuple(train.class_names)
+        names = train.class_names
         if len(names) < 2:
             raise InputError(f"there is only one class, {names[0]!r}; classification needs two or more")
         model, model_args = create_model(start, len(names), recipe.data.image_size)
-        preprocessing = _preprocessing(recipe, pretrained_cfg(model))
-        at = partial(classification_train, recipe.data, recipe.augment, preprocessing["mean"], preprocessing["std"])
-        train.transform = at(0.0)  # rejects a wrong policy now
-        options = ClassificationPredictor.make_options(**self.predictor.stored_options(recipe.data, preprocessing))
-        predictor = ClassificationPredictor(model, names, preprocessing, options)
-        val.transform = predictor.preprocess
-        return Setup(
-            title=recipe.model.name,
-            model=model,
-            train=train,
-            val=val,
-            class_names=names,
-            preprocessing=preprocessing,
-            model_args=model_args,
-            report=load_weights(model, start.checkpoint, names) if start.checkpoint else None,
-            build_module=lambda steps: ClassificationModule(predictor, recipe, steps, at),
+        size = (start.in_chans, recipe.data.image_size, recipe.data.image_size)
+        preprocessing: dict[str, Any] = dict(  # timm's data config, with the network's own mean and deviation
+            input_size=size,
+            interpolation=recipe.data.interpolation,
+            crop_pct=recipe.data.crop_pct,
+            **statistics(pretrained_cfg(model), start.in_chans),
         )
+        predictor = ClassificationPredictor.create(model, names, preprocessing, recipe.data)
+        module = ClassificationModule(predictor, recipe)
+        module.prepare_epoch(train, 0.0)  # rejects a wrong policy now
+        val.transform = predictor.preprocess
+        return Setup(recipe.model.name, module, train, val, model_args)
 
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
         return timm.create_model(checkpoint.model, **checkpoint.model_args)
@@ -290,9 +233,6 @@ class ClassificationTask(Task[Classification]):
         if recipe.data.unreadable == "skip":
             val.verify(skip=True)
         return ClassificationModule(predictor, recipe), val
-
-    def check_data(self, recipe: Classification, out: Path) -> bool:
-        return data_check.check(recipe, out)
 
     def share_fault(self, recipe: Classification, share: int) -> str:
         if share % 2 and (recipe.augment.mixup > 0 or recipe.augment.cutmix > 0):

@@ -1,6 +1,6 @@
 """Object detection and instance segmentation: losses, COCO's average precision, prediction."""
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,31 +9,29 @@ import numpy as np
 import torch
 from annotated_types import Interval
 from PIL import Image
-from rich import box
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from torchvision.ops import box_area
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dualtoken_vit.checkpoint import Checkpoint, load_weights
+from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.check import detection as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.detection import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset, collate
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
 from dualtoken_vit.models.detectors import SCORE_THRESHOLD, MaskRCNN, RetinaNet, build_detector, create_detector
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
 from dualtoken_vit.show import plots
 from dualtoken_vit.show.drawing import draw_objects
-from dualtoken_vit.tasks.base import Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results, to_results
 from dualtoken_vit.tasks.distributed import gather
 from dualtoken_vit.tasks.networks import create_network
-from dualtoken_vit.tasks.predictor import Predictor, Report
+from dualtoken_vit.tasks.predictor import Caption, Predictor, Report
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ def _detections(result: Objects) -> dict[str, Tensor]:
 class DetectionReport(Report[Objects]):
     """The objects of each image; the record is a COCO file with scores."""
 
+    columns = "class", "objects", "best"
+
     def __init__(self, predictor: DetectionPredictor):
         super().__init__(predictor)
         self.category_ids = predictor.category_ids or tuple(range(1, len(predictor.class_names) + 1))
@@ -93,6 +93,7 @@ class DetectionReport(Report[Objects]):
         self.coco: dict[str, list[dict[str, Any]]] = {"images": [], "categories": categories, "annotations": []}
 
     def add(self, path: Path, image: Image.Image, result: Objects) -> None:
+        super().add(path, image, result)
         images, annotations = self.coco["images"], self.coco["annotations"]
         width, height = image.size
         images.append({"id": len(images) + 1, "file_name": str(path), "width": width, "height": height})
@@ -101,29 +102,21 @@ class DetectionReport(Report[Objects]):
         for one, area in zip(to_results(len(images), found, self.category_ids), areas.tolist(), strict=True):
             annotations.append({"id": len(annotations) + 1, **one, "area": area, "iscrowd": 0})
 
-    def draw(
-        self, title: str, image: Image.Image, result: Objects
-    ) -> tuple[Image.Image, Image.Image, tuple[str, float | None]]:
-        drawing = draw_objects(image, _detections(result), self.predictor.class_names)
-        return drawing, drawing, (f"{len(result)} object{'s' * (len(result) != 1)}", None)
-
     def record(self) -> dict[str, Any]:
         return self.coco
 
-    def table(self) -> Table:
-        table = Table("image", "class", "objects", "best", box=box.SIMPLE_HEAD)
-        table.columns[0].overflow = "fold"
-        names = dict(zip(self.category_ids, self.predictor.class_names, strict=True))
-        scores: dict[int, dict[str, list[float]]] = {image["id"]: {} for image in self.coco["images"]}
-        for one in self.coco["annotations"]:
-            scores[one["image_id"]].setdefault(names[one["category_id"]], []).append(one["score"])
-        for image in self.coco["images"]:
-            name, rows = printable(image["file_name"]), scores[image["id"]] or {"nothing": []}
-            for number, (label, found) in enumerate(rows.items()):
-                cells = (str(len(found) or ""), f"{max(found):.1%}" if found else "")
-                table.add_row(Text("" if number else name), Text(printable(label)), *cells)
-            table.add_section()
-        return table
+    def rows(self, result: Objects) -> Iterator[tuple[Text, str, str]]:
+        scores: dict[str, list[float]] = {}
+        for name, score in zip(result.names, result.scores.tolist(), strict=True):
+            scores.setdefault(name, []).append(score)
+        for name, found in scores.items():
+            yield Text(printable(name)), str(len(found)), f"{max(found):.1%}"
+        if not scores:
+            yield Text("nothing"), "", ""
+
+    def draw(self, title: str, image: Image.Image, result: Objects) -> tuple[Image.Image, Image.Image, Caption]:
+        drawing = draw_objects(image, _detections(result), self.predictor.class_names)
+        return drawing, drawing, (f"{len(result)} object{'s' * (len(result) != 1)}", None)
 
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -136,15 +129,12 @@ class DetectionModule(TaskModule):
         predictor: runs the detector
         recipe: the experiment
         val: the validation images, whose objects are the ground truth
-        steps_per_epoch: optimiser steps
     """
 
     collate = staticmethod(collate)
 
-    def __init__(
-        self, predictor: DetectionPredictor, recipe: Detection, val: DetectionDataset, steps_per_epoch: int = 1
-    ):
-        super().__init__(predictor, recipe, steps_per_epoch)
+    def __init__(self, predictor: DetectionPredictor, recipe: Detection, val: DetectionDataset):
+        super().__init__(predictor, recipe)
         self.val = val
         self.masks = recipe.detector == "mask-rcnn"
         self.kinds = ("box", "mask") if self.masks else ("box",)
@@ -187,21 +177,26 @@ class DetectionModule(TaskModule):
             for kind in self.kinds
         )
 
+    def evaluation(self) -> Evaluation:
+        images, scores = len(self.results), self.scores
+        shares = ", ".join(f"{kind} AP {_percent(score.figures['AP'])}" for kind, score in scores.items())
+        per_class = {kind: score.per_class for kind, score in scores.items()}
+        return Evaluation(
+            metrics={kind: score.figures for kind, score in scores.items()} | {"images": images},
+            headline=f"{shares}, {images} images",
+            columns=("class", *(f"{kind} AP" for kind in scores)),
+            classes=[(name, *(_percent(aps[name]) for aps in per_class.values())) for name in per_class["box"]],
+            totals=[(name, *(_percent(score.figures[name]) for score in scores.values())) for name in FIGURES],
+            details={"per_class": per_class},
+        )
+
     def save_details(self, out: Path) -> None:
         """evaluation.json, COCO's result files and the precision-recall curves of the last validation."""
-        per_class = {kind: score.per_class for kind, score in self.scores.items()}
-        with atomic_write(out / "evaluation.json", "w") as file:
-            json.dump(self.evaluation().to_json() | {"per_class": per_class}, file, indent=2)
+        super().save_details(out)
         save_results(out, self.results, self.masks)
         for kind, score in self.scores.items():
-            plots.save_precision_recall(
-                precision_recall(score, self.val.class_names),
-                f"{kind}: precision against recall",
-                out / f"pr-{kind}.png",
-            )
-
-    def evaluation(self) -> "DetectionEvaluation":
-        return DetectionEvaluation(self.scores, len(self.results))
+            curves = precision_recall(score, self.val.class_names)
+            plots.save_precision_recall(curves, f"{kind}: precision against recall", out / f"pr-{kind}.png")
 
 
 def precision_recall(score: Score, class_names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -222,31 +217,6 @@ def precision_recall(score: Score, class_names: tuple[str, ...]) -> dict[str, tu
     return curves
 
 
-@dataclass(frozen=True)
-class DetectionEvaluation:
-    """Metrics of a detector on a validation set; shares are between 0 and 1, -1 where there is no ground truth."""
-
-    scores: dict[str, Score]
-    """By kind, "box" and "mask"."""
-    images: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {kind: score.figures for kind, score in self.scores.items()} | {"images": self.images}
-
-    def table(self) -> Table:
-        table = Table("class", *(f"{kind} AP" for kind in self.scores))
-        for name in self.scores["box"].per_class:
-            table.add_row(Text(printable(name)), *(_percent(score.per_class[name]) for score in self.scores.values()))
-        table.add_section()
-        for figure in FIGURES:
-            table.add_row(figure, *(_percent(score.figures[figure]) for score in self.scores.values()))
-        return table
-
-    def headline(self) -> str:
-        shares = ", ".join(f"{kind} AP {_percent(score.figures['AP'])}" for kind, score in self.scores.items())
-        return f"{shares}, {self.images} images"
-
-
 def _percent(share: float) -> str:
     return "-" if share < 0 else f"{share:.1%}"
 
@@ -257,6 +227,7 @@ class DetectionTask(Task[Detection]):
     predictor = DetectionPredictor
     report = DetectionReport
     data_flags = "--data.images DIR --data.val-json FILE"
+    check_data = staticmethod(data_check.check)
     evaluation_options = {"score": SCORE_THRESHOLD}  # noqa: RUF012
 
     def prepare(self, recipe: Detection, start: Model) -> Setup:
@@ -282,28 +253,15 @@ class DetectionTask(Task[Detection]):
             roi_samples=recipe.roi_samples,
             **statistics(pretrained_cfg(network), start.in_chans),
         )
+        names, size = train.class_names, recipe.data.image_size
         model = build_detector(
-            model=network, num_classes=len(train.class_names), multi_scale=recipe.augment.multi_scale, **made
+            model=network, num_classes=len(names), multi_scale=recipe.augment.multi_scale, **made
         )
-        size = recipe.data.image_size
         preprocessing = dict(input_size=(start.in_chans, size, size), mean=made["mean"], std=made["std"])
-        options = DetectionPredictor.make_options(
-            **self.predictor.stored_options(recipe.data, preprocessing), **self.evaluation_options
-        )
-        predictor = DetectionPredictor(model, train.class_names, preprocessing, options)
-        return Setup(
-            title=f"{recipe.detector} over {recipe.model.name}",
-            model=model,
-            train=train,
-            val=val,
-            class_names=train.class_names,
-            preprocessing=preprocessing,
-            model_args={**args, **made},
-            report=load_weights(model, start.checkpoint, train.class_names) if start.checkpoint else None,
-            category_ids=tuple(train.category_ids),
-            notes=notes,
-            build_module=lambda steps: DetectionModule(predictor, recipe, val, steps),
-        )
+        predictor = DetectionPredictor.create(model, names, preprocessing, recipe.data, **self.evaluation_options)
+        predictor.category_ids = tuple(train.category_ids)
+        module = DetectionModule(predictor, recipe, val)
+        return Setup(f"{recipe.detector} over {recipe.model.name}", module, train, val, {**args, **made}, notes)
 
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
         return create_detector(name=checkpoint.model, **checkpoint.model_args)
@@ -312,9 +270,6 @@ class DetectionTask(Task[Detection]):
         masks = recipe.detector == "mask-rcnn"
         val = build_val_dataset(recipe.data, masks, predictor.channels, predictor.class_names)
         return DetectionModule(predictor, recipe, val), val
-
-    def check_data(self, recipe: Detection, out: Path) -> bool:
-        return data_check.check(recipe, out)
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:
         if not given.keys() & {"images", "val_json"}:

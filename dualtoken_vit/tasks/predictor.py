@@ -7,12 +7,14 @@ from dataclasses import dataclass, fields
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from dualtoken_vit.bounds import check_bounds
@@ -25,6 +27,7 @@ from dualtoken_vit.files import printable
 __all__ = ["Prediction", "Predictor", "Report"]
 
 Result = TypeVar("Result")
+Caption = tuple[str, float | None]  # text and share
 ImageLike = str | PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
@@ -50,7 +53,7 @@ class Predictor(ABC, Generic[Result]):
     Arrays and tensors are RGB or grey: uint8, or floating point between 0 and 1.
 
     Args:
-        model: the network; moved nowhere, put into evaluation mode by `load_predictor`
+        model: the network, on its device; `load_predictor` puts it into evaluation mode
         class_names: in the order of the network's outputs
         preprocessing: of the checkpoint: input_size (C, H, W), mean, std, ...
         options: of `Options`, checked
@@ -74,13 +77,20 @@ class Predictor(ABC, Generic[Result]):
         self.channels: int = preprocessing["input_size"][0]
 
     @classmethod
-    def stored_options(cls, data: Any, preprocessing: dict[str, Any]) -> dict[str, Any]:
-        """The options that a checkpoint was validated with.
+    def create(
+        cls, model: nn.Module, class_names: Sequence[str], preprocessing: dict[str, Any], data: Any, **options: Any
+    ) -> Self:
+        """A predictor with the options of a recipe's data section, except the given ones.
 
-        Args:
-            data: the data section of its recipe
-            preprocessing: of the checkpoint
+        Raises:
+            InputError: as `make_options`.
         """
+        chosen = cls.make_options(**cls.stored_options(data, preprocessing) | options)
+        return cls(model, class_names, preprocessing, chosen)
+
+    @classmethod
+    def stored_options(cls, data: Any, preprocessing: dict[str, Any]) -> dict[str, Any]:
+        """The options that a network was validated with: of its recipe's data section and its preprocessing."""
         return {field.name: getattr(data, field.name) for field in fields(cls.Options) if hasattr(data, field.name)}
 
     @classmethod
@@ -251,36 +261,43 @@ def to_image(source: ImageLike, channels: int) -> Image.Image:
 
 
 class Report(ABC, Generic[Result]):
-    """Collects predictions for the command line: a record for JSON, a table, drawings.
+    """Collects predictions for the command line: a record for JSON, a table, drawings."""
 
-    Args:
-        predictor: that makes the results
-    """
-
+    columns: ClassVar[tuple[str, ...]]
+    """Headings of the table, after "image"."""
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
     """Of the files for an image: the drawing, and those of `files`."""
 
     def __init__(self, predictor: Any):
         self.predictor = predictor
+        self.predictions: list[dict[str, Any]] = []
+        self.table = Table("image", *self.columns, box=box.SIMPLE_HEAD)
+        """All predictions, for the terminal."""
+        self.table.columns[0].overflow = "fold"
 
-    @abstractmethod
     def add(self, path: Path, image: Image.Image, result: Result) -> None:
-        """Note the prediction for an image file."""
+        """Add the prediction for an image file to the record and the table."""
+        self.predictions.append({"image": str(path), **self.entry(result)})
+        for number, cells in enumerate(self.rows(result)):
+            self.table.add_row(Text("" if number else printable(path)), *cells)
+        self.table.add_section()
+
+    def record(self) -> dict[str, Any]:
+        """All predictions, for JSON."""
+        return {"predictions": self.predictions}
+
+    def entry(self, result: Result) -> dict[str, Any]:
+        """An image's entry in `predictions`, besides its path."""
+        return {}
 
     @abstractmethod
-    def draw(
-        self, title: str, image: Image.Image, result: Result
-    ) -> tuple[Image.Image, Image.Image, tuple[str, float | None]]:
-        """A drawing of a prediction, a smaller one for the contact sheet, and its caption there: text and share."""
+    def rows(self, result: Result) -> Iterable[Sequence[str | Text]]:
+        """An image's rows in the table, one or more: the cells of `columns`."""
+
+    @abstractmethod
+    def draw(self, title: str, image: Image.Image, result: Result) -> tuple[Image.Image, Image.Image, Caption]:
+        """A drawing of a prediction, a smaller one for the contact sheet, and its caption there."""
 
     def files(self, result: Result) -> dict[str, Image.Image]:
         """Other images to keep beside the drawing, by suffix."""
         return {}
-
-    @abstractmethod
-    def record(self) -> dict[str, Any]:
-        """All predictions, for JSON."""
-
-    @abstractmethod
-    def table(self) -> Table:
-        """All predictions, for the terminal."""

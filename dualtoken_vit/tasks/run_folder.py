@@ -153,16 +153,17 @@ class RunFolder(Callback):
     """
 
     def __init__(self, out: Path, recipe: Recipe, name: str, setup: Setup):
+        predictor = setup.module.predictor
         self.out = out
         self.recipe, self.name = recipe, name
         self.save_every = recipe.run.save_every
         self.saved: dict[str, Any] = dict(
             task=recipe.task,
-            class_names=setup.class_names,
-            preprocessing=setup.preprocessing,
+            class_names=predictor.class_names,
+            preprocessing=predictor.preprocessing,
             recipe=to_dict(recipe),
             model_args=setup.model_args,
-            category_ids=setup.category_ids,
+            category_ids=predictor.category_ids,
         )
         """Arguments of `save_checkpoint`."""
         self.history: list[dict[str, Any]] = []

@@ -1,23 +1,21 @@
 """Semantic segmentation: losses, metrics of one confusion matrix, prediction."""
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
-from rich import box
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dualtoken_vit.checkpoint import Checkpoint, load_weights
+from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.check import segmentation as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.segmentation import (
@@ -30,7 +28,7 @@ from dualtoken_vit.data.segmentation import (
 )
 from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import printable
 from dualtoken_vit.models.segmenters import (
     Segmenter,
     build_segmenter,
@@ -44,10 +42,10 @@ from dualtoken_vit.results import LabelMap
 from dualtoken_vit.show import plots
 from dualtoken_vit.show.drawing import draw_scene, palette, save_image
 from dualtoken_vit.show.guard import guard
-from dualtoken_vit.tasks.base import Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.distributed import gather, mean_over_processes
 from dualtoken_vit.tasks.networks import create_network
-from dualtoken_vit.tasks.predictor import Predictor, Report, naming_memory
+from dualtoken_vit.tasks.predictor import Caption, Predictor, Report, naming_memory
 
 MEMORY_HINT = "use mode slide, or a smaller image_size"
 
@@ -78,19 +76,17 @@ class SegmentationPredictor(Predictor[LabelMap]):
 class SegmentationReport(Report[LabelMap]):
     """The classes of each image with their share of its pixels; label maps as palette PNGs."""
 
-    suffixes = (".png", ".labels.png")
+    columns = "class", "share of the pixels"
+    suffixes = ".png", ".labels.png"
 
-    def __init__(self, predictor: SegmentationPredictor):
-        super().__init__(predictor)
-        self.predictions: list[dict[str, Any]] = []
+    def entry(self, result: LabelMap) -> dict[str, Any]:
+        return {"classes": [{"class": name, "share": share} for name, share in result.shares().items()]}
 
-    def add(self, path: Path, image: Image.Image, result: LabelMap) -> None:
-        classes = [{"class": name, "share": share} for name, share in result.shares().items()]
-        self.predictions.append({"image": str(path), "classes": classes})
+    def rows(self, result: LabelMap) -> Iterator[tuple[Text, Text]]:
+        for name, share in result.shares().items():
+            yield Text(printable(name)), Text(f"{share:.1%}", justify="right")
 
-    def draw(
-        self, title: str, image: Image.Image, result: LabelMap
-    ) -> tuple[Image.Image, Image.Image, tuple[str, float | None]]:
+    def draw(self, title: str, image: Image.Image, result: LabelMap) -> tuple[Image.Image, Image.Image, Caption]:
         drawing = draw_scene([("", image, result.labels)], result.class_names)
         return drawing, drawing, (title, None)
 
@@ -100,18 +96,7 @@ class SegmentationReport(Report[LabelMap]):
         return {self.suffixes[1]: labels}
 
     def record(self) -> dict[str, Any]:
-        return {"classes": list(self.predictor.class_names), "predictions": self.predictions}
-
-    def table(self) -> Table:
-        table = Table("image", "class", "share of the pixels", box=box.SIMPLE_HEAD)
-        table.columns[0].overflow = "fold"
-        for prediction in self.predictions:
-            name = printable(prediction["image"])
-            for number, one in enumerate(prediction["classes"]):
-                share = Text(f"{one['share']:.1%}", justify="right")
-                table.add_row(Text("" if number else name), Text(printable(one["class"])), share)
-            table.add_section()
-        return table
+        return {"classes": list(self.predictor.class_names), **super().record()}
 
 
 AUX_WEIGHT = 0.4
@@ -166,23 +151,19 @@ class SegmentationModule(TaskModule):
         predictor: runs the segmenter
         recipe: the experiment
         val: the validation images, of which the worst are drawn
-        steps_per_epoch: optimiser steps
     """
 
     predictor: SegmentationPredictor
     score = "miou"
     collate = staticmethod(collate)
 
-    def __init__(
-        self,
-        predictor: SegmentationPredictor,
-        recipe: Segmentation,
-        val: SegmentationDataset,
-        steps_per_epoch: int = 1,
-    ):
-        super().__init__(predictor, recipe, steps_per_epoch)
-        validation = {"val_miou": "mIoU", "val_pixel_accuracy": "pixels", "val_mean_accuracy": "mean of classes"}
-        self.panels = {"loss": {"train_loss": "training"}, "validation (%)": validation}
+    panels: ClassVar = {
+        "loss": {"train_loss": "training"},
+        "validation (%)": {"val_miou": "mIoU", "val_pixel_accuracy": "pixels", "val_mean_accuracy": "mean of classes"},
+    }
+
+    def __init__(self, predictor: SegmentationPredictor, recipe: Segmentation, val: SegmentationDataset):
+        super().__init__(predictor, recipe)
         self.weights: Tensor | None = None
         """(classes,) in the loss, where the recipe does not weight them equally."""
         self.val = val
@@ -260,13 +241,14 @@ class SegmentationModule(TaskModule):
     def headline(self, row: dict[str, Any]) -> str:
         return "  ".join(f"{about} {row[f'val_{name}']:.1%}" for name, about in FIGURES.items())
 
+    def evaluation(self) -> Evaluation:
+        return evaluation(Scores.of(self.confusion), self.val.class_names, len(self.val))
+
     def save_details(self, out: Path) -> None:
         """evaluation.json, the confusion matrix as confusion.{csv,png}, and the worst images beside their truth."""
+        super().save_details(out)
         names = self.val.class_names
-        with atomic_write(out / "evaluation.json", "w") as file:
-            json.dump(self.evaluation().to_json(), file, indent=2)
-        plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
-        plots.save_confusion(self.confusion, names, out / "confusion.png", percent=True)
+        plots.save_confusions(self.confusion, names, out, percent=True)
         for number, (index, labels) in enumerate(self.worst, start=1):
             with guard(path := out / "worst" / f"{number}.png"):
                 image, truth = self.val.load(index)
@@ -274,36 +256,20 @@ class SegmentationModule(TaskModule):
                 panels = [(title, image, None), ("ground truth", image, truth), ("prediction", image, labels)]
                 save_image(draw_scene(panels, names), path)
 
-    def evaluation(self) -> "SegmentationEvaluation":
-        return SegmentationEvaluation(Scores.of(self.confusion), self.val.class_names, len(self.val))
 
-
-@dataclass(frozen=True)
-class SegmentationEvaluation:
-    """Metrics of a segmenter on a validation set."""
-
-    scores: Scores
-    class_names: tuple[str, ...]
-    images: int
-
-    def to_json(self) -> dict[str, Any]:
-        shares = zip(self.class_names, self.scores.per_class, strict=True)
-        per_class = {name: None if share is None else round(share, 6) for name, share in shares}
-        figures = {name: round(getattr(self.scores, name), 6) for name in FIGURES}
-        return figures | {"per_class": per_class, "images": self.images}
-
-    def table(self) -> Table:
-        table = Table("class", "IoU")
-        for name, share in zip(self.class_names, self.scores.per_class, strict=True):
-            table.add_row(Text(printable(name)), "-" if share is None else f"{share:.1%}")
-        table.add_section()
-        for name, about in FIGURES.items():
-            table.add_row(about, f"{getattr(self.scores, name):.1%}")
-        return table
-
-    def headline(self) -> str:
-        shares = ", ".join(f"{about} {getattr(self.scores, name):.2%}" for name, about in FIGURES.items())
-        return f"{shares}, {self.images} images"
+def evaluation(scores: Scores, class_names: tuple[str, ...], images: int) -> Evaluation:
+    """The metrics of a segmenter on so many images."""
+    figures = {name: getattr(scores, name) for name in FIGURES}
+    per_class = dict(zip(class_names, scores.per_class, strict=True))
+    rounded = {name: None if share is None else round(share, 6) for name, share in per_class.items()}
+    shares = ", ".join(f"{about} {figures[name]:.2%}" for name, about in FIGURES.items())
+    return Evaluation(
+        metrics={name: round(share, 6) for name, share in figures.items()} | {"per_class": rounded, "images": images},
+        headline=f"{shares}, {images} images",
+        columns=("class", "IoU"),
+        classes=[(name, "-" if share is None else f"{share:.1%}") for name, share in per_class.items()],
+        totals=[(about, f"{figures[name]:.1%}") for name, about in FIGURES.items()],
+    )
 
 
 class SegmentationTask(Task[Segmentation]):
@@ -312,6 +278,7 @@ class SegmentationTask(Task[Segmentation]):
     predictor = SegmentationPredictor
     report = SegmentationReport
     data_flags = "--data.root DIR [--data.val-split NAME]"
+    check_data = staticmethod(data_check.check)
 
     def prepare(self, recipe: Segmentation, start: Model) -> Setup:
         train, val = build_datasets(recipe.data, start.in_chans)
@@ -322,19 +289,10 @@ class SegmentationTask(Task[Segmentation]):
         model = build_segmenter(recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head)
         statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
         preprocessing = dict(input_size=(start.in_chans, *recipe.data.crop_size), **statistics)
-        options = SegmentationPredictor.make_options(**self.predictor.stored_options(recipe.data, preprocessing))
-        predictor = SegmentationPredictor(model, train.class_names, preprocessing, options)
-        return Setup(
-            title=f"{recipe.segmenter} over {recipe.model.name}",
-            model=model,
-            train=train,
-            val=val,
-            class_names=train.class_names,
-            preprocessing=preprocessing,
-            model_args={**args, "segmenter": recipe.segmenter, **head},
-            report=load_weights(model, start.checkpoint, train.class_names) if start.checkpoint else None,
-            build_module=lambda steps: SegmentationModule(predictor, recipe, val, steps),
-        )
+        predictor = SegmentationPredictor.create(model, train.class_names, preprocessing, recipe.data)
+        module = SegmentationModule(predictor, recipe, val)
+        model_args = {**args, "segmenter": recipe.segmenter, **head}
+        return Setup(f"{recipe.segmenter} over {recipe.model.name}", module, train, val, model_args)
 
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
         return create_segmenter(name=checkpoint.model, **checkpoint.model_args)
@@ -344,9 +302,6 @@ class SegmentationTask(Task[Segmentation]):
     ) -> tuple[SegmentationModule, ImageData]:
         val = build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
         return SegmentationModule(predictor, recipe, val), val
-
-    def check_data(self, recipe: Segmentation, out: Path) -> bool:
-        return data_check.check(recipe, out)
 
     def relocate(self, recipe: Segmentation, given: dict[str, Any]) -> dict[str, Any]:
         if "root" not in given:

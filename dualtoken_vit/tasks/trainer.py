@@ -145,20 +145,22 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     start = replace(recipe.model, pretrained=False, checkpoint=None) if last else recipe.model  # last.ckpt has it all
     setup = get_task(recipe.task).prepare(recipe, start)
     if last:
-        check_classes(last, setup.class_names, out)
-    build_optimizer(setup.model, recipe.optim)  # rejects a wrong name now, not after the images were read
+        check_classes(last, module.predictor.class_names, out)
+    module = setup.module
+    model, class_names = module.model, module.predictor.class_names
+    report = load_weights(model, start.checkpoint, class_names) if start.checkpoint else None
+    build_optimizer(model, recipe.optim)  # rejects a wrong name now, not after the images were read
     folder = RunFolder(out, recipe, name, setup)
     trainer = _trainer(recipe, folder)
     loaders = Loaders(setup.train, setup.val, recipe, _share(recipe, trainer.world_size), resumed=last is not None)
     if trainer.world_size > 1:
-        synchronise_batchnorm(setup.model, trainer.strategy.root_device)
+        synchronise_batchnorm(model, trainer.strategy.root_device)
     if recipe.run.compile:
-        setup.model.compile()
-    module = setup.build_module(loaders.steps_per_epoch)
+        model.compile()
     if main:
-        parameters = sum(p.numel() for p in setup.model.parameters())
-        print(f"{setup.title}: {parameters / 1e6:.2f} M parameters; classes: {len(setup.class_names)}")
-        for line in (*setup.train.notes, *setup.val.notes, *setup.notes, *([setup.report] if setup.report else [])):
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{setup.title}: {parameters / 1e6:.2f} M parameters; classes: {len(class_names)}")
+        for line in (*setup.train.notes, *setup.val.notes, *setup.notes, *([report] if report else [])):
             print(line)
     trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
     if not trainer.state.finished:  # Lightning ends quietly on Ctrl-C

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,30 +11,27 @@ from faster_coco_eval.core import mask as rle
 
 from dualtoken_vit.data.check.report import (
     Facts,
-    copy_notes,
+    contact_sheet,
     count_table,
-    image_lines,
-    in_both,
     missing_classes,
     print_report,
     read_facts,
-    rotation_notes,
 )
 from dualtoken_vit.data.detection import (
+    FORMATS,
     MIN_SIDE,
     AnnotatedImages,
     DetectionDataset,
     decode_masks,
     degenerate,
     first_images,
-    read_split,
     segmentation_fault,
     sift,
     size_fault,
 )
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.recipes import Detection
-from dualtoken_vit.show.drawing import draw_labelled, draw_objects, save_image, spread
+from dualtoken_vit.show.drawing import draw_objects, spread
 
 _SLACK = 2.0  # pixels by which boxes may exceed the image, and masks their box: annotators round
 
@@ -46,56 +43,45 @@ class _Checked(NamedTuple):
     broken: list[str]  # a line on each other entry
     facts: list[Facts]  # on each valid image
     odd: dict[str, list[str]]  # what is odd about valid annotations: kind to lines
+    objects: list[dict]  # the valid annotations except crowds
+    tiny: list[dict]  # those of which less than a pixel is in the image
+
+    def counts(self) -> Counter[str]:
+        """The number of objects of each class."""
+        names = {category["id"]: category["name"] for category in self.split.coco["categories"]}
+        return Counter(names[one["category_id"]] for one in self.objects)
 
 
 def check(recipe: Detection, out: Path) -> bool:
-    """`check_splits` of a recipe's data, with a contact sheet in OUT/labels.png.
-
-    Raises:
-        InputError: if the files are not named, or are not COCO files.
-    """
-    splits = {split: read_split(recipe.data, split) for split in ("train", "val")}
-    return check_splits(splits, recipe.detector == "mask-rcnn", out / "labels.png", recipe.data.limit)
-
-
-def check_splits(
-    splits: Mapping[str, AnnotatedImages], masks: bool, sheet: Path | None = None, limit: int | None = None
-) -> bool:
-    """Read every annotation and image once and print a report.
+    """Read every annotation and image once, print a report, and draw some images with their labels as OUT/labels.png.
 
     Problems are: everything that stops training (broken entries and references, images that are missing, unreadable or
     of another size, no objects), boxes that exceed the image by more than 2 pixels or have no area, mostly boxes below
     a pixel, segmentations that do not fit, categories of one split only, and images in both splits. Objects per class
     and size, crowds, images without objects or rotated by EXIF, and copies are only reported.
 
-    Args:
-        splits: the data, by name of the split
-        masks: whether each annotation must have a segmentation; existing ones are always checked
-        sheet: PNG file for a contact sheet of images of the first split with their labels
-        limit: read only the first images of each split
-
     Returns:
         Whether there is no problem.
+
+    Raises:
+        InputError: if the files are not named, or are not COCO files.
     """
-    found = {name: _read(name, split, masks, limit) for name, split in splits.items()}
+    splits = {name: FORMATS.read(recipe.data, name) for name in ("train", "val")}
+    found = {name: _read(name, split, recipe) for name, split in splits.items()}
     facts = {name: one.facts for name, one in found.items()}
     class_names = {name: [each["name"] for each in one.split.coco["categories"]] for name, one in found.items()}
-    table = count_table(class_names, {name: _objects(one) for name, one in found.items()})
-    lines = [*image_lines(facts), *(line for name, one in found.items() for line in _summary(name, one))]
-    lines += [f"note: {line}" for line in (*copy_notes(facts), *rotation_notes(facts, "boxes and masks"))]
-    if sheet is not None:
-        name, one = next(iter(found.items()))
-        lines.append(_contact_sheet(one, sheet) or f"no image of {name} has labels to draw")
-    images = [fact.problem for one in found.values() for fact in one.facts if fact.problem]
-    odd = [kind for one in found.values() for kind in one.odd.values()]
-    idle = [line for name, one in found.items() if (line := _idle(name, one))]
-    many = [*(one.broken for one in found.values()), *odd, in_both(facts)]
-    return print_report(table, lines, [*missing_classes(class_names), *idle, *images], many)
+    table = count_table(class_names, {name: one.counts() for name, one in found.items()})
+    lines = [line for name, one in found.items() for line in _summary(name, one)]
+    lines.append(_contact_sheet(found["train"], out / "labels.png"))
+    notes = [line for name, one in found.items() for line in _notes(name, one)]
+    problems = [*missing_classes(class_names), *(line for name, one in found.items() for line in _idle(name, one))]
+    many = [*(one.broken for one in found.values()), *(kind for one in found.values() for kind in one.odd.values())]
+    return print_report(table, facts, lines, notes, problems, many, "boxes and masks")
 
 
-def _read(name: str, split: AnnotatedImages, masks: bool, limit: int | None) -> _Checked:
-    coco, broken = sift(split.coco, masks)
-    split = split._replace(coco=first_images(coco, limit))
+def _read(name: str, split: AnnotatedImages, recipe: Detection) -> _Checked:
+    coco, broken = sift(split.coco, recipe.detector == "mask-rcnn")
+    split = split._replace(coco=first_images(coco, recipe.data.limit))
     images = {image["id"]: image for image in split.coco["images"]}
 
     def look(image: dict) -> Facts:
@@ -103,11 +89,13 @@ def _read(name: str, split: AnnotatedImages, masks: bool, limit: int | None) -> 
         return facts if facts.problem else facts._replace(problem=size_fault(facts.name, facts.size, image, split.name))
 
     facts = list(in_threads(look, images.values(), len(images), f"reading {name}"))
-    odd = defaultdict(list)
-    for annotation in split.coco["annotations"]:
+    annotations, odd = split.coco["annotations"], defaultdict(list)
+    for annotation in annotations:
         for kind, text in _oddities(annotation, images[annotation["image_id"]]):
             odd[kind].append(f"{kind}: {split.name}: annotation {annotation['id']} {text}")
-    return _Checked(split, [f"{split.name}: {line}" for line in broken], facts, odd)
+    objects = [one for one in annotations if not one.get("iscrowd")]
+    tiny = [one for one in annotations if degenerate(one, images[one["image_id"]])]
+    return _Checked(split, [f"{split.name}: {line}" for line in broken], facts, odd, objects, tiny)
 
 
 def _oddities(annotation: dict, image: dict) -> Iterator[tuple[str, str]]:
@@ -127,8 +115,7 @@ def _oddities(annotation: dict, image: dict) -> Iterator[tuple[str, str]]:
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return
-    fault = segmentation_fault(segmentation, image)
-    if fault:
+    if fault := segmentation_fault(segmentation, image):
         yield "broken segmentation", f"cannot be drawn: {fault}"
         return
     mask = rle.segmToRle(segmentation, image["width"], image["height"])
@@ -140,47 +127,33 @@ def _oddities(annotation: dict, image: dict) -> Iterator[tuple[str, str]]:
         yield "mask outside its box", f"has a mask of {across:g}x{down:g} at ({x:g}, {y:g}), but its box is {place}"
 
 
-def _objects(checked: _Checked) -> Counter[str]:
-    """The number of objects of each class, without crowds."""
-    coco = checked.split.coco
-    names = {category["id"]: category["name"] for category in coco["categories"]}
-    return Counter(names[one["category_id"]] for one in coco["annotations"] if not one.get("iscrowd"))
-
-
 def _summary(name: str, checked: _Checked) -> Iterator[str]:
-    coco = checked.split.coco
-    images = {image["id"]: image for image in coco["images"]}
-    objects = [one for one in coco["annotations"] if not one.get("iscrowd")]
-    crowds = len(coco["annotations"]) - len(objects)
-    masks = sum(bool(one.get("segmentation")) for one in coco["annotations"])
+    annotations, objects, images = checked.split.coco["annotations"], checked.objects, len(checked.facts)
     most = Counter(one["image_id"] for one in objects)
-    counts = _objects(checked)
     areas = [one["bbox"][2] * one["bbox"][3] for one in objects]
     small, large = sum(area < 32**2 for area in areas), sum(area >= 96**2 for area in areas)
-    empty = len(images) - len(most)
-    yield f"{name}: {len(images)} images, {empty} without objects; up to {max(most.values(), default=0)} in one"
+    crowds, masks = len(annotations) - len(objects), sum(bool(one.get("segmentation")) for one in annotations)
+    yield f"{name}: {images} images, {images - len(most)} without objects; up to {max(most.values(), default=0)} in one"
     yield f"{name}: {len(areas)} objects, {small} below 32x32 px, {large} of 96x96 and more; {crowds} crowds"
-    yield f"{name}: {masks} of the {len(coco['annotations'])} annotations have a segmentation"
-    unused = [one["name"] for one in coco["categories"] if not counts[one["name"]]]
-    if unused:
-        yield f"note: {len(unused)} of the {len(coco['categories'])} categories of {name} have no object"
-    tiny = [one["id"] for one in coco["annotations"] if degenerate(one, images[one["image_id"]])]
+    yield f"{name}: {masks} of the {len(annotations)} annotations have a segmentation"
+
+
+def _notes(name: str, checked: _Checked) -> Iterator[str]:
+    classes, tiny = len(checked.split.coco["categories"]), checked.tiny
+    if unused := classes - len(checked.counts()):
+        yield f"{unused} of the {classes} categories of {name} have no object"
     if tiny:
-        ids = ", ".join(map(str, tiny[:5])) + (", ..." if len(tiny) > 5 else "")
-        yield f"note: {name}: not trained on, below {MIN_SIDE:g} px in the image: {len(tiny)} annotations ({ids})"
+        ids = ", ".join(str(one["id"]) for one in tiny[:5]) + (", ..." if len(tiny) > 5 else "")
+        yield f"{name}: not trained on, below {MIN_SIDE:g} px in the image: {len(tiny)} annotations ({ids})"
 
 
-def _idle(name: str, checked: _Checked) -> str:
-    """What is wrong with a split that has no, or hardly any, objects to train on; "" if nothing."""
-    coco = checked.split.coco
-    images = {image["id"]: image for image in coco["images"]}
-    objects = [one for one in coco["annotations"] if not one.get("iscrowd")]
-    tiny = sum(degenerate(one, images[one["image_id"]]) for one in objects)
-    if len(objects) == tiny and not checked.broken:  # otherwise reported already
-        return f"no objects: {checked.split.name} has none of a pixel or more"
-    if 2 * tiny > len(objects):
-        return f"tiny boxes: {tiny} of the {len(objects)} of {name} are below a pixel: bbox must be in pixels"
-    return ""
+def _idle(name: str, checked: _Checked) -> Iterator[str]:
+    """What is wrong with a split that has no, or hardly any, objects to train on."""
+    objects, tiny = len(checked.objects), sum(not one.get("iscrowd") for one in checked.tiny)
+    if objects == tiny and not checked.broken:  # otherwise reported already
+        yield f"no objects: {checked.split.name} has none of a pixel or more"
+    elif 2 * tiny > objects:
+        yield f"tiny boxes: {tiny} of the {objects} of {name} are below a pixel: bbox must be in pixels"
 
 
 def _drawable(annotation: dict, image: dict) -> dict:
@@ -192,18 +165,15 @@ def _drawable(annotation: dict, image: dict) -> dict:
 
 
 def _contact_sheet(checked: _Checked, path: Path) -> str:
-    """Draw images with their labels from all over a split; returns a line for the report, "" without labels."""
+    """Draw images with their labels from all over a split; returns a line for the report."""
     split, coco = checked.split, checked.split.coco
     pairs = zip(coco["images"], checked.facts, strict=True)
     good = {image["id"]: image for image, fact in pairs if not fact.problem}
     chosen = spread(list(dict.fromkeys(one["image_id"] for one in coco["annotations"] if one["image_id"] in good)))
     if not chosen:
-        return ""
-    shown = [one for one in coco["annotations"] if one["image_id"] in chosen]
-    drawable = coco | {
-        "images": [good[image_id] for image_id in chosen],
-        "annotations": [_drawable(one, good[one["image_id"]]) for one in shown],
-    }
+        return "no image of train has labels to draw"
+    shown = [_drawable(one, good[one["image_id"]]) for one in coco["annotations"] if one["image_id"] in chosen]
+    drawable = coco | {"images": [good[image_id] for image_id in chosen], "annotations": shown}
     dataset = DetectionDataset(split._replace(coco=drawable), masks=True)
     drawings = []
     for index in range(len(dataset)):
@@ -213,5 +183,4 @@ def _contact_sheet(checked: _Checked, path: Path) -> str:
         objects["labels"] = torch.cat([objects["labels"], labels])
         objects["masks"] = torch.cat([objects["masks"], decode_masks(crowds, dataset.images[index])])
         drawings.append(draw_objects(dataset.image(index), objects, (*dataset.class_names, "crowd")))
-    save_image(draw_labelled(drawings), path)
-    return f"{len(chosen)} images with their labels: {path}"
+    return contact_sheet(drawings, path)

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from hashlib import blake2b
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from dualtoken_vit.data.images import load_image, naming
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
+from dualtoken_vit.show.drawing import draw_labelled, save_image
 
 _SHOWN = 20  # lines of each kind of problem that may be frequent; unreadable images are all listed
 
@@ -48,18 +50,33 @@ def read_facts(name: str, source: Any, label: str = "") -> Facts:
     return Facts(name, label, "", pixels.size, image.mode, digest, rotated)
 
 
-def print_report(table: Table, lines: Sequence[str], problems: Sequence[str], many: Sequence[Sequence[str]]) -> bool:
-    """Print what was found.
+def print_report(
+    table: Table,
+    splits: Splits,
+    lines: Sequence[str],
+    notes: Sequence[str],
+    problems: Sequence[str],
+    many: Sequence[Sequence[str]],
+    labels: str = "",
+) -> bool:
+    """Print a table, the properties and problems of the images of each split, and what the task found.
 
     Args:
         table: comes first
-        lines: what is not a problem
+        splits: the images; unreadable ones and those in more than one split are problems, other copies a note
+        lines: facts
+        notes: facts to consider
         problems: all are printed
         many: kinds of problems; only the first of each kind are printed
+        labels: what must have been drawn on images as EXIF rotates them, for a note on these
 
     Returns:
         Whether there is no problem.
     """
+    lines = [*_properties(splits), *lines]
+    lines += [f"note: {note}" for note in (*notes, *_notes(splits, labels))]
+    problems = [*problems, *(fact.problem for facts in splits.values() for fact in facts if fact.problem)]
+    many = [*many, [f"in both splits: {names}" for names in copies(splits, lambda split, _: split)]]
     console = Console()
     console.print(table)
     for line in lines:
@@ -103,7 +120,32 @@ def count_table(class_names: Mapping[str, Sequence[str]], counts: Mapping[str, C
     return table
 
 
-def image_lines(splits: Splits) -> Iterator[str]:
+def missing_classes(class_names: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The classes that only other splits have."""
+    for split, names in class_names.items():
+        others = {name for other in class_names.values() for name in other} - set(names)
+        yield from (f"class missing: {split}/{name}" for name in sorted(others))
+
+
+def copies(splits: Splits, differing: Callable[[str, Facts], str]) -> Iterator[str]:
+    """The names of images with the same pixels for which `differing` (of the split and the image) differs."""
+    groups = defaultdict(list)
+    for split, facts in splits.items():
+        for fact in facts:
+            if not fact.problem:
+                groups[fact.digest].append((split, fact))
+    for group in groups.values():
+        if len({differing(split, fact) for split, fact in group}) > 1:
+            yield " = ".join(fact.name for _, fact in group)
+
+
+def contact_sheet(drawings: Sequence[Image.Image], path: Path) -> str:
+    """Draw a sheet of images with their labels; returns a line for the report."""
+    save_image(draw_labelled(drawings), path)
+    return f"{len(drawings)} images with their labels: {path}"
+
+
+def _properties(splits: Splits) -> Iterator[str]:
     """The sizes and modes of the readable images of each split."""
     for split, facts in splits.items():
         sizes = [fact.size for fact in facts if not fact.problem]
@@ -114,47 +156,13 @@ def image_lines(splits: Splits) -> Iterator[str]:
             yield f"{split}: modes {', '.join(f'{mode} {count}' for mode, count in modes)}"
 
 
-def missing_classes(class_names: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """The classes that only other splits have."""
-    for split, names in class_names.items():
-        others = {name for other in class_names.values() for name in other} - set(names)
-        yield from (f"class missing: {split}/{name}" for name in sorted(others))
-
-
-def in_both(splits: Splits) -> list[str]:
-    """The images that are in more than one split."""
-    return [f"in both splits: {names}" for names in copies(splits, lambda split, _: split)]
-
-
-def copies(splits: Splits, differing: Callable[[str, Facts], str]) -> Iterator[str]:
-    """The names of equal images for which `differing` (of the split and the image) differs."""
-    for group in _equal(splits):
-        if len({differing(split, fact) for split, fact in group}) > 1:
-            yield " = ".join(fact.name for _, fact in group)
-
-
-def copy_notes(splits: Splits) -> Iterator[str]:
-    """The number of copies within each split."""
+def _notes(splits: Splits, labels: str) -> Iterator[str]:
+    """The number of copies within each split, and with `labels`, the images that EXIF rotates."""
     for split, facts in splits.items():
-        number = sum(len(group) - 1 for group in _equal({split: facts}))
-        if number:
+        digests = [fact.digest for fact in facts if not fact.problem]
+        if number := len(digests) - len(set(digests)):
             yield f"{number} images of {split} are exact copies of others in it"
-
-
-def rotation_notes(splits: Splits, labels: str) -> Iterator[str]:
-    """The images that EXIF rotates; `labels` must have been drawn on the rotated images."""
-    for split, facts in splits.items():
         names = [fact.name for fact in facts if fact.rotated]
-        if names:
+        if names and labels:
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             yield f"{len(names)} images of {split} are rotated by EXIF; {labels} must fit the rotated image: {listed}"
-
-
-def _equal(splits: Splits) -> list[list[tuple[str, Facts]]]:
-    """Groups of two or more images with the same pixels, each with its split."""
-    groups = defaultdict(list)
-    for split, facts in splits.items():
-        for fact in facts:
-            if not fact.problem:
-                groups[fact.digest].append((split, fact))
-    return [group for group in groups.values() if len(group) > 1]

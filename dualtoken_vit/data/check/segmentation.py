@@ -8,26 +8,17 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from dualtoken_vit.data.check.report import (
-    Facts,
-    class_table,
-    copy_notes,
-    image_lines,
-    in_both,
-    print_report,
-    read_facts,
-    rotation_notes,
-)
+from dualtoken_vit.data.check.report import Facts, class_table, contact_sheet, print_report, read_facts
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.segmentation import (
     BEYOND,
+    FORMATS,
     IGNORE,
     MaskedImages,
     beyond_fault,
     highest_label,
     label_table,
     number_classes,
-    read_split,
     size_fault,
     to_classes,
 )
@@ -35,7 +26,7 @@ from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import Segmentation
-from dualtoken_vit.show.drawing import draw_labelled, draw_scene, save_image, spread
+from dualtoken_vit.show.drawing import draw_scene, spread
 
 
 class _Pair(NamedTuple):
@@ -62,7 +53,7 @@ def check(recipe: Segmentation, out: Path) -> bool:
         InputError: for a dataset that does not exist, or has no usable mask.
     """
     data = recipe.data
-    splits = {data.train_split: read_split(data, "train"), data.val_split: read_split(data, "val")}
+    splits = {data.train_split: FORMATS.read(data, "train"), data.val_split: FORMATS.read(data, "val")}
     splits = {name: split._replace(pairs=split.pairs[: data.limit]) for name, split in splits.items()}
     found = {name: _read(name, split) for name, split in splits.items()}
     train, pairs = splits[data.train_split], found[data.train_split]
@@ -77,18 +68,23 @@ def check(recipe: Segmentation, out: Path) -> bool:
     found = {name: [_judged(pair, table) for pair in pairs] for name, pairs in found.items()}
     facts = {name: [pair.facts for pair in pairs] for name, pairs in found.items()}
     counts = {name: sum((_counts(pair, table) for pair in pairs), np.zeros(256)) for name, pairs in found.items()}
-    lines = [*image_lines(facts), *(_summary(name, len(facts[name]), count) for name, count in counts.items())]
-    notes = [*copy_notes(facts), *rotation_notes(facts, "masks"), *_slow(recipe, facts[data.train_split])]
-    lines += [f"note: {note}" for note in (*notes, *(note for split in splits.values() for note in split.notes))]
+    lines = []
+    for name, count in counts.items():
+        ignored = count[IGNORE] / max(count.sum(), 1)
+        lines.append(f"{name}: {len(facts[name])} images with a mask; {ignored:.1%} of the pixels are ignored")
     sound = [i for i, pair in enumerate(found[data.train_split]) if not (pair.problem or pair.facts.problem)]
-    lines.append(_contact_sheet(train, sound, names, table, out / "labels.png") if sound else "no valid image to draw")
+    drawings = []
+    for index in spread(sound):
+        image, labels = train.sources(index)
+        drawings.append(draw_scene([("", load_image(image), to_classes(labels, table))], names))
+    lines.append(contact_sheet(drawings, out / "labels.png") if sound else "no valid image to draw")
+    notes = [*_slow(recipe, facts[data.train_split]), *(note for split in splits.values() for note in split.notes)]
     seen = counts[data.train_split][: len(names)]
     missing = [f"class in no mask: {data.train_split}/{name}" for name, n in zip(names, seen, strict=True) if not n]
     alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
     orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
-    images = [fact.problem for each in facts.values() for fact in each if fact.problem]
     masks = [pair.problem for pairs in found.values() for pair in pairs if pair.problem]
-    return print_report(_shares(names, counts), lines, [*missing, *images], [alone, orphans, masks, in_both(facts)])
+    return print_report(_shares(names, counts), facts, lines, notes, missing, [alone, orphans, masks], "masks")
 
 
 def _read(name: str, split: MaskedImages) -> list[_Pair]:
@@ -102,9 +98,8 @@ def _read(name: str, split: MaskedImages) -> list[_Pair]:
             return _Pair(read_facts(image, image), mask, str(error))
         facts = read_facts(image, source)
         fault = "" if facts.problem else size_fault(image, facts.size, labels)
-        return _Pair(
-            facts, mask, f"{printable(mask)}: {fault}" if fault else "", *np.unique(labels, return_counts=True)
-        )
+        problem = f"{printable(mask)}: {fault}" if fault else ""
+        return _Pair(facts, mask, problem, *np.unique(labels, return_counts=True))
 
     return list(in_threads(look, range(len(split.pairs)), len(split.pairs), f"reading {name}"))
 
@@ -123,12 +118,6 @@ def _counts(pair: _Pair, table: np.ndarray) -> np.ndarray:
     return np.bincount(to_classes(pair.labels, table), weights=pair.pixels, minlength=256)
 
 
-def _summary(split: str, images: int, counts: np.ndarray) -> str:
-    return (
-        f"{split}: {images} images with a mask; {counts[IGNORE] / max(counts.sum(), 1):.1%} of the pixels are ignored"
-    )
-
-
 def _slow(recipe: Segmentation, facts: Sequence[Facts]) -> Iterator[str]:
     """A note on images so large that training spends most time on shrinking them."""
     sides = [min(fact.size) for fact in facts if not fact.problem]
@@ -144,15 +133,3 @@ def _shares(names: Sequence[str], counts: dict[str, np.ndarray]) -> Table:
         for label, name in enumerate(names)
     }
     return class_table(list(counts), rows)
-
-
-def _contact_sheet(
-    split: MaskedImages, indices: Sequence[int], names: Sequence[str], table: np.ndarray, path: Path
-) -> str:
-    """Draw images with their labels from all over a split; returns a line for the report."""
-    drawings = []
-    for index in spread(indices):
-        image, labels = split.sources(index)
-        drawings.append(draw_scene([("", load_image(image), to_classes(labels, table))], names))
-    save_image(draw_labelled(drawings), path)
-    return f"{len(drawings)} images with their labels: {path}"

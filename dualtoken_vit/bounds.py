@@ -42,12 +42,9 @@ def type_name(hint: Any) -> str:
 
 
 def build(cls: type[T], values: dict[str, Any], path: str = "") -> T:
-    """A dataclass from plain data; missing fields take their defaults, and JSON lists become tuples.
+    """The dataclass that `dataclasses.asdict` converted; missing fields take their defaults, lists become tuples.
 
-    Args:
-        cls: dataclass, whose fields may be dataclasses
-        values: values by field name, as `dataclasses.asdict` returns them
-        path: name of the object in messages
+    Messages start with `path`, the name of the object.
 
     Raises:
         TypeError: for an unknown field or a value of the wrong type. Bounds are not checked.
@@ -73,12 +70,8 @@ def build(cls: type[T], values: dict[str, Any], path: str = "") -> T:
 def check_bounds(obj: Any, prefix: str = "") -> None:
     """Check the types and bounds of all fields of a dataclass, and of the dataclasses in it.
 
-    Args:
-        obj: a dataclass instance
-        prefix: start of the flags in messages, for example "data."
-
     Raises:
-        InputError: names the flag of the first wrong value. NaN and infinity are always wrong.
+        InputError: names the flag of the first wrong value, after `prefix`. NaN and infinity are always wrong.
     """
     plain, annotated = get_type_hints(type(obj)), get_type_hints(type(obj), include_extras=True)
     for field in fields(obj):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import atomic_write
+from dualtoken_vit.models.backbone import pretrained_cfg
 
 FORMAT = "dualtoken-vit checkpoint 1"
 
@@ -66,20 +67,14 @@ def save_checkpoint(
     Args:
         path: the file; replaced atomically
         model: of timm.create_model, `create_detector` or `create_segmenter`
-        task: the kind of task
-        class_names: in the order of the logits
-        preprocessing: timm's data config, with input_size (C, H, W)
-        recipe: `recipes.to_dict` of the recipe
-        metrics: of the model on its validation set
-        model_args: arguments of timm.create_model, `create_detector` or `create_segmenter`, beside num_classes and
-            in_chans
-        category_ids: detection: the number of each class in the COCO json
+        model_args: of the same function, beside num_classes and in_chans
+        task, class_names, preprocessing, recipe, metrics, category_ids: as in `Checkpoint`
 
     Raises:
         InputError: where the file cannot be written.
     """
     args = {"num_classes": len(class_names), "in_chans": preprocessing["input_size"][0], **(model_args or {})}
-    name = _cfg(model)["architecture"]
+    name = pretrained_cfg(model)["architecture"]
     values = (task, name, args, list(class_names), preprocessing, recipe, metrics, list(category_ids))
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in zip(_FIELDS, values, strict=True)}
     # safetensors takes neither channels-last strides nor tensors that share memory.
@@ -108,26 +103,32 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state_dict = {key: file.get_tensor(key) for key in file.keys() if weights}  # noqa: SIM118  not a dict
+        metadata = _metadata(path)
+        state_dict = safetensors.torch.load_file(path) if weights else {}
     except (safetensors.SafetensorError, OSError) as error:
         other = "it is for resuming, or of another program; give the best.safetensors of a run"
         kind = "it is truncated or damaged" if path.suffix == ".safetensors" else other
         raise InputError(f"{path} cannot be read as a checkpoint: {kind}") from error
-    if metadata.get("format") != FORMAT:
+    except ValueError as error:  # not JSON
+        raise InputError(f"{path} was written by another version of dualtoken-vit ({error})") from error
+    if not metadata:
         raise InputError(
             f"{path} has weights, but no description of network, classes and preprocessing; "
             "give the best.safetensors of a run, or fine-tune from it with --model.checkpoint"
         )
-    metadata.setdefault("category_ids", "[]")  # older files have none
-    try:
-        fields = {key: json.loads(metadata[key]) for key in _FIELDS}
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} was written by another version of dualtoken-vit ({error})") from error
-    for key in ("class_names", "category_ids"):
-        fields[key] = tuple(fields[key])
-    return Checkpoint(**fields, state_dict=state_dict)
+    if missing := set(_FIELDS) - {*metadata, "category_ids"}:  # older files lack category_ids
+        raise InputError(f"{path} was written by another version of dualtoken-vit: it lacks {', '.join(missing)}")
+    return Checkpoint(**metadata, state_dict=state_dict)
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The fields of `Checkpoint` in a safetensors file's metadata; empty for files of other programs."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        return {}
+    fields = {key: json.loads(metadata[key]) for key in _FIELDS if key in metadata}
+    return fields | {key: tuple(fields[key]) for key in ("class_names", "category_ids") if key in fields}
 
 
 @dataclass(frozen=True)
@@ -151,36 +152,17 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.path}: loaded {len(self.loaded)} of {len(self.loaded) + len(self.new)} tensors"]
         lines += [f"  {note}" for note in (self.network, self.classes) if note]
-        for title, names in (
-            ("adapted", self.adapted),
-            ("re-initialised", self.new),
-            ("unused in the file", self.ignored),
-        ):
+        parts = {"adapted": self.adapted, "re-initialised": self.new, "unused in the file": self.ignored}
+        for title, names in parts.items():
             if names:
                 more = f" and {len(names) - 8} more" if len(names) > 8 else ""
                 lines.append(f"  {title}: {', '.join(names[:8])}{more}")
         return "\n".join(lines)
 
 
-def _cfg(model: Any) -> dict[str, Any]:
-    """timm's description of a network, or of the backbone of a detector or segmenter."""
-    return getattr(model, "network", model).pretrained_cfg
-
-
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """timm's cfgs name one layer, several, or none."""
     return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """model and class_names of a best.safetensors; empty for other files."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        return {}
-    return {"model": json.loads(metadata["model"]), "class_names": tuple(json.loads(metadata["class_names"]))}
 
 
 def _network(found: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
@@ -206,9 +188,8 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     try:
-        found = load_state_dict(str(path))
-        found = {key: value for key, value in found.items() if isinstance(value, Tensor)}
-        metadata = _metadata(path)
+        found = {key: value for key, value in load_state_dict(str(path)).items() if isinstance(value, Tensor)}
+        metadata = _metadata(path) if path.suffix == ".safetensors" else {}
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, TypeError) as error:
         raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     except (AttributeError, ValueError) as error:  # an array, a list, ... instead of a state dict
@@ -221,7 +202,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
             model, class_names = network, ()
         found = _network(found, model)
     state_dict, own = dict(found), model.state_dict()
-    cfg = _cfg(model)
+    cfg = pretrained_cfg(model)
     for name in _names(cfg.get("first_conv")):
         key = f"{name}.weight"
         if key in state_dict and key in own and state_dict[key].shape != own[key].shape and own[key].ndim == 4:
@@ -253,10 +234,9 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
             rows = [theirs.index(name) for name in class_names]
             fitting |= {key: fitting[key][rows] for key in classifier}
         else:
-            classes = f"its {len(theirs)} classes differ from the {len(class_names)} here, or in their order: "
-            classes += "the classifier is re-initialised"
-            for key in classifier:
-                del fitting[key]
+            differ = f"its {len(theirs)} classes differ from the {len(class_names)} here, or in their order"
+            classes = f"{differ}: the classifier is re-initialised"
+            fitting = {key: value for key, value in fitting.items() if key not in classifier}
     model.load_state_dict(fitting, strict=False)
     return LoadReport(
         path=path,

@@ -1,12 +1,14 @@
 """The command line, `dualtoken-vit`: reads arguments and calls the rest."""
 
 import errno
+import json
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
@@ -97,37 +99,40 @@ class Predict(Generic[O]):
     """auto: an accelerator if there is one, else the CPU."""
 
 
+def _wants_help(args: list[str]) -> bool:
+    return bool(args) and args[0] in ("-h", "--help")
+
+
 def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str, list[str]]:
     """The recipe that the arguments start with ("" without one), and the other arguments.
 
     The recipe's own arguments are then parsed alone, so that messages do not mention other recipes.
     """
-    if args and args[0] in ("-h", "--help"):
-        console = Console()
-        console.print(f"usage: dualtoken-vit {command} [RECIPE] [--section.field VALUE ...]\n", markup=False)
-        console.print(f"{about}\n\nRecipes (default: {DEFAULT}):")
-        console.print(_listing(ABOUT))
-        console.print(f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help")
+    if _wants_help(args):
+        _show(
+            f"{command} [RECIPE] [--section.field VALUE ...]",
+            f"{about}\n\nRecipes (default: {DEFAULT}):",
+            ABOUT,
+            f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help",
+        )
         sys.exit()
     if not args or args[0].startswith("-"):
         return "", args
-    name, *args = args
-    if name not in RECIPES:
-        raise InputError(f"recipe {name!r} is unknown; {_nearest(name, RECIPES)}")
-    return name, args
+    return _known("recipe", args[0], RECIPES), args[1:]
 
 
 def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
-    if not args or args[0].startswith("-"):
-        usage = f"dualtoken-vit {command} CHECKPOINT {more}"
-        if not args or args[0] not in ("-h", "--help"):
-            raise InputError(f"name the checkpoint first: {usage}")
-        console = Console()
-        console.print(f"usage: {usage}\n", markup=False)
-        console.print(f"{about} CHECKPOINT is the best.safetensors of a run.\n")
-        console.print(f"The options of its task, with its own defaults: dualtoken-vit {command} CHECKPOINT --help")
+    usage = f"{command} CHECKPOINT {more}"
+    if _wants_help(args):
+        _show(
+            usage,
+            f"{about} CHECKPOINT is the best.safetensors of a run.\n",
+            f"The options of its task, with its own defaults: dualtoken-vit {command} CHECKPOINT --help",
+        )
         sys.exit()
+    if not args or args[0].startswith("-"):
+        raise InputError(f"name the checkpoint first: dualtoken-vit {usage}")
     return Path(args[0]), args[1:]
 
 
@@ -146,31 +151,37 @@ def _flags(args: list[str], values: dict[str, Any]) -> list[str]:
 
 
 def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], prog: str, about: str | None) -> Any:
-    """Parse arguments into a command's dataclass.
+    """Parse arguments into a command's dataclass, `default`.
 
-    Args:
-        default: instance of one of the generic dataclasses above
-        part: its field of the generic type, whose class decides which options there are
-        args: the arguments
-        values: the defaults of the options of `part` by name, see `_flags`
-        prog: command as in the usage line
-        about: description of the command
+    Its field `part` is of the generic type: the class of `part` decides which options there are, and `values` has their
+    defaults by name, see `_flags`.
     """
     kind = type(default)[type(part)]
     return tyro.cli(kind, default=default, args=_flags(args, values), prog=f"dualtoken-vit {prog}", description=about)
 
 
-def _nearest(name: str, names: Any) -> str:
+def _known(kind: str, name: str, names: Iterable[str]) -> str:
+    """The name, if it is one of `names`; else an error with similar ones."""
+    if name in names:
+        return name
     near = get_close_matches(name, names)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+    raise InputError(f"{kind} {name!r} is unknown; {hint}")
 
 
-def _listing(abouts: Mapping[str, str | None]) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    table.add_column(no_wrap=True)
-    for name, about in abouts.items():
-        table.add_row(name, about)
-    return table
+def _show(usage: str, *parts: str | Mapping[str, str | None]) -> None:
+    """Print a help page: paragraphs, and tables of names with their descriptions."""
+    console = Console()
+    console.print(f"usage: dualtoken-vit {usage}\n", markup=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part)
+            continue
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        table.add_column(no_wrap=True)
+        for name, about in part.items():
+            table.add_row(name, about)
+        console.print(table)
 
 
 def train(args: list[str]) -> bool:
@@ -202,8 +213,8 @@ def evaluate(args: list[str]) -> bool:
 
     stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
     before = asdict(stored)
-    values = {f"data.{key}": value for key, value in before.items()}
-    chosen = _parse(Evaluate(stored), stored, args, values, f"evaluate {checkpoint}", evaluate.__doc__)
+    flags = {f"data.{key}": value for key, value in before.items()}
+    chosen = _parse(Evaluate(stored), stored, args, flags, f"evaluate {checkpoint}", evaluate.__doc__)
     result = run(
         checkpoint,
         data={key: value for key, value in asdict(chosen.data).items() if value != before[key]},
@@ -213,13 +224,11 @@ def evaluate(args: list[str]) -> bool:
         out=chosen.out,
     )
     if chosen.json:
-        import json
-
-        print(json.dumps(result.to_json()))
+        print(json.dumps(result.metrics))
     else:
         console = Console()
         console.print(result.table())
-        console.print(result.headline())
+        console.print(result.headline)
     return True
 
 
@@ -240,55 +249,25 @@ def predict(args: list[str]) -> bool:
     return run(checkpoint, chosen.images, *common, **asdict(chosen.options))
 
 
-def attention(args: list[str]) -> bool:
-    """Draw the attention maps of a trained classifier."""
-    from dualtoken_vit.paper.attention import attention as run
-
-    return _call(run, "attention", args)
-
-
-def localise(args: list[str]) -> bool:
-    """Measure how well the attention maps of trained classifiers localise objects."""
-    from dualtoken_vit.paper.localise import localise as run
-
-    _call(run, "localise", args)
-    return True
-
-
-def benchmark(args: list[str]) -> bool:
-    """Measure speed, memory and size of timm models side by side."""
-    from dualtoken_vit.paper.benchmark import benchmark as run
-
-    _call(run, "benchmark", args)
-    return True
-
-
 def study(args: list[str]) -> bool:
     """Train the networks of one of the paper's comparisons with an equal budget and several seeds."""
     from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
     from dualtoken_vit.paper.study import study as run
 
-    if args and args[0] in ("-h", "--help"):
-        console = Console()
-        console.print("usage: dualtoken-vit study STUDY [--preset NAME] [OPTIONS]\n", markup=False)
-        console.print(f"{study.__doc__}\n\nStudies:")
-        console.print(
-            _listing(
-                {
-                    name: f"{table} of the paper, {len(networks(name, 'small'))} networks"
-                    for name, (table, _) in STUDIES.items()
-                }
-            )
+    if _wants_help(args):
+        sizes = {name: len(networks(name, "small")) for name in STUDIES}
+        _show(
+            "study STUDY [--preset NAME] [OPTIONS]",
+            f"{study.__doc__}\n\nStudies:",
+            {name: f"{table} of the paper, {sizes[name]} networks" for name, (table, _) in STUDIES.items()},
+            "\nPresets:",
+            {name: preset.about for name, preset in PRESETS.items()},
+            "\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help",
         )
-        console.print("\nPresets:")
-        console.print(_listing({name: preset.about for name, preset in PRESETS.items()}))
-        console.print("\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help")
         return True
     if not args or args[0].startswith("-"):
         raise InputError(f"name the study first: dualtoken-vit study {'|'.join(STUDIES)}")
-    name, *args = args
-    if name not in STUDIES:
-        raise InputError(f"study {name!r} is unknown; {_nearest(name, STUDIES)}")
+    name, args = _known("study", args[0], STUDIES), args[1:]
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults of all that follows depend on it
     finder.add_argument("--preset", nargs="?", default="cpu")
     preset = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
@@ -296,14 +275,6 @@ def study(args: list[str]) -> bool:
     given = _flags(args, flatten(preset.recipe))
     chosen = tyro.cli(Study, default=default, args=given, prog=f"dualtoken-vit study {name}", description=study.__doc__)
     run(name, chosen.recipe, chosen.base, chosen.seeds, chosen.jobs, chosen.out, chosen.markdown)
-    return True
-
-
-def tables(args: list[str]) -> bool:
-    """Print the paper's tables next to the figures of this implementation."""
-    from dualtoken_vit.paper.tables import tables as run
-
-    _call(run, "tables", args)
     return True
 
 
@@ -320,46 +291,47 @@ def check_data(args: list[str]) -> bool:
     return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
 
 
-def _call(function: Callable, command: str, args: list[str]) -> Any:
-    """Call a function with arguments from the command line; those without a default are positional."""
-    return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=(tyro.conf.PositionalRequiredArgs,))
+def _forward(command: str, about: str) -> Callable[[list[str]], bool]:
+    """A command whose options are the parameters of the function of that name in `paper`."""
+
+    def call(args: list[str]) -> bool:
+        function = getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
+        config = (tyro.conf.PositionalRequiredArgs,)
+        return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=config) is not False
+
+    call.__doc__ = about
+    return call
 
 
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
-    "attention": attention,
-    "localise": localise,
-    "benchmark": benchmark,
+    "attention": _forward("attention", "Draw the attention maps of a trained classifier."),
+    "localise": _forward("localise", "Measure how well the attention maps of trained classifiers localise objects."),
+    "benchmark": _forward("benchmark", "Measure speed, memory and size of timm models side by side."),
     "study": study,
-    "tables": tables,
+    "tables": _forward("tables", "Print the paper's tables next to the figures of this implementation."),
     "check-data": check_data,
 }
 
 
-def _help() -> None:
-    console = Console()
-    console.print(
-        "usage: dualtoken-vit COMMAND ...\n\nDualToken-ViT: train, evaluate and use the network.\n\nCommands:"
-    )
-    console.print(_listing({name: command.__doc__ for name, command in COMMANDS.items()}))
-    console.print("\nRecipes of train and check-data:")
-    console.print(_listing(ABOUT))
-    console.print("\nMore: dualtoken-vit COMMAND --help, dualtoken-vit train RECIPE --help")
-
-
 def run(args: list[str]) -> int:
     """Run one command; returns the exit status: 0, or 1 where a command found problems in images."""
-    if not args or args[0] in ("-h", "--help"):
-        _help()
+    if not args or _wants_help(args):
+        _show(
+            "COMMAND ...",
+            "DualToken-ViT: train, evaluate and use the network.\n\nCommands:",
+            {name: command.__doc__ for name, command in COMMANDS.items()},
+            "\nRecipes of train and check-data:",
+            ABOUT,
+            "\nMore: dualtoken-vit COMMAND --help, dualtoken-vit train RECIPE --help",
+        )
         return 0
     if args[0] == "--version":
         print(dualtoken_vit.__version__)
         return 0
-    if args[0] not in COMMANDS:
-        raise InputError(f"command {args[0]!r} is unknown; {_nearest(args[0], COMMANDS)}")
-    return 0 if COMMANDS[args[0]](args[1:]) else 1
+    return 0 if COMMANDS[_known("command", args[0], COMMANDS)](args[1:]) else 1
 
 
 def _end(message: str, status: int = 2) -> NoReturn:

@@ -32,10 +32,9 @@ def evaluate(
     """Run a best.safetensors on its validation images, prepared as the file describes.
 
     Args:
-        checkpoint: the file
         data: fields of the recipe's data section that differ from the stored ones, for example root
         batch_size: images in a batch; by default as in training
-        device: auto (an accelerator if there is one), cpu, cuda or mps
+        checkpoint, device: as for `load_predictor`
         precision: Lightning's: 32-true, bf16-mixed, 16-mixed
         out: folder to write evaluation.json and the details into
 

@@ -21,9 +21,7 @@ def cores() -> int:
 def describe(device: torch.device, threads: int | None = None) -> dict[str, str]:
     """CPU, device, system, versions, and the commit if this package is imported from a git checkout.
 
-    Args:
-        device: on which the network runs
-        threads: CPU threads, if the network runs in another process
+    `threads` is the number of CPU threads, if the network runs on `device` in another process.
     """
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
@@ -36,9 +34,8 @@ def describe(device: torch.device, threads: int | None = None) -> dict[str, str]
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": f"torch {torch.__version__}, timm {timm.__version__}, dualtoken_vit {version('dualtoken-vit')}",
     }
-    if found := commit():
-        machine["commit"] = found
-    return machine
+    found = commit()
+    return machine | ({"commit": found} if found else {})
 
 
 def commit() -> str | None:

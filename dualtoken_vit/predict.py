@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from dualtoken_vit.checkpoint import read_checkpoint
-from dualtoken_vit.data.folders import image_files
+from dualtoken_vit.data.folders import scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write
 from dualtoken_vit.predictors import load_predictor
@@ -46,14 +46,12 @@ def predict(
     """Print a table, or one JSON object, of a network's predictions for image files; draw them with `out`.
 
     Args:
-        checkpoint: a best.safetensors
         images: image files, and folders to search for them, subfolders included
         out: folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of
             all images, and predictions.json
         json: print one JSON object on stdout instead of the table, and nothing else there
         batch_size: images in a forward pass; by default the predictor's
-        device: auto (an accelerator if there is one), cpu, cuda or mps
-        options: of `load_predictor`
+        checkpoint, device, options: as for `load_predictor`
 
     Returns:
         Whether every image could be used; the others are named on stderr.
@@ -98,7 +96,7 @@ def predict(
     if json:
         print(dumps(record))
     else:
-        Console().print(report.table())
+        Console().print(report.table)
     return tell_unreadable(record["unreadable"], len(sources))
 
 
@@ -127,11 +125,10 @@ def find_images(
 ) -> list[Source]:
     """The files among `images` and the images in the folders among them, each once, in order.
 
-    Drawings are named after the images, x.jpg.png for x.jpg, in the folders' own tree; a number is added where a name
-    would be that of another drawing or of an image.
+    One line on stderr reports the other files in the folders. Drawings are named after the images, x.jpg.png for x.jpg,
+    in the folders' own tree; a number is added where a name would be that of another drawing or of an image.
 
     Args:
-        images: files and folders
         out: output folder, which is not searched; it must be new or empty, or have the file `record`
         record: marks a folder as the command's own
         suffixes: of the files that are written for an image
@@ -141,9 +138,13 @@ def find_images(
     """
     _check_out(out, images, record)
     found: dict[str, tuple[Path, Path]] = {}  # absolute path: as given, place in the output
+    skipped: dict[str, str] = {}  # the same of files that are not images
     for given in images:
         if given.is_dir():
-            inside = [path for path in map(Path, image_files(given)) if not (out and _is_in(path, out))]
+            inside, others = (
+                [path for path in map(Path, paths) if not (out and _is_in(path, out))] for paths in scan(given)
+            )
+            skipped |= {os.path.abspath(path): str(path) for path in others}
             if not inside:
                 raise InputError(f"{given}: no images in this folder")
             base = given.resolve().name
@@ -155,6 +156,8 @@ def find_images(
             raise InputError(f"{given}: no such file or folder")
     if not found:
         raise InputError("no images given; name image files or folders of them")
+    if unused := [path for key, path in skipped.items() if key not in found]:
+        print(skipped_note(unused), file=sys.stderr)
 
     taken = {sheet_name(page + 1) for page in range(ceil(len(found) / (COLUMNS * ROWS)))}
     sources = []

@@ -37,11 +37,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
 
 
 def stored_recipe(path: str | Path, checkpoint: Checkpoint) -> Recipe:
-    """The recipe that a checkpoint was trained with.
-
-    Raises:
-        InputError: for a recipe that this version cannot read.
-    """
+    """The recipe that a checkpoint was trained with; an InputError where this version cannot read it."""
     get_task(checkpoint.task)  # an unknown task is an error of its own
     try:
         return from_dict(checkpoint.recipe)
@@ -66,8 +62,7 @@ def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> Pr
     """
     model, checkpoint = load_model(path)
     task = get_task(checkpoint.task)
-    stored = task.predictor.stored_options(stored_recipe(path, checkpoint).data, checkpoint.preprocessing)
-    chosen = task.predictor.make_options(**stored | options)
-    predictor = task.predictor(model.to(pick_device(device)), checkpoint.class_names, checkpoint.preprocessing, chosen)
+    names, preprocessing, data = checkpoint.class_names, checkpoint.preprocessing, stored_recipe(path, checkpoint).data
+    predictor = task.predictor.create(model.to(pick_device(device)), names, preprocessing, data, **options)
     predictor.category_ids = checkpoint.category_ids
     return predictor

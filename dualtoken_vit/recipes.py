@@ -348,11 +348,7 @@ R = TypeVar("R", bound=Recipe)
 
 
 def register(kind: type[R], recipes: Mapping[str, tuple[str, R]]) -> None:
-    """Add a kind of recipe and its named recipes to `KINDS`, `RECIPES` and `ABOUT`.
-
-    Args:
-        kind: recipe class of a task
-        recipes: one line about the recipe, and the recipe, by name
+    """Add a task's recipe class and its named recipes, each with one line about it, to `KINDS`, `RECIPES`, `ABOUT`.
 
     Raises:
         ValueError: for a recipe name that is in use.
@@ -543,10 +539,7 @@ register(
                 model=Model(name="dualtoken_vit_small"), optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0)
             ),
         ),
-        "coco-retinanet-1x": (
-            "Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP on COCO.",
-            COCO,
-        ),
+        "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP.", COCO),
         "coco-mask-rcnn-1x": ("Table 3, Mask R-CNN 1x with S (mix), likewise: 41.1 box AP, 38.1 mask AP.", COCO_MASK),
         "coco-mask-rcnn-3x": (
             "Table 3, Mask R-CNN 3x with S (mix), likewise, multi-scale: 43.7 box AP, 39.9 mask AP.",

@@ -20,7 +20,6 @@ from dualtoken_vit.data.detection import (
     DetectionDataset,
     Packed,
     build_datasets,
-    collate,
     decode_masks,
     draw_scenes,
     encode_masks,
@@ -28,7 +27,7 @@ from dualtoken_vit.data.detection import (
     save_scenes,
     sift,
 )
-from dualtoken_vit.data.sampling import loader
+from dualtoken_vit.data.sampling import collate, loader
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import DetectionData

@@ -146,6 +146,25 @@ def test_folders_are_searched_in_order_and_each_image_is_taken_once(tmp_path):
     assert [image.path for image in found] == wanted
 
 
+def test_skipped_files_are_reported_in_one_line(constant, tmp_path, capsys):
+    out = tmp_path / "photos" / "out"
+    solid(tmp_path / "photos" / "a.png")
+    solid(tmp_path / "photos" / "b" / "b.png")
+    for name in ("film.mp4", "b/notes.txt", ".hidden.txt", "named.download"):
+        (tmp_path / "photos" / name).write_text("no image")
+    solid(tmp_path / "x.png").rename(tmp_path / "photos" / "named.download")
+    given = (tmp_path / "photos", tmp_path / "photos" / "b", tmp_path / "photos" / "named.download")
+    line = f"skipped files that are not images: 2, for example {tmp_path}/photos/b/notes.txt\n"
+    for _ in range(2):  # the second time, the output of the first is in the folder
+        assert predict(constant, given, out, json=True)
+        printed = capsys.readouterr()
+        assert len(json.loads(printed.out)["predictions"]) == 3
+        assert printed.err.count("skipped files") == 1
+        assert line in printed.err
+    assert predict(constant, (tmp_path / "photos" / "a.png",), json=True)
+    assert "skipped files" not in capsys.readouterr().err
+
+
 def test_a_file_is_taken_whatever_its_suffix(constant, tmp_path, capsys):
     solid(tmp_path / "x.png").rename(tmp_path / "x.download")
     assert predict(constant, (tmp_path / "x.download",), json=True)

@@ -152,8 +152,8 @@ def test_a_segmenter_against_itself(files, image):
         ("nowhere.jpg", r"^nowhere\.jpg: no such file"),
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\).*give \(H, W\) or \(H, W, C\) arrays"),
         (np.zeros((4, 4, 3), np.int64), r"int64.*give uint8"),
-        (np.full((4, 4, 3), 2.0), r"floating-point values must be between 0 and 1"),
-        (np.full((4, 4, 3), np.nan), r"floating-point values must be between 0 and 1"),
+        (np.full((4, 4, 3), 2.0), r"floating-point values between 0 and 1"),
+        (np.full((4, 4, 3), np.nan), r"floating-point values between 0 and 1"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
     ],
 )

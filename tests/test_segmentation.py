@@ -25,7 +25,7 @@ from dualtoken_vit.predictors import load_model
 from dualtoken_vit.recipes import SegmentationInput as View
 from dualtoken_vit.show.drawing import color_of, draw_scene
 from dualtoken_vit.tasks import segmentation
-from dualtoken_vit.tasks.segmentation import Scores, SegmentationEvaluation, cross_entropy
+from dualtoken_vit.tasks.segmentation import Scores, cross_entropy, evaluation
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -287,7 +287,7 @@ def test_the_worst_images_are_drawn_the_worst_first(trained, scenes, tmp_path, m
 def test_class_names_are_no_markup():
     names = "a[/b]", "[road]"
     console = Console(file=io.StringIO(), width=80)
-    console.print(SegmentationEvaluation(Scores.of(np.eye(2, dtype=int)), names, 1).table())
+    console.print(evaluation(Scores.of(np.eye(2, dtype=int)), names, 1).table())
     assert all(name in console.file.getvalue() for name in names)
 
 

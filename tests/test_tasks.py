@@ -17,7 +17,6 @@ import pytest
 import torch
 from annotated_types import Interval
 from PIL import Image
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -29,9 +28,8 @@ from dualtoken_vit.data.folders import image_files
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write
 from dualtoken_vit.recipes import FREE, DataSection, Model, Optim, Recipe, Run
-from dualtoken_vit.tasks.base import Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.predictor import Predictor, Report
 from dualtoken_vit.tasks.registry import get_task, register
 
@@ -110,39 +108,16 @@ class BrightnessPredictor(Predictor[float]):
 
 
 class BrightnessReport(Report[float]):
-    def __init__(self, predictor: Any):
-        super().__init__(predictor)
-        self.found: dict[str, float] = {}
+    columns = ("brightness",)
 
-    def add(self, path: Path, image: Image.Image, result: float) -> None:
-        self.found[path.name] = result
+    def entry(self, result: float) -> dict[str, Any]:
+        return {"brightness": result}
+
+    def rows(self, result: float) -> list[tuple[str]]:
+        return [(f"{result}",)]
 
     def draw(self, title, image, result):
         return image, image, (title, result)
-
-    def record(self) -> dict[str, Any]:
-        return {"brightness": self.found}
-
-    def table(self) -> Table:
-        table = Table("image", "brightness")
-        for name, value in self.found.items():
-            table.add_row(name, f"{value}")
-        return table
-
-
-@dataclass(frozen=True)
-class BrightnessEvaluation:
-    error: float
-    images: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {"error": self.error, "images": self.images}
-
-    def table(self) -> Table:
-        return Table("error")
-
-    def headline(self) -> str:
-        return f"error {self.error}"
 
 
 class BrightnessModule(TaskModule):
@@ -169,12 +144,8 @@ class BrightnessModule(TaskModule):
     def headline(self, row: dict[str, Any]) -> str:
         return f"error {row['val_loss']:.3f}"
 
-    def save_details(self, out: Path) -> None:
-        with atomic_write(out / "evaluation.json", "w") as file:
-            json.dump(self.evaluation().to_json(), file)
-
-    def evaluation(self) -> BrightnessEvaluation:
-        return BrightnessEvaluation(round(self.error, 6), len(self.errors))
+    def evaluation(self) -> Evaluation:
+        return Evaluation({"error": round(self.error, 6), "images": len(self.errors)}, f"error {self.error:.3f}")
 
 
 class BrightnessTask(Task[Brightness]):
@@ -188,16 +159,7 @@ class BrightnessTask(Task[Brightness]):
         train, val = (BrightnessDataset(recipe.data.root, split) for split in COUNTS)
         model, preprocessing = Network(), {"input_size": (3, 16, 16)}
         predictor = BrightnessPredictor(model, train.class_names, preprocessing, BrightnessOptions())
-        return Setup(
-            title="a line",
-            model=model,
-            train=train,
-            val=val,
-            class_names=train.class_names,
-            preprocessing=preprocessing,
-            model_args={},
-            build_module=lambda steps: BrightnessModule(predictor, recipe, steps),
-        )
+        return Setup("a line", BrightnessModule(predictor, recipe), train, val, model_args={})
 
     def rebuild(self, checkpoint) -> nn.Module:
         return Network()
@@ -260,7 +222,7 @@ def test_it_predicts(root, best, tmp_path, capsys):
     assert (
         call("predict", best, root / "val", "--out", tmp_path / "out", "--digits", 2, "--json", "--device", "cpu") == 0
     )
-    found = json.loads(capsys.readouterr().out)["brightness"]
+    found = {Path(one["image"]).name: one["brightness"] for one in json.loads(capsys.readouterr().out)["predictions"]}
     predictor = load_predictor(best, "cpu", digits=2)
     for path in (root / "val").iterdir():
         assert found[path.name] == predictor(path) == pytest.approx(brightness(path), abs=0.15)

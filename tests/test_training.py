@@ -126,13 +126,13 @@ def test_evaluation_equals_an_independent_computation(trained):
             right.append(logits.argmax() == label)
             losses.append(np.log(np.exp(logits).sum()) - logits[label])
         per_class[name] = (pytest.approx(np.mean(right[-len(paths) :])), len(paths))
-    assert result.images == 18
-    assert result.top1 == pytest.approx(np.mean(right), abs=1e-6)
-    assert result.top5 == 1.0  # of three classes
-    assert result.loss == pytest.approx(np.mean(losses), rel=1e-4)
-    assert result.per_class == per_class
-    assert result.top1 == pytest.approx(checkpoint.metrics["val_top1"])
-    assert result.loss == pytest.approx(checkpoint.metrics["val_loss"], rel=1e-4)
+    assert result.metrics["images"] == 18
+    assert result.metrics["top1"] == pytest.approx(np.mean(right), abs=1e-6)
+    assert result.metrics["top5"] == 1.0  # of three classes
+    assert result.metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert result.details["per_class"] == per_class
+    assert result.metrics["top1"] == pytest.approx(checkpoint.metrics["val_top1"])
+    assert result.metrics["loss"] == pytest.approx(checkpoint.metrics["val_loss"], rel=1e-4)
 
 
 def timm_statistics():
@@ -144,7 +144,7 @@ def test_evaluation_of_other_data(trained, photos):
     best = out / "best.safetensors"
     for path in list((photos / "val" / "red").iterdir())[:4]:
         path.unlink()
-    assert evaluate(best, data={"root": str(photos)}, batch_size=1, device="cpu").images == 14
+    assert evaluate(best, data={"root": str(photos)}, batch_size=1, device="cpu").metrics["images"] == 14
     (photos / "val" / "red").rename(photos / "val" / "pink")
     with pytest.raises(InputError, match=r"'pink' is not among the 3 trained classes: 'blue', 'green', 'red'"):
         evaluate(best, data={"root": str(photos)}, device="cpu")
@@ -224,7 +224,7 @@ def test_averaged_weights_are_what_is_kept(photos, tmp_path):
     for key, value in best.items():
         assert torch.equal(value, last["state_dict"][f"model.{key}"]), key
     assert not torch.equal(best["head.weight"], last["current_model_state"]["model.head.weight"])
-    assert evaluate(tmp_path / "run" / "best.safetensors", device="cpu").loss == pytest.approx(
+    assert evaluate(tmp_path / "run" / "best.safetensors", device="cpu").metrics["loss"] == pytest.approx(
         float(rows(tmp_path / "run" / "metrics.csv")[0]["val_loss"]), rel=1e-4
     )
 
@@ -253,7 +253,7 @@ def test_fine_tuning(trained, photos, tmp_path, capsys):
     old, new = (load_file(folder / "best.safetensors") for folder in (source, tmp_path / "run"))
     assert new["head.weight"].shape == (4, 32)
     torch.testing.assert_close(new["token_mean.fc.weight"], old["token_mean.fc.weight"], rtol=0, atol=1e-4)
-    assert evaluate(tmp_path / "run" / "best.safetensors", device="cpu").images == 24
+    assert evaluate(tmp_path / "run" / "best.safetensors", device="cpu").metrics["images"] == 24
     checkpoint = read_checkpoint(tmp_path / "run" / "best.safetensors")
     assert checkpoint.preprocessing["mean"] == pytest.approx([0.449], abs=1e-3)
 
@@ -263,8 +263,10 @@ def test_any_timm_model_trains_at_any_size(photos, tmp_path, name):
     made = recipe(photos, model={"name": name, "args": ()}, data={"image_size": 64}, optim={"epochs": 1})
     train(made, tmp_path / "run")
     result = evaluate(tmp_path / "run" / "best.safetensors", device="cpu")
-    assert result.images == 18
-    assert result.loss == pytest.approx(float(rows(tmp_path / "run" / "metrics.csv")[0]["val_loss"]), rel=1e-4)
+    assert result.metrics["images"] == 18
+    assert result.metrics["loss"] == pytest.approx(
+        float(rows(tmp_path / "run" / "metrics.csv")[0]["val_loss"]), rel=1e-4
+    )
 
 
 def test_steps_depend_on_their_place_in_the_run_alone(photos):
@@ -559,7 +561,9 @@ def test_the_demo_learns(tmp_path):
     assert len(best.class_names) == 6
     # 600 images of six classes: guessing gets 17 %, with a standard deviation of 1.5 %
     assert best.metrics["val_top1"] > 0.4
-    assert evaluate(out / "best.safetensors", device="cpu").top1 == pytest.approx(best.metrics["val_top1"], abs=0.01)
+    assert evaluate(out / "best.safetensors", device="cpu").metrics["top1"] == pytest.approx(
+        best.metrics["val_top1"], abs=0.01
+    )
 
 
 def test_validation_every_other_epoch(photos, tmp_path):

@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from io import BytesIO
 from operator import itemgetter
@@ -15,7 +16,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import Imagenette
 
-from dualtoken_vit.data.contract import Formats, ImageData, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some, split_name
 from dualtoken_vit.data.folders import contains, read_lines, scan, skipped_note
 from dualtoken_vit.data.images import MODES, load_image
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
@@ -34,10 +35,8 @@ class ImageDataset(Dataset, ImageData):
     Sample i is (image, class index); the image is `transform` of the PIL image, or the PIL image without one.
 
     Args:
-        sources: what `load_image` takes, for each image
-        targets: class index of each image
+        sources, targets, image_names: what `load_image` takes, class index and display name of each image
         class_names: name of each class
-        image_names: display name of each image
         channels: 3 (RGB) or 1 (greyscale)
         root: folder of the image files, which may differ when a run is resumed; each class must have training images
     """
@@ -55,6 +54,9 @@ class ImageDataset(Dataset, ImageData):
         self.channels, self.root = channels, root
         self.left_out: list[str] = []
         """Names of the images left out, relative to `root`."""
+
+        self.drawn = False
+        """Whether the images are generated, so that none can be unreadable."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -79,7 +81,7 @@ class ImageDataset(Dataset, ImageData):
         return ((self.image_names[i], self.sources[i], self.targets[i]) for i in range(len(self)))
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        names = unreadable(self, skip, progress)
+        names = [] if self.drawn else unreadable(self, skip, progress)
         self._leave_out(names)
         self.left_out += [os.path.relpath(name, self.root) if self.root else name for name in names]
         return names
@@ -92,11 +94,7 @@ class ImageDataset(Dataset, ImageData):
         self._leave_out([str(Path(self.root, name)) for name in self.left_out])
 
     def _leave_out(self, names: Collection[str]) -> None:
-        """Drop the images of these names.
-
-        Raises:
-            InputError: if a class loses all its images.
-        """
+        """Drop the images of these names; an InputError if a class loses all its images."""
         names = set(names)
         kept = self.keep([i for i, name in enumerate(self.image_names) if name not in names])
         lost = set(self.targets) - set(kept.targets)
@@ -106,13 +104,6 @@ class ImageDataset(Dataset, ImageData):
             raise InputError(f"no readable images in class {classes}, for example {printable(example)}")
         if names:
             self.sources, self.targets, self.image_names = kept.sources, kept.targets, kept.image_names
-
-
-class DrawnDataset(ImageDataset):
-    """Images that are drawn, not read."""
-
-    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        return []
 
 
 Images = ImageDataset | ImageStream
@@ -164,7 +155,9 @@ def _shapes(data: ClassificationData, split: str, channels: int) -> ImageDataset
         raise InputError("--data.dataset shapes draws its own images; for files give --data.dataset folder")
     images = ShapeImages(split, data.image_size)
     names = [f"{split}/{CLASSES[label]}-{index:04d}" for index, label in enumerate(images.targets)]
-    return DrawnDataset(images, images.targets, CLASSES, names, channels)
+    dataset = ImageDataset(images, images.targets, CLASSES, names, channels)
+    dataset.drawn = True
+    return dataset
 
 
 def _imagenette(data: ClassificationData, split: str, channels: int) -> ImageDataset:
@@ -201,27 +194,24 @@ class _Encoded(Sequence[BytesIO]):
             return BytesIO(file.read())
 
 
-def _opened(data: ClassificationData, split: str, package: str, read: Callable[[str, str], Any]) -> Any:
-    """`read` of the NAME in `--data.dataset FORMAT/NAME` and the name of the split."""
+@contextmanager
+def _opening(data: ClassificationData, split: str, package: str) -> Iterator[tuple[str, str]]:
+    """The NAME in `--data.dataset FORMAT/NAME` and that of the split; all errors inside become InputErrors."""
     spec, name = data.dataset, split_name(data, split)
     if importlib.util.find_spec(package) is None:
         raise InputError(f"--data.dataset {spec}: needs the package {package}: pip install {package.replace('_', '-')}")
     try:
-        return read(spec.partition("/")[2], name)
+        yield spec.partition("/")[2], name
     except InputError:
         raise
     except Exception as error:  # each package raises its own errors for missing data
-        message = f"--data.dataset {spec}, root {data.root!r}, split {name!r}: {reason(error)}"
-        raise InputError(message) from error
+        raise InputError(f"--data.dataset {spec}, root {data.root!r}, split {name!r}: {reason(error)}") from error
 
 
 def _hfds(data: ClassificationData, split: str, channels: int) -> ImageDataset:
     """Hugging Face datasets, by timm: hfds/NAME or hfds/FOLDER; data.root is the download cache."""
-
-    def read(name: str, split: str) -> Any:
-        return create_reader(data.dataset, root=data.root or None, split=split)
-
-    reader, name = _opened(data, split, "datasets", read), split_name(data, split)
+    with _opening(data, split, "datasets") as (_, name):
+        reader = create_reader(data.dataset, root=data.root or None, split=name)
     targets = list(reader.iter_targets())
     if not targets or min(targets) < 0:
         raise InputError(f"--data.dataset {data.dataset}: split {name!r} has no labels")
@@ -233,11 +223,12 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
     """webdataset: wds/NAME; see `Shards`. ROOT/classnames.txt has one class name per line; default: numbers."""
     if not data.root:
         raise InputError(f"--data.root is missing: give the folder with the shards of {data.dataset}")
-    shards: Shards = _opened(data, split, "webdataset", lambda _, name: Shards(data.root, name, channels))
+    with _opening(data, split, "webdataset") as (_, name):
+        shards = Shards(data.root, name, channels)
     path = Path(data.root, "classnames.txt")
     class_names = tuple(read_lines(path)) if path.is_file() else ()
     if not class_names or not shards.samples:
-        title = f"reading the labels of {split_name(data, split)}"
+        title = f"reading the labels of {name}"
         labels = list(in_threads(itemgetter(2), shards.stored(), shards.samples or None, title))
         shards.samples = len(labels)
         class_names = class_names or _numbers(labels)
@@ -247,12 +238,8 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
 
 def _tfds(data: ClassificationData, split: str, channels: int) -> ImageStream:
     """TensorFlow Datasets: tfds/NAME; data.root is the folder that they are kept in."""
-
-
-    def read(name: str, split: str) -> ImageStream:
-        return TensorFlowDataset(name, data.root, split, channels)
-
-    return _opened(data, split, "tensorflow_datasets", read)
+    with _opening(data, split, "tensorflow_datasets") as (name, part):
+        return TensorFlowDataset(name, data.root, part, channels)
 
 
 def _numbers(labels: Collection[int]) -> tuple[str, ...]:
@@ -301,16 +288,11 @@ def build_val_dataset(data: ClassificationData, channels: int, class_names: Sequ
     if data.holdout:
         val = _hold_out(val, data.holdout)[1]
     if class_names is not None:
-        trained, named = {name: label for label, name in enumerate(class_names)}, val.class_names
+        labels, named = {name: label for label, name in enumerate(class_names)}, val.class_names
         if data.dataset.startswith(("wds", "hfds")) and named == _numbers(range(len(named))):
-            named = (*class_names[: len(named)], *named[len(trained) :])
-        unknown = [name for name in named if name not in trained]
-        if unknown:
-            raise InputError(
-                f"{_where(data, 'val')}: class {some(unknown)} is not among the {len(trained)} trained classes: "
-                f"{some(class_names)}; rename or remove it"
-            )
-        val.relabel(tuple(class_names), [trained[name] for name in named])
+            named = (*class_names[: len(named)], *named[len(class_names) :])
+        check_trained(named, class_names, f"{_where(data, 'val')}: class")
+        val.relabel(tuple(class_names), [labels[name] for name in named])
     absent = _empty(val) if isinstance(val, ImageDataset) else []
     if absent:
         val.notes += (f"{_where(data, 'val')}: no images of class {some(absent)}",)

@@ -1,6 +1,6 @@
 """What training and evaluation need from a dataset, and the choice of its format by `--data.dataset`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from dualtoken_vit.errors import InputError
@@ -13,8 +13,7 @@ Split = TypeVar("Split")
 class ImageData(Protocol):
     """The dataset of any task. A class that inherits from it gets the defaults given here.
 
-    It is either a map-style `Dataset`, whose `dataset[i]` is sample i, or an `IterableDataset` that has the method
-    `epoch` of `classification.ImageStream`.
+    It is either a map-style `Dataset`, whose `dataset[i]` is sample i, or a `streams.ImageStream`.
     """
 
     class_names: tuple[str, ...]
@@ -32,14 +31,9 @@ class ImageData(Protocol):
         raise NotImplementedError
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        """Read every image once.
+        """Read every image once, with a progress bar if `progress`; returns the display names of the images left out.
 
-        Args:
-            skip: leave unreadable images out instead of stopping, where the task supports it
-            progress: show a progress bar
-
-        Returns:
-            The display names of the images left out.
+        With `skip`, where the task supports it, images that cannot be read are left out.
 
         Raises:
             InputError: names the first image that cannot be used, and the number of others.
@@ -52,6 +46,7 @@ class ImageData(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Apply another dataset's `state_dict`, in place of `verify`. The data may have moved to another folder."""
+        return None
 
 
 class Formats(dict[str, Callable[..., Split]]):
@@ -72,6 +67,15 @@ class Formats(dict[str, Callable[..., Split]]):
 def split_name(data: Any, split: str) -> str:
     """The name that a recipe's data section gives to the train or val split."""
     return {"train": data.train_split, "val": data.val_split}[split]
+
+
+def check_trained(names: Iterable[str], trained: Sequence[str], where: str) -> None:
+    """Raise an InputError for names that are not among the trained classes; `where` is their place and kind."""
+    known = set(trained)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        message = f"{where} {some(unknown)} is not among the {len(trained)} trained classes: {some(trained)}"
+        raise InputError(f"{message}; rename or remove it")
 
 
 def some(names: Sequence[str]) -> str:

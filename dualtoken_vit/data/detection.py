@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dualtoken_vit.data.contract import Formats, ImageData, some
+from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import verify_each
@@ -64,10 +64,8 @@ def read_coco(path: str | Path, images: str | Path = "") -> AnnotatedImages:
     name = printable(path)
     try:
         content = Path(path).read_bytes()
-        try:
-            coco = json.loads(content)
-        except UnicodeDecodeError:  # names in another encoding are kept as the system keeps those of files
-            coco = json.loads(content.decode(errors="surrogateescape"))
+        # Names in another encoding are kept as the system keeps those of files.
+        coco = json.loads(content.decode(json.detect_encoding(content), "surrogateescape"))
     except FileNotFoundError:
         raise InputError(f"{name}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -79,14 +77,9 @@ def read_coco(path: str | Path, images: str | Path = "") -> AnnotatedImages:
 
 
 def sift(coco: dict[str, list], masks: bool) -> tuple[dict[str, list[dict]], list[str]]:
-    """Separate the valid entries of a COCO file from the broken ones.
+    """The valid entries of a COCO file, and one line on each other entry.
 
-    Args:
-        coco: as from `read_coco`
-        masks: whether each annotation must have a segmentation
-
-    Returns:
-        The file with its valid entries only, and one line on each other entry.
+    With `masks`, each annotation must have a segmentation.
     """
     problems: list[str] = []
     sound: dict[str, dict[int, dict]] = {}  # by id
@@ -250,11 +243,10 @@ class DetectionDataset(Dataset, ImageData):
     number of other objects.
 
     Args:
-        split: the images and their annotations
+        split: the images and their annotations, of which only those of the first `limit` images are used
         masks: whether targets have masks; then each annotation must have a segmentation
         channels: 3 (RGB) or 1 (greyscale)
         class_names: the trained classes in their order; default: the categories, ordered by id
-        limit: use only the first images
 
     Raises:
         InputError: for the first broken entry, a missing image, no images, or categories outside `class_names`.
@@ -285,12 +277,7 @@ class DetectionDataset(Dataset, ImageData):
             self._check_files()
         ids = {one["name"]: one["id"] for one in sorted(coco["categories"], key=lambda one: one["id"])}
         self.class_names = tuple(ids if class_names is None else class_names)
-        unknown = [each for each in ids if each not in self.class_names]
-        if unknown:
-            raise InputError(
-                f"{self.name}: category {some(unknown)} is not among the {len(self.class_names)} trained classes: "
-                f"{some(self.class_names)}; rename or remove it"
-            )
+        check_trained(ids, self.class_names, f"{self.name}: category")
         for each in self.class_names:
             ids.setdefault(each, max(ids.values()) + 1)  # absent from this file; detections of it still need an id
         self.category_ids = [ids[each] for each in self.class_names]  # by class index
@@ -389,7 +376,7 @@ class DetectionDataset(Dataset, ImageData):
 
 
 def draw_scenes(split: str, size: int, count: int | None = None) -> AnnotatedImages:
-    """The first `count` scenes of a split: images of `size` pixels a side with up to five shapes; they need no files."""
+    """The first `count` scenes of a split (default: all): images of `size` pixels a side with up to five shapes."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(SCENES[split] if count is None else count):
@@ -420,10 +407,7 @@ def _draw_scene(split: str, size: int, image: dict) -> Image.Image:
 def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
     """Write scenes as FOLDER/images/*.png and FOLDER/annotations/instances_{train,val}.json.
 
-    Args:
-        folder: created if needed
-        size: side of the images in pixels
-        counts: number of scenes in a split (train=100); default: the whole split
+    They have `size` pixels a side; `counts` (train=100) limits the number of scenes in a split.
     """
     for split, total in SCENES.items():
         count = counts.get(split, total)
@@ -435,12 +419,6 @@ def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
                 _draw_scene(split, size, image).save(file, format="png")
         with atomic_write(Path(folder, "annotations", f"instances_{split}.json"), "w") as file:
             json.dump(scenes.coco, file)
-
-
-def collate(samples: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
-    """A batch of images of any size: a list of images, and a list of targets."""
-    images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)
 
 
 def _coco(data: DetectionData, split: str) -> AnnotatedImages:

@@ -87,6 +87,12 @@ def full_batches(count: int, batch_size: int) -> int:
     return count // batch_size
 
 
+def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """A batch of images of any size: a list of images, and a list of targets."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
 def loader(
     dataset: ImageData,
     batch_size: int,

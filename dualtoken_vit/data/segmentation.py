@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dualtoken_vit.data.contract import Formats, ImageData, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some, split_name
 from dualtoken_vit.data.folders import read_lines, scan, skipped_note
 from dualtoken_vit.data.images import load_image, naming
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
@@ -63,10 +63,7 @@ def read_mask(path: str | Path) -> np.ndarray:
 def label_table(classes: Sequence[int], ignore_index: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
     """What each label becomes, (257 or more,) uint8: a class, `IGNORE` or `BEYOND`; the last is for all other labels.
 
-    Args:
-        classes: the class of each label, from the first class's on
-        ignore_index: label of ignored pixels
-        reduce_zero_label: whether label 0 is ignored too, and the first class has label 1
+    `classes` are those of the labels from 0 on; with `reduce_zero_label`, from 1 on, and label 0 is ignored too.
     """
     first = int(reduce_zero_label)
     table = np.full(max(257, ignore_index + 2), BEYOND, dtype=np.uint8)
@@ -81,22 +78,20 @@ def to_classes(labels: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[labels if labels.dtype == np.uint8 else np.clip(labels, -1, len(table) - 1)]
 
 
-def beyond_fault(labels: np.ndarray, pixels: np.ndarray, table: np.ndarray) -> str:
-    """What is wrong with a mask that has these labels outside the classes, each in so many pixels."""
-    more = f" (and {len(labels) - 1} more such labels)" if len(labels) > 1 else ""
+def mask_fault(image: str, size: tuple[int, int], labels: np.ndarray, classes: np.ndarray, table: np.ndarray) -> str:
+    """What is wrong with a mask of an image of this size (width, height), by its labels and their classes; or ""."""
+    height, width = labels.shape
+    if size != (width, height):
+        shown = f"{size[0]}x{size[1]} (after any EXIF rotation)"
+        return f"{width}x{height} pixels, but {printable(image)} is {shown}: make them equal"
+    beyond, pixels = np.unique(labels[classes == BEYOND], return_counts=True)
+    if not beyond.size:
+        return ""
+    more = f" (and {len(beyond) - 1} more such labels)" if len(beyond) > 1 else ""
     return (
-        f"label {labels[0]} in {pixels[0]} pixels{more}, but there are {(table < BEYOND).sum()} classes: correct it, "
+        f"label {beyond[0]} in {pixels[0]} pixels{more}, but there are {(table < BEYOND).sum()} classes: correct it, "
         "or see --data.classes, --data.ignore-index and --data.reduce-zero-label"
     )
-
-
-def size_fault(path: str, size: tuple[int, int], labels: np.ndarray) -> str:
-    """What is wrong with a mask of an image of this size (width, height); "" if nothing."""
-    height, width = labels.shape
-    if size == (width, height):
-        return ""
-    shown = f"{size[0]}x{size[1]} (after any EXIF rotation)"
-    return f"{width}x{height} pixels, but {printable(path)} is {shown}: make them equal"
 
 
 class MaskedImages(NamedTuple):
@@ -127,19 +122,11 @@ class SegmentationDataset(Dataset, ImageData):
         class_names: name of each class
         table: a `label_table`
         channels: 3 (RGB) or 1 (greyscale)
-        limit: use only the first images
     """
 
-    def __init__(
-        self,
-        split: MaskedImages,
-        class_names: Sequence[str],
-        table: np.ndarray,
-        channels: int = 3,
-        limit: int | None = None,
-    ) -> None:
+    def __init__(self, split: MaskedImages, class_names: Sequence[str], table: np.ndarray, channels: int = 3) -> None:
         self.split, self.class_names, self.table, self.channels = split, tuple(class_names), table, channels
-        self.image_names = [image for image, _ in split.pairs[:limit]]
+        self.image_names = [image for image, _ in split.pairs]
         self.notes = split.notes
         self.pixels: Tensor | None = None
         """(2, classes) int64, after `verify`: the pixels of each class, and of all the images that contain it."""
@@ -153,27 +140,17 @@ class SegmentationDataset(Dataset, ImageData):
         return self.transform(*sample) if self.transform else sample
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Image `index`, and its mask (H, W) uint8.
-
-        Raises:
-            InputError: if one cannot be read, their sizes differ, or the mask has a label outside the classes.
-        """
+        """Image `index` and its mask (H, W) uint8; an InputError if one is unusable or the two do not match."""
         name, mask = self.split.pairs[index]
         source, labels = self.split.sources(index)
         image, classes = load_image(source, self.channels, name), to_classes(labels, self.table)
-        fault, beyond = size_fault(name, image.size, labels), classes == BEYOND
-        if not fault and beyond.any():
-            fault = beyond_fault(*np.unique(labels[beyond], return_counts=True), self.table)
+        fault = mask_fault(name, image.size, labels, classes, self.table)
         if fault:
             raise InputError(f"{printable(mask)}: {fault}")
         return image, classes
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        """Read every image and mask once, and count `pixels`; see `ImageData`. No image is left out.
-
-        Raises:
-            InputError: also if all pixels are ignored.
-        """
+        """Read every image and mask once, and count `pixels`; an InputError also if all are ignored."""
         total = torch.zeros(2, len(self.class_names), dtype=torch.int64)
         lock = Lock()
 
@@ -184,9 +161,8 @@ class SegmentationDataset(Dataset, ImageData):
 
         verify_each(count, range(len(self)), len(self), "reading every image and mask" if progress else "")
         if not total.any():
-            raise InputError(
-                f"{printable(self.image_names[0])} and all others: no pixel has a class; see --data.ignore-index"
-            )
+            name = printable(self.image_names[0])
+            raise InputError(f"{name} and all others: no pixel has a class; see --data.ignore-index")
         self.pixels = total
         return []
 
@@ -215,7 +191,7 @@ def class_weights(kind: str, pixels: Tensor) -> Tensor:
 
 
 def draw_scenes(split: str, size: int) -> MaskedImages:
-    """The scenes of a split: images of `size` pixels a side with up to five shapes, and the class "ground" elsewhere."""
+    """The scenes of a split: images of `size` pixels a side with up to five shapes on the class "ground"."""
     names = [f"{split}-{index:04d}" for index in range(SCENES[split])]
     return MaskedImages([(name, name) for name in names], SCENE_CLASSES, draw=partial(_draw_scene, split, size))
 
@@ -231,10 +207,7 @@ def _draw_scene(split: str, size: int, index: int) -> tuple[Image.Image, np.ndar
 def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
     """Write scenes as FOLDER/{images,annotations}/{train,val}/*.png and FOLDER/classes.txt.
 
-    Args:
-        folder: created if needed
-        size: side of the images in pixels
-        counts: number of scenes in a split (train=100); default: the whole split
+    They have `size` pixels a side; `counts` (train=100) limits the number of scenes in a split.
     """
     for split, total in SCENES.items():
         for index in range(counts.get(split, total)):
@@ -265,10 +238,8 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
         InputError: for a file that cannot be read, repeats a name, or has too few or too many.
     """
     if data.ignore_index == 0 and not data.reduce_zero_label:
-        raise InputError(
-            "--data.ignore-index 0: 0 is the label of the first class; if the classes begin at 1, give "
-            "--data.reduce-zero-label instead"
-        )
+        fault = "0 is the label of the first class; if the classes begin at 1, give --data.reduce-zero-label instead"
+        raise InputError(f"--data.ignore-index 0: {fault}")
     files = [Path(data.classes)] if data.classes else [Path(data.root, name) for name in CLASS_FILES]
     path = next((path for path in files if path.is_file()), None)
     if path is None and data.classes:
@@ -304,36 +275,38 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
     return names
 
 
-def highest_label(labels: np.ndarray, data: SegmentationData) -> int:
-    """The highest label that is not ignored."""
-    return int(labels[labels != data.ignore_index].max(initial=0))
-
-
-def number_classes(highest: int, path: str, data: SegmentationData) -> tuple[str, ...]:
-    """Numbers as class names, up to the highest label, which is in the mask `path`.
+def number_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
+    """Numbers as class names, up to the highest label in mask files; those that cannot be read are passed over.
 
     Raises:
-        InputError: for too few, or more than `MAX_CLASSES`.
+        InputError: for too few classes, more than `MAX_CLASSES`, or no readable mask.
     """
-    count = highest + 1 - data.reduce_zero_label
+
+    def highest(path: str) -> tuple[int, str]:
+        try:
+            labels = read_mask(path)
+        except InputError as error:
+            return -1, str(error)
+        return int(labels[labels != data.ignore_index].max(initial=0)), path
+
+    found = list(in_threads(highest, masks, len(masks), "counting classes"))
+    label, path = max(found, default=(-1, ""))
+    if label < 0:
+        faults = [text for _, text in found[:1]]
+        raise InputError("; the first: ".join([f"{printable(data.root)}: no usable training mask", *faults]))
+    count = label + 1 - data.reduce_zero_label
     if not 2 <= count <= MAX_CLASSES:
         raise InputError(
-            f"{printable(path)}: the highest label in the training masks is {highest}, apart from the ignored label "
+            f"{printable(path)}: the highest label in the training masks is {label}, apart from the ignored label "
             f"{data.ignore_index}, but 2 to {MAX_CLASSES} classes are supported; give another --data.ignore-index, or "
             "a class file as --data.classes"
         )
     if 0 <= data.ignore_index - data.reduce_zero_label < count:
         raise InputError(
-            f"--data.ignore-index {data.ignore_index}: is among the labels of the classes, which go up to {highest}; "
+            f"--data.ignore-index {data.ignore_index}: is among the labels of the classes, which go up to {label}; "
             "give it a higher number"
         )
     return tuple(map(str, range(count)))
-
-
-def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """A batch of images of any size: a list of images, and a list of masks."""
-    images, masks = zip(*samples, strict=True)
-    return list(images), list(masks)
 
 
 def _masks(data: SegmentationData, split: str) -> MaskedImages:
@@ -372,23 +345,15 @@ def _dataset(
     if found.alone[0]:
         more = f" (and {len(found.alone[0]) - 1} more images)" if len(found.alone[0]) > 1 else ""
         raise InputError(f"{printable(found.alone[0][0])}: no mask for this image{more}; see check-data")
-    names = found.class_names or class_names
-    if names is None:
-        masks = [mask for _, mask in found.pairs]
-        labels = in_threads(lambda path: highest_label(read_mask(path), data), masks, len(masks), "counting classes")
-        names = number_classes(*max(zip(labels, masks, strict=True)), data)
+    names = found.class_names or class_names or number_classes([mask for _, mask in found.pairs], data)
     trained = tuple(class_names or names)
-    unknown = [name for name in names if name not in trained]
-    if unknown:
-        place = printable(data.classes or f"the class file in {data.root}")
-        raise InputError(
-            f"{place}: class {some(unknown)} is not among the {len(trained)} trained classes: {some(trained)}"
-        )
+    check_trained(names, trained, printable(data.classes or f"the class file in {data.root}") + ": class")
     absent = [name for name in trained if name not in names]
     if absent:
         found = found._replace(notes=(*found.notes, f"{data.root}: no class {some(absent)}"))
+    found = found._replace(pairs=found.pairs[: data.limit])
     table = label_table([trained.index(name) for name in names], data.ignore_index, data.reduce_zero_label)
-    return SegmentationDataset(found, trained, table, channels, data.limit)
+    return SegmentationDataset(found, trained, table, channels)
 
 
 def build_datasets(data: SegmentationData, channels: int) -> tuple[SegmentationDataset, SegmentationDataset]:

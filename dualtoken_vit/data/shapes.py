@@ -30,18 +30,12 @@ def _corners(count: int, *radii: float) -> np.ndarray:
     return np.resize(radii, count)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _cross(half: float) -> np.ndarray:
-    """(12, 2): a plus sign whose arms are 2 * half wide."""
-    reach = np.sqrt(1 - half**2)
-    arm = np.array([(reach, -half), (reach, half), (half, half)])
-    turn = np.array([(0, 1), (-1, 0)])  # a quarter turn of row vectors
-    return np.concatenate([arm @ np.linalg.matrix_power(turn, quarter) for quarter in range(4)])
-
-
+_R, _H = np.sqrt(1 - 0.3**2), 0.3  # reach and half the width of the cross's arms
+_CROSS = np.array([(_R, -_H), (_R, _H), (_H, _H), (_H, _R), (-_H, _R), (-_H, _H)])  # half of its corners
 # Corners in the unit circle; a second polygon is a hole in the first.
 _OUTLINES = {
     "circle": [_corners(40, 1.0)],
-    "cross": [_cross(0.3)],
+    "cross": [np.concatenate([_CROSS, -_CROSS])],
     "ring": [_corners(40, 1.0), _corners(40, 0.55)],
     "square": [_corners(4, 1.0)],
     "star": [_corners(10, 1.0, 0.42)],
@@ -52,7 +46,7 @@ _OUTLINES = {
 def draw(
     rng: np.random.Generator, size: int, labels: Sequence[int], radii: tuple[float, float] = (0.3, 0.45)
 ) -> tuple[Image.Image, list[Shape]]:
-    """Draw an RGB image of `size` pixels a side with one shape per label, in their order; later ones cover earlier ones.
+    """Draw an RGB image of `size` pixels a side, and one shape per label over it; later shapes cover earlier ones.
 
     Args:
         rng: draws everything except the classes

@@ -39,6 +39,8 @@ class ImageStream(IterableDataset, ImageData):
     """The most readers that the images can be divided among."""
     samples: int
     """Number of stored images."""
+    channels: int
+    """3 (RGB) or 1 (greyscale)."""
     labels: Sequence[int] = ()
     """The target of each stored class index."""
     left_out: frozenset[str] = frozenset()

@@ -19,8 +19,8 @@ ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # timm argument
 
 
 def pretrained_cfg(model: Any) -> dict[str, Any]:
-    """timm's description of a network: architecture, input size, mean, std, ..."""
-    return model.pretrained_cfg
+    """timm's description of a network, or of a detector's or segmenter's backbone: architecture, input size, ..."""
+    return getattr(model, "network", model).pretrained_cfg
 
 
 class Backbone(FeatureGetterNet):

@@ -8,10 +8,15 @@ grid of global aggregation: position-aware tokens are a resized X_ga, normal tok
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from functools import partial
+from itertools import groupby
 from json import dumps
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -22,6 +27,7 @@ from torchvision.transforms import v2
 from dualtoken_vit.data.detection import DetectionDataset, draw_scenes, read_coco
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.models.two_stream import STRIDE
 from dualtoken_vit.paper.attention import blocks_of, load_classifier, recording
@@ -29,6 +35,16 @@ from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 
 __all__ = ["Place", "localise", "measure", "places_of"]
+
+
+COLUMNS = ("<network", "<block", "on object %", "+-", "chance %", "lift", "peak on object %", "peak at token %")
+COLUMNS += ("its chance %",)
+EXPLANATION = """\
+on object       share of the attention of an object's tokens on the object; +-: standard error of its
+                difference from chance
+chance          share of the positions that the object covers; lift: on object / chance
+peak on object  how often the position with the highest attention lies on the object; compare with chance
+peak at token   how often no other position is closer to the token than that position"""
 
 
 @dataclass(frozen=True)
@@ -46,19 +62,15 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Place):
     """The `Place`s of a block: means over the objects of an image, then over the images."""
 
     checkpoint: str
     block: str
     images: int
     objects: int
-    on_object: float
     error: float
     """Standard error of `on_object` minus `chance` over the images."""
-    chance: float
-    highest: float
-    own: float
     own_chance: float
     """`own` of uniform attention: one divided by the number of positions, mean over the images."""
 
@@ -73,21 +85,16 @@ def cells(x: Tensor, stride: int) -> Tensor:
     return F.avg_pool2d(x[None], stride, ceil_mode=True, count_include_pad=False)[0]
 
 
-def gathered(attended: Tensor, grid: tuple[int, int]) -> Tensor:
+def gathered(attended: Tensor, grid: tuple[int, int], antialias: bool = False) -> Tensor:
     """Convert a map over global tokens (H, W, h, w) to a map over the positions of X_ga that they were resized from.
 
-    The attention to a token is distributed over these positions by their interpolation weights.
-
-    Args:
-        attended: attention of each image token to each global token
-        grid: rows and columns of X_ga
+    The attention to a token is distributed over these positions, rows and columns `grid`, by their interpolation
+    weights; `antialias` as in the network's resize.
     """
     if attended.shape[2:] == grid:
         return attended
-    places = torch.eye(math.prod(grid), dtype=attended.dtype).unflatten(1, grid)[
-        ..., None
-    ]  # (places, rows, columns, 1)
-    shares = resize_grid(places, attended.shape[2])[..., 0]  # (places, h, w); the grid of global tokens is square
+    places = torch.eye(math.prod(grid), dtype=attended.dtype).reshape(-1, *grid, 1)
+    shares = resize_grid(places, attended.shape[2], antialias)[..., 0]  # (positions, h, w); global tokens: h = w
     return torch.einsum("abhw,phw->abp", attended, shares).unflatten(2, grid)
 
 
@@ -98,23 +105,23 @@ def places_of(attended: Tensor, cover: Tensor) -> Place:
     most.
 
     Args:
-        attended: (H, W, h, w), attention of each image token to each global token; sums to 1 per image token
+        attended: (H, W, h, w), attention of each image token to each position of X_ga; sums to 1 per image token
         cover: (Y, X), mask of the object in the input of the network
     """
     cover = cover[None].to(attended.dtype)
-    (rows, columns), (height, width) = attended.shape[:2], cover.shape[1:]
-    stride = next(s for s in (8, 16, 32) if (math.ceil(height / s), math.ceil(width / s)) == (rows, columns))
-    tokens, places = cells(cover, stride)[0], cells(cover, STRIDE)[0]
-    maps = gathered(attended, tuple(places.shape)).flatten(2)  # (H, W, h * w)
+    height, width = cover.shape[1:]
+    stride = next(s for s in (8, 16, 32) if (math.ceil(height / s), math.ceil(width / s)) == attended.shape[:2])
+    tokens, places = cells(cover, stride)[0], cells(cover, STRIDE)[0].flatten()
     on = tokens >= min(0.5, tokens.max().item())
-    best = maps[on].argmax(1)
+    maps = attended[on].flatten(1)  # (N, h * w)
+    best = maps.argmax(1)
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     middle = torch.stack((y, x))
     apart = torch.cdist(cells(middle, stride)[:, on].T, cells(middle, STRIDE).flatten(1).T)  # (N, h * w) pixels
     return Place(
-        on_object=(maps[on] @ places.flatten()).mean().item(),
+        on_object=(maps @ places).mean().item(),
         chance=places.mean().item(),
-        highest=places.flatten()[best].mean().item(),
+        highest=places[best].mean().item(),
         own=(apart.gather(1, best[:, None])[:, 0] <= apart.amin(1) + 1e-3).float().mean().item(),
     )
 
@@ -141,40 +148,30 @@ def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[
     Raises:
         InputError: for another network, or a dataset without objects.
     """
-    device = next(model.parameters()).device
-    found: dict[str, list[Tensor]] = {block: [] for block in blocks_of(model)}  # (objects, 4) per image
-    sizes: list[int] = []
+    device, blocks = next(model.parameters()).device, blocks_of(model)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in blocks}  # a mean `Place` per image
+    positions: list[int] = []  # of X_ga, per image
+    objects = 0
     for x, target in in_threads(images.__getitem__, range(len(images)), len(images), name, 16):
         covers = [cover for cover in _covers(target) if cover.any()]
         if not covers:
             continue
+        grid = (math.ceil(x.shape[1] / STRIDE), math.ceil(x.shape[2] / STRIDE))
         with recording(model) as maps:
             model(x[None].to(device))
-        for block, attended in maps.items():
-            places = [places_of(attended[0].float().cpu(), cover) for cover in covers]
-            found[block].append(torch.tensor([[p.on_object, p.chance, p.highest, p.own] for p in places]))
-        sizes.append(math.prod(math.ceil(side / STRIDE) for side in x.shape[1:]))
-    if not sizes:
+        for key, attended in maps.items():
+            over_places = gathered(attended[0].float().cpu(), grid, getattr(blocks[key].fusion, "antialias", False))
+            found[key].append(np.mean([astuple(places_of(over_places, cover)) for cover in covers], axis=0))
+        positions.append(math.prod(grid))
+        objects += len(covers)
+    if not objects:
         raise InputError(f"{images.name}: no objects, which are needed to evaluate attention")
-    scores = []
-    for block, places in found.items():
-        means = torch.stack([one.double().mean(0) for one in places])  # (images, 4)
-        gain = means[:, 0] - means[:, 1]
-        on_object, chance, highest, own = means.mean(0).tolist()
-        scores.append(
-            Score(
-                checkpoint=name,
-                block=block,
-                images=len(places),
-                objects=sum(map(len, places)),
-                on_object=on_object,
-                error=gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.nan,
-                chance=chance,
-                highest=highest,
-                own=own,
-                own_chance=sum(1 / size for size in sizes) / len(sizes),
-            )
-        )
+    count, own_chance, scores = len(positions), mean(1 / number for number in positions), []
+    for key, places in found.items():
+        values = np.stack(places)  # (images, 4)
+        error = np.std(values[:, 0] - values[:, 1], ddof=1) / math.sqrt(count) if count > 1 else math.nan
+        place = values.mean(0).tolist()
+        scores.append(Score(*place, name, key, count, objects, float(error), own_chance))
     return scores
 
 
@@ -182,12 +179,13 @@ def draw(scores: Sequence[Score]) -> Figure:
     """Lift on the objects, and how often the attention of a token is highest at its own position, by block."""
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in dict.fromkeys(score.checkpoint for score in scores):
-        rows = [score for score in scores if score.checkpoint == name]
+    lines = {}
+    for name, group in groupby(scores, attrgetter("checkpoint")):
+        rows = list(group)
         errors = [score.error / score.chance for score in rows]
-        left.errorbar(range(len(rows)), [score.lift for score in rows], errors, fmt=".-", capsize=2, label=name)
-        (line,) = right.plot([100 * score.own for score in rows], ".-", label=name)
-        right.plot([100 * score.own_chance for score in rows], ":", color=line.get_color())
+        left.errorbar(range(len(rows)), [score.lift for score in rows], errors, fmt=".-", capsize=2)
+        (lines[name],) = right.plot([100 * score.own for score in rows], ".-")
+        right.plot([100 * score.own_chance for score in rows], ":", color=lines[name].get_color())
     left.axhline(1, color="grey", linestyle=":")
     left.set(ylabel="attention on object / chance")
     right.set(ylabel="highest attention at own position (%)")
@@ -195,18 +193,8 @@ def draw(scores: Sequence[Score]) -> Figure:
         axes.set_xlabel("block (dotted: chance)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    right.legend(lines.values(), map(printable, lines), fontsize=8)  # a line's own label may not start with "_"
     return figure
-
-
-def _dataset(images: Path | None, annotations: Path | None, masks: bool, limit: int | None) -> DetectionDataset:
-    if (images is None) != (annotations is None):
-        raise InputError("--images DIR and --annotations FILE go together; without both, shapes are drawn")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit}: must be at least 1")
-    if images is None or annotations is None:
-        return DetectionDataset(draw_scenes("val", 128, limit), masks=True)
-    return DetectionDataset(read_coco(annotations, images), masks, limit=limit)
 
 
 def localise(
@@ -245,56 +233,35 @@ def localise(
     """
     if not checkpoints:
         raise InputError("no checkpoint given; give the best.safetensors of one or more runs")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: must be at least 1")
+    if images and annotations:
+        dataset = DetectionDataset(read_coco(annotations, images), masks, limit=limit)
+    elif images or annotations:
+        raise InputError("--images DIR and --annotations FILE go together; without both, shapes are drawn")
+    else:
+        dataset = DetectionDataset(draw_scenes("val", 128, limit), masks=True)
     predictors = {checkpoint: load_classifier(checkpoint, device, image_size) for checkpoint in checkpoints}
-    for checkpoint, predictor in predictors.items():
-        try:
-            blocks_of(predictor.model)
-        except InputError as error:
-            raise InputError(f"{checkpoint}: {error}") from error
-    if len(sizes := {predictor.options.image_size for predictor in predictors.values()}) > 1:
-        raise InputError(
-            f"the networks differ in input size ({', '.join(map(str, sorted(sizes)))} pixels); give one --image-size"
-        )
-    dataset = _dataset(images, annotations, masks, limit)
+    sizes = sorted({str(predictor.options.image_size) for predictor in predictors.values()})
+    if len(sizes) > 1:
+        raise InputError(f"the networks differ in input size ({', '.join(sizes)} pixels); give one --image-size")
     scores: list[Score] = []
     for checkpoint, predictor in predictors.items():
-        dataset.channels = predictor.channels
-        dataset.transform = v2.Compose(
-            [
-                v2.Resize(predictor.options.image_size, antialias=True),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(predictor.preprocessing["mean"], predictor.preprocessing["std"]),
-            ]
-        )
+        resize, scale = v2.Resize(predictor.options.image_size), v2.ToDtype(torch.float32, scale=True)
+        normalize = v2.Normalize(predictor.preprocessing["mean"], predictor.preprocessing["std"])
+        dataset.channels, dataset.transform = predictor.channels, v2.Compose([resize, scale, normalize])
         name = str(checkpoint.parent) if checkpoint.name == "best.safetensors" else str(checkpoint)
         scores += measure(predictor.model, dataset, name)
     if plot is not None:
-        save_figure(draw(scores), plot, dpi=150)
+        save_figure(partial(draw, scores), plot, dpi=150)
     if json:
-        print(dumps({"scores": [asdict(s) | {"lift": s.lift} for s in scores]}))
+        print(dumps({"scores": [asdict(score) | {"lift": score.lift} for score in scores]}))
         return
-    columns = (
-        "<network",
-        "<block",
-        "on object %",
-        "+-",
-        "chance %",
-        "lift",
-        "peak on object %",
-        "peak at token %",
-        "its chance %",
-    )
-    groups: dict[str, list[tuple[str, ...]]] = {}
+    rows = []
     for s in scores:
         lift = [f"{100 * share:.2f}" for share in (s.on_object, s.error, s.chance)]
         place = [f"{100 * share:.1f}" for share in (s.highest, s.own, s.own_chance)]
-        groups.setdefault(s.checkpoint, []).append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
-    print(table_text(columns, groups.values(), markdown))
+        rows.append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
+    print(table_text(COLUMNS, [list(group) for _, group in groupby(rows, itemgetter(0))], markdown))
     print(f"\n{scores[0].objects} objects in {scores[0].images} of {len(dataset)} images; means over the images.")
-    print(
-        "on object       share of the attention of an object's tokens on the object; +-: standard error of its\n"
-        "                difference from chance\n"
-        "chance          share of the positions that the object covers; lift: on object / chance\n"
-        "peak on object  how often the position with the highest attention lies on the object; compare with chance\n"
-        "peak at token   how often no other position is closer to the token than that position"
-    )
+    print(EXPLANATION)

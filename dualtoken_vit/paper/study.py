@@ -20,6 +20,7 @@ import sys
 from asyncio.subprocess import DEVNULL, STDOUT
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
@@ -61,22 +62,7 @@ STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "local-attention": ("Table 8", ()),
     "downsampling": ("Table 9", ()),
     "mlp": ("Table 2", ("in1k-small-mix", "in1k-small")),
-    "peers": (
-        "Table 2",
-        (
-            "mobilenetv2_140",
-            "mobilevit_xxs",
-            "mobilevitv2_050",
-            "pvt_v2_b0",
-            "in1k-tiny-mix",
-            "regnety_008",
-            "deit_tiny_patch16_224",
-            "mobilevit_xs",
-            "xcit_tiny_12_p16_224",
-            "lightvit_tiny",
-            "in1k-small",
-        ),
-    ),
+    "peers": ("Table 2", tuple(row.key for row in PUBLISHED if row.key != "in1k-small-mix")),
 }
 
 
@@ -150,24 +136,22 @@ class Result:
 class _Job:
     """One run: a network and a seed."""
 
-    row: Published
+    key: str
+    """Of the network's row."""
     recipe: Classification
     folder: Path
 
     @property
-    def log(self) -> Path:
-        return self.folder / "train.log"
-
-    @property
     def history(self) -> list[dict[str, str]]:
-        """One row per completed epoch."""
+        """One row per validated epoch."""
         path = self.folder / "metrics.csv"
         return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
 
     @property
     def epochs(self) -> int:
         """Number of completed epochs."""
-        return max((int(row["epoch"]) for row in self.history), default=0)
+        history = self.history
+        return int(history[-1]["epoch"]) if history else 0
 
     @property
     def done(self) -> bool:
@@ -183,20 +167,16 @@ def networks(name: str, base: Base) -> list[tuple[Published, Model]]:
     """The networks of a study in the paper's order; in ablations `base` replaces DualToken-ViT-S."""
     table, keys = STUDIES[name]
     size = "small" if name == "peers" else base
-    rows = [row for row in PUBLISHED if row.table == table and row.key and (not keys or row.key in keys)]
-    models = [bare(model_of(row.key)) for row in rows]
-    return [
-        (row, replace(model, name=model.name.replace("_small", f"_{size}")))
-        for row, model in zip(rows, models, strict=True)
-    ]
+    found = []
+    for row in PUBLISHED:
+        if row.table == table and row.key and (not keys or row.key in keys):
+            model = bare(model_of(row.key))
+            found.append((row, replace(model, name=model.name.replace("_small", f"_{size}"))))
+    return found
 
 
 def _check_budget(stored: dict[str, Any], budget: dict[str, Any], where: Path) -> None:
-    """Reject a budget that differs from a stored one, except for more seeds and what may change on resume.
-
-    Raises:
-        InputError: names the first setting that differs.
-    """
+    """Reject a budget that differs from a stored one, except for more seeds and what may change on resume."""
     for key, value in budget.items():
         before = stored.get(key, value)
         differs = value < before if key == "seeds" else value != before
@@ -208,20 +188,12 @@ def _check_budget(stored: dict[str, Any], budget: dict[str, Any], where: Path) -
 
 
 def _plan(name: str, recipe: Classification, base: Base, seeds: int, out: Path) -> list[_Job]:
-    """All runs of a study: every network with the first seed, then with the next.
-
-    Raises:
-        InputError: for a run that was started with another budget.
-    """
+    """All runs of a study: every network with the first seed, then with the next. Rejects runs of another budget."""
     jobs = []
     for seed in range(recipe.run.seed, recipe.run.seed + seeds):
         for row, model in networks(name, base):
-            own = replace(
-                recipe,
-                model=replace(recipe.model, name=model.name, args=model.args),
-                run=replace(recipe.run, seed=seed),
-            )
-            job = _Job(row, own, out / "runs" / "-".join((model.name, *model.args)) / f"seed-{seed}")
+            own = replace(_with(recipe, model), run=replace(recipe.run, seed=seed))
+            job = _Job(row.key, own, out / "runs" / "-".join((model.name, *model.args)) / f"seed-{seed}")
             stored = stored_recipe(job.folder) if job.epochs or (job.folder / LAST).exists() else None
             if stored is not None:
                 _check_budget(flatten(stored), flatten(own), job.folder)
@@ -229,14 +201,17 @@ def _plan(name: str, recipe: Classification, base: Base, seeds: int, out: Path) 
     return jobs
 
 
-def _counts(name: str, recipe: Classification, base: Base, classes: int) -> dict[str, Counts]:
-    """Build each network once, so that invalid settings fail before any training, and count it; by row key."""
-    found, size = {}, recipe.data.image_size
-    for row, model in networks(name, base):
-        network, _ = create_model(replace(recipe.model, name=model.name, args=model.args), classes, size)
-        build_optimizer(network, recipe.optim)
-        found[row.key] = count(network, (recipe.model.in_chans, size, size))
-    return found
+def _with(recipe: Classification, model: Model) -> Classification:
+    """A recipe with the name and arguments of another network."""
+    return replace(recipe, model=replace(recipe.model, name=model.name, args=model.args))
+
+
+def _counts(recipe: Classification, classes: int) -> Counts:
+    """Build a network, so that invalid settings fail before any training, and count it."""
+    size = recipe.data.image_size
+    network, _ = create_model(recipe.model, classes, size)
+    build_optimizer(network, recipe.optim)
+    return count(network, (recipe.model.in_chans, size, size))
 
 
 def _fingerprint(train: Images, val: Images, root: str) -> dict[str, Any]:
@@ -256,13 +231,14 @@ async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Con
 
     Cancelling this stops the process.
     """
+    path = job.folder / "train.log"
     async with slots:
         write_recipe(job.folder, job.recipe, "folder")  # also on resume: the data may have moved
         device = machine.pick_device(job.recipe.run.device)
         _write_json(machine.describe(device, threads), job.folder / MACHINE)
         command = [sys.executable, "-m", "dualtoken_vit.cli", "train", "folder", "--out", str(job.folder), "--resume"]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with job.log.open("w", encoding="utf-8") as log:
+        with path.open("w", encoding="utf-8") as log:
             process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=log, stderr=STDOUT, env=env)
         try:
             status = await process.wait()
@@ -274,8 +250,8 @@ async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Con
     if status < 0:
         problem = f"{job.folder}: stopped by {signal.Signals(-status).name}"
     elif status or not job.done:
-        lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-        problem = f"{job.folder}: {lines[-1].removeprefix('dualtoken-vit: error: ')}; see {job.log}"
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+        problem = f"{job.folder}: {lines[-1].removeprefix('dualtoken-vit: error: ')}; see {path}"
     else:
         (job.folder / LAST).unlink(missing_ok=True)
     console.print(problem or f"{job.folder}: top-1 {job.top1:.1%}", markup=False, soft_wrap=True)
@@ -315,42 +291,41 @@ def verdict(results: Sequence[Result]) -> list[str]:
     the networks, which the test assumes to be equal. Pairs that are equal here or in the paper are not counted.
     """
     best, theirs = max(results, key=lambda r: r.mean), max(results, key=lambda r: float(r.published.score))
+    lines = [
+        f"Best network: {best.name}, {100 * best.mean:.1f} %; in the paper: {theirs.name}, {theirs.published.score} %."
+    ]
     several = min(len(result.top1) for result in results) > 1
     with np.errstate(divide="ignore", invalid="ignore"):  # p is NaN where all seeds give exactly the same accuracy
         p_values = tukey_hsd(*(result.top1 for result in results)).pvalue if several else None
-    agree, counted = 0, 0
-    confirmed: list[str] = []
-    against: list[str] = []
+    agreements: list[bool] = []  # of the counted pairs
+    significant: dict[bool, list[str]] = {True: [], False: []}  # by agreement
     for i, j in combinations(range(len(results)), 2):
-        low, high = sorted((i, j), key=lambda k: float(results[k].published.score))
-        gain = results[high].mean - results[low].mean
-        if results[low].published.score == results[high].published.score or gain == 0:
+        worse, better = sorted((results[i], results[j]), key=lambda r: r.mean)
+        gain = float(better.published.score) - float(worse.published.score)
+        if gain == 0 or better.mean == worse.mean:
             continue
-        agree, counted = agree + (gain > 0), counted + 1
+        agreements.append(gain > 0)
         if p_values is not None and p_values[i, j] < ALPHA:
-            better, worse = (high, low) if gain > 0 else (low, high)
-            words = f"{results[better].name} over {results[worse].name} by {100 * abs(gain):.1f}"
-            (confirmed if gain > 0 else against).append(words)
-    lines = [
-        f"Best network: {best.name}, {100 * best.mean:.1f} %; in the paper: {theirs.name}, {theirs.published.score} %.",
-        f"Pairs ranked as in the paper: {agree} of {counted}.",
-    ]
+            by = 100 * (better.mean - worse.mean)
+            significant[gain > 0].append(f"{better.name} over {worse.name} by {by:.1f}")
+    lines.append(f"Pairs ranked as in the paper: {sum(agreements)} of {len(agreements)}.")
     if p_values is None:
         return [*lines, "One seed per network: significance cannot be tested."]
     lines.append(
-        f"Significant differences (Tukey's HSD, {100 * ALPHA:.0f} %): {len(confirmed)} as in the paper, "
-        f"{len(against)} contrary to it."
+        f"Significant differences (Tukey's HSD, {100 * ALPHA:.0f} %): {len(significant[True])} as in the paper, "
+        f"{len(significant[False])} contrary to it."
     )
-    lines += [f"Significant, as in the paper: {', '.join(confirmed)}."] * bool(confirmed)
-    lines += [f"Significant, contrary to the paper: {', '.join(against)}."] * bool(against)
-    if against:
+    for agrees, words in ((True, "as in"), (False, "contrary to")):
+        if significant[agrees]:
+            lines.append(f"Significant, {words} the paper: {', '.join(significant[agrees])}.")
+    if significant[False]:
         return [*lines, "The paper's ranking does not hold at this budget."]
-    if confirmed:
+    if significant[True]:
         return [*lines, "All significant differences at this budget are as in the paper."]
     return [*lines, "This budget is too small to confirm or refute the paper's ranking."]
 
 
-def _text(recipe: Classification, base: Base | None, seeds: int, data: dict[str, Any]) -> str:
+def _text(recipe: Classification, base: Base, seeds: int, data: dict[str, Any]) -> str:
     """The budget in one line."""
     optim = recipe.optim
     where = Path(recipe.data.root).resolve().name if recipe.data.root else recipe.data.dataset
@@ -412,6 +387,8 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
             ended, for runs that failed.
     """
     quiet()
+    if name == "peers":
+        base = "small"  # unaffected
     for key in ("name", "args", "checkpoint", "pretrained"):
         if getattr(recipe.model, key) != getattr(_FOLDER.model, key):
             raise InputError(f"--model.{key}: a study trains its own networks from scratch; remove this option")
@@ -421,12 +398,11 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
     check_bounds(recipe)
     plan = _plan(name, recipe, base, seeds, out)
     data = _fingerprint(*build_datasets(recipe.data, recipe.model.in_chans), recipe.data.root)
-    counts = _counts(name, recipe, base, len(data["classes"]))
+    counts = {row.key: _counts(_with(recipe, model), len(data["classes"])) for row, model in networks(name, base)}
     table, _ = STUDIES[name]
-    changed = None if name == "peers" else base
-    text = _text(recipe, changed, seeds, data)
+    text = _text(recipe, base, seeds, data)
     settings = json.loads(json.dumps(flatten(recipe))) | {"data.root": Path(recipe.data.root).name}
-    budget = {"text": text, "base": changed or "small", "seeds": seeds} | settings
+    budget = {"text": text, "base": base, "seeds": seeds} | settings
     stem = out / f"study-{name}"
     if (path := stem.with_suffix(".json")).exists():
         _check_budget(json.loads(path.read_text(encoding="utf-8"))["budget"], budget, path)
@@ -446,8 +422,8 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
 
     results = []
     for row, model in networks(name, base):
-        called = row.network.replace("ViT-S", "ViT-T") if changed == "tiny" else row.network
-        top1 = tuple(job.top1 for job in plan if job.row.key == row.key)
+        called = row.network.replace("ViT-S", "ViT-T") if base == "tiny" else row.network
+        top1 = tuple(job.top1 for job in plan if job.key == row.key)
         results.append(Result(row, called, model, counts[row.key], top1))
     lines = verdict(results)
     machines = dict.fromkeys((job.folder / MACHINE).read_text(encoding="utf-8") for job in plan)
@@ -466,6 +442,6 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
     _write_json(record, stem.with_suffix(".json"))
     with atomic_write(stem.with_suffix(".md"), "w") as file:
         file.write("\n\n".join([f"# {name} ({table})", text, _table(results, True), *lines, ""]))
-    save_figure(draw(results, f"{name}: {text}"), stem.with_suffix(".png"), dpi=150)
+    save_figure(partial(draw, results, f"{name}: {text}"), stem.with_suffix(".png"), dpi=150)
     print(_table(results, markdown), *lines, sep="\n")
     print(f"parameters and multiply-accumulates are of the networks as trained here; results and runs are in {out}")

@@ -11,12 +11,9 @@ from dualtoken_vit.files import printable
 
 
 def table_text(columns: Sequence[str], groups: Iterable[Iterable[Sequence[str]]], markdown: bool = False) -> str:
-    """Format a table, with a line between groups of rows.
+    """Format a table, with a line between groups of rows, or as GitHub Markdown.
 
-    Args:
-        columns: Headings; the columns whose heading starts with < are left-aligned, without that sign.
-        groups: Groups of rows of cells.
-        markdown: Format as GitHub Markdown instead.
+    Columns whose heading starts with < are left-aligned, without that sign.
     """
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown, collapse_padding=not markdown)
     for column in columns:

@@ -97,10 +97,9 @@ def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Se
     With a single class, each object has its own colour and no name.
 
     Args:
-        image: The image. The drawing's long side is between 800 and 1600 pixels.
-        objects: boxes (N, 4) XYXY in pixels of the image and labels (N,); optionally scores (N,) and masks
-            (N, [1,] H, W).
-        class_names: By label.
+        image: the image; the drawing's long side is between 800 and 1600 pixels
+        objects: boxes (N, 4) XYXY in pixels of the image, labels (N,); optionally scores (N,), masks (N, [1,] H, W)
+        class_names: by label
     """
     long = max(image.size)
     scale = min(max(long, 800), 1600) / long

@@ -65,11 +65,11 @@ def save_curves(
     """Plot metrics against epochs, with the `score` of the best epoch marked.
 
     Args:
-        history: Rows with epoch and the columns to plot.
-        panels: Title of each panel: {column: label}. A title with % multiplies the values by 100.
-        score: The column that selects the best epoch.
-        best: The row of that epoch.
-        path: The PNG.
+        history: rows with epoch and the columns to plot
+        panels: title of each panel: {column: label}; a title with % multiplies the values by 100
+        score: the column that selects the best epoch
+        best: the row of that epoch
+        path: the PNG
     """
     epochs = [row["epoch"] for row in history]
     with _axes(path, 4.5 * len(panels), 3.6, len(panels)) as cells:

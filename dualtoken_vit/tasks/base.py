@@ -134,8 +134,6 @@ class Setup:
     val: ImageData
     model_args: dict[str, Any]
     """`save_checkpoint`'s."""
-    notes: tuple[str, ...] = ()
-    """Lines to print before the run."""
 
 
 class Task(ABC, Generic[R]):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import timm
@@ -106,7 +106,7 @@ class ClassificationModule(TaskModule):
 
     score = "top1"
 
-    panels: ClassVar = {
+    panels = {  # noqa: RUF012
         "loss": {"train_loss": "training", "val_loss": "validation"},
         "accuracy (%)": {"val_top1": "top-1", "val_top5": "top-5"},
     }
@@ -192,7 +192,9 @@ class ClassificationModule(TaskModule):
     def save_details(self, out: Path) -> None:
         """evaluation.json, and the confusion matrix as confusion.csv and confusion.png."""
         super().save_details(out)
-        plots.save_confusions(self.confusion, self.predictor.class_names, out)
+        names = self.predictor.class_names
+        plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
+        plots.save_confusion(self.confusion, names, out / "confusion.png")
 
 
 class ClassificationTask(Task[Classification]):

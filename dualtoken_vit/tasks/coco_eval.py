@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from dualtoken_vit.data.detection import encode_masks
 from dualtoken_vit.files import atomic_write
@@ -42,12 +43,10 @@ def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Seque
             optionally masks (N, 1, H, W)
         category_ids: the json's id of each class index
     """
-    left, top, right, bottom = detections["boxes"].double().unbind(1)
-    sides = [x.tolist() for x in (left, top, right - left, bottom - top)]
-    rows = zip(*sides, detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
+    boxes = box_convert(detections["boxes"].double(), "xyxy", "xywh").tolist()
     results = [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": list(box), "score": score}
-        for *box, label, score in rows
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for box, label, score in zip(boxes, detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
     ]
     if "masks" in detections:
         for result, mask in zip(results, encode_masks(detections["masks"].flatten(0, 1)), strict=True):
@@ -56,15 +55,11 @@ def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Seque
 
 
 def evaluate(truth: dict[str, list[dict]], found: dict[int, list[dict]], masks: bool) -> dict[str, Score]:
-    """Compare results with the ground truth in all images of `truth`.
+    """The score of "box", and with `masks` of "mask", in all images of `truth`.
 
     Args:
         truth: a COCO file whose annotations have area and iscrowd, and for masks a segmentation
         found: image id to results, as `to_results` makes them; images may be missing
-        masks: whether to score masks too
-
-    Returns:
-        "box": its score; with `masks`, also "mask".
     """
     # COCO's programs hold ids as floating-point numbers, which are exact up to 2^53, and take id 0 for "no match".
     images = {image_id: i for i, image_id in enumerate(sorted(one["id"] for one in truth["images"]), 1)}
@@ -87,7 +82,7 @@ def of_kind(results: Iterable[dict], kind: str) -> list[dict]:
 
     Given both, COCO's programs take the area of the box for that of the mask when they sort objects by size.
     """
-    (other,) = (key for name, key in KINDS.items() if name != kind)
+    other = KINDS["mask" if kind == "box" else "box"]
     return [{key: value for key, value in result.items() if key != other} for result in results]
 
 
@@ -109,10 +104,8 @@ def _score(truth: dict[str, list[dict]], results: list[dict], kind: str) -> Scor
 
 def save_results(folder: str | Path, found: dict[int, list[dict]], masks: bool) -> list[Path]:
     """Write FOLDER/detections-box.json and, with `masks`, detections-mask.json, which pycocotools reads."""
-    paths: list[Path] = []
-    for kind in KINDS:
-        if kind == "box" or masks:
-            paths.append(Path(folder, f"detections-{kind}.json"))
-            with atomic_write(paths[-1], "w") as file:
-                json.dump(of_kind((result for one in found.values() for result in one), kind), file)
-    return paths
+    paths = {kind: Path(folder, f"detections-{kind}.json") for kind in KINDS if kind == "box" or masks}
+    for kind, path in paths.items():
+        with atomic_write(path, "w") as file:
+            json.dump(of_kind((result for one in found.values() for result in one), kind), file)
+    return [*paths.values()]

@@ -17,7 +17,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.check import detection as data_check
 from dualtoken_vit.data.contract import ImageData
-from dualtoken_vit.data.detection import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset, collate
+from dualtoken_vit.data.detection import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset
+from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
@@ -123,13 +124,7 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
 class DetectionModule(TaskModule):
-    """The detector's own losses over (images, targets) of `data.detection`; COCO's metrics in validation.
-
-    Args:
-        predictor: runs the detector
-        recipe: the experiment
-        val: the validation images, whose objects are the ground truth
-    """
+    """The detector's own losses over (images, targets) of `data.detection`; COCO's metrics on `val` in validation."""
 
     collate = staticmethod(collate)
 
@@ -202,18 +197,13 @@ class DetectionModule(TaskModule):
 def precision_recall(score: Score, class_names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{label: (recall, precision)}: the mean over the classes at the IoUs of `CURVES`; at 0.5 each class, if few."""
     recall = np.linspace(0, 1, 101)
-    there = (score.precision[0] > -1).any(1)  # classes of which there are objects
-    curves = {
-        f"all classes, IoU {iou}": (recall, precision[there].mean(0))
-        for iou, precision in zip(CURVES, score.precision, strict=True)
-        if there.any()
-    }
+    there = np.flatnonzero((score.precision[0] > -1).any(1))  # classes of which there are objects
+    if not there.size:
+        return {}
+    pairs = zip(CURVES, score.precision, strict=True)
+    curves = {f"all classes, IoU {iou}": (recall, precision[there].mean(0)) for iou, precision in pairs}
     if 1 < len(class_names) <= 10:
-        curves |= {
-            f"{name}, IoU {CURVES[0]}": (recall, score.precision[0, label])
-            for label, name in enumerate(class_names)
-            if there[label]
-        }
+        curves |= {f"{class_names[k]}, IoU {CURVES[0]}": (recall, score.precision[0, k]) for k in there}
     return curves
 
 
@@ -236,11 +226,12 @@ class DetectionTask(Task[Detection]):
         train.transform = detection_train(recipe.augment.hflip, recipe.augment.photometric)
         if not train.trained:
             raise InputError(f"{train.name}: no object to train on; see check-data")
-        notes: tuple[str, ...] = ()
         if train.dropped:
-            notes += (f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on",)
+            train.notes += (
+                f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on",
+            )
         if not (recipe.model.checkpoint or recipe.model.pretrained):
-            notes += (
+            train.notes += (
                 "the backbone starts from random weights, and its frozen batch normalisation normalises nothing: give "
                 "--model.checkpoint or --model.pretrained if you can",
             )
@@ -254,14 +245,12 @@ class DetectionTask(Task[Detection]):
             **statistics(pretrained_cfg(network), start.in_chans),
         )
         names, size = train.class_names, recipe.data.image_size
-        model = build_detector(
-            model=network, num_classes=len(names), multi_scale=recipe.augment.multi_scale, **made
-        )
+        model = build_detector(model=network, num_classes=len(names), multi_scale=recipe.augment.multi_scale, **made)
         preprocessing = dict(input_size=(start.in_chans, size, size), mean=made["mean"], std=made["std"])
         predictor = DetectionPredictor.create(model, names, preprocessing, recipe.data, **self.evaluation_options)
         predictor.category_ids = tuple(train.category_ids)
         module = DetectionModule(predictor, recipe, val)
-        return Setup(f"{recipe.detector} over {recipe.model.name}", module, train, val, {**args, **made}, notes)
+        return Setup(f"{recipe.detector} over {recipe.model.name}", module, train, val, {**args, **made})
 
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
         return create_detector(name=checkpoint.model, **checkpoint.model_args)

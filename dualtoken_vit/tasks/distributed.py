@@ -29,6 +29,7 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
     momentum: float
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):

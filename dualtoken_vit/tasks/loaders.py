@@ -34,8 +34,7 @@ class Loaders(lightning.LightningDataModule):
     over what it found.
 
     Args:
-        train, val: the datasets
-        recipe: the experiment
+        train, val, recipe: of the run
         batch_size: per process and accumulated batch
         resumed: do not verify
     """
@@ -45,10 +44,8 @@ class Loaders(lightning.LightningDataModule):
 
     def __init__(self, train: ImageData, val: ImageData, recipe: Recipe, batch_size: int, resumed: bool):
         super().__init__()
-        self.train, self.val = train, val
-        self.recipe = recipe
-        self.batch_size = batch_size
-        self.resumed = resumed
+        self.train, self.val, self.recipe = train, val, recipe
+        self.batch_size, self.resumed = batch_size, resumed
         self.problem = ""
         self.prepare_data_per_node = False
 
@@ -70,11 +67,9 @@ class Loaders(lightning.LightningDataModule):
         """Read every image; called on the first process only, the others wait however long it takes."""
         if self.resumed or not self.recipe.data.verify:
             return
-        skip = self.recipe.data.skip
         try:
             for title, dataset in (("training", self.train), ("validation", self.val)):
-                names = dataset.verify(skip=skip)
-                if names:
+                if names := dataset.verify(skip=self.recipe.data.skip):
                     print(f"skipped {len(names)} unreadable {title} images")
         except InputError as error:
             self.problem = str(error)
@@ -103,21 +98,24 @@ class Loaders(lightning.LightningDataModule):
         self.val.load_state_dict(state_dict["val"])
         self.trainer.lightning_module.steps_per_epoch = self.steps_per_epoch
 
-    def _arguments(self) -> dict[str, Any]:
-        trainer, recipe = self.trainer, self.recipe
-        place = dict(rank=trainer.global_rank, world=trainer.world_size)
-        collate = trainer.lightning_module.collate
-        work = dict(batch_size=self.batch_size, workers=recipe.data.workers, collate_fn=collate)
-        return dict(seed=recipe.run.seed, **work, **place)
+    def _loader(self, images: ImageData, **more: Any) -> Any:
+        return loader(
+            images,
+            batch_size=self.batch_size,
+            seed=self.recipe.run.seed,
+            workers=self.recipe.data.workers,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            collate_fn=self.trainer.lightning_module.collate,
+            **more,
+        )
 
     def train_dataloader(self) -> _Batches:
-        loop = self.trainer.fit_loop
+        loop, epoch = self.trainer.fit_loop, self.trainer.current_epoch
         done = loop.epoch_loop.batch_progress.current.processed if loop.restarting else 0
-        epoch = self.trainer.current_epoch
         self.trainer.lightning_module.prepare_epoch(self.train, epoch / self.recipe.optim.epochs)
-        groups = self.train.groups
-        batches = loader(self.train, train=True, groups=groups, epoch=epoch, skip=done, **self._arguments())
+        batches = self._loader(self.train, train=True, groups=self.train.groups, epoch=epoch, skip=done)
         return _Batches(batches, min(done + len(batches), self.steps_per_epoch * self.recipe.optim.accumulate))
 
     def val_dataloader(self) -> Any:
-        return loader(self.val, train=False, **self._arguments())
+        return self._loader(self.val, train=False)

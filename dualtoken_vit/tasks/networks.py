@@ -15,12 +15,7 @@ from dualtoken_vit.recipes import Model, model_kwargs
 
 
 def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
-    """The recipe's timm network.
-
-    Args:
-        recipe: what is asked for
-        num_classes: 0: without a classifier
-        args: other arguments of timm.create_model, `model.args` among them
+    """The recipe's timm network, with further arguments of timm.create_model; 0 classes: without a classifier.
 
     Raises:
         InputError: for an unknown name, or arguments that it refuses.
@@ -29,18 +24,11 @@ def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
         near = get_close_matches(recipe.name, timm.list_models())
         hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
         raise InputError(f"--model.name {recipe.name}: timm has no such model{hint}")
-    rates: dict[str, Any] = {}
+    common: dict[str, Any] = dict(pretrained=recipe.pretrained, num_classes=num_classes, in_chans=recipe.in_chans)
     if recipe.drop_path_rate > 0:  # not every network takes it
-        rates["drop_path_rate"] = recipe.drop_path_rate
+        common["drop_path_rate"] = recipe.drop_path_rate
     try:
-        model: Any = timm.create_model(
-            recipe.name,
-            pretrained=recipe.pretrained,
-            num_classes=num_classes,
-            in_chans=recipe.in_chans,
-            **rates,
-            **args,
-        )
+        model: Any = timm.create_model(recipe.name, **common, **args)
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError) as error:
         raise InputError(_refusal(recipe, error)) from error
     if recipe.grad_checkpointing:

@@ -38,13 +38,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 def build_schedule(
     optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up to the peak, then `optim.schedule` until the last step.
-
-    Args:
-        optimizer: from `build_optimizer`
-        optim: settings
-        steps_per_epoch: optimiser steps per epoch; call the scheduler's `step` after each
-    """
+    """Linear warm-up to the peak, then `optim.schedule` until the last step; call its `step` after each."""
     total = optim.epochs * steps_per_epoch
     warmup = round(optim.warmup_epochs * steps_per_epoch) if optim.warmup_steps is None else optim.warmup_steps
     warmup = min(warmup, total)

@@ -163,15 +163,12 @@ class Predictor(ABC, Generic[Result]):
     def stream(
         self, images: Iterable[ImageLike], batch_size: int | None = None, title: str = ""
     ) -> Iterator[Prediction[Result]]:
-        """Predict for images one batch after the other, in order; an image that fails does not stop the others.
+        """Yield one `Prediction` per image, in order; an image that fails does not stop the others.
 
         Args:
-            images: single ones
+            images: paths, PIL images, arrays or tensors of one image each
             batch_size: images in a forward pass
             title: of a progress bar on stderr; none without one
-
-        Yields:
-            One `Prediction` per image.
         """
         size = batch_size or self.batch_size
         if size < 1:
@@ -179,15 +176,13 @@ class Predictor(ABC, Generic[Result]):
         images = list(images)
         loaded = zip(images, in_threads(self.load, images, len(images), title, self.ahead), strict=True)
         while chunk := list(islice(loaded, size)):
-            good = [inputs for _, (_, inputs, _) in chunk if inputs is not None]
-            results = iter(self._run(good))
+            results = iter(self._run([inputs for _, (_, inputs, _) in chunk if inputs is not None]))
             for source, (image, _, error) in chunk:
-                outcome = error or next(results)
-                if isinstance(outcome, InputError):
-                    named = outcome if error else InputError(f"{_name(source)}: {outcome}")
-                    yield Prediction(image, None, named)
+                result = error or next(results)
+                if not isinstance(result, InputError):
+                    yield Prediction(image, result)
                 else:
-                    yield Prediction(image, outcome)
+                    yield Prediction(image, None, error or InputError(f"{_name(source)}: {result}"))
 
     def load(self, source: ImageLike) -> tuple[Image.Image | None, Tensor | None, InputError | None]:
         """An image as loaded, as preprocessed, and the error where it cannot be read."""
@@ -242,20 +237,17 @@ def to_image(source: ImageLike, channels: int) -> Image.Image:
     if isinstance(source, Image.Image):
         return load_image(source, channels)
     form = f"an image of shape {tuple(source.shape)} and type {source.dtype}"
+    array = source
     if isinstance(source, Tensor):
         array = source.detach().cpu().float().numpy() if source.is_floating_point() else source.cpu().numpy()
         array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
-    else:
-        array = source
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise InputError(f"{form}: give (H, W) or (H, W, C) arrays, (C, H, W) tensors, with 1 or 3 channels")
-    if np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):
-            raise InputError(f"{form}: floating-point values must be between 0 and 1, or give uint8")
+    if np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1:
         array = (array * 255).round().astype(np.uint8)
-    elif array.dtype != np.uint8:
+    if array.dtype != np.uint8:
         raise InputError(f"{form}: give uint8, or floating-point values between 0 and 1")
     return load_image(Image.fromarray(np.ascontiguousarray(array)), channels)
 

@@ -41,12 +41,8 @@ LOOK_EVERY = 50  # steps between two checks of the loss on a GPU, each of which 
 def stored_recipe(out: Path, name: str = "") -> Recipe | None:
     """The recipe of the run in a folder; None: no run there.
 
-    Args:
-        out: the folder
-        name: of the recipe that the run must have been started with; "": of any
-
     Raises:
-        InputError: for a recipe that this version cannot read, or of another name.
+        InputError: for a recipe that this version cannot read, or not of that `name` ("": any).
     """
     path = out / RECIPE
     if not path.is_file():
@@ -71,11 +67,7 @@ def write_recipe(out: Path, recipe: Recipe, name: str = "") -> None:
 
 
 def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
-    """Reject settings that would make the resumed run another one.
-
-    Raises:
-        InputError: names the first of them.
-    """
+    """Reject settings that would make the resumed run another one; the InputError names the first of them."""
     before, free = flatten(stored), free_on_resume(type(stored))
     for key, value in flatten(asked).items():
         if key not in before or (value != before[key] and key not in free):
@@ -86,11 +78,7 @@ def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
 
 
 def check_classes(last: Path, names: tuple[str, ...], out: Path) -> None:
-    """Reject data of other classes than those of the run that last.ckpt belongs to.
-
-    Raises:
-        InputError: names the added and missing classes, or the file if it is damaged.
-    """
+    """Reject data of other classes than those of last.ckpt's run; the InputError names the added and missing ones."""
     before = tuple(AtomicCheckpointIO().load_checkpoint(last, "cpu")["run"]["class_names"])
     if before == names:
         return
@@ -104,11 +92,7 @@ def check_classes(last: Path, names: tuple[str, ...], out: Path) -> None:
 
 @contextmanager
 def in_use(out: Path) -> Iterator[None]:
-    """Inside, no other training may use the folder.
-
-    Raises:
-        InputError: where another one does.
-    """
+    """Inside, no other training may use the folder; an InputError where another one does."""
     existed = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -154,9 +138,7 @@ class RunFolder(Callback):
 
     def __init__(self, out: Path, recipe: Recipe, name: str, setup: Setup):
         predictor = setup.module.predictor
-        self.out = out
-        self.recipe, self.name = recipe, name
-        self.save_every = recipe.run.save_every
+        self.out, self.recipe, self.name = out, recipe, name
         self.saved: dict[str, Any] = dict(
             task=recipe.task,
             class_names=predictor.class_names,
@@ -170,9 +152,6 @@ class RunFolder(Callback):
         self.loss_sum: Any = 0.0  # over the epoch's batches, stays on the device
         self.batches = 0
         self.bad_step: Any = 0  # the first whose loss was not finite
-
-    def best(self, score: str) -> dict[str, Any] | None:
-        return best_epoch(self.history, score)
 
     def on_save_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {
@@ -222,7 +201,7 @@ class RunFolder(Callback):
         bad = torch.as_tensor(self.bad_step, device=loss.device)
         self.bad_step = torch.where((bad > 0) | loss.isfinite(), bad, step)
         every = 1 if task.device.type == "cpu" else LOOK_EVERY
-        if step % every == 0 or step % self.save_every == 0 or trainer.is_last_batch:
+        if step % every == 0 or step % self.recipe.run.save_every == 0 or trainer.is_last_batch:
             bad = trainer.strategy.reduce(self.bad_step, reduce_op="max")
             if bad > 0:
                 self.stop(trainer, f"the training loss is NaN or Inf at step {int(bad)}")
@@ -236,12 +215,11 @@ class RunFolder(Callback):
         )
 
     def on_validation_epoch_end(self, trainer: Trainer, task: Module) -> None:
-        train_loss = trainer.strategy.reduce(torch.as_tensor(self.loss_sum / self.batches)).item()
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "train_loss": train_loss,
+            "train_loss": trainer.strategy.reduce(torch.as_tensor(self.loss_sum / self.batches)).item(),
             **task.compute_metrics(),
         }
         for name, value in row.items():
@@ -249,22 +227,19 @@ class RunFolder(Callback):
                 what = name.replace("val_", "validation ")
                 self.stop(trainer, f"the {what} is NaN or Inf at step {trainer.global_step}")
         self.history.append(row)
-        best = self.best(task.score) or row
+        best = best_epoch(self.history, task.score) or row
         if trainer.is_global_zero:
             if best is row:
                 save_checkpoint(self.out / BEST, task.model, metrics=row, **self.saved)
                 task.save_details(self.out)
-            self._write_history(task, best)
+            with atomic_write(self.out / "metrics.csv", "w") as file:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+                writer.writerows(self.history)
+            plots.save_curves(self.history, task.panels, f"val_{task.score}", best, self.out / "curves.png")
             self._log(trainer, row)
             progress = f"epoch {row['epoch']}/{trainer.max_epochs}  train loss {row['train_loss']:.3f}"
             print(f"{progress}  {task.headline(row)}{'  best' if best is row else ''}", flush=True)
-
-    def _write_history(self, task: Module, best: dict[str, Any]) -> None:
-        with atomic_write(self.out / "metrics.csv", "w") as file:
-            writer = csv.DictWriter(file, self.history[0])
-            writer.writeheader()
-            writer.writerows(self.history)
-        plots.save_curves(self.history, task.panels, f"val_{task.score}", best, self.out / "curves.png")
 
 
 class LastCheckpoint(Checkpoint):
@@ -276,7 +251,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
         stepped = (index + 1) % trainer.accumulate_grad_batches == 0
         # From a state saved after an epoch's last batch Lightning would resume without validating: not here, but below.
-        if stepped and trainer.global_step % self.folder.save_every == 0 and not trainer.is_last_batch:
+        if stepped and trainer.global_step % self.folder.recipe.run.save_every == 0 and not trainer.is_last_batch:
             self._save(trainer, task)
 
     def on_train_epoch_end(self, trainer: Trainer, task: Module) -> None:

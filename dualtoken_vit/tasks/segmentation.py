@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,27 +16,14 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.data import segmentation as data
 from dualtoken_vit.data.check import segmentation as data_check
 from dualtoken_vit.data.contract import ImageData
-from dualtoken_vit.data.segmentation import (
-    IGNORE,
-    SegmentationDataset,
-    build_datasets,
-    build_val_dataset,
-    class_weights,
-    collate,
-)
+from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
-from dualtoken_vit.models.segmenters import (
-    Segmenter,
-    build_segmenter,
-    check_windows,
-    create_segmenter,
-    dilated,
-    segment,
-)
+from dualtoken_vit.models import segmenters
 from dualtoken_vit.recipes import Model, Segmentation, SegmentationInput, model_kwargs
 from dualtoken_vit.results import LabelMap
 from dualtoken_vit.show import plots
@@ -53,7 +40,7 @@ MEMORY_HINT = "use mode slide, or a smaller image_size"
 class SegmentationPredictor(Predictor[LabelMap]):
     """A segmenter: returns the class of every pixel of each image."""
 
-    model: Segmenter
+    model: segmenters.Segmenter
     Options = SegmentationInput
     batch_size = 4
     ahead = 16
@@ -61,13 +48,13 @@ class SegmentationPredictor(Predictor[LabelMap]):
 
     def __init__(self, model: nn.Module, class_names: Any, preprocessing: dict[str, Any], options: Any):
         super().__init__(model, class_names, preprocessing, options)
-        check_windows(options)
+        segmenters.check_windows(options)
 
     def preprocess(self, image: Image.Image) -> Tensor:  # -> (C, H, W) uint8
         return pil_to_tensor(image)
 
     def forward(self, batch: list[Tensor], check: bool = True) -> list[Tensor]:  # (C, H, W) uint8 each -> (H, W) int64
-        return segment(self.model, [image.to(self.device) / 255 for image in batch], self.options, check)
+        return segmenters.segment(self.model, [image.to(self.device) / 255 for image in batch], self.options, check)
 
     def postprocess(self, outputs: list[Tensor]) -> list[LabelMap]:
         return [LabelMap(self.class_names, labels.byte().cpu().numpy()) for labels in outputs]
@@ -111,8 +98,8 @@ def cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor | None = None) -
 
     Each process divides by the mean of all processes' sums, so that averaged gradients equal those of one process.
     """
-    loss = F.cross_entropy(logits, mask, weights, ignore_index=IGNORE, reduction="sum")
-    counts = mask != IGNORE
+    loss = F.cross_entropy(logits, mask, weights, ignore_index=data.IGNORE, reduction="sum")
+    counts = mask != data.IGNORE
     if weights is not None:
         counts = weights[mask * counts] * counts
     return loss / mean_over_processes(counts.sum()).clamp(min=1e-6)
@@ -145,29 +132,23 @@ class Scores:
 
 
 class SegmentationModule(TaskModule):
-    """Cross-entropy of both heads over (images, masks) of `data.segmentation`.
-
-    Args:
-        predictor: runs the segmenter
-        recipe: the experiment
-        val: the validation images, of which the worst are drawn
-    """
+    """Cross-entropy of both heads over (images, masks) of `data.segmentation`; draws the worst images of `val`."""
 
     predictor: SegmentationPredictor
     score = "miou"
     collate = staticmethod(collate)
 
-    panels: ClassVar = {
+    panels = {  # noqa: RUF012
         "loss": {"train_loss": "training"},
         "validation (%)": {"val_miou": "mIoU", "val_pixel_accuracy": "pixels", "val_mean_accuracy": "mean of classes"},
     }
 
-    def __init__(self, predictor: SegmentationPredictor, recipe: Segmentation, val: SegmentationDataset):
+    def __init__(self, predictor: SegmentationPredictor, recipe: Segmentation, val: data.SegmentationDataset):
         super().__init__(predictor, recipe)
         self.weights: Tensor | None = None
         """(classes,) in the loss, where the recipe does not weight them equally."""
         self.val = val
-        self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=IGNORE, validate_args=False)
+        self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=data.IGNORE, validate_args=False)
         self.found: dict[int, tuple[float, np.ndarray]] = {}
         """The worst images of the validation in progress, by index: pixel accuracy, labels (H, W)."""
         self.seen = 0
@@ -200,7 +181,7 @@ class SegmentationModule(TaskModule):
                 "--data.ignore-index); look at them with check-data"
             )
         if self.recipe.class_weights != "equal":
-            self.weights = class_weights(self.recipe.class_weights, pixels)
+            self.weights = data.class_weights(self.recipe.class_weights, pixels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = (torch.stack(each) for each in batch)
@@ -248,7 +229,8 @@ class SegmentationModule(TaskModule):
         """evaluation.json, the confusion matrix as confusion.{csv,png}, and the worst images beside their truth."""
         super().save_details(out)
         names = self.val.class_names
-        plots.save_confusions(self.confusion, names, out, percent=True)
+        plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
+        plots.save_confusion(self.confusion, names, out / "confusion.png", percent=True)
         for number, (index, labels) in enumerate(self.worst, start=1):
             with guard(path := out / "worst" / f"{number}.png"):
                 image, truth = self.val.load(index)
@@ -281,12 +263,14 @@ class SegmentationTask(Task[Segmentation]):
     check_data = staticmethod(data_check.check)
 
     def prepare(self, recipe: Segmentation, start: Model) -> Setup:
-        train, val = build_datasets(recipe.data, start.in_chans)
+        train, val = data.build_datasets(recipe.data, start.in_chans)
         train.transform = segmentation_train(recipe.data, recipe.augment)
         args = model_kwargs(start)
-        network = dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
+        network = segmenters.dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
         head: dict[str, Any] = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
-        model = build_segmenter(recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head)
+        model = segmenters.build_segmenter(
+            recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head
+        )
         statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
         preprocessing = dict(input_size=(start.in_chans, *recipe.data.crop_size), **statistics)
         predictor = SegmentationPredictor.create(model, train.class_names, preprocessing, recipe.data)
@@ -295,12 +279,12 @@ class SegmentationTask(Task[Segmentation]):
         return Setup(f"{recipe.segmenter} over {recipe.model.name}", module, train, val, model_args)
 
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
-        return create_segmenter(name=checkpoint.model, **checkpoint.model_args)
+        return segmenters.create_segmenter(name=checkpoint.model, **checkpoint.model_args)
 
     def evaluation(
         self, predictor: SegmentationPredictor, recipe: Segmentation
     ) -> tuple[SegmentationModule, ImageData]:
-        val = build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
+        val = data.build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
         return SegmentationModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Segmentation, given: dict[str, Any]) -> dict[str, Any]:

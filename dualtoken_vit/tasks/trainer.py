@@ -11,46 +11,34 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
+from dualtoken_vit.checkpoint import load_weights
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.recipes import RECIPES, Recipe, Run
+from dualtoken_vit.tasks import run_folder
 from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.optim import build_optimizer
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
-from dualtoken_vit.tasks.run_folder import (
-    BEST,
-    LAST,
-    RUN,
-    AtomicCheckpointIO,
-    LastCheckpoint,
-    RunFolder,
-    check_classes,
-    check_resume,
-    in_use,
-    stored_recipe,
-)
 
 
-def _trainer(recipe: Recipe, folder: RunFolder) -> lightning.Trainer:
+def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
     """Lightning's Trainer.
 
     Raises:
         InputError: for a device that this machine lacks.
     """
     run, optim = recipe.run, recipe.optim
-    callbacks: list[Callback] = [folder]
+    averaging = [EMAWeightAveraging(decay=optim.ema_decay)] if optim.ema_decay is not None else []
     gpus = torch.cuda.device_count() if run.device in ("auto", "cuda") else 0
     processes = run.nodes * (max(gpus, 1) if run.devices == "auto" else run.devices)
-    if optim.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=optim.ema_decay))
     try:
         return lightning.Trainer(
             accelerator=run.device,
@@ -64,8 +52,8 @@ def _trainer(recipe: Recipe, folder: RunFolder) -> lightning.Trainer:
             check_val_every_n_epoch=run.validate_every,
             accumulate_grad_batches=optim.accumulate,
             gradient_clip_val=optim.clip_grad,
-            callbacks=[*callbacks, LastCheckpoint(folder), ProgressBar()],
-            plugins=[AtomicCheckpointIO()],
+            callbacks=[folder, *averaging, run_folder.LastCheckpoint(folder), ProgressBar()],
+            plugins=[run_folder.AtomicCheckpointIO()],
             logger=False,  # `folder` adds one when the run begins
             num_sanity_val_steps=0,
             reload_dataloaders_every_n_epochs=1,
@@ -126,17 +114,17 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
             "so that the last epoch is validated"
         )
     main = getattr(rank_zero_only, "rank", 0) == 0  # other processes run this too, after the first has begun to write
-    with in_use(out) if main else nullcontext():
+    with run_folder.in_use(out) if main else nullcontext():
         _train(recipe, out, resume, name, main)
 
 
 def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> None:
-    stored = stored_recipe(out, name)
+    stored = run_folder.stored_recipe(out, name)
     if stored is not None and resume:
-        check_resume(stored, recipe, out)
-    elif main and any((out / each).exists() for each in RUN):
+        run_folder.check_resume(stored, recipe, out)
+    elif main and any((out / each).exists() for each in run_folder.RUN):
         raise InputError(f"{out} holds a run; continue it with --resume, or give another --out")
-    last = out / LAST if resume and (out / LAST).is_file() else None
+    last = out / run_folder.LAST if resume and (out / run_folder.LAST).is_file() else None
     if main and resume:
         print(f"resuming from {last}" if last else f"{out} has nothing to resume from: starting from the beginning")
 
@@ -144,15 +132,15 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     torch.manual_seed(recipe.run.seed)
     start = replace(recipe.model, pretrained=False, checkpoint=None) if last else recipe.model  # last.ckpt has it all
     setup = get_task(recipe.task).prepare(recipe, start)
+    module, model, class_names = setup.module, setup.module.model, setup.module.predictor.class_names
     if last:
-        check_classes(last, module.predictor.class_names, out)
-    module = setup.module
-    model, class_names = module.model, module.predictor.class_names
+        run_folder.check_classes(last, class_names, out)
     report = load_weights(model, start.checkpoint, class_names) if start.checkpoint else None
     build_optimizer(model, recipe.optim)  # rejects a wrong name now, not after the images were read
-    folder = RunFolder(out, recipe, name, setup)
+    folder = run_folder.RunFolder(out, recipe, name, setup)
     trainer = _trainer(recipe, folder)
     loaders = Loaders(setup.train, setup.val, recipe, _share(recipe, trainer.world_size), resumed=last is not None)
+    module.steps_per_epoch = loaders.steps_per_epoch  # rejects too few images now, too
     if trainer.world_size > 1:
         synchronise_batchnorm(model, trainer.strategy.root_device)
     if recipe.run.compile:
@@ -160,13 +148,13 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     if main:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{setup.title}: {parameters / 1e6:.2f} M parameters; classes: {len(class_names)}")
-        for line in (*setup.train.notes, *setup.val.notes, *setup.notes, *([report] if report else [])):
+        for line in (*setup.train.notes, *setup.val.notes, *([report] if report else [])):
             print(line)
     trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
     if not trainer.state.finished:  # Lightning ends quietly on Ctrl-C
         raise InputError(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume --out {out}")
-    best = folder.best(module.score)
+    best = run_folder.best_epoch(folder.history, module.score)
     if main and best is not None:
         print(f"best: {module.headline(best)}, in epoch {best['epoch']} of {trainer.max_epochs}; all in {out}")
-        print(f"  dualtoken-vit evaluate {out / BEST}")
-        print(f"  dualtoken-vit predict {out / BEST} IMAGES --out {out / 'predictions'}")
+        print(f"  dualtoken-vit evaluate {out / run_folder.BEST}")
+        print(f"  dualtoken-vit predict {out / run_folder.BEST} IMAGES --out {out / 'predictions'}")

@@ -14,11 +14,9 @@ from dualtoken_vit.recipes import Classification
 def check(recipe: Classification, out: Path) -> bool:
     """Read every image of a recipe's dataset once and print a report; nothing is drawn in `out`.
 
-    Problems are unreadable images, empty classes, classes of one split only, images in both splits, and equal images in
-    different classes. Sizes, modes, imbalance and the like are only reported.
-
-    Returns:
-        Whether there is no problem.
+    Returns whether there is no problem. Problems are: unreadable images, empty classes, classes of one split only,
+    images in both splits, and equal images in different classes. Sizes, modes, imbalance and copies within a class are
+    only reported.
 
     Raises:
         InputError: for a dataset that does not exist.

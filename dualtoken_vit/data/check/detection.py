@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from faster_coco_eval.core import mask as rle
 
 from dualtoken_vit.data.check.report import (
@@ -22,7 +21,6 @@ from dualtoken_vit.data.detection import (
     MIN_SIDE,
     AnnotatedImages,
     DetectionDataset,
-    decode_masks,
     degenerate,
     first_images,
     segmentation_fault,
@@ -55,13 +53,11 @@ class _Checked(NamedTuple):
 def check(recipe: Detection, out: Path) -> bool:
     """Read every annotation and image once, print a report, and draw some images with their labels as OUT/labels.png.
 
-    Problems are: everything that stops training (broken entries and references, images that are missing, unreadable or
-    of another size, no objects), boxes that exceed the image by more than 2 pixels or have no area, mostly boxes below
-    a pixel, segmentations that do not fit, categories of one split only, and images in both splits. Objects per class
-    and size, crowds, images without objects or rotated by EXIF, and copies are only reported.
-
-    Returns:
-        Whether there is no problem.
+    Returns whether there is no problem. Problems are: everything that stops training (broken entries and references,
+    images that are missing, unreadable or of another size, no objects), boxes that exceed the image by more than 2
+    pixels or have no area, mostly boxes below a pixel, segmentations that do not fit, categories of one split only, and
+    images in both splits. Objects per class and size, crowds, images without objects or rotated by EXIF, and copies are
+    only reported.
 
     Raises:
         InputError: if the files are not named, or are not COCO files.
@@ -156,14 +152,6 @@ def _idle(name: str, checked: _Checked) -> Iterator[str]:
         yield f"tiny boxes: {tiny} of the {objects} of {name} are below a pixel: bbox must be in pixels"
 
 
-def _drawable(annotation: dict, image: dict) -> dict:
-    """The annotation, with an empty mask if its own cannot be drawn."""
-    if annotation.get("segmentation") and not segmentation_fault(annotation["segmentation"], image):
-        return annotation
-    size = [image["height"], image["width"]]
-    return annotation | {"segmentation": {"size": size, "counts": [math.prod(size)]}}
-
-
 def _contact_sheet(checked: _Checked, path: Path) -> str:
     """Draw images with their labels from all over a split; returns a line for the report."""
     split, coco = checked.split, checked.split.coco
@@ -172,15 +160,18 @@ def _contact_sheet(checked: _Checked, path: Path) -> str:
     chosen = spread(list(dict.fromkeys(one["image_id"] for one in coco["annotations"] if one["image_id"] in good)))
     if not chosen:
         return "no image of train has labels to draw"
-    shown = [_drawable(one, good[one["image_id"]]) for one in coco["annotations"] if one["image_id"] in chosen]
-    drawable = coco | {"images": [good[image_id] for image_id in chosen], "annotations": shown}
-    dataset = DetectionDataset(split._replace(coco=drawable), masks=True)
-    drawings = []
-    for index in range(len(dataset)):
-        objects, crowds = dataset[index][1], dataset.objects(index)[1]
-        labels = torch.full((len(crowds),), len(dataset.class_names))
-        objects["boxes"] = torch.cat([objects["boxes"], objects["crowd"]])
-        objects["labels"] = torch.cat([objects["labels"], labels])
-        objects["masks"] = torch.cat([objects["masks"], decode_masks(crowds, dataset.images[index])])
-        drawings.append(draw_objects(dataset.image(index), objects, (*dataset.class_names, "crowd")))
+    crowd = {"id": max(category["id"] for category in coco["categories"]) + 1, "name": "(crowd)"}
+    shown = []
+    for one in coco["annotations"]:
+        if one["image_id"] in chosen:
+            image, segmentation = good[one["image_id"]], one.get("segmentation")
+            if not segmentation or segmentation_fault(segmentation, image):  # draw the box alone
+                size = [image["height"], image["width"]]
+                segmentation = {"size": size, "counts": [math.prod(size)]}
+            category = crowd["id"] if one.get("iscrowd") else one["category_id"]
+            shown.append(one | {"segmentation": segmentation, "category_id": category, "iscrowd": 0})
+    images, categories = [good[image_id] for image_id in chosen], [*coco["categories"], crowd]
+    drawn = split._replace(coco={"images": images, "categories": categories, "annotations": shown})
+    dataset = DetectionDataset(drawn, masks=True)
+    drawings = [draw_objects(dataset.image(i), dataset[i][1], dataset.class_names) for i in range(len(dataset))]
     return contact_sheet(drawings, path)

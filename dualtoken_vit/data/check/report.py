@@ -61,17 +61,13 @@ def print_report(
 ) -> bool:
     """Print a table, the properties and problems of the images of each split, and what the task found.
 
-    Args:
-        table: comes first
-        splits: the images; unreadable ones and those in more than one split are problems, other copies a note
-        lines: facts
-        notes: facts to consider
-        problems: all are printed
-        many: kinds of problems; only the first of each kind are printed
-        labels: what must have been drawn on images as EXIF rotates them, for a note on these
+    Unreadable images and those in more than one split are problems; other copies are notes. Returns whether there is no
+    problem.
 
-    Returns:
-        Whether there is no problem.
+    Args:
+        lines, notes: facts, and those to consider
+        problems, many: those that are all printed, and kinds of which only the first are
+        labels: what must have been drawn on images as EXIF rotates them, for a note on these
     """
     lines = [*_properties(splits), *lines]
     lines += [f"note: {note}" for note in (*notes, *_notes(splits, labels))]

@@ -1,6 +1,7 @@
 """Writing files whole or not at all, and their names for people."""
 
 import errno
+import json
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -48,6 +49,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_json(value: Any, path: str | Path) -> None:
+    """Write plain data as a JSON file; see `atomic_write`."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2)
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from dualtoken_vit.checkpoint import read_checkpoint
 from dualtoken_vit.data.folders import scan, skipped_note
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write
+from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.predictors import load_predictor
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
 from dualtoken_vit.show.guard import guard
@@ -69,7 +69,7 @@ def predict(
     record: dict[str, Any] = {"checkpoint": str(checkpoint), **report.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(sources) > 1 else None
     if out and not (out / RECORD).exists():  # else a run that is cut short leaves a folder that the next one rejects
-        save_record(record, out / RECORD)
+        write_json(record, out / RECORD)
     predictions = predictor.stream([source.path for source in sources], batch_size, "predicting")
     for source, prediction in zip(sources, predictions, strict=True):
         if prediction.image is None or prediction.error is not None:
@@ -92,7 +92,7 @@ def predict(
 
     record |= report.record()
     if out:
-        save_record(record, out / RECORD)
+        write_json(record, out / RECORD)
     if json:
         print(dumps(record))
     else:
@@ -112,12 +112,6 @@ def tell_unreadable(unreadable: list[dict[str, str]], total: int) -> bool:
     if unreadable:
         print(f"{len(unreadable)} of {total} images could not be read", file=sys.stderr)
     return not unreadable
-
-
-def save_record(record: dict[str, Any], path: Path) -> None:
-    """Write predictions as JSON."""
-    with atomic_write(path, "w") as file:
-        file.write(dumps(record, indent=2) + "\n")
 
 
 def find_images(

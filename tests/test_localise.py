@@ -1,6 +1,7 @@
 """Localisation against loops over the positions, on maps with known results, and the command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dualtoken_vit.data.detection import DetectionDataset, draw_scenes, save_sce
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.paper.attention import blocks_of
-from dualtoken_vit.paper.localise import gathered, measure, places_of
+from dualtoken_vit.paper.localise import Score, draw, gathered, measure, places_of
 
 
 def pixels_of(size, stride):
@@ -65,14 +66,16 @@ def test_against_loops(size, stride, small):
     np.testing.assert_allclose([found.on_object, found.chance, found.highest, found.own], expected, atol=1e-9)
 
 
-def test_conversion_of_maps_to_positions_of_x_ga():
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("grid", [(4, 3), (25, 40)], ids=str)
+def test_conversion_of_maps_to_positions_of_x_ga(grid, antialias):
     """Attending to the global tokens, or to X_ga by the converted map, reads the same values."""
     torch.manual_seed(0)
-    x_ga = torch.randn(1, 4, 3, 5, dtype=torch.float64)
-    tokens = resize_grid(x_ga, 7).flatten(1, 2)[0]  # (49, 5)
+    x_ga = torch.randn(1, *grid, 5, dtype=torch.float64)
+    tokens = resize_grid(x_ga, 7, antialias).flatten(1, 2)[0]  # (49, 5)
     attended = torch.rand(2, 6, 7, 7, dtype=torch.float64).flatten(2).softmax(-1).unflatten(2, (7, 7))
-    over_places = gathered(attended, (4, 3))
-    assert over_places.shape == (2, 6, 4, 3)
+    over_places = gathered(attended, grid, antialias)
+    assert over_places.shape == (2, 6, *grid)
     read = over_places.flatten(2) @ x_ga.flatten(1, 2)[0]
     torch.testing.assert_close(read, attended.flatten(2) @ tokens)
     assert gathered(attended, (7, 7)) is attended
@@ -120,6 +123,36 @@ def test_measure_is_the_mean_over_images_of_the_mean_over_objects(tokens):
         assert score.error == pytest.approx(np.std(gains, ddof=1) / len(gains) ** 0.5, rel=1e-3)
         assert score.own_chance == 1 / 16
     assert max(abs(score.lift - 1) for score in scores) > 0.005  # otherwise all maps are uniform
+
+
+def test_measure_converts_maps_as_the_network_resizes():
+    """At 512 pixels X_ga is 16x16 and resized to 7x7, with or without antialiasing; the maps themselves are equal."""
+    images = DetectionDataset(draw_scenes("val", 512, 2), masks=True)
+    images.transform = v2.ToDtype(torch.float32, scale=True)
+    shares = {}
+    for resize in ("bilinear", "antialias"):
+        model = create(grid_resize=resize)
+        for block in blocks_of(model).values():  # uniform attention to the global tokens
+            torch.nn.init.zeros_(block.broadcast_attn.q.weight)
+            torch.nn.init.zeros_(block.broadcast_attn.q.bias)
+        shares[resize] = [score.on_object for score in measure(model, images)]
+        expected = []
+        for _, target in map(images.__getitem__, range(2)):
+            positions = torch.full((1, 1, 7, 7), 1 / 49, dtype=torch.float64)
+            share = gathered(positions, (16, 16), resize == "antialias")[0, 0].numpy()
+            covers = [mask.double().numpy() for mask in target["masks"]]
+            cells = [np.array_split(np.arange(512), 16)] * 2
+            cover = [[[c[np.ix_(y, x)].mean() for x in cells[1]] for y in cells[0]] for c in covers]
+            expected.append(np.mean([(share * np.array(each)).sum() for each in cover]))
+        np.testing.assert_allclose(shares[resize], np.mean(expected), atol=1e-5)
+    assert abs(shares["antialias"][0] - shares["bilinear"][0]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["_run", "run", "$x$"])
+def test_legend_has_every_network(name):
+    score = Score(0.5, 0.4, 0.3, 0.2, name, "stages.0.blocks.0", 1, 1, 0.1, 0.1)
+    legend = draw([score, replace(score, checkpoint="other")]).axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [name, "other"]
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,10 @@ from torchmetrics.functional import spearman_corrcoef
 
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import atomic_write, printable, write_json
 from dualtoken_vit.models.dualtoken import Block, PositionAwareFusion
 from dualtoken_vit.models.layers import Attention
-from dualtoken_vit.predict import find_images, none_readable, save_record, tell_unreadable
+from dualtoken_vit.predict import find_images, none_readable, tell_unreadable
 from dualtoken_vit.predictors import load_predictor
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
@@ -342,7 +342,7 @@ def attention(
             continue
         seen, entry = _examine(predictor, name, x, place)
         if not record["images"]:  # otherwise an interrupted run leaves a folder that the next run rejects
-            save_record(record, out / RECORD)
+            write_json(record, out / RECORD)
         record["images"].append({"image": printable(source.path), **entry})
         first += [seen] * (len(first) < ROWS)
         figures = {"key.png": partial(draw_key_tokens, [seen]), "maps.png": partial(draw_maps, [seen])}
@@ -360,7 +360,7 @@ def attention(
     if len(first) > 1:
         save_figure(partial(draw_key_tokens, first), out / "figure-1.png", dpi=150)
         save_figure(partial(draw_maps, first), out / "figure-4.png", dpi=150)
-    save_record(record, out / RECORD)
+    write_json(record, out / RECORD)
     if json:
         print(dumps(record))
     else:

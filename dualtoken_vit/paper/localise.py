@@ -14,7 +14,7 @@ from itertools import groupby
 from json import dumps
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import numpy as np
 import torch
@@ -36,9 +36,7 @@ from dualtoken_vit.show.plots import save_figure
 
 __all__ = ["Place", "localise", "measure", "places_of"]
 
-
-COLUMNS = ("<network", "<block", "on object %", "+-", "chance %", "lift", "peak on object %", "peak at token %")
-COLUMNS += ("its chance %",)
+SHARES = ("on object %", "+-", "chance %", "lift", "peak on object %", "peak at token %", "its chance %")
 EXPLANATION = """\
 on object       share of the attention of an object's tokens on the object; +-: standard error of its
                 difference from chance
@@ -166,12 +164,12 @@ def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[
         objects += len(covers)
     if not objects:
         raise InputError(f"{images.name}: no objects, which are needed to evaluate attention")
-    count, own_chance, scores = len(positions), mean(1 / number for number in positions), []
+    number, own_chance, scores = len(positions), mean(1 / count for count in positions), []
     for key, places in found.items():
         values = np.stack(places)  # (images, 4)
-        error = np.std(values[:, 0] - values[:, 1], ddof=1) / math.sqrt(count) if count > 1 else math.nan
-        place = values.mean(0).tolist()
-        scores.append(Score(*place, name, key, count, objects, float(error), own_chance))
+        error = stdev(values[:, 0] - values[:, 1]) / math.sqrt(number) if number > 1 else math.nan
+        on_object, chance, highest, own = values.mean(0).tolist()
+        scores.append(Score(on_object, chance, highest, own, name, key, number, objects, error, own_chance))
     return scores
 
 
@@ -262,6 +260,10 @@ def localise(
         lift = [f"{100 * share:.2f}" for share in (s.on_object, s.error, s.chance)]
         place = [f"{100 * share:.1f}" for share in (s.highest, s.own, s.own_chance)]
         rows.append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
-    print(table_text(COLUMNS, [list(group) for _, group in groupby(rows, itemgetter(0))], markdown))
+    print(
+        table_text(
+            ("<network", "<block", *SHARES), [list(group) for _, group in groupby(rows, itemgetter(0))], markdown
+        )
+    )
     print(f"\n{scores[0].objects} objects in {scores[0].images} of {len(dataset)} images; means over the images.")
     print(EXPLANATION)

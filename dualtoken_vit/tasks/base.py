@@ -1,6 +1,5 @@
 """What a task is: one object with everything that the program needs to know about it."""
 
-import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch import nn
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import mix
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
 from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
 from dualtoken_vit.tasks.predictor import Predictor, Report
@@ -119,8 +118,7 @@ class TaskModule(LightningModule):
     def save_details(self, out: Path) -> None:
         """Write evaluation.json, and whatever else a task adds, of the last validation into a folder."""
         evaluation = self.evaluation()
-        with atomic_write(out / "evaluation.json", "w") as file:
-            json.dump(evaluation.metrics | evaluation.details, file, indent=2)
+        write_json(evaluation.metrics | evaluation.details, out / "evaluation.json")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.contract import some
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write
+from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.recipes import Recipe, flatten, free_on_resume, from_dict, to_dict
 from dualtoken_vit.show import plots
 from dualtoken_vit.tasks.base import Setup
@@ -62,8 +62,7 @@ def stored_recipe(out: Path, name: str = "") -> Recipe | None:
 
 def write_recipe(out: Path, recipe: Recipe, name: str = "") -> None:
     """Write recipe.json."""
-    with atomic_write(out / RECIPE, "w") as file:
-        json.dump(({NAME: name} if name else {}) | to_dict(recipe), file, indent=2)
+    write_json(({NAME: name} if name else {}) | to_dict(recipe), out / RECIPE)
 
 
 def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:

@@ -116,7 +116,7 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
             f"{path} has weights, but no description of network, classes and preprocessing; "
             "give the best.safetensors of a run, or fine-tune from it with --model.checkpoint"
         )
-    if missing := set(_FIELDS) - {*metadata, "category_ids"}:  # older files lack category_ids
+    if missing := [key for key in _FIELDS[:-1] if key not in metadata]:  # older files lack category_ids
         raise InputError(f"{path} was written by another version of dualtoken-vit: it lacks {', '.join(missing)}")
     return Checkpoint(**metadata, state_dict=state_dict)
 

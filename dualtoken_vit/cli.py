@@ -184,7 +184,7 @@ def _show(usage: str, *parts: str | Mapping[str, str | None]) -> None:
         console.print(table)
 
 
-def train(args: list[str]) -> bool:
+def train(args: list[str]) -> None:
     """Train a network with a recipe; writes its weights, metrics and curves into a folder."""
     named, args = _recipe_name(args, "train", train.__doc__)
     name = named or DEFAULT
@@ -201,10 +201,9 @@ def train(args: list[str]) -> bool:
     if stored is not None:
         chosen = parse(stored)
     run(chosen.recipe, out, chosen.resume, named if stored is not None else name)
-    return True
 
 
-def evaluate(args: list[str]) -> bool:
+def evaluate(args: list[str]) -> None:
     """Evaluate a trained network on validation images."""
     checkpoint, args = _checkpoint(args, "evaluate", evaluate.__doc__, "[--data.field VALUE ...] [OPTIONS]")
     from dualtoken_vit.checkpoint import read_checkpoint
@@ -228,8 +227,7 @@ def evaluate(args: list[str]) -> bool:
     else:
         console = Console()
         console.print(result.table())
-        console.print(result.headline)
-    return True
+        console.print(f"{result.headline}  {result.metrics['images']} images")
 
 
 def predict(args: list[str]) -> bool:
@@ -249,7 +247,7 @@ def predict(args: list[str]) -> bool:
     return run(checkpoint, chosen.images, *common, **asdict(chosen.options))
 
 
-def study(args: list[str]) -> bool:
+def study(args: list[str]) -> None:
     """Train the networks of one of the paper's comparisons with an equal budget and several seeds."""
     from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
     from dualtoken_vit.paper.study import study as run
@@ -264,7 +262,7 @@ def study(args: list[str]) -> bool:
             {name: preset.about for name, preset in PRESETS.items()},
             "\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help",
         )
-        return True
+        return
     if not args or args[0].startswith("-"):
         raise InputError(f"name the study first: dualtoken-vit study {'|'.join(STUDIES)}")
     name, args = _known("study", args[0], STUDIES), args[1:]
@@ -275,14 +273,13 @@ def study(args: list[str]) -> bool:
     given = _flags(args, flatten(preset.recipe))
     chosen = tyro.cli(Study, default=default, args=given, prog=f"dualtoken-vit study {name}", description=study.__doc__)
     run(name, chosen.recipe, chosen.base, chosen.seeds, chosen.jobs, chosen.out, chosen.markdown)
-    return True
 
 
 def check_data(args: list[str]) -> bool:
     """Read all data of a recipe once, report what it holds and what is wrong."""
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
-    recipe, name = RECIPES[name or DEFAULT], name or DEFAULT
-    about = f"{check_data.__doc__} {ABOUT[name]}"
+    name = name or DEFAULT
+    recipe, about = RECIPES[name], f"{check_data.__doc__} {ABOUT[name]}"
     chosen = _parse(CheckData(recipe), recipe, args, flatten(recipe), f"check-data {name}", about)
     from dualtoken_vit.bounds import check_bounds
     from dualtoken_vit.tasks.registry import get_task
@@ -291,19 +288,19 @@ def check_data(args: list[str]) -> bool:
     return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
 
 
-def _forward(command: str, about: str) -> Callable[[list[str]], bool]:
+def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
     """A command whose options are the parameters of the function of that name in `paper`."""
 
-    def call(args: list[str]) -> bool:
+    def call(args: list[str]) -> Any:
         function = getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
         config = (tyro.conf.PositionalRequiredArgs,)
-        return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=config) is not False
+        return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=config)
 
     call.__doc__ = about
     return call
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
@@ -331,7 +328,7 @@ def run(args: list[str]) -> int:
     if args[0] == "--version":
         print(dualtoken_vit.__version__)
         return 0
-    return 0 if COMMANDS[_known("command", args[0], COMMANDS)](args[1:]) else 1
+    return 1 if COMMANDS[_known("command", args[0], COMMANDS)](args[1:]) is False else 0
 
 
 def _end(message: str, status: int = 2) -> NoReturn:

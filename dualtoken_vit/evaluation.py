@@ -84,7 +84,7 @@ def evaluate(
         collate_fn=module.collate,
     )
     trainer.validate(module, batches, verbose=False)
-    module.compute_metrics()
+    evaluation = module.evaluate()
     if out is not None:
-        module.save_details(out)
-    return module.evaluation()
+        module.save_details(out, evaluation)
+    return evaluation

@@ -51,11 +51,7 @@ def commit() -> str | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of that name; auto: an accelerator if there is one, else the CPU.
-
-    Raises:
-        InputError: for a device that is not available.
-    """
+    """The torch device of that name, or an InputError; auto: an accelerator if there is one, else the CPU."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")

@@ -209,7 +209,7 @@ def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path, capsys):
     photos, whole = uninterrupted
     out = shutil.copytree(whole, tmp_path / "run")
     assert cli.run(arguments(photos, out, "--resume")) == 0
-    assert "best: val loss" in capsys.readouterr().out
+    assert "best: top1 " in capsys.readouterr().out
     assert_same_run(out, whole)
 
 
@@ -241,7 +241,7 @@ def test_damaged_files(uninterrupted, tmp_path):
     with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
         cli.run(arguments(photos, out, "--resume"))
     (out / "recipe.json").write_text('{"model": {"nmae": 1}}')
-    with pytest.raises(InputError, match=r"recipe\.json is not a recipe of this version"):
+    with pytest.raises(InputError, match=r"recipe\.json: not a recipe of this version"):
         cli.run(arguments(photos, out, "--resume"))
 
 

@@ -137,15 +137,13 @@ class BrightnessModule(TaskModule):
         images, target = batch
         self.errors += (self.predictor.forward(images) - target).abs()
 
-    def compute_metrics(self) -> dict[str, float]:
-        self.error = torch.stack(self.errors).mean().item()
-        return {"val_loss": self.error, "val_closeness": -self.error}
-
-    def headline(self, row: dict[str, Any]) -> str:
-        return f"error {row['val_loss']:.3f}"
-
-    def evaluation(self) -> Evaluation:
-        return Evaluation({"error": round(self.error, 6), "images": len(self.errors)}, f"error {self.error:.3f}")
+    def evaluate(self) -> Evaluation:
+        error = torch.stack(self.errors).mean().item()
+        return Evaluation(
+            scores={"loss": error, "closeness": -error},
+            metrics={"error": round(error, 6), "images": len(self.errors)},
+            headline=f"error {error:.3f}",
+        )
 
 
 class BrightnessTask(Task[Brightness]):

@@ -180,12 +180,12 @@ def test_metrics_of_known_logits():
     task = module(torch.nn.Flatten(), RECIPES["folder"], tuple("abcdefghi"))
     for part in (slice(0, 20), slice(20, 23)):
         task.validation_step((torch.from_numpy(logits[part, :, None, None]), torch.from_numpy(targets[part])), 0)
-    found = task.compute_metrics()
+    found = task.evaluate().scores
     ranks = (logits > logits[np.arange(23), targets][:, None]).sum(1)
     losses = np.log(np.exp(logits.astype(float)).sum(1)) - logits[np.arange(23), targets]
-    assert found["val_top1"] == pytest.approx((ranks < 1).mean(), abs=1e-6)
-    assert found["val_top5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
-    assert found["val_loss"] == pytest.approx(losses.mean(), abs=1e-5)
+    assert found["top1"] == pytest.approx((ranks < 1).mean(), abs=1e-6)
+    assert found["top5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
+    assert found["loss"] == pytest.approx(losses.mean(), abs=1e-5)
     expected = np.zeros((9, 9), int)
     np.add.at(expected, (targets, logits.argmax(1)), 1)
     assert (task.confusion == expected).all()

@@ -1,11 +1,11 @@
 """The alternatives of the paper's Tables 6 to 9, selected by the arguments of `DualTokenViT`."""
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import LayerNorm, trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from dualtoken_vit.models.layers import Attention, LayerNorm, Linear, pad_to_multiple, token_mlp_layer
+from dualtoken_vit.models.layers import Attention, Linear, pad_to_multiple, token_mlp_layer
 
 
 class NoTokens(nn.Module):
@@ -15,44 +15,26 @@ class NoTokens(nn.Module):
         return x_ga.flatten(1, 2)
 
 
-class NormalStarFusion(Attention):
-    """Normal* (Figure 3d, Table 6): G_new = MSA(Q(MLP(LN(G))), K(X_ga), V(X_ga)), no output projection."""
-
-    def __init__(self, dim, num_heads, token_mlp, num_tokens, attn_drop=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, attn_drop)
-        self.norm = LayerNorm(dim, **dd)
-        self.mlp = token_mlp_layer(token_mlp, dim, num_tokens, **dd)
-        self.q = Linear(dim, dim, **dd)
-        self.kv = Linear(dim, 2 * dim, **dd)
-
-    def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C), (B, M, C) -> (B, M, C)
-        assert g is not None
-        k, v = self.kv(x_ga.flatten(1, 2)).chunk(2, dim=-1)
-        return self.attend(self.q(self.mlp(self.norm(g))), k, v)
-
-
 class NormalFusion(Attention):
-    """Normal (Figure 3c, Table 6): G_new = Proj(MSA(Q(LN(G)), K(X_ga), V(X_ga))), no MLP.
+    """Global tokens without positions (Table 6), G_new = Proj(MSA(Q(MLP(LN(G))), K(X_ga), V(X_ga))).
 
-    The paper shows it in a figure only; this is the design closest to the published parameters and FLOPs.
+    Normal* (Figure 3d) has no output projection. Normal (Figure 3c; `token_mlp` None) has no MLP. The paper shows it in
+    a figure only; this is the design closest to the published parameters and FLOPs.
     """
 
-    def __init__(self, dim, num_heads, token_mlp, num_tokens, attn_drop=0.0, device=None, dtype=None):
+    def __init__(self, dim, num_heads, token_mlp: str | None, num_tokens, attn_drop=0.0, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, attn_drop)
         self.norm = LayerNorm(dim, **dd)
+        self.mlp = token_mlp_layer(token_mlp, dim, num_tokens, **dd) if token_mlp else nn.Identity()
         self.q = Linear(dim, dim, **dd)
         self.kv = Linear(dim, 2 * dim, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Identity() if token_mlp else Linear(dim, dim, **dd)
 
     def forward(self, x_ga: Tensor, g: Tensor | None) -> Tensor:  # (B, h, w, C), (B, M, C) -> (B, M, C)
         assert g is not None
         k, v = self.kv(x_ga.flatten(1, 2)).chunk(2, dim=-1)
-        return self.proj(self.attend(self.q(self.norm(g)), k, v))
-
-
-FUSIONS = {"normal": NormalFusion, "normal_star": NormalStarFusion}
+        return self.proj(self.attend(self.q(self.mlp(self.norm(g))), k, v))
 
 
 class OneStepDownsample(nn.Module):

@@ -1,8 +1,9 @@
 """timm networks as backbones: their feature maps for detectors and segmenters, and the image sizes they accept."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -13,9 +14,15 @@ from torch import Tensor, nn
 
 from dualtoken_vit.errors import InputError, first_line
 
-__all__ = ["Backbone", "OverBackbone", "check_size", "create_body", "pretrained_cfg", "statistics"]
-
+T = TypeVar("T")
+REFUSALS = (AssertionError, RuntimeError, ValueError)  # by which timm's networks reject an image or an argument
 ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # timm arguments that allow images of any size
+
+
+def constructor_arguments(network: type[nn.Module]) -> list[str]:
+    """Names of a constructor's arguments, including those that it passes to its base classes as **kwargs."""
+    parameters = [p for cls in network.__mro__ for p in inspect.signature(cls).parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)))
 
 
 def pretrained_cfg(model: Any) -> dict[str, Any]:
@@ -47,30 +54,26 @@ class Backbone(FeatureGetterNet):
         """Images are padded to a multiple of this."""
         reason: Exception | None = None
         try:
-            maps = self._try(in_chans, size)
-            whole = all(
-                places >= -(-side // stride)
-                for m, stride in zip(maps, self.strides, strict=True)
-                for places, side in zip(m.shape[2:], size, strict=True)
-            )
-        except (AssertionError, RuntimeError, ValueError) as error:
+            self.sizes = self._try(in_chans, size)
+            """Height and width of each map of the trial image."""
+            places = zip(self.sizes, self.strides, strict=True)
+            whole = all(h * stride >= size[0] and w * stride >= size[1] for (h, w), stride in places)
+        except REFUSALS as error:
             whole, reason = False, error
         if not whole:
             self.multiple = self.strides[-1]
             try:
-                maps = self._try(in_chans, size)
-            except (AssertionError, RuntimeError, ValueError) as error:
+                self.sizes = self._try(in_chans, size)
+            except REFUSALS as error:
                 raise InputError(self._refusal(user, size, first_line(reason or error))) from error
-        self.sizes = [tuple(m.shape[2:]) for m in maps]
-        """Height and width of each map of the trial image."""
         self.train()
 
     @torch.no_grad()
-    def _try(self, in_chans: int, size: tuple[int, int]) -> list[Tensor]:
-        return self.eval()(torch.zeros(1, in_chans, *size))
+    def _try(self, in_chans: int, size: tuple[int, int]) -> list[tuple[int, ...]]:
+        return [tuple(m.shape[2:]) for m in self.eval()(torch.zeros(1, in_chans, *size))]
 
     def _refusal(self, user: str, size: tuple[int, int], reason: str) -> str:
-        known = inspect.signature(type(self.model)).parameters
+        known = constructor_arguments(type(self.model))
         argument = next((f"{key}={value}" for key, value in ANY_SIZE.items() if key in known), "")
         hint = f"; try --model.args {argument}" if argument else ""
         return (
@@ -121,6 +124,19 @@ class OverBackbone(nn.Module):
         return {f"{place}.{name}" for name in getattr(network, "no_weight_decay", set)()}
 
 
+def run_alike(
+    run: Callable[[list[Tensor]], Sequence[T]], images: Sequence[Tensor], key: Callable[[Tensor], Hashable]
+) -> list[T]:
+    """The results of `run` for each image, where only images of the same `key` share a call."""
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for index, image in enumerate(images):
+        alike[key(image)].append(index)
+    found: dict[int, T] = {}
+    for indices in alike.values():
+        found |= zip(indices, run([images[index] for index in indices]), strict=True)
+    return [found[index] for index in range(len(images))]
+
+
 def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...]]:
     """Mean and standard deviation ("mean", "std") per channel, by which a timm network's images are normalised.
 
@@ -148,7 +164,7 @@ def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
         raise InputError(f"{refusal}: give at least {least}")
     try:
         model.eval()(torch.zeros(1, in_chans, image_size, image_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except REFUSALS as error:
         raise InputError(f"{refusal}: {first_line(error)}") from error
 
 
@@ -160,5 +176,5 @@ def create_body(name: str, **model_args: Any) -> nn.Module:
     """
     try:
         return timm.create_model(name, num_classes=0, **model_args)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+    except (TypeError, OSError, *REFUSALS) as error:
         raise InputError(f"--model.name {name}: {first_line(error)}") from error

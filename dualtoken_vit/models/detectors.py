@@ -22,8 +22,7 @@ Detections are one dict per image, in pixels of the original image, highest scor
 """
 
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import ceil, floor
 from typing import Any
 
@@ -46,7 +45,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.poolers import initLevelMapper
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, pretrained_cfg
+from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, pretrained_cfg, run_alike
 
 __all__ = ["MaskRCNN", "Pyramid", "RetinaNet", "build_detector", "create_detector"]
 
@@ -175,20 +174,11 @@ def paste_mask(canvas: Tensor, mask: Tensor, box: Sequence[float]) -> None:
 class Transform(GeneralizedRCNNTransform):
     """torchvision's transform, which normalises, resizes and pads, with crowd regions and for any aspect ratio.
 
-    Args:
-        image_size: short side of the resized images, in pixels
-        max_size: maximum long side, which takes precedence
-        multi_scale: short sides to choose from at random for each training image; empty: image_size
-        mean, std: per channel
+    See `build_detector` for the arguments.
     """
 
     def __init__(
-        self,
-        image_size: int,
-        max_size: int,
-        multi_scale: tuple[int, ...],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        self, image_size: int, max_size: int, multi_scale: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
     ):
         super().__init__(image_size, max_size, list(mean), list(std))
         self.multi_scale = multi_scale
@@ -212,7 +202,11 @@ class Transform(GeneralizedRCNNTransform):
         return height, width
 
     def padded(self, image: Tensor) -> tuple[int, int]:
-        """Height and width of an image in a batch of its own in evaluation, resized and padded."""
+        """Height and width of an image in a batch of its own in evaluation, resized and padded.
+
+        In evaluation, only images of the same padded size share a batch: global tokens attend to the whole feature map,
+        including padding, so the detections of an image would otherwise depend on the other images.
+        """
         height, width = self.fit(image.shape[-2:], self.min_size[-1])
         multiple = self.size_divisible
         return ceil(height / multiple) * multiple, ceil(width / multiple) * multiple
@@ -273,23 +267,6 @@ class RegionHeads(RoIHeads):
         return proposals[~ignored]
 
 
-def detect_by_size(
-    detect: Callable[[list[Tensor]], list[dict[str, Tensor]]], images: Sequence[Tensor], transform: Transform
-) -> list[dict[str, Tensor]]:
-    """The detections of `detect`, with only images of the same padded size in a batch.
-
-    Global tokens attend to the whole feature map, including padding, so the detections of an image would otherwise
-    depend on the other images in its batch.
-    """
-    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, image in enumerate(images):
-        alike[transform.padded(image)].append(index)
-    found: dict[int, dict[str, Tensor]] = {}
-    for indices in alike.values():
-        found |= zip(indices, detect([images[index] for index in indices]), strict=True)
-    return [found[index] for index in range(len(images))]
-
-
 class CoarseLevels(LastLevelP6P7):
     """torchvision's P6 and P7, always from the last feature map of the backbone and in float32.
 
@@ -347,7 +324,7 @@ class RetinaNet(OverBackbone, retinanet.RetinaNet):
     def forward(self, images: list[Tensor], targets: list[Target] | None = None):
         if self.training:
             return super().forward(images, targets)
-        return detect_by_size(super().forward, images, self.transform)
+        return run_alike(super().forward, images, self.transform.padded)
 
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]):
         matches = [self.match(a, t) for a, t in zip(anchors, targets, strict=True)]
@@ -433,7 +410,7 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
     def forward(self, images: list[Tensor], targets: list[Target] | None = None):
         if self.training:
             return super().forward(images, targets and [{**t, "labels": t["labels"] + 1} for t in targets])
-        return [{**d, "labels": d["labels"] - 1} for d in detect_by_size(super().forward, images, self.transform)]
+        return [{**d, "labels": d["labels"] - 1} for d in run_alike(super().forward, images, self.transform.padded)]
 
 
 DETECTORS = {"retinanet": RetinaNet, "mask-rcnn": MaskRCNN}
@@ -474,22 +451,16 @@ def build_detector(
     return DETECTORS[detector](model, num_classes, transform, **more).to(memory_format=torch.channels_last)
 
 
-BUILD = tuple(inspect.signature(build_detector).parameters)
-
-
 def create_detector(detector: str, name: str, num_classes: int, **args: Any) -> RetinaNet | MaskRCNN:
     """`build_detector` with a new timm network.
 
     Args:
-        detector: "retinanet" or "mask-rcnn"
+        detector, num_classes: see `build_detector`
         name: timm model name of the backbone
-        num_classes: number of object classes, without the background
         args: other arguments of `build_detector` and of timm.create_model (pretrained, in_chans, drop_path_rate, ...)
 
     Raises:
-        InputError: for an unknown detector or network, invalid arguments, or a network without feature maps of strides
-            8, 16 and 32.
+        InputError: as `build_detector`, and for an unknown network or invalid arguments.
     """
-    model = create_body(name, **{key: value for key, value in args.items() if key not in BUILD})
-    own = {key: value for key, value in args.items() if key in BUILD}
-    return build_detector(detector, model, num_classes, **own)
+    own = {key: args.pop(key) for key in inspect.signature(build_detector).parameters.keys() & args.keys()}
+    return build_detector(detector, create_body(name, **args), num_classes, **own)

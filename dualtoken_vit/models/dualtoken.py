@@ -18,21 +18,13 @@ Stem, patch merging, bi-dimensional attention and head follow LightViT (Huang et
 
 from typing import Any
 
-from timm.layers import DropPath
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from dualtoken_vit.models import ablations
-from dualtoken_vit.models.layers import (
-    Attention,
-    BiDim,
-    LayerNorm,
-    Linear,
-    Mlp,
-    avg_pool2,
-    resize_grid,
-    token_mlp_layer,
-)
+from dualtoken_vit.models.layers import Attention, BiDim, Linear, Mlp, resize_grid, token_mlp_layer
 from dualtoken_vit.models.two_stream import TwoStreamViT, check_stages, checkpoint_filter_fn, create, model_cfg
 
 __all__ = ["DualTokenViT", "checkpoint_filter_fn"]
@@ -51,6 +43,11 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         return x + self.mlp(self.norm(self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))
+
+
+def avg_pool2(x: Tensor) -> Tensor:
+    """2x2 average pooling of (B, H, W, C). At an odd border it averages the remaining tokens: none is lost."""
+    return F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
 
 
 class StepwiseDownsample(nn.Module):
@@ -171,7 +168,6 @@ class DualTokenViT(TwoStreamViT):
         num_heads: tuple[int, ...] = (2, 4, 8),
         mlp_ratios: tuple[float, ...] = (8, 4, 4),  # FFN expansion
         kernel_sizes: tuple[int, ...] = (5, 7, 0),  # of the Conv Encoder's depth-wise convolution, 0: no Conv Encoder
-        head_hidden_size: int = 1280,
         alpha: float = 0.1,  # weight of the global tokens in eq. 3.7
         token_mlp: str = "mlp",  # "mlp" (eq. 3.8) or "mix" (eq. 3.9)
         token_grid: int = 7,  # n of the n x n global tokens, 0: none (Table 7)
@@ -179,19 +175,14 @@ class DualTokenViT(TwoStreamViT):
         local_attention: str = "conv",  # "conv" or "window" (Table 8)
         downsampling: str = "stepwise",  # "stepwise" or "onestep" (Table 9)
         grid_resize: str = "bilinear",  # of X_ga to the token grid: "bilinear" or "antialias" (bilinear, antialiased)
-        output_stride: int = 32,  # 8, 16 or 32
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,  # dropout before the classifier
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
+        **kwargs: Any,  # head_hidden_size, output_stride, in_chans, num_classes, ...: see TwoStreamViT
     ):
         dd = {"device": device, "dtype": dtype}
-        _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, grid_resize, output_stride)
+        _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, grid_resize)
         check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, kernel_sizes=kernel_sizes)
         position_aware = global_tokens == "position"
         num_tokens = token_grid**2 if position_aware else 8
@@ -216,30 +207,15 @@ class DualTokenViT(TwoStreamViT):
             elif position_aware:
                 fusion = ablations.NoTokens()
             else:
-                layer = ablations.FUSIONS[global_tokens]
-                fusion = layer(dim, heads, token_mlp, num_tokens, attn_drop_rate, **dd)
+                mlp = token_mlp if global_tokens == "normal_star" else None
+                fusion = ablations.NormalFusion(dim, heads, mlp, num_tokens, attn_drop_rate, **dd)
             rates = dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=drop_path)
             return Block(local, downsample, fusion, dim, heads, mlp_ratios[i], **rates, **dd)
 
-        super().__init__(
-            make_block,
-            num_tokens=num_tokens,
-            dims=dims,
-            depths=depths,
-            head_hidden_size=head_hidden_size,
-            output_stride=output_stride,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
-        )
+        super().__init__(make_block, num_tokens, dims, depths, **dd, **kwargs)
 
 
-def _check_switches(
-    token_mlp, token_grid, global_tokens, local_attention, downsampling, grid_resize, output_stride
-) -> None:
+def _check_switches(token_mlp, token_grid, global_tokens, local_attention, downsampling, grid_resize) -> None:
     """Raise ValueError for unknown values and invalid combinations, naming the argument and what to do."""
     for name, value, allowed in (
         ("token_mlp", token_mlp, ("mlp", "mix")),
@@ -248,7 +224,6 @@ def _check_switches(
         ("local_attention", local_attention, ("conv", "window")),
         ("downsampling", downsampling, ("stepwise", "onestep")),
         ("grid_resize", grid_resize, ("bilinear", "antialias")),
-        ("output_stride", output_stride, (32, 16, 8)),
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
@@ -264,14 +239,8 @@ def _check_switches(
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "dualtoken_vit_tiny.untrained": model_cfg(),
-        "dualtoken_vit_tiny_mix.untrained": model_cfg(),
-        "dualtoken_vit_small.untrained": model_cfg(),
-        "dualtoken_vit_small_mix.untrained": model_cfg(),
-    }
+    {f"dualtoken_vit_{variant}.untrained": model_cfg() for variant in ("tiny", "tiny_mix", "small", "small_mix")}
 )
-
 
 TINY = dict(dims=(48, 96, 192), depths=(2, 6, 4), num_heads=(2, 4, 8))  # Table 1
 SMALL = dict(dims=(64, 128, 256), depths=(2, 6, 6), num_heads=(2, 4, 8))

@@ -4,17 +4,10 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exporting, use_fused_attn
+from timm.layers import LayerNorm, is_exporting, use_fused_attn
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last axis with eps=1e-6, as is usual in transformers."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__(dim, eps=1e-6, device=device, dtype=dtype)
 
 
 def is_known(condition: bool) -> bool:
@@ -105,11 +98,6 @@ def resize_grid(x: Tensor, size: int, antialias: bool = False) -> Tensor:
         maps = F.interpolate(maps, (size, size), mode="bilinear", antialias=antialias)
         x = maps.permute(0, 2, 3, 1).to(x.dtype)
     return x
-
-
-def avg_pool2(x: Tensor) -> Tensor:
-    """2x2 average pooling of (B, H, W, C). At an odd border it averages the remaining tokens: none is lost."""
-    return F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
 
 
 def autocasts_on_cpu() -> bool:

@@ -9,12 +9,12 @@ Weights are initialised as in DualToken-ViT (`TwoStreamViT.init_weights`), not b
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerNorm
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from dualtoken_vit.models.ablations import Windows, crop
-from dualtoken_vit.models.layers import BiDim, LayerNorm, Linear, Mlp, pad_to_multiple
+from dualtoken_vit.models.layers import BiDim, Linear, Mlp, pad_to_multiple
 from dualtoken_vit.models.two_stream import TwoStreamViT, check_stages, checkpoint_filter_fn, create, model_cfg
 
 __all__ = ["LightViT", "checkpoint_filter_fn"]  # timm looks for the filter in the module of the class
@@ -42,20 +42,11 @@ class LightBlock(nn.Module):
     """Attention, then an FFN gated by bi-dimensional attention, on image and global tokens together."""
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        window: int = 7,
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
+        self, attn: nn.Module, dim: int, mlp_ratio: float, proj_drop: float, drop_path: float, device=None, dtype=None
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.attn = LocalGlobalAttention(dim, num_heads, attn_drop, window, **dd)
+        self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
@@ -86,39 +77,20 @@ class LightViT(TwoStreamViT):
         mlp_ratios: tuple[float, ...] = (8, 4, 4),  # FFN expansion
         num_tokens: int = 8,  # global tokens
         window: int = 7,
-        head_hidden_size: int = 1280,
-        output_stride: int = 32,  # 8, 16 or 32
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,  # dropout before the classifier
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
+        **kwargs: Any,  # head_hidden_size, output_stride, in_chans, num_classes, ...: see TwoStreamViT
     ):
         dd = {"device": device, "dtype": dtype}
         check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
 
         def make_block(i: int, halvings: int, dilation: int, drop_path: float) -> LightBlock:
-            rates = dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, drop_path=drop_path)
-            return LightBlock(dims[i], num_heads[i], mlp_ratios[i], window, **rates, **dd)
+            attn = LocalGlobalAttention(dims[i], num_heads[i], attn_drop_rate, window, **dd)
+            return LightBlock(attn, dims[i], mlp_ratios[i], proj_drop_rate, drop_path, **dd)
 
-        super().__init__(
-            make_block,
-            num_tokens=num_tokens,
-            dims=dims,
-            depths=depths,
-            head_hidden_size=head_hidden_size,
-            output_stride=output_stride,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
-        )
+        super().__init__(make_block, num_tokens, dims, depths, **dd, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

@@ -8,7 +8,6 @@ Images are (B, C, H, W) in [0, 1], of any size from 32x32; the segmenter normali
 (B, num_classes, H, W) float32; those of the auxiliary head ("aux") exist in training only.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import product
@@ -21,7 +20,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, pretrained_cfg, statistics
+from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, pretrained_cfg, run_alike, statistics
 from dualtoken_vit.recipes import SegmentationInput
 
 __all__ = ["SEGMENTERS", "Segmenter", "build_segmenter", "create_segmenter", "segment"]
@@ -69,9 +68,8 @@ class PyramidPooling(nn.Module):
         return self.project(torch.cat([x, *(resize(level(x), x.shape[-2:]) for level in self.levels)], dim=1))
 
 
-Context = Callable[[int, int], nn.Module]
-"""Makes a context module (B, channels, H, W) -> (B, width, H, W), given channels and width."""
-SEGMENTERS: dict[str, Context] = {"deeplabv3": atrous_pooling, "pspnet": PyramidPooling}
+SEGMENTERS: dict[str, Callable[[int, int], nn.Module]] = {"deeplabv3": atrous_pooling, "pspnet": PyramidPooling}
+"""Context modules (B, channels, H, W) -> (B, width, H, W), given channels and width."""
 
 
 def classifier(width: int, num_classes: int, dropout: float) -> nn.Sequential:
@@ -79,7 +77,23 @@ def classifier(width: int, num_classes: int, dropout: float) -> nn.Sequential:
 
 
 class Segmenter(OverBackbone):
-    """A head on the last feature map of a network and an auxiliary head on the one before; see `build_segmenter`."""
+    """A head on the last feature map of a timm network and an auxiliary head on the one before.
+
+    In training mode at first; see the module for its inputs and outputs.
+
+    Args:
+        segmenter: "deeplabv3" or "pspnet"
+        model: network from timm.create_model
+        num_classes: number of pixel classes
+        output_stride: 8 or 16 if the network was created with this output stride: the head uses its last feature map as
+            it is. None: the map is resized to stride 8, as in the paper
+        width: channels of the head
+        dropout: channel dropout rate before the classifiers
+        in_chans: image channels
+
+    Raises:
+        InputError: for an unknown segmenter, or a network with fewer than two feature maps or a fixed image size.
+    """
 
     class_layers = ("head.1.1", "aux_head.1.1")
     mean: Tensor
@@ -87,28 +101,32 @@ class Segmenter(OverBackbone):
 
     def __init__(
         self,
-        context: Context,
+        segmenter: str,
         model: nn.Module,
         num_classes: int,
-        stride: int | None,
-        width: int,
-        dropout: float,
-        in_chans: int,
+        *,
+        output_stride: int | None = None,
+        width: int = 512,
+        dropout: float = 0.1,
+        in_chans: int = 3,
     ):
         super().__init__()
+        if segmenter not in SEGMENTERS:
+            raise InputError(f"--segmenter {segmenter}: choose one of {', '.join(SEGMENTERS)}")
         cfg, info = pretrained_cfg(model), getattr(model, "feature_info", ())
         if not hasattr(model, "forward_intermediates") or len(info) < 2:
             name = cfg["architecture"]
             raise InputError(f"--model.name {name}: returns no feature maps; a segmenter needs those of two stages")
         self.backbone = Backbone(model, (len(info) - 2, len(info) - 1), "a segmenter", (70, 99), in_chans)
-        self.stride, self.num_classes = stride, num_classes
+        self.stride, self.num_classes = None if output_stride else STRIDE, num_classes
         middle, last = self.backbone.feature_info.channels()
-        self.head = nn.Sequential(context(last, width), classifier(width, num_classes, dropout))
+        self.head = nn.Sequential(SEGMENTERS[segmenter](last, width), classifier(width, num_classes, dropout))
         self.aux_head = nn.Sequential(
             Conv2dNormActivation(middle, AUX_WIDTH, 3), classifier(AUX_WIDTH, num_classes, dropout)
         )
         for key, values in statistics(cfg, in_chans).items():  # saved: timm's values for a name may change
             self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:  # (B, C, H, W)
         size = x.shape[-2:]
@@ -143,69 +161,26 @@ def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.M
     return model
 
 
-def build_segmenter(
-    segmenter: str,
-    model: nn.Module,
-    num_classes: int,
-    *,
-    output_stride: int | None = None,
-    width: int = 512,
-    dropout: float = 0.1,
-    in_chans: int = 3,
-) -> Segmenter:
-    """A segmenter with a timm network as backbone, in training mode; see the module for its inputs and outputs.
-
-    Args:
-        segmenter: "deeplabv3" or "pspnet"
-        model: network from timm.create_model
-        num_classes: number of pixel classes
-        output_stride: 8 or 16 if the network was created with this output stride: the head uses its last feature map as
-            it is. None: the map is resized to stride 8, as in the paper
-        width: channels of the head
-        dropout: channel dropout rate before the classifiers
-        in_chans: image channels
-
-    Raises:
-        InputError: for an unknown segmenter, or a network with fewer than two feature maps or a fixed image size.
-    """
-    if segmenter not in SEGMENTERS:
-        raise InputError(f"--segmenter {segmenter}: choose one of {', '.join(SEGMENTERS)}")
-    stride = None if output_stride else STRIDE
-    built = Segmenter(SEGMENTERS[segmenter], model, num_classes, stride, width, dropout, in_chans)
-    return built.to(memory_format=torch.channels_last)
+build_segmenter = Segmenter
 
 
 def create_segmenter(
-    segmenter: str,
-    name: str,
-    num_classes: int,
-    *,
-    pretrained: bool = False,
-    output_stride: int | None = None,
-    in_chans: int = 3,
-    width: int = 512,
-    dropout: float = 0.1,
-    **model_args: Any,
+    segmenter: str, name: str, num_classes: int, *, output_stride: int | None = None, in_chans: int = 3, **args: Any
 ) -> Segmenter:
-    """`build_segmenter` with a new timm network.
+    """A `Segmenter` with a new timm network.
 
     Args:
-        segmenter: "deeplabv3" or "pspnet"
+        segmenter, num_classes, in_chans: see `Segmenter`
         name: timm model name of the backbone
-        num_classes: number of pixel classes
-        pretrained: load timm's pretrained weights into the backbone
         output_stride: 8 or 16: dilate the backbone to this stride; None: resize its last feature map to stride 8
-        width: channels of the head
-        dropout: channel dropout rate before the classifiers
-        in_chans: image channels
-        model_args: other arguments of timm.create_model
+        args: `width` and `dropout` of `Segmenter`, and other arguments of timm.create_model (pretrained, ...)
 
     Raises:
-        InputError: as `build_segmenter`, and for an unknown network or invalid arguments.
+        InputError: as `Segmenter`, and for an unknown network or invalid arguments.
     """
-    body = partial(create_body, name, pretrained=pretrained, in_chans=in_chans, **model_args)
-    head: dict[str, Any] = dict(output_stride=output_stride, width=width, dropout=dropout, in_chans=in_chans)
-    return build_segmenter(segmenter, dilated(body, output_stride), num_classes, **head)
+    head = {key: args.pop(key) for key in {"width", "dropout"} & args.keys()}
+    model = dilated(partial(create_body, name, in_chans=in_chans, **args), output_stride)
+    return Segmenter(segmenter, model, num_classes, output_stride=output_stride, in_chans=in_chans, **head)
 
 
 def check_windows(view: SegmentationInput) -> None:
@@ -231,18 +206,15 @@ def segment(model: Segmenter, images: Sequence[Tensor], view: SegmentationInput,
         InputError: if `check` is set and the network produced NaN or Inf.
     """
     check_windows(view)
-    alike: dict[torch.Size, list[int]] = defaultdict(list)
-    for index, image in enumerate(images):
-        alike[image.shape].append(index)
-    labels: dict[int, Tensor] = {}
-    for size, indices in alike.items():
-        area = sum(height * width for height, width in _inner(size[-2:], view))  # all scales are held at once
-        most = max(1, LOGITS // (model.num_classes * max(area, size[1] * size[2])))
-        for start in range(0, len(indices), most):
-            some = indices[start : start + most]
-            found = _classes(model, torch.stack([images[index] for index in some]), view, check)
-            labels |= zip(some, found, strict=True)
-    return [labels[index] for index in range(len(images))]
+
+    def run(some: list[Tensor]) -> list[Tensor]:
+        size = some[0].shape[-2:]
+        area = sum(height * width for height, width in _inner(size, view))  # all scales are held at once
+        most = max(1, LOGITS // (model.num_classes * max(area, size.numel())))
+        batches = (some[start : start + most] for start in range(0, len(some), most))
+        return [labels for batch in batches for labels in _classes(model, torch.stack(batch), view, check)]
+
+    return run_alike(run, images, lambda image: image.shape)
 
 
 def _inner(size: Sequence[int], view: SegmentationInput) -> list[list[int]]:

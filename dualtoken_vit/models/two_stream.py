@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ConvNormAct,
+    LayerNorm,
     SelectAdaptivePool2d,
     calculate_drop_path_rates,
     get_device_dtype,
@@ -18,7 +19,7 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dualtoken_vit.models.layers import LayerNorm, Linear, pad_to_multiple, resize_grid
+from dualtoken_vit.models.layers import Linear, pad_to_multiple, resize_grid
 
 STRIDE = 32  # of the last stage, and of the map on which global information is aggregated
 
@@ -140,6 +141,11 @@ class TwoStreamViT(nn.Module):
         depths: number of blocks of each stage
         head_hidden_size: width of the head
         output_stride: stride of the last stage: 8, 16 or 32
+        drop_rate: dropout before the classifier
+        others: as in every timm model
+
+    Raises:
+        ValueError: for another output_stride.
     """
 
     def __init__(
@@ -148,16 +154,19 @@ class TwoStreamViT(nn.Module):
         num_tokens: int,
         dims: tuple[int, ...],
         depths: tuple[int, ...],
-        head_hidden_size: int,
-        output_stride: int,
-        in_chans: int,
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
-        drop_path_rate: float,
-        device,
-        dtype,
+        /,
+        head_hidden_size: int = 1280,
+        output_stride: int = 32,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
     ):
+        if output_stride not in (32, 16, 8):
+            raise ValueError(f"output_stride={output_stride!r} is unknown; choose one of 32, 16, 8")
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.num_classes = num_classes

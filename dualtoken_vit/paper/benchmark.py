@@ -6,12 +6,12 @@ are medians over the rounds.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from itertools import chain, product
 from json import dumps
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,9 +29,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.retinanet import RetinaNet
 
 import dualtoken_vit  # noqa: F401  registers the models
-from dualtoken_vit import machine
 from dualtoken_vit.errors import InputError, first_line
-from dualtoken_vit.machine import pick_device, tune_cpu
+from dualtoken_vit.machine import describe, pick_device, tune_cpu
 from dualtoken_vit.models.detectors import DETECTORS, create_detector
 from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
 from dualtoken_vit.paper.counting import Counts, count
@@ -157,19 +156,10 @@ def take_turns(
     synchronize: Callable[[], object] = lambda: None,
     after_visit: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Time callables against each other. Each round visits all of them, starting with a different one.
+    """Time callables against each other: seconds per call by name, one value per round.
 
-    A visit repeats one callable for about `visit_seconds`, at least once.
-
-    Args:
-        calls: callables by name.
-        rounds: visits to each callable.
-        visit_seconds: approximate duration of a visit in seconds.
-        synchronize: waits for the device.
-        after_visit: called after every visit, for a progress bar.
-
-    Returns:
-        Seconds per call by name, one value per round.
+    Each round visits all of them, starting with a different one. A visit repeats one callable for about
+    `visit_seconds`, at least once; `synchronize` waits for the device before and after, `after_visit` follows.
     """
 
     def visit(call: Callable[[], object], repeats: int) -> float:
@@ -208,7 +198,6 @@ def _count(name: str, setting: Setting) -> Counts:
 
 
 def _peak_resident_bytes() -> int:
-    """Highest resident memory of this process so far."""
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
@@ -223,22 +212,17 @@ def _cpu_memory(name: str, batch_size: int, setting: Setting, threads: int) -> i
     return _peak_resident_bytes() - before
 
 
-def _cuda_memory(model: nn.Module, call: Callable[[], object]) -> int:
-    """Bytes needed for a forward pass, weights included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return torch.cuda.max_memory_allocated() - before + weights
-
-
 def _peak_memory(
     name: str, model: nn.Module, call: Callable[[], object], setting: Setting, mode: Mode, batch_size: int
 ) -> int | None:
     """Bytes (see `HOW_MEMORY_IS_MEASURED`), None if they cannot be measured."""
     if setting.device.type == "cuda":
-        return _cuda_memory(model, call)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        return torch.cuda.max_memory_allocated() - before + weights
     if setting.device.type == "cpu" and mode == "eager" and Path("/proc/self/status").exists():
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh_process:
             return fresh_process.submit(_cpu_memory, name, batch_size, setting, torch.get_num_threads()).result()
@@ -246,7 +230,6 @@ def _peak_memory(
 
 
 def _measure(
-    models: tuple[str, ...],
     counts: dict[str, Counts],
     setting: Setting,
     mode: Mode,
@@ -257,13 +240,13 @@ def _measure(
     memory: bool,
     done: Callable[[str], object],
 ) -> list[Result]:
-    """Time the models against each other in one mode at one batch size."""
+    """Time the models (the keys of `counts`) against each other in one mode at one batch size."""
     x = setting.images(batch_size)
     calls: dict[str, Callable[[], object]] = {}
     peaks: dict[str, int | None] = {}
     torch.compiler.reset()
     with torch.inference_mode():
-        for name in models:
+        for name in counts:
             model = setting.build(name)
             network: Any = torch.compile(model, dynamic=False) if mode == "compiled" else model
             calls[name] = partial(forward, network, x)
@@ -283,8 +266,7 @@ def _measure(
         )
     latency = {name: median(times) for name, times in seconds.items()}
     results = []
-    for name in models:
-        peak = peaks[name]
+    for name, peak in peaks.items():
         quartiles = quantiles(seconds[name], n=4, method="inclusive") if rounds > 1 else 3 * seconds[name]
         results.append(
             Result(
@@ -293,7 +275,7 @@ def _measure(
                 input_size=str(setting),
                 batch_size=batch_size,
                 images_per_second=batch_size / latency[name],
-                ratio=latency[models[0]] / latency[name],
+                ratio=next(iter(latency.values())) / latency[name],
                 latency_ms=1e3 * latency[name],
                 spread_percent=100 * (quartiles[2] - quartiles[0]) / latency[name],
                 memory_mib=None if peak is None else peak / 2**20,
@@ -302,16 +284,6 @@ def _measure(
             )
         )
     return results
-
-
-def _machine(setting: Setting) -> dict[str, str]:
-    """Description of the machine for the report."""
-    found = machine.describe(setting.device)
-    found["precision"] = f"{setting.precision}, denormals flushed to zero, freed memory kept (glibc)"
-    if hasattr(os, "getloadavg"):
-        load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
-        found["load"] = f"{load} (average over 1, 5, 15 minutes)"
-    return found
 
 
 def _check_models(models: tuple[str, ...]) -> None:
@@ -338,15 +310,6 @@ def _size(text: str) -> tuple[int, int]:
     if not width.isdecimal() or (cross and not height.isdecimal()) or int(width) < 1 or int(height or 1) < 1:
         raise InputError(f"input_sizes: {text!r} is not a size; give pixels as 224, or WIDTHxHEIGHT as 640x480")
     return int(height or width), int(width)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], object]]:
-    """Progress bar on stderr; yields a function that advances it and shows its argument."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda what: progress.update(task, advance=1, description=what)
 
 
 def benchmark(
@@ -405,24 +368,33 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
     tune_cpu()
-    about_machine = _machine(settings[0])
+    described = describe(settings[0].device)
+    described["precision"] = f"{precision}, denormals flushed to zero, freed memory kept (glibc)"
+    if hasattr(os, "getloadavg"):
+        load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
+        described["load"] = f"{load} (average over 1, 5, 15 minutes)"
     if not json:
-        lines = [f"{key:<10} {value}" for key, value in about_machine.items()]
+        lines = [f"{key:<10} {value}" for key, value in described.items()]
         print("\n".join(["```", *lines, "```"] if markdown else lines), flush=True)
 
-    cells = [(mode, setting, batch) for mode in modes for setting in settings for batch in batch_sizes]
+    cells = list(product(modes, settings, batch_sizes))
     results: list[list[Result]] = []
-    with _progress(len(models) * (len(settings) + len(cells) * (1 + rounds))) as done:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=len(models) * (len(settings) + len(cells) * (1 + rounds)))
+
+        def done(what: str) -> None:
+            progress.update(bar, advance=1, description=what)
+
         counts: dict[Setting, dict[str, Counts]] = {setting: {} for setting in settings}
-        for setting in settings:
-            for name in models:
-                counts[setting][name] = _count(name, setting)
-                done(f"{name} counted")
+        for setting, name in product(settings, models):
+            counts[setting][name] = _count(name, setting)
+            done(f"{name} counted")
         for mode, setting, batch_size in cells:
             options: dict[str, Any] = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
-            results.append(_measure(models, counts[setting], setting, mode, batch_size, **options))
+            results.append(_measure(counts[setting], setting, mode, batch_size, **options))
 
-    flat = [result for cell in results for result in cell]
+    flat = list(chain.from_iterable(results))
     about = {
         "size": "of the images, width x height in pixels",
         "latency": f"of a whole batch, median over {rounds} rounds; spread is the interquartile range",
@@ -436,30 +408,18 @@ def benchmark(
             "of the suppression of boxes and pasting of masks"
         )
     if json:
-        print(dumps({"machine": about_machine, "about": about, "results": [asdict(r) for r in flat]}, indent=2))
+        print(dumps({"machine": described, "about": about, "results": [asdict(r) for r in flat]}, indent=2))
     else:
-        _print(results, about, markdown)
+        head = ("<mode", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %", "memory MiB")
+        print(table_text((*head, "params M", "MACs G"), [map(_cells, cell) for cell in results], markdown))
+        print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
     if plot is not None:
         save_growth(flat, plot)
     return flat
 
 
-def _print(results: list[list[Result]], about: dict[str, str], markdown: bool) -> None:
-    columns = ("<mode", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %", "memory MiB", "params M")
-    print(table_text((*columns, "MACs G"), [[_cells(r) for r in cell] for cell in results], markdown))
-    print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
-
-
 def _cells(r: Result) -> tuple[str, ...]:
     memory = "" if r.memory_mib is None else f"{r.memory_mib:.0f}"
     speed = (f"{r.images_per_second:.1f}", f"{r.ratio:.2f}", f"{r.latency_ms:.1f}", f"{r.spread_percent:.0f}")
-    return (
-        r.mode,
-        r.input_size,
-        str(r.batch_size),
-        r.model,
-        *speed,
-        memory,
-        f"{r.params / 1e6:.2f}",
-        f"{r.macs / 1e9:.3f}",
-    )
+    size = (f"{r.params / 1e6:.2f}", f"{r.macs / 1e9:.3f}")
+    return (r.mode, r.input_size, str(r.batch_size), r.model, *speed, memory, *size)

@@ -29,32 +29,19 @@ class Counts:
     """The part of `macs` that multiplies two activations: Q K^T, and its product with V."""
 
 
-# fvcore's rules for operations other than matrix products, per element. Tensor arguments arrive as shapes.
+def _per_element(cost: int, weight: int) -> Callable[..., int]:
+    """Rule for a normalisation: `cost` per element, plus 1 if it has weights, its argument number `weight`."""
+    return lambda *args, **kwargs: prod(args[0]) * (cost + (args[weight] is not None))
 
 
-def _layer_norm(x, normalized_shape, weight, *args, **kwargs) -> int:
-    return prod(x) * (4 if weight is None else 5)
-
-
-def _group_norm(x, weight, *args, **kwargs) -> int:
-    return prod(x) * (4 if weight is None else 5)
-
-
-def _batch_norm(x, weight, *args, **kwargs) -> int:  # with running statistics
-    return prod(x) * (1 if weight is None else 2)
-
-
-def _bilinear(*args, out_shape, **kwargs) -> int:
-    return prod(out_shape) * 4
-
-
-RULES = {
-    aten.native_layer_norm: _layer_norm,
-    aten.native_group_norm: _group_norm,
-    aten.native_batch_norm: _batch_norm,
-    aten._native_batch_norm_legit_no_training: _batch_norm,  # the same in older versions of PyTorch
-    aten.upsample_bilinear2d: _bilinear,
-    aten._upsample_bilinear2d_aa: _bilinear,
+# fvcore's rules for operations other than matrix products. Tensor arguments arrive as shapes.
+RULES: dict[Any, Callable[..., int]] = {
+    aten.native_layer_norm: _per_element(4, weight=2),
+    aten.native_group_norm: _per_element(4, weight=1),
+    aten.native_batch_norm: _per_element(1, weight=1),  # with running statistics
+    aten._native_batch_norm_legit_no_training: _per_element(1, weight=1),  # the same in older versions of PyTorch
+    aten.upsample_bilinear2d: lambda *args, out_shape, **kwargs: 4 * prod(out_shape),
+    aten._upsample_bilinear2d_aa: lambda *args, out_shape, **kwargs: 4 * prod(out_shape),
 }
 
 

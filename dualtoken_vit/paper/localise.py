@@ -260,10 +260,7 @@ def localise(
         lift = [f"{100 * share:.2f}" for share in (s.on_object, s.error, s.chance)]
         place = [f"{100 * share:.1f}" for share in (s.highest, s.own, s.own_chance)]
         rows.append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
-    print(
-        table_text(
-            ("<network", "<block", *SHARES), [list(group) for _, group in groupby(rows, itemgetter(0))], markdown
-        )
-    )
+    groups = [list(group) for _, group in groupby(rows, itemgetter(0))]
+    print(table_text(("<network", "<block", *SHARES), groups, markdown))
     print(f"\n{scores[0].objects} objects in {scores[0].images} of {len(dataset)} images; means over the images.")
     print(EXPLANATION)

@@ -37,7 +37,7 @@ from dualtoken_vit import machine
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.data.classification import Images, build_datasets
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write
+from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.paper.tables import PUBLISHED, Published, bare, model_of
 from dualtoken_vit.recipes import RECIPES, Classification, Model, Run, flatten, free_on_resume
@@ -55,7 +55,7 @@ Base = Literal["small", "tiny"]
 MACHINE = "machine.json"
 ALPHA = 0.05  # family-wise error rate of Tukey's test
 
-# name: (the paper's table, keys of its rows; none: all rows that can be trained)
+# name: (the paper's table, keys that select rows of it; none: all rows that can be trained)
 STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "global-tokens": ("Table 6", ()),
     "token-count": ("Table 7", ()),
@@ -221,11 +221,6 @@ def _fingerprint(train: Images, val: Images, root: str) -> dict[str, Any]:
     return {"training": len(train), "validation": len(val), "classes": list(train.class_names), "names": digest}
 
 
-def _write_json(value: Any, path: Path) -> None:
-    with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2)
-
-
 async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Console) -> str:
     """Start or resume a run in a process of its own, which logs to train.log; return its error, if any.
 
@@ -235,7 +230,7 @@ async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Con
     async with slots:
         write_recipe(job.folder, job.recipe, "folder")  # also on resume: the data may have moved
         device = machine.pick_device(job.recipe.run.device)
-        _write_json(machine.describe(device, threads), job.folder / MACHINE)
+        write_json(machine.describe(device, threads), job.folder / MACHINE)
         command = [sys.executable, "-m", "dualtoken_vit.cli", "train", "folder", "--out", str(job.folder), "--resume"]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with path.open("w", encoding="utf-8") as log:
@@ -410,7 +405,7 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
     with in_use(out):
         if (path := out / "runs" / "data.json").exists() and json.loads(path.read_text(encoding="utf-8")) != data:
             raise InputError(f"the runs in {path.parent} used other images (see {path.name}); choose another --out")
-        _write_json(data, path)
+        write_json(data, path)
         todo = [job for job in plan if not job.done]
         try:
             problems = asyncio.run(_train_all(todo, jobs)) if todo else []
@@ -439,7 +434,7 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
         "verdict": lines,
         "machines": [json.loads(each) for each in machines],
     }
-    _write_json(record, stem.with_suffix(".json"))
+    write_json(record, stem.with_suffix(".json"))
     with atomic_write(stem.with_suffix(".md"), "w") as file:
         file.write("\n\n".join([f"# {name} ({table})", text, _table(results, True), *lines, ""]))
     save_figure(partial(draw, results, f"{name}: {text}"), stem.with_suffix(".png"), dpi=150)

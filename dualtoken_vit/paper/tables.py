@@ -7,6 +7,7 @@ import json as jsonlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +145,10 @@ class Row:
     published: Published
     counts: Counts | None
     """None if neither timm nor this project has the network."""
+    flops: int | None
+    """By the rule of the row's table."""
     measured: str
     """Top-1 by this project in percent, mean over seeds, and the numbers of the studies."""
-
-    @property
-    def flops(self) -> int:
-        """FLOPs by the rule of the row's table."""
-        assert self.counts is not None
-        without = self.published.table in DENSE
-        return self.counts.flops - without * self.counts.attention
 
 
 def bare(model: Model) -> Model:
@@ -185,8 +181,8 @@ def _count(kind: str, model: Model) -> Counts:
         if kind in DETECTORS:
             return count(create_detector(kind, model.name, 80, **kwargs), (3, 800, 1280), _heads)
         if kind in SEGMENTERS:
-            output_stride = OUTPUT_STRIDES.get(model.name)
-            return count(create_segmenter(kind, model.name, 150, output_stride=output_stride, **kwargs), (3, 512, 512))
+            kwargs["output_stride"] = OUTPUT_STRIDES.get(model.name)
+            return count(create_segmenter(kind, model.name, 150, **kwargs), (3, 512, 512))
         return count(timm.create_model(model.name, **kwargs))
 
 
@@ -213,13 +209,12 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("**/study-*.json")):
         try:
             found = jsonlib.loads(path.read_text(encoding="utf-8"))
-            networks = [
-                {"key": one["key"], "model": Model(one["model"]["name"], tuple(one["model"]["args"]))}
-                | {"mean": float(one["mean"])}
-                for one in found["networks"]
-            ]
-            study = {"file": str(path), "table": found["table"], "text": found["budget"]["text"], "networks": networks}
-            studies.append(study | {"base": found["budget"]["base"]})
+            study = {"file": str(path), "table": found["table"], "networks": []}
+            study |= {key: found["budget"][key] for key in ("text", "base")}
+            for one in found["networks"]:
+                model = Model(one["model"]["name"], tuple(one["model"]["args"]))
+                study["networks"].append({"key": one["key"], "model": model, "mean": float(one["mean"])})
+            studies.append(study)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a result of `study` ({error!r}); repair or remove it") from error
     return studies
@@ -241,8 +236,13 @@ def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
 
 
 def compare(studies: Sequence[dict[str, Any]] = ()) -> list[Row]:
-    """Count every network of the paper's tables and add the accuracies from `read_studies`."""
-    return [Row(row, _counts(row.key), _measured(row, studies)) for row in PUBLISHED]
+    """The rows of the paper's tables with the counts of every network and the accuracies from `read_studies`."""
+    rows = []
+    for row in PUBLISHED:
+        counts = _counts(row.key)
+        flops = None if counts is None else counts.flops - (row.table in DENSE) * counts.attention
+        rows.append(Row(row, counts, flops, _measured(row, studies)))
+    return rows
 
 
 def difference(found: float, printed: str) -> str:
@@ -255,13 +255,13 @@ def difference(found: float, printed: str) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     it = row.published
-    if row.counts is None:
-        return ("", it.network, "", it.params, "", "", it.flops, "", "", it.score, "")
+    if row.counts is None or row.flops is None:
+        return (it.table, "", it.network, "", it.params, "", "", it.flops, "", "", it.score, "")
     params, flops, macs = row.counts.params / 1e6, row.flops / 1e9, row.counts.macs / 1e9
     digits = 3 if flops < 10 else 1
     params_cells = (f"{params:.3f}", it.params, difference(params, it.params))
     flops_cells = (f"{flops:.{digits}f}", it.flops, difference(flops, it.flops), f"{macs:.{digits}f}")
-    return (it.key, it.network, *params_cells, *flops_cells, it.score, row.measured)
+    return (it.table, it.key, it.network, *params_cells, *flops_cells, it.score, row.measured)
 
 
 def tables(*, json: bool = False, markdown: bool = False, results: Path | None = None) -> None:
@@ -282,19 +282,13 @@ def tables(*, json: bool = False, markdown: bool = False, results: Path | None =
     studies = read_studies(results or Path("results"))
     rows = compare(studies)
     if json:
-        printed = [
-            {"published": asdict(row.published), "counts": row.counts and asdict(row.counts)}
-            | {"flops": row.counts and row.flops, "measured": row.measured}
-            for row in rows
-        ]
+        printed = [asdict(row) for row in rows]
         found = [{key: study[key] for key in ("file", "table", "text", "base")} for study in studies]
         print(jsonlib.dumps({"what_is_counted": WHAT_IS_COUNTED, "rows": printed, "studies": found}, indent=2))
         return
     print(f"```\n{WHAT_IS_COUNTED}```\n" if markdown else WHAT_IS_COUNTED)
-    groups: dict[str, list[tuple[str, ...]]] = {}
-    for row in rows:
-        groups.setdefault(row.published.table, []).append((row.published.table, *_cells(row)))
+    groups = (map(_cells, group) for _, group in groupby(rows, key=lambda row: row.published.table))
     columns = ("<table", "<recipe or model", "<network", "params M", "paper", "diff %", "FLOPs G", "paper", "diff %")
-    print(table_text((*columns, "MACs G", "published", "<measured"), groups.values(), markdown))
+    print(table_text((*columns, "MACs G", "published", "<measured"), groups, markdown))
     for number, study in enumerate(studies, start=1):
         print(f"{'- ' if markdown else ''}({number}) {study['text']}: {study['file']}")

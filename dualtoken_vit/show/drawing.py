@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from dualtoken_vit.files import atomic_write
-from dualtoken_vit.show.guard import guard, guarded
+from dualtoken_vit.show.guard import guard
 from dualtoken_vit.show.text import fit_text
 
 Top = list[tuple[str, float]]
@@ -28,12 +28,12 @@ LABELLED = 12  # images on a contact sheet of labels
 INK, MUTED, TRACK, FIRST, OTHER = "#1f2933", "#6b7785", "#e9edf2", "#2f6fde", "#a9c3ee"
 
 
-@guarded
 def save_image(image: Image.Image | Callable[[], Image.Image], path: Path) -> None:
     """Write a drawing, or what a function draws, as PNG atomically; a failure of either is a warning on stderr."""
-    drawing = image() if callable(image) else image
-    with atomic_write(path) as file:
-        drawing.save(file, "PNG")
+    with guard(path):
+        drawing = image() if callable(image) else image
+        with atomic_write(path) as file:
+            drawing.save(file, "PNG")
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:

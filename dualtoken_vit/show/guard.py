@@ -1,17 +1,12 @@
 """A drawing or report that fails is a warning."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from inspect import signature
 from pathlib import Path
-from typing import ParamSpec
 
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import printable
-
-P = ParamSpec("P")
 
 
 @contextmanager
@@ -24,14 +19,3 @@ def guard(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = printable(f"{type(error).__name__}: {first_line(error)}")
         print(f"warning: cannot save {printable(path)}: {reason}", file=sys.stderr)
-
-
-def guarded(save: Callable[P, None]) -> Callable[P, None]:
-    """Run a function that saves something as its argument `path` under `guard`."""
-
-    @wraps(save)
-    def guarded_save(*args: P.args, **kwargs: P.kwargs) -> None:
-        with guard(signature(save).bind(*args, **kwargs).arguments["path"]):
-            save(*args, **kwargs)
-
-    return guarded_save

@@ -1,6 +1,6 @@
 """Plots of a run: curves, the confusion matrix, precision against recall. They need no display.
 
-A plot or table that cannot be made is a warning on stderr (see `guarded`).
+A plot or table that cannot be made is a warning on stderr (see `guard`).
 """
 
 import csv
@@ -20,17 +20,16 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 
 from dualtoken_vit.files import atomic_write, printable
-from dualtoken_vit.show.guard import guarded
+from dualtoken_vit.show.guard import guard
 from dualtoken_vit.show.text import literal, shorten
 
 
-@guarded
 def save_figure(figure: Figure | Callable[[], Figure], path: Path, dpi: int = 120) -> None:
     """Write a figure, or the figure that a function returns, as PNG atomically; a failure is a warning on stderr.
 
     All text is drawn literally: `$` does not start a formula, and each text gets a font that has its characters.
     """
-    with rc_context({"text.parse_math": False}):
+    with guard(path), rc_context({"text.parse_math": False}):
         figure = figure() if callable(figure) else figure
         FigureCanvasAgg(figure)
         for text in figure.findobj(Text):
@@ -54,7 +53,6 @@ def _name(name: str) -> str:
     return shorten(literal(printable(name))[0], 40)
 
 
-@guarded
 def save_curves(
     history: Sequence[dict[str, Any]],
     panels: dict[str, dict[str, str]],
@@ -72,7 +70,7 @@ def save_curves(
         path: the PNG
     """
     epochs = [row["epoch"] for row in history]
-    with _axes(path, 4.5 * len(panels), 3.6, len(panels)) as cells:
+    with guard(path), _axes(path, 4.5 * len(panels), 3.6, len(panels)) as cells:
         for axes, (title, columns) in zip(cells, panels.items(), strict=True):
             scale = 100 if "%" in title else 1
             for column, label in columns.items():
@@ -87,10 +85,9 @@ def save_curves(
                 axes.annotate(f"{best[score]:.1%}", place, (0, -14), textcoords="offset points", ha="center")
 
 
-@guarded
 def save_precision_recall(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str, path: Path) -> None:
     """Plot precision against recall: {label: (recall, precision)}, both between 0 and 1."""
-    with _axes(path, 6.5, 4.5) as (axes,):
+    with guard(path), _axes(path, 6.5, 4.5) as (axes,):
         lines = [axes.plot(recall, precision)[0] for recall, precision in curves.values()]
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
         axes.grid(alpha=0.3)
@@ -98,44 +95,42 @@ def save_precision_recall(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], tit
             axes.legend(lines, list(map(_name, curves)), fontsize=8)
 
 
-@guarded
 def save_confusion_csv(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Write a confusion matrix (classes, classes) as CSV, with the class names in the first row and column."""
     names = list(map(printable, class_names))
-    with atomic_write(path, "w") as file:
+    with guard(path), atomic_write(path, "w") as file:
         writer = csv.writer(file)
         writer.writerow(["true \\ predicted", *names])
         writer.writerows([name, *counts] for name, counts in zip(names, matrix.tolist(), strict=True))
 
 
-@guarded
 def save_confusion(matrix: np.ndarray, class_names: Sequence[str], path: Path, percent: bool = False) -> None:
     """Plot a confusion matrix (classes, classes): rows are true classes, columns predicted ones.
 
     Cells are shaded by their share of the row and contain the count, or with `percent` that share.
     """
-    classes = len(class_names)
-    ticks = range(0, classes, math.ceil(classes / 60))  # more names are not legible
-    names = [_name(class_names[tick]) for tick in ticks]
-    side = min(max(2.5, 0.45 * classes), 28.0) + 1 + 0.09 * max(map(len, names))
-    with _axes(path, side, side) as (axes,):
-        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(ticks, names, rotation=90)
-        axes.set_yticks(ticks, names)
-        axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(matrix)} of {matrix.sum()} correct")
-        if classes <= 30:
-            for row, column in zip(*matrix.nonzero(), strict=True):
-                color = "white" if share[row, column] > 0.5 else "black"
-                text = f"{100 * share[row, column]:.0f}" if percent else matrix[row, column]
-                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    with guard(path):
+        classes = len(class_names)
+        ticks = range(0, classes, math.ceil(classes / 60))  # more names are not legible
+        names = [_name(class_names[tick]) for tick in ticks]
+        side = min(max(2.5, 0.45 * classes), 28.0) + 1 + 0.09 * max(map(len, names))
+        with _axes(path, side, side) as (axes,):
+            share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+            axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+            axes.set_xticks(ticks, names, rotation=90)
+            axes.set_yticks(ticks, names)
+            axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(matrix)} of {matrix.sum()} correct")
+            if classes <= 30:
+                for row, column in zip(*matrix.nonzero(), strict=True):
+                    color = "white" if share[row, column] > 0.5 else "black"
+                    text = f"{100 * share[row, column]:.0f}" if percent else matrix[row, column]
+                    axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
 
 
-@guarded
 def save_growth(results: Sequence[Any], path: Path) -> None:
     """Plot latency against image size, a line for each model, from `benchmark.Result`s."""
     cells = list(dict.fromkeys((r.mode, r.batch_size) for r in results))
-    with _axes(path, 6.5 * len(cells), 4.5, len(cells)) as panels:
+    with guard(path), _axes(path, 6.5 * len(cells), 4.5, len(cells)) as panels:
         for axes, (mode, batch_size) in zip(panels, cells, strict=True):
             rows = [r for r in results if (r.mode, r.batch_size) == (mode, batch_size)]
             pixels = {r.input_size: math.prod(map(int, r.input_size.split("x"))) for r in rows}

@@ -29,6 +29,8 @@ R = TypeVar("R", bound=Recipe)
 class Evaluation:
     """The metrics of a network on a validation set; shares are between 0 and 1."""
 
+    scores: dict[str, float]
+    """Columns of metrics.csv, where their names start with val_."""
     metrics: dict[str, Any]
     """For JSON, with the number of images as "images"."""
     headline: str
@@ -56,11 +58,8 @@ class Evaluation:
 class TaskModule(LightningModule):
     """A network in training and validation.
 
-    A subclass adds `training_step`, `validation_step`, the abstract methods and the attributes without a value here.
-
-    Args:
-        predictor: runs the network in validation, as it does after training
-        recipe: the experiment
+    `predictor` runs the network in validation, as it does after training. A subclass adds `training_step`,
+    `validation_step`, the abstract methods and the attributes without a value here.
     """
 
     score: str
@@ -97,27 +96,14 @@ class TaskModule(LightningModule):
         """Adapt the training data to the completed share of the run; called before each epoch's first batch."""
 
     def check_training_data(self, state: dict[str, Any]) -> None:
-        """Use what `verify` found in the training data, its `state_dict`; called before the first step.
+        """Use what `verify` found, the training data's `state_dict`; an InputError where it cannot be trained on."""
 
-        Raises:
-            InputError: for data that cannot be trained on.
-        """
-
-    def compute_metrics(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluation:
         """The metrics of the validation just done, over all processes; called once on each of them."""
         raise NotImplementedError
 
-    def headline(self, row: dict[str, Any]) -> str:
-        """The metrics of an epoch in a few words."""
-        raise NotImplementedError
-
-    def evaluation(self) -> Evaluation:
-        """The metrics of the last validation."""
-        raise NotImplementedError
-
-    def save_details(self, out: Path) -> None:
-        """Write evaluation.json, and whatever else a task adds, of the last validation into a folder."""
-        evaluation = self.evaluation()
+    def save_details(self, out: Path, evaluation: Evaluation) -> None:
+        """Write evaluation.json, and whatever else a task adds, of the validation just evaluated into a folder."""
         write_json(evaluation.metrics | evaluation.details, out / "evaluation.json")
 
 

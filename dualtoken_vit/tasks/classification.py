@@ -105,7 +105,6 @@ class ClassificationModule(TaskModule):
     """Cross-entropy over (images (B, C, S, S), targets (B,)), with the recipe's Mixup and CutMix."""
 
     score = "top1"
-
     panels = {  # noqa: RUF012
         "loss": {"train_loss": "training", "val_loss": "validation"},
         "accuracy (%)": {"val_top1": "top-1", "val_top5": "top-5"},
@@ -133,8 +132,6 @@ class ClassificationModule(TaskModule):
         self.loss = MeanMetric()
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
         """(classes, classes): images by true class (row) and predicted class (column), of the last validation."""
-        self.last: dict[str, float] = {}
-        """Its other metrics."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, S, S) -> (B, num_classes)
         return self.model(x.contiguous(memory_format=torch.channels_last))
@@ -159,39 +156,32 @@ class ClassificationModule(TaskModule):
         mean, std = (self.predictor.preprocessing[key] for key in ("mean", "std"))
         train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
 
-    def compute_metrics(self) -> dict[str, float]:
-        metrics = self.metrics.compute()
-        self.confusion = metrics.pop("confusion").cpu().numpy()
-        values = {"loss": self.loss.compute(), **metrics}
+    def evaluate(self) -> Evaluation:
+        found = {**self.metrics.compute(), "loss": self.loss.compute()}
+        self.confusion = found.pop("confusion").cpu().numpy()
         self.metrics.reset()
         self.loss.reset()
-        self.last = {name: round(value.item(), 6) for name, value in values.items()}
-        return {f"val_{name}": value for name, value in self.last.items()}
-
-    def headline(self, row: dict[str, Any]) -> str:
-        return f"val loss {row['val_loss']:.3f}  top-1 {row['val_top1']:.1%}  top-5 {row['val_top5']:.1%}"
-
-    def evaluation(self) -> Evaluation:
+        scores = {name: round(value.item(), 6) for name, value in found.items()}
+        top1, top5, loss = (scores[name] for name in ("top1", "top5", "loss"))
         counts = self.confusion.sum(1)
         right = (self.confusion.diagonal() / np.maximum(counts, 1)).tolist()
         per_class = dict(zip(self.predictor.class_names, zip(right, counts.tolist(), strict=True), strict=True))
-        images, last = int(counts.sum()), self.last
-        rows = [
-            (name, str(count) if count else "absent", f"{accuracy:.1%}" if count else "-")
-            for name, (accuracy, count) in per_class.items()
-        ]
         return Evaluation(
-            metrics={name: last[name] for name in ("top1", "top5", "loss")} | {"images": images},
-            headline=f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%}, loss {last['loss']:.4f}, {images} images",
+            scores=scores,
+            metrics={"top1": top1, "top5": top5, "loss": loss, "images": int(counts.sum())},
+            headline=f"val loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}",
             columns=("class", "images", "top-1"),
-            classes=rows,
-            totals=[("all", str(images), f"{last['top1']:.1%}")],
+            classes=[
+                (name, str(count) if count else "absent", f"{accuracy:.1%}" if count else "-")
+                for name, (accuracy, count) in per_class.items()
+            ],
+            totals=[("all", str(counts.sum()), f"{top1:.1%}")],
             details={"per_class": per_class},
         )
 
-    def save_details(self, out: Path) -> None:
+    def save_details(self, out: Path, evaluation: Evaluation) -> None:
         """evaluation.json, and the confusion matrix as confusion.csv and confusion.png."""
-        super().save_details(out)
+        super().save_details(out, evaluation)
         names = self.predictor.class_names
         plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
         plots.save_confusion(self.confusion, names, out / "confusion.png")

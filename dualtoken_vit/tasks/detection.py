@@ -132,10 +132,10 @@ class DetectionModule(TaskModule):
         super().__init__(predictor, recipe)
         self.val = val
         self.masks = recipe.detector == "mask-rcnn"
-        self.kinds = ("box", "mask") if self.masks else ("box",)
-        self.score = f"{self.kinds[-1]}_AP"
+        kinds = ("box", "mask") if self.masks else ("box",)
+        self.score = f"{kinds[-1]}_AP"
         self.panels = {"loss": {"train_loss": "training"}} | {
-            f"{kind} AP (%)": {f"val_{kind}_{name}": name for name in ("AP", "AP50", "AP75")} for kind in self.kinds
+            f"{kind} AP (%)": {f"val_{kind}_{name}": name for name in ("AP", "AP50", "AP75")} for kind in kinds
         }
         self.found: dict[int, list[dict[str, Any]]] = {}
         """COCO results by image id, of the validation in progress."""
@@ -157,37 +157,25 @@ class DetectionModule(TaskModule):
         for target, found in zip(targets, self.predictor.forward(images), strict=True):
             self.found[target["image_id"]] = to_results(target["image_id"], found, self.val.category_ids)
 
-    def compute_metrics(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluation:
         self.results, self.found = gather(self.found), {}
-        self.scores = evaluate(self.val.truth, self.results, self.masks)
-        return {
-            f"val_{kind}_{name}": round(score.figures[name], 6)
-            for kind, score in self.scores.items()
-            for name in FIGURES
-        }
-
-    def headline(self, row: dict[str, Any]) -> str:
-        return "  ".join(
-            f"{kind} AP {_percent(row[f'val_{kind}_AP'])} AP50 {_percent(row[f'val_{kind}_AP50'])}"
-            for kind in self.kinds
-        )
-
-    def evaluation(self) -> Evaluation:
-        images, scores = len(self.results), self.scores
-        shares = ", ".join(f"{kind} AP {_percent(score.figures['AP'])}" for kind, score in scores.items())
+        self.scores = scores = evaluate(self.val.truth, self.results, self.masks)
+        figures = {kind: score.figures for kind, score in scores.items()}
         per_class = {kind: score.per_class for kind, score in scores.items()}
+        best = (f"{kind} AP {_percent(found['AP'])} AP50 {_percent(found['AP50'])}" for kind, found in figures.items())
         return Evaluation(
-            metrics={kind: score.figures for kind, score in scores.items()} | {"images": images},
-            headline=f"{shares}, {images} images",
+            scores={f"{kind}_{name}": round(found[name], 6) for kind, found in figures.items() for name in FIGURES},
+            metrics=figures | {"images": len(self.results)},
+            headline="  ".join(best),
             columns=("class", *(f"{kind} AP" for kind in scores)),
             classes=[(name, *(_percent(aps[name]) for aps in per_class.values())) for name in per_class["box"]],
-            totals=[(name, *(_percent(score.figures[name]) for score in scores.values())) for name in FIGURES],
+            totals=[(name, *(_percent(found[name]) for found in figures.values())) for name in FIGURES],
             details={"per_class": per_class},
         )
 
-    def save_details(self, out: Path) -> None:
+    def save_details(self, out: Path, evaluation: Evaluation) -> None:
         """evaluation.json, COCO's result files and the precision-recall curves of the last validation."""
-        super().save_details(out)
+        super().save_details(out, evaluation)
         save_results(out, self.results, self.masks)
         for kind, score in self.scores.items():
             curves = precision_recall(score, self.val.class_names)

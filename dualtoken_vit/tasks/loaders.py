@@ -30,13 +30,8 @@ class _Batches:
 class Loaders(lightning.LightningDataModule):
     """The batches of each process and epoch.
 
-    Before a new run the first process reads every image (`ImageData.verify`); every process, and a resumed run, takes
-    over what it found.
-
-    Args:
-        train, val, recipe: of the run
-        batch_size: per process and accumulated batch
-        resumed: do not verify
+    Before a new run the first process reads every image (`ImageData.verify`); every process, and a `resumed` run, takes
+    over what it found. `batch_size` is that of a process and accumulated batch.
     """
 
     trainer: Any
@@ -56,11 +51,7 @@ class Loaders(lightning.LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps.
-
-        Raises:
-            InputError: where the images do not suffice for one.
-        """
+        """Optimiser steps; an InputError where the images do not suffice for one."""
         return full_batches(len(self.train), self.recipe.optim.batch_size)
 
     def prepare_data(self) -> None:
@@ -75,11 +66,7 @@ class Loaders(lightning.LightningDataModule):
             self.problem = str(error)
 
     def setup(self, stage: str) -> None:
-        """Hand what `prepare_data` found to every process.
-
-        Raises:
-            InputError: on all of them, so that none waits for another that has stopped.
-        """
+        """Hand what `prepare_data` found, or its error, to every process, so that none waits for a stopped one."""
         self.problem, found = self.trainer.strategy.broadcast((self.problem, self.state_dict()))
         if self.problem:
             raise InputError(self.problem)

@@ -15,11 +15,7 @@ from dualtoken_vit.recipes import Model, model_kwargs
 
 
 def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
-    """The recipe's timm network, with further arguments of timm.create_model; 0 classes: without a classifier.
-
-    Raises:
-        InputError: for an unknown name, or arguments that it refuses.
-    """
+    """The recipe's timm network (0 classes: no classifier); an InputError names the field that timm refuses."""
     if ":" not in recipe.name and not timm.is_model(recipe.name):  # hf-hub:, local-dir: name a place
         near = get_close_matches(recipe.name, timm.list_models())
         hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"

@@ -80,11 +80,7 @@ class Predictor(ABC, Generic[Result]):
     def create(
         cls, model: nn.Module, class_names: Sequence[str], preprocessing: dict[str, Any], data: Any, **options: Any
     ) -> Self:
-        """A predictor with the options of a recipe's data section, except the given ones.
-
-        Raises:
-            InputError: as `make_options`.
-        """
+        """A predictor with the options of a recipe's data section, except the given ones; see `make_options`."""
         chosen = cls.make_options(**cls.stored_options(data, preprocessing) | options)
         return cls(model, class_names, preprocessing, chosen)
 
@@ -95,11 +91,7 @@ class Predictor(ABC, Generic[Result]):
 
     @classmethod
     def make_options(cls, **given: Any) -> Any:
-        """The options, checked.
-
-        Raises:
-            InputError: for an option that does not exist, or an out-of-range value.
-        """
+        """The options; an InputError for one that does not exist, or an out-of-range value."""
         known = [field.name for field in fields(cls.Options)]
         for name in given:
             if name not in known:
@@ -127,18 +119,10 @@ class Predictor(ABC, Generic[Result]):
 
     @abstractmethod
     def postprocess(self, outputs: Any) -> list[Result]:
-        """The result of each image of a batch.
-
-        Raises:
-            InputError: where the outputs are NaN or Inf.
-        """
+        """The result of each image of a batch; an InputError where the outputs are NaN or Inf."""
 
     def __call__(self, images: Any, batch_size: int | None = None) -> Any:
-        """One result, or a list of them; see the class.
-
-        Raises:
-            InputError: for an image that cannot be read, naming it, or a folder without images.
-        """
+        """One result, or a list of them; an InputError names an image that cannot be read, or an empty folder."""
         single, sources = self._sources(images)
         results = []
         for prediction in self.stream(sources, batch_size):
@@ -237,10 +221,11 @@ def to_image(source: ImageLike, channels: int) -> Image.Image:
     if isinstance(source, Image.Image):
         return load_image(source, channels)
     form = f"an image of shape {tuple(source.shape)} and type {source.dtype}"
-    array = source
     if isinstance(source, Tensor):
         array = source.detach().cpu().float().numpy() if source.is_floating_point() else source.cpu().numpy()
         array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    else:
+        array = source
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:

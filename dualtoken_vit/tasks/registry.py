@@ -8,12 +8,8 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Recipe
 from dualtoken_vit.tasks.base import Task
 
-# Imported when they are asked for, so that the command line answers quickly; each module has a `TASK`.
-BUILT_IN = {
-    "classification": "dualtoken_vit.tasks.classification",
-    "detection": "dualtoken_vit.tasks.detection",
-    "segmentation": "dualtoken_vit.tasks.segmentation",
-}
+BUILT_IN = "classification", "detection", "segmentation"
+"""Modules of this package, each with a `TASK`; imported when needed, so that the command line starts quickly."""
 _REGISTERED: dict[str, Task[Any]] = {}
 
 
@@ -24,13 +20,9 @@ def register(task: Task[Any], named: dict[str, tuple[str, Recipe]] | None = None
 
 
 def get_task(name: str) -> Task[Any]:
-    """The task of that name.
-
-    Raises:
-        InputError: for an unknown one.
-    """
+    """The task of that name; an InputError for an unknown one."""
     if name not in _REGISTERED and name in BUILT_IN:
-        _REGISTERED[name] = import_module(BUILT_IN[name]).TASK
+        _REGISTERED[name] = import_module(f"dualtoken_vit.tasks.{name}").TASK
     if name not in _REGISTERED:
-        raise InputError(f"task {name!r} is unknown; there are {', '.join({**BUILT_IN, **_REGISTERED})}")
+        raise InputError(f"task {name!r} is unknown; there are {', '.join(dict.fromkeys((*BUILT_IN, *_REGISTERED)))}")
     return _REGISTERED[name]

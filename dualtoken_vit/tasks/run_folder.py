@@ -25,7 +25,6 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.recipes import Recipe, flatten, free_on_resume, from_dict, to_dict
 from dualtoken_vit.show import plots
-from dualtoken_vit.tasks.base import Setup
 from dualtoken_vit.tasks.registry import get_task
 
 RUN = RECIPE, LAST, BEST = "recipe.json", "last.ckpt", "best.safetensors"  # files that mark a folder as a run's
@@ -39,11 +38,7 @@ LOOK_EVERY = 50  # steps between two checks of the loss on a GPU, each of which 
 
 
 def stored_recipe(out: Path, name: str = "") -> Recipe | None:
-    """The recipe of the run in a folder; None: no run there.
-
-    Raises:
-        InputError: for a recipe that this version cannot read, or not of that `name` ("": any).
-    """
+    """The recipe of the run in a folder, if any; an InputError if it is unreadable, or not of that `name` ("": any)."""
     path = out / RECIPE
     if not path.is_file():
         return None
@@ -135,18 +130,8 @@ class RunFolder(Callback):
     Must precede weight averaging in the list of callbacks: it saves the averaged weights while they are in the model.
     """
 
-    def __init__(self, out: Path, recipe: Recipe, name: str, setup: Setup):
-        predictor = setup.module.predictor
-        self.out, self.recipe, self.name = out, recipe, name
-        self.saved: dict[str, Any] = dict(
-            task=recipe.task,
-            class_names=predictor.class_names,
-            preprocessing=predictor.preprocessing,
-            recipe=to_dict(recipe),
-            model_args=setup.model_args,
-            category_ids=predictor.category_ids,
-        )
-        """Arguments of `save_checkpoint`."""
+    def __init__(self, out: Path, recipe: Recipe, name: str, model_args: dict[str, Any]):
+        self.out, self.recipe, self.name, self.model_args = out, recipe, name, model_args
         self.history: list[dict[str, Any]] = []
         self.loss_sum: Any = 0.0  # over the epoch's batches, stays on the device
         self.batches = 0
@@ -158,7 +143,7 @@ class RunFolder(Callback):
             "loss_sum": trainer.strategy.reduce(torch.as_tensor(self.loss_sum)).item(),  # mean over the processes
             "batches": self.batches,
             "images": trainer.datamodule.images,
-            "class_names": list(self.saved["class_names"]),
+            "class_names": list(task.predictor.class_names),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
@@ -214,12 +199,13 @@ class RunFolder(Callback):
         )
 
     def on_validation_epoch_end(self, trainer: Trainer, task: Module) -> None:
+        evaluation = task.evaluate()
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
             "train_loss": trainer.strategy.reduce(torch.as_tensor(self.loss_sum / self.batches)).item(),
-            **task.compute_metrics(),
+            **{f"val_{name}": value for name, value in evaluation.scores.items()},
         }
         for name, value in row.items():
             if not math.isfinite(value):
@@ -229,8 +215,18 @@ class RunFolder(Callback):
         best = best_epoch(self.history, task.score) or row
         if trainer.is_global_zero:
             if best is row:
-                save_checkpoint(self.out / BEST, task.model, metrics=row, **self.saved)
-                task.save_details(self.out)
+                save_checkpoint(
+                    self.out / BEST,
+                    task.model,
+                    task=self.recipe.task,
+                    class_names=task.predictor.class_names,
+                    preprocessing=task.predictor.preprocessing,
+                    recipe=to_dict(self.recipe),
+                    metrics=row,
+                    model_args=self.model_args,
+                    category_ids=task.predictor.category_ids,
+                )
+                task.save_details(self.out, evaluation)
             with atomic_write(self.out / "metrics.csv", "w") as file:
                 writer = csv.DictWriter(file, row)
                 writer.writeheader()
@@ -238,7 +234,7 @@ class RunFolder(Callback):
             plots.save_curves(self.history, task.panels, f"val_{task.score}", best, self.out / "curves.png")
             self._log(trainer, row)
             progress = f"epoch {row['epoch']}/{trainer.max_epochs}  train loss {row['train_loss']:.3f}"
-            print(f"{progress}  {task.headline(row)}{'  best' if best is row else ''}", flush=True)
+            print(f"{progress}  {evaluation.headline}{'  best' if best is row else ''}", flush=True)
 
 
 class LastCheckpoint(Checkpoint):

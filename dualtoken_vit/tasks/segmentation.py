@@ -1,7 +1,6 @@
 """Semantic segmentation: losses, metrics of one confusion matrix, prediction."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,32 +104,6 @@ def cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor | None = None) -
     return loss / mean_over_processes(counts.sum()).clamp(min=1e-6)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Metrics of a confusion matrix in pixels (row: true class, column: predicted class), between 0 and 1."""
-
-    miou: float
-    """Mean over the classes in the ground truth or the predictions."""
-    pixel_accuracy: float
-    mean_accuracy: float
-    """Mean over the classes in the ground truth."""
-    per_class: tuple[float | None, ...]
-    """Intersection over union of each class; None where it is in neither."""
-
-    @classmethod
-    def of(cls, confusion: np.ndarray) -> "Scores":
-        right, true = confusion.diagonal(), confusion.sum(1)
-        union = true + confusion.sum(0) - right
-        iou = right / np.maximum(union, 1)
-        accuracy = right / np.maximum(true, 1)
-        return cls(
-            miou=float(iou[union > 0].mean()) if union.any() else 0.0,
-            pixel_accuracy=float(right.sum() / max(true.sum(), 1)),
-            mean_accuracy=float(accuracy[true > 0].mean()) if true.any() else 0.0,
-            per_class=tuple(float(share) if pixels else None for share, pixels in zip(iou, union, strict=True)),
-        )
-
-
 class SegmentationModule(TaskModule):
     """Cross-entropy of both heads over (images, masks) of `data.segmentation`; draws the worst images of `val`."""
 
@@ -159,11 +132,7 @@ class SegmentationModule(TaskModule):
         """(classes, classes): pixels by true class (row) and predicted class (column), of the last validation."""
 
     def check_training_data(self, state: dict[str, Any]) -> None:
-        """Weight the classes by their share of the training pixels; a class that no mask has cannot be learnt.
-
-        Raises:
-            InputError: where the masks have fewer than two classes, or were not counted.
-        """
+        """Weight the classes by their share of the training pixels, of which two or more classes must have some."""
         pixels, names = state.get("pixels"), self.val.class_names
         if pixels is None and self.recipe.class_weights == "equal":  # --data.verify false
             return
@@ -210,24 +179,17 @@ class SegmentationModule(TaskModule):
             if len(self.found) > WORST:
                 del self.found[max(self.found, key=lambda index: self.found[index][0])]
 
-    def compute_metrics(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluation:
         self.confusion = self.metric.compute().cpu().numpy()
         self.metric.reset()
         by_share = sorted(gather(self.found).items(), key=lambda item: item[1][0])
         self.worst = [(index, labels) for index, (_, labels) in by_share[:WORST]]
         self.found, self.seen = {}, 0
-        scores = Scores.of(self.confusion)
-        return {f"val_{name}": round(getattr(scores, name), 6) for name in FIGURES}
+        return evaluation(self.confusion, self.val.class_names, len(self.val))
 
-    def headline(self, row: dict[str, Any]) -> str:
-        return "  ".join(f"{about} {row[f'val_{name}']:.1%}" for name, about in FIGURES.items())
-
-    def evaluation(self) -> Evaluation:
-        return evaluation(Scores.of(self.confusion), self.val.class_names, len(self.val))
-
-    def save_details(self, out: Path) -> None:
+    def save_details(self, out: Path, evaluation: Evaluation) -> None:
         """evaluation.json, the confusion matrix as confusion.{csv,png}, and the worst images beside their truth."""
-        super().save_details(out)
+        super().save_details(out, evaluation)
         names = self.val.class_names
         plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
         plots.save_confusion(self.confusion, names, out / "confusion.png", percent=True)
@@ -239,18 +201,30 @@ class SegmentationModule(TaskModule):
                 save_image(draw_scene(panels, names), path)
 
 
-def evaluation(scores: Scores, class_names: tuple[str, ...], images: int) -> Evaluation:
-    """The metrics of a segmenter on so many images."""
-    figures = {name: getattr(scores, name) for name in FIGURES}
-    per_class = dict(zip(class_names, scores.per_class, strict=True))
-    rounded = {name: None if share is None else round(share, 6) for name, share in per_class.items()}
-    shares = ", ".join(f"{about} {figures[name]:.2%}" for name, about in FIGURES.items())
+def evaluation(confusion: np.ndarray, class_names: tuple[str, ...], images: int) -> Evaluation:
+    """Metrics of a confusion matrix in pixels (row: true class, column: predicted class).
+
+    miou is the mean over the classes in the ground truth or the predictions, mean_accuracy over those in the ground
+    truth. per_class is the intersection over union of each class, None where it is in neither.
+    """
+    right, true = confusion.diagonal(), confusion.sum(1)
+    union = true + confusion.sum(0) - right
+    iou, accuracy = right / np.maximum(union, 1), right / np.maximum(true, 1)
+    means = (
+        iou[union > 0].mean() if union.any() else 0.0,
+        right.sum() / max(true.sum(), 1),
+        accuracy[true > 0].mean() if true.any() else 0.0,
+    )
+    scores = {name: round(float(mean), 6) for name, mean in zip(FIGURES, means, strict=True)}
+    shares = (round(float(share), 6) if pixels else None for share, pixels in zip(iou, union, strict=True))
+    per_class = dict(zip(class_names, shares, strict=True))
     return Evaluation(
-        metrics={name: round(share, 6) for name, share in figures.items()} | {"per_class": rounded, "images": images},
-        headline=f"{shares}, {images} images",
+        scores=scores,
+        metrics=scores | {"per_class": per_class, "images": images},
+        headline="  ".join(f"{about} {scores[name]:.2%}" for name, about in FIGURES.items()),
         columns=("class", "IoU"),
         classes=[(name, "-" if share is None else f"{share:.1%}") for name, share in per_class.items()],
-        totals=[(about, f"{figures[name]:.1%}") for name, about in FIGURES.items()],
+        totals=[(about, f"{scores[name]:.1%}") for name, about in FIGURES.items()],
     )
 
 

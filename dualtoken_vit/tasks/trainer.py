@@ -30,11 +30,7 @@ from dualtoken_vit.tasks.registry import get_task
 
 
 def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
-    """Lightning's Trainer.
-
-    Raises:
-        InputError: for a device that this machine lacks.
-    """
+    """Lightning's Trainer; an InputError for a device that this machine lacks."""
     run, optim = recipe.run, recipe.optim
     averaging = [EMAWeightAveraging(decay=optim.ema_decay)] if optim.ema_decay is not None else []
     gpus = torch.cuda.device_count() if run.device in ("auto", "cuda") else 0
@@ -70,11 +66,7 @@ def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
 
 
 def _share(recipe: Recipe, world: int) -> int:
-    """Images in each batch of each process.
-
-    Raises:
-        InputError: where the batch cannot be divided, or the task cannot train on so few.
-    """
+    """Images per batch and process; an InputError for a batch that cannot be divided or is too small for the task."""
     parts = recipe.optim.accumulate * world
     if recipe.optim.batch_size % parts:
         raise InputError(
@@ -137,7 +129,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
         run_folder.check_classes(last, class_names, out)
     report = load_weights(model, start.checkpoint, class_names) if start.checkpoint else None
     build_optimizer(model, recipe.optim)  # rejects a wrong name now, not after the images were read
-    folder = run_folder.RunFolder(out, recipe, name, setup)
+    folder = run_folder.RunFolder(out, recipe, name, setup.model_args)
     trainer = _trainer(recipe, folder)
     loaders = Loaders(setup.train, setup.val, recipe, _share(recipe, trainer.world_size), resumed=last is not None)
     module.steps_per_epoch = loaders.steps_per_epoch  # rejects too few images now, too
@@ -155,6 +147,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
         raise InputError(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume --out {out}")
     best = run_folder.best_epoch(folder.history, module.score)
     if main and best is not None:
-        print(f"best: {module.headline(best)}, in epoch {best['epoch']} of {trainer.max_epochs}; all in {out}")
+        score = f"{module.score} {best[f'val_{module.score}']:.4f}"
+        print(f"best: {score}, in epoch {best['epoch']} of {trainer.max_epochs}; all in {out}")
         print(f"  dualtoken-vit evaluate {out / run_folder.BEST}")
         print(f"  dualtoken-vit predict {out / run_folder.BEST} IMAGES --out {out / 'predictions'}")

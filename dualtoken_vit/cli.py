@@ -14,6 +14,7 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import ABOUT, RECIPES, Classification, Device, Recipe, flatten
 
 INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
@@ -345,8 +346,8 @@ def main() -> None:
         sys.exit(run(sys.argv[1:]))
     except InputError as error:
         # An error in a data loading process arrives behind a traceback.
-        message = str(error).rstrip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
-        _end(f"error: {message}")
+        message = str(error).rpartition(f"{InputError.__module__}.InputError: ")[2]
+        _end(f"error: {printable(message.strip())}")
     except ModuleNotFoundError as error:
         _end(f"error: {error}; {INSTALL}")
     except OSError as error:
@@ -358,7 +359,7 @@ def main() -> None:
         # Lightning turns the former into the latter.
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        hints = {"train": "; --resume continues from the last save", "study": "; the same command goes on from here"}
+        hints = {"train": "; --resume continues from the last save", "study": "; repeat the command to resume"}
         _end(f"interrupted{hints.get(sys.argv[1], '')}", 130)
 
 

@@ -104,6 +104,11 @@ def test_unknown_value_of_a_switch_is_rejected(argument, value):
         timm.create_model("dualtoken_vit_tiny", **{argument: value})
 
 
+def test_lightvit_rejects_an_unknown_output_stride():
+    with pytest.raises(ValueError, match=r"^output_stride=4 is unknown; choose one of 32, 16, 8$"):
+        timm.create_model("lightvit_tiny", output_stride=4)
+
+
 @pytest.mark.parametrize("argument", ["depths", "num_heads", "mlp_ratios", "kernel_sizes"])
 @pytest.mark.parametrize("values", [(1, 1), (1, 1, 1, 1)])
 def test_a_setting_without_one_value_per_stage_is_rejected(argument, values):

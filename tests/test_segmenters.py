@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dualtoken_vit.checkpoint import load_weights, save_checkpoint
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models import segmenters
+from dualtoken_vit.models.backbone import constructor_arguments
 from dualtoken_vit.models.detectors import create_detector
 from dualtoken_vit.models.segmenters import create_segmenter, segment
 from dualtoken_vit.paper.counting import RULES
@@ -224,6 +225,17 @@ def test_grey_images():
 def test_refusals(kind, name, message):
     with pytest.raises(InputError, match=message):
         create(kind, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "inherited"),
+    [("dualtoken_vit_tiny", "output_stride"), ("deit_tiny_distilled_patch16_224", "dynamic_img_size")],
+)
+def test_constructor_arguments_include_those_of_base_classes(name, inherited):
+    with torch.device("meta"):
+        found = constructor_arguments(type(timm.create_model(name)))
+    assert inherited in found
+    assert not {"args", "kwargs", "make_block"} & set(found)
 
 
 def test_starting_from_other_files(tmp_path):

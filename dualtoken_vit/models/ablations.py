@@ -1,7 +1,7 @@
 """The alternatives of the paper's Tables 6 to 9, selected by the arguments of `DualTokenViT`."""
 
 import torch
-from timm.layers import LayerNorm, trunc_normal_
+from timm.layers import LayerNorm, gen_relative_position_index, trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
@@ -75,11 +75,7 @@ class Windows(Attention):
 
     def reset_parameters(self) -> None:
         trunc_normal_(self.relative_position_bias_table, std=0.02)
-        y, x = torch.meshgrid(torch.arange(self.window), torch.arange(self.window), indexing="ij")
-        position = torch.stack((y, x)).flatten(1)  # (2, window^2)
-        dy, dx = position[:, :, None] - position[:, None] + self.window - 1
-        index = dy * (2 * self.window - 1) + dx
-        self.relative_position_index.copy_(index)
+        self.relative_position_index.copy_(gen_relative_position_index((self.window, self.window)))
 
     def attend_windows(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3C), H and W multiples of window -> (B, H, W, C)
         w = self.window

@@ -52,8 +52,8 @@ __all__ = ["MaskRCNN", "Pyramid", "RetinaNet", "build_detector", "create_detecto
 CHANNELS = 256  # of every pyramid level
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SCORE_THRESHOLD = 0.05
-NMS_THRESHOLD = 0.5
 DETECTIONS = 100  # per image
+SELECTION: dict[str, Any] = dict(score_thresh=SCORE_THRESHOLD, nms_thresh=0.5, detections_per_img=DETECTIONS)
 CROWD_OVERLAP = 0.5  # minimum share of a box's area in a crowd region for the box to belong to it
 
 Target = dict[str, Tensor]
@@ -314,9 +314,7 @@ class RetinaNet(OverBackbone, retinanet.RetinaNet):
             Pyramid(body, 8, CoarseLevels(body.feature_info.channels()[-1])),
             num_classes,
             anchor_generator=Anchors((8, 16, 32, 64, 128), sizes),
-            score_thresh=SCORE_THRESHOLD,
-            nms_thresh=NMS_THRESHOLD,
-            detections_per_img=DETECTIONS,
+            **SELECTION,
         )
         self.transform = transform
         self.head.register_forward_hook(to_float32)
@@ -378,9 +376,7 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
             batch_size_per_image=roi_samples,
             positive_fraction=0.25,
             bbox_reg_weights=None,
-            score_thresh=SCORE_THRESHOLD,
-            nms_thresh=NMS_THRESHOLD,
-            detections_per_img=DETECTIONS,
+            **SELECTION,
             mask_roi_pool=self.roi_pool(14),
             mask_head=MaskRCNNHeads(CHANNELS, (256,) * 4, dilation=1),
             mask_predictor=MaskRCNNPredictor(256, 256, num_classes + 1),

@@ -189,21 +189,19 @@ class DualTokenViT(TwoStreamViT):
 
         def make_block(i: int, halvings: int, dilation: int, drop_path: float) -> Block:
             dim, heads = dims[i], num_heads[i]
-            local: nn.Module
-            downsample: nn.Module
-            fusion: nn.Module
             if kernel_sizes[i] == 0:
-                local = nn.Identity()
+                local: nn.Module = nn.Identity()
             elif local_attention == "conv":
                 local = ConvEncoder(dim, kernel_sizes[i], dilation, **dd)
             else:
                 local = ablations.WindowAttention(dim, heads, attn_drop_rate, **dd)
             if downsampling == "stepwise":  # M = 1 in the first stage, 0 in the others (section 3.3)
-                downsample = StepwiseDownsample(dim, halvings, convs=int(i == 0), **dd)
+                downsample: nn.Module = StepwiseDownsample(dim, halvings, convs=int(i == 0), **dd)
             else:
                 downsample = ablations.OneStepDownsample(halvings)
             if position_aware and token_grid > 0:
-                fusion = PositionAwareFusion(dim, token_grid, token_mlp, alpha, grid_resize == "antialias", **dd)
+                antialias = grid_resize == "antialias"
+                fusion: nn.Module = PositionAwareFusion(dim, token_grid, token_mlp, alpha, antialias, **dd)
             elif position_aware:
                 fusion = ablations.NoTokens()
             else:

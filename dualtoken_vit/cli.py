@@ -141,7 +141,7 @@ def _flags(args: list[str], values: dict[str, Any]) -> list[str]:
     """The arguments with `--section.field true` and `false` as tyro's `--section.field` and `--section.no-field`."""
     switches = {f"--{key.replace('_', '-')}" for key, value in values.items() if isinstance(value, bool)}
     found: list[str] = []
-    for arg in args:
+    for arg in (part for each in args for part in (each.split("=") if each.partition("=")[0] in switches else [each])):
         if found and found[-1] in switches and arg.lower() in ("true", "false"):
             if arg.lower() == "false":
                 section, _, field = found[-1].removeprefix("--").rpartition(".")
@@ -214,10 +214,11 @@ def evaluate(args: list[str]) -> None:
     stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}
+    given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
     chosen = _parse(Evaluate(stored), stored, args, flags, f"evaluate {checkpoint}", evaluate.__doc__)
     result = run(
         checkpoint,
-        data={key: value for key, value in asdict(chosen.data).items() if value != before[key]},
+        data={key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]},
         batch_size=chosen.batch_size,
         device=chosen.device,
         precision=chosen.precision,

@@ -1,5 +1,6 @@
 """The evaluation of a trained network on a validation set."""
 
+import math
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -50,6 +51,7 @@ def evaluate(
     header = read_checkpoint(checkpoint, weights=False)
     recipe, task, given = stored_recipe(checkpoint, header), get_task(header.task), data or {}
     known = {field.name for field in fields(recipe.data)}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     for name in given:
         if name not in known:
             raise InputError(
@@ -85,6 +87,8 @@ def evaluate(
     )
     trainer.validate(module, batches, verbose=False)
     evaluation = module.evaluate()
+    if not all(map(math.isfinite, evaluation.scores.values())):
+        raise InputError("the network produced NaN or Inf; use another checkpoint or --precision 32-true")
     if out is not None:
         module.save_details(out, evaluation)
     return evaluation

@@ -33,6 +33,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
     except (RuntimeError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"{path} has weights that are NaN or Inf; use another checkpoint")
     return model.eval(), checkpoint
 
 

@@ -87,6 +87,18 @@ def test_everything_that_can_be_wrong(check, photos):
     assert lines[-1] == "problems: 8"
 
 
+def test_a_class_that_is_a_link_to_another(check, photos):
+    for split in ("train", "val"):
+        (photos / split / "z").symlink_to("red")
+    verdict, lines = check()
+    assert not verdict
+    assert row(lines, "z") == row(lines, "red") == ["12", "6"]
+    pair = f"{photos}/train/red/0.jpg = {photos}/train/z/0.jpg"
+    assert f"note: files in more than one class: 12, for example {pair}" in lines
+    assert f"equal images in different classes: {pair}" in lines
+    assert lines[-1] == "problems: 18"
+
+
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [

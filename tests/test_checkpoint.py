@@ -146,7 +146,9 @@ def test_other_classes_leave_the_classifier_new(tmp_path):
 def test_another_network_that_shares_most_tensors_is_named(tmp_path):
     mixed = timm.create_model("dualtoken_vit_tiny_mix", num_classes=4, **SMALL)
     report = load_weights(make(), save(tmp_path / "best.safetensors", mixed))
-    assert "a dualtoken_vit_tiny_mix, not a dualtoken_vit_tiny: only the tensors that both have are loaded" in str(report)
+    assert "a dualtoken_vit_tiny_mix, not a dualtoken_vit_tiny: only the tensors that both have are loaded" in str(
+        report
+    )
     assert report.new
     assert not load_weights(make(), save(tmp_path / "same.safetensors", make())).network
 

@@ -474,3 +474,8 @@ def test_drawn_data_of_a_recipe():
     assert train[0][0].shape == (1, 32, 32)
     assert "masks" not in train[0][1]
     assert not torch.equal(train[0][0], val[0][0])
+
+
+def test_no_more_scenes_than_a_split_has():
+    assert len(draw_scenes("val", 16, 201).coco["images"]) == 200
+    assert len(draw_scenes("val", 16, 3).coco["images"]) == 3

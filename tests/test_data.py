@@ -8,7 +8,10 @@ import threading
 from collections import Counter
 from copy import copy
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -16,13 +19,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from dualtoken_vit.data import classification
+from dualtoken_vit.data import classification, threads
 from dualtoken_vit.data.classification import build_datasets, build_val_dataset
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages, draw
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import ClassificationData
+from dualtoken_vit.recipes import Classification, ClassificationData
+from dualtoken_vit.tasks.registry import get_task
 
 
 @pytest.fixture
@@ -153,6 +157,20 @@ def test_one_image_cannot_be_held_out(data, photos):
 # Evaluation by a checkpoint's classes
 
 
+def test_a_stored_holdout_does_not_hide_the_data_given(data):
+    def images(**given):
+        follows = get_task("classification").relocate(Classification(data=stored), given)
+        return sorted(build_val_dataset(replace(stored, **follows | given), 3).image_names)
+
+    stored = replace(data, holdout=0.25)
+    val = sorted(build_val_dataset(data, 3).image_names)
+    held = sorted(build_val_dataset(stored, 3).image_names)
+    assert images(root=data.root) == images(val_split="val") == val
+    assert images(workers=0) == images(root=data.root, holdout=0.25) == held
+    assert len(val) == 18
+    assert len(held) == 9
+
+
 def test_targets_follow_the_order_of_the_checkpoint(data):
     val = build_val_dataset(data, 3, ["red", "blue", "green"])
     assert val.class_names == ("red", "blue", "green")
@@ -231,12 +249,34 @@ def test_unreadable_images_are_left_out_if_asked_for(data, photos):
     assert train.verify(progress=False) == []
 
 
-def test_a_class_of_which_nothing_can_be_read_is_an_error(data, photos):
-    for path in (photos / "train/green").iterdir():
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_a_class_without_readable_images_is_an_error_in_training_and_absent_in_validation(data, photos, holdout):
+    for path in chain((photos / "train/green").iterdir(), (photos / "val/green").iterdir()):
         truncate(path)
-    train, _ = build_datasets(data, 3)
-    with pytest.raises(InputError, match="no readable images in class 'green'"):
+    data = replace(data, holdout=holdout)
+    train, val = build_datasets(data, 3)
+    with pytest.raises(InputError, match="no readable images in class 'green', for example .*green/"):
         train.verify(skip=True, progress=False)
+    count = 3 if holdout else 6
+    for images in (val, build_val_dataset(data, 3, train.class_names)):
+        first = images.image_names[count]
+        assert len(images.verify(skip=True, progress=False)) == count
+        assert Counter(images.targets) == {0: count, 2: count}
+        assert images.notes == (f"no readable images in class 'green', for example {first}",)
+
+
+def test_validation_images_of_which_none_can_be_read(data, photos):
+    for path in (photos / "val").rglob("*.jpg"):
+        truncate(path)
+    with pytest.raises(InputError, match="no readable images in class 'blue', 'green', 'red'"):
+        build_val_dataset(data, 3).verify(skip=True, progress=False)
+
+
+def test_unreadable_images_are_found_by_verify_only(data):
+    with pytest.raises(InputError, match=r"^--data\.unreadable skip: needs --data\.verify, .*leave one of them out$"):
+        build_datasets(replace(data, unreadable="skip", verify=False), 3)
+    build_datasets(replace(data, unreadable="skip"), 3)
+    build_datasets(replace(data, verify=False), 3)
 
 
 def test_in_threads_keeps_the_order_and_passes_errors_on(capfd):
@@ -250,6 +290,30 @@ def test_in_threads_keeps_the_order_and_passes_errors_on(capfd):
     assert "/s" not in err  # the rate is not yet known
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda x: 1 / x, range(3), 3, ""))
+
+
+def test_in_threads_starts_no_more_threads_than_items(monkeypatch, capfd):
+    pools = []
+    monkeypatch.setattr(threads, "ThreadPool", lambda count: pools.append(count) or ThreadPool(count))
+    monkeypatch.setattr(threads, "cores", lambda: 8)
+    assert list(in_threads(str, range(3), 3, "")) == ["0", "1", "2"]
+    assert list(in_threads(str, iter(range(20)), None, "")) == [str(x) for x in range(20)]
+    assert pools == [3, 8]
+    here = threading.get_ident()
+    assert list(in_threads(lambda x: (x, threading.get_ident()), [7], 1, "counting")) == [(7, here)]
+    assert list(in_threads(str, [], 0, "counting")) == []
+    assert list(in_threads(str, range(3), 3, "", ahead=1)) == ["0", "1", "2"]
+    assert pools == [3, 8]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_in_threads_reads_few_items_ahead(ahead):
+    read = []
+    results = in_threads(str, (read.append(x) or x for x in range(100)), 100, "", ahead)
+    for index in range(10):
+        assert next(results) == str(index)
+        assert len(read) <= index // ahead * ahead + ahead
 
 
 @pytest.mark.parametrize("usable", [1, 3])
@@ -479,6 +543,38 @@ def test_shards_by_their_names(shards, tmp_path):
         build_datasets(replace(named, val_split="val-{0000..0002}.tar"), 3)
     with pytest.raises(InputError, match=r"--data\.holdout"):
         build_datasets(replace(named, holdout=0.1), 3)
+
+
+@pytest.mark.parametrize("place", ["split", "_info.json"])
+@pytest.mark.parametrize("name", ["pipe:touch PWNED; cat val-0000.tar", "scp://a/$(touch PWNED).tar", "file:x.tar"])
+def test_shards_run_no_commands(shards, tmp_path, monkeypatch, name, place):
+    """The names may come from a stranger's checkpoint or data set."""
+    monkeypatch.chdir(tmp_path)
+    if place == "split":
+        shards = replace(shards, val_split=f"{name}|1")
+    else:
+        info = json.loads((tmp_path / "_info.json").read_text())
+        info["splits"]["val"]["filenames"] = ["val-0000.tar", name]
+        (tmp_path / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(InputError) as caught:
+        list(build_val_dataset(shards, 3))
+    scheme = name.partition(":")[0]
+    assert str(caught.value) == f"shard {name!r}: must be a file or an http(s) URL, not {scheme}:"
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_shards_from_the_web(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        val = build_val_dataset(replace(shards, val_split=f"{url}/val-{{0000..0001}}.tar"), 3)
+        assert sorted(chain(*stream(val, 4, train=False))) == [(index, index % 2) for index in range(10)]
+        with pytest.raises(InputError, match=r"x\.tar: cannot be read"):
+            build_val_dataset(replace(shards, val_split=f"{url}/';touch PWNED;'x.tar"), 3)
+        server.shutdown()
+    assert not (tmp_path / "PWNED").exists()
 
 
 def test_unreadable_images_in_shards(shards, tmp_path):

@@ -1,12 +1,14 @@
 """Which files are images: each real file once, whatever links there are, and every extension that Pillow reads."""
 
+import ntpath
 import os
+import shutil
 
 import pytest
 from PIL import Image
 
 from dualtoken_vit.data.classification import build_datasets
-from dualtoken_vit.data.folders import EXTENSIONS, image_files, read_lines, scan, skipped_note
+from dualtoken_vit.data.folders import EXTENSIONS, contains, image_files, read_lines, scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import ClassificationData
@@ -64,12 +66,55 @@ def test_classes_may_be_links_to_real_folders(tree, tmp_path_factory):
     assert train.image_names[0] == f"{other}/train/a/0.png"
 
 
-def test_a_file_in_two_classes_stays_in_both_and_is_reported(tree):
-    b = tree / "train" / "b"
-    (b / "link.png").symlink_to("../a/1.png")
-    train, _ = build_datasets(ClassificationData(root=str(tree)), 3)
-    assert train.targets == [0, 0, 0, 1, 1, 1, 1]
-    assert train.notes == (f"files in more than one class: 1, for example {tree}/train/a/1.png = {b}/link.png",)
+def test_a_link_above_does_not_displace_the_file_below(tmp_path):
+    deep = tmp_path / "a" / "deep"
+    deep.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(deep / "x.png")
+    (tmp_path / "a" / "0.png").symlink_to("deep/x.png")
+    (tmp_path / "a" / "other").symlink_to("deep")
+    assert scan(tmp_path / "a") == ({str(deep / "x.png"): str(deep / "x.png")}, [])
+    assert image_files(tmp_path) == [str(deep / "x.png")]
+
+
+def test_links_to_themselves_are_skipped(tree):
+    train = tree / "train"
+    for folder in (train, train / "a"):
+        (folder / "loop").symlink_to("loop")
+    assert scan(train / "a")[1] == [f"{train}/a/loop"]
+    assert len(image_files(train / "a")) == 3
+    found, _ = build_datasets(ClassificationData(root=str(tree)), 3)
+    assert found.class_names == ("a", "b")
+    note = f"skipped files that are not images in a class folder: 2, for example {train}/loop"
+    assert found.notes == (note,)
+
+
+def test_paths_on_two_drives(monkeypatch):
+    monkeypatch.setattr(os.path, "commonpath", ntpath.commonpath)
+    assert not contains("C:\\data", "D:\\data\\a")
+    assert contains("C:\\data", "C:\\data\\a")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("link", "target", "name"), [("b/link.png", "../a/1.png", "1.png"), ("c", "a", "0.png")])
+def test_a_file_in_two_classes_is_refused_in_training_data(tree, split, link, target, name):
+    for each in ("train", "val"):
+        (tree / each / "c").mkdir()
+        Image.new("RGB", (4, 4), "blue").save(tree / each / "c" / "9.png")
+    if link == "c":
+        shutil.rmtree(tree / split / "c")
+    (tree / split / link).symlink_to(target)
+    data = ClassificationData(root=str(tree))
+    second = link if link.endswith(".png") else f"{link}/{name}"
+    count = 3 if link == "c" else 1
+    shared = f"files in more than one class: {count}, for example {tree}/{split}/a/{name} = {tree}/{split}/{second}"
+    if split == "train":
+        with pytest.raises(InputError) as caught:
+            build_datasets(data, 3)
+        assert str(caught.value) == f"{shared}; keep each training file in one class"
+    else:
+        val = build_datasets(data, 3)[1]
+        assert val.targets == ([0, 0, 0, 1, 1, 1, 2, 2, 2] if link == "c" else [0, 0, 0, 1, 1, 1, 1, 2])
+        assert val.notes == (shared,)
 
 
 def test_a_link_to_nowhere_is_not_lost(tree):

@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import dualtoken_vit
@@ -212,3 +214,25 @@ def test_public_names():
     with pytest.raises(AttributeError, match="has no attribute 'predictor'"):
         dualtoken_vit.predictor  # noqa: B018
     assert (Path(dualtoken_vit.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+def test_weights_that_are_nan(files, tmp_path, task):
+    """A detector would find nothing, a classifier the first class."""
+    state, path = load_file(files[task][0]), tmp_path / "nan.safetensors"
+    with safe_open(files[task][0], framework="pt") as file:
+        metadata = file.metadata()
+    key = next(key for key in state if key.endswith("stages.2.blocks.0.mlp.fc1.weight"))
+    state[key][0, 0] = torch.nan
+    save_file(state, path, metadata)
+    with pytest.raises(InputError, match=r"nan\.safetensors has weights that are NaN or Inf; use another checkpoint"):
+        dualtoken_vit.load_predictor(path, "cpu")
+
+
+def test_predictors_may_share_a_network(files, image):
+    path, _ = files["detection"]
+    one = dualtoken_vit.load_predictor(path, "cpu", score=0.0)
+    expected = one(image)
+    other = type(one)(one.model, NAMES, one.preprocessing, replace(one.options, score=1.0, image_size=32))
+    assert len(other(image)) == 0
+    same(one(image), expected)

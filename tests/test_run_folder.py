@@ -1,13 +1,18 @@
 """What a run's folder accepts: one training at a time, of one recipe, on the same classes."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from dualtoken_vit import cli
+from dualtoken_vit import RECIPES, cli, train
+from dualtoken_vit.data.detection import save_scenes
 from dualtoken_vit.errors import InputError
 
 SMALL = ("--model.args", "depths=(1,1,1)", "dims=(8,16,32)", "num_heads=(1,2,4)", "head_hidden_size=64")
@@ -90,3 +95,56 @@ def test_unverified_data(photos, tmp_path, capsys):
     with pytest.raises(InputError, match=r"val/red/0\.jpg: cannot be read as an image"):
         call(*args, "--out", tmp_path / "verified")
     assert not (tmp_path / "verified").exists()
+
+
+def test_a_run_without_a_recorded_recipe(run):
+    """Of an early version or from Python: its task must be the named recipe's, and its state this version's."""
+    _, out = run
+    stored = json.loads((out / "recipe.json").read_text())
+    assert stored.pop("recipe") == "folder"
+    (out / "recipe.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="holds a run of classification, not coco; give another --out"):
+        call("train", "coco", "--resume", "--out", out)
+    with pytest.raises(InputError, match="holds a run of classification, not detection; give another --out"):
+        train(RECIPES["coco"], out, resume=True)
+    assert call("train", "folder", "--resume", "--out", out) == 0
+    last = torch.load(out / "last.ckpt")
+    last["run"]["pictures"] = last["run"].pop("images")  # as the first version wrote it
+    torch.save(last, out / "last.ckpt")
+    with pytest.raises(InputError, match=r"last\.ckpt is of an older version and cannot be resumed"):
+        call("train", "folder", "--resume", "--out", out)
+
+
+def test_a_checkpoint_of_the_first_version(run, capsys):
+    """Its recipe names the device otherwise and has fewer fields; it is evaluated all the same."""
+    _, out = run
+    path = out / "best.safetensors"
+    assert call("evaluate", path, "--json", "--device", "cpu") == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    recipe = json.loads(metadata["recipe"])
+    recipe["run"]["accelerator"] = recipe["run"].pop("device")
+    for key in ("verify", "start_size"):
+        del recipe["data"][key]
+    save_file(tensors, path, metadata | {"recipe": json.dumps(recipe)})
+    assert call("evaluate", path, "--json", "--device", "cpu") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == expected
+
+
+def test_evaluation_flags_that_repeat_the_stored_value(photos, tmp_path, capsys):
+    """A flag that is given counts, even if its value is the stored one; what it replaces is dropped."""
+    scenes, out = tmp_path / "scenes", tmp_path / "run"
+    save_scenes(scenes, size=64, train=8, val=6)
+    json_of = "{}/annotations/instances_{}.json".format
+    data = ("--data.images", scenes / "images", "--data.train-json", json_of(scenes, "train"))
+    data += ("--data.val-json", json_of(scenes, "val"), "--data.limit", 4)
+    small = ("--model.name", "dualtoken_vit_tiny", *SMALL, "--data.image-size", 64, "--data.max-size", 64)
+    run = ("--optim.batch-size", 4, "--optim.epochs", 1, "--data.workers", 0, "--run.device", "cpu")
+    assert call("train", "coco", *data, *small, *run, "--out", out) == 0
+    for more, images in (((), 4), (("--data.val-json", json_of(scenes, "val")), 6)):
+        both = (*more, "--data.limit", 4)
+        for given, count in ((more, images), (both, 4)):
+            capsys.readouterr()
+            assert call("evaluate", out / "best.safetensors", *given, "--json", "--device", "cpu") == 0
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == count

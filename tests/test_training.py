@@ -593,3 +593,10 @@ def test_odd_names_of_classes_and_files_stop_nothing(photos, tmp_path, capfd):
     assert {one["class"] for each in record["predictions"] for one in each["classes"]} == set(names.values())
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 19  # with the contact sheet
     assert "warning" not in capfd.readouterr().err
+
+
+def test_one_validation_batch_of_nan_is_not_left_out():
+    task = module(torch.nn.Flatten(), RECIPES["folder"], tuple("ab"))
+    for values in ([[0.0, 1.0]], [[math.nan, 1.0]]):
+        task.validation_step((torch.tensor(values)[:, :, None, None], torch.tensor([0])), 0)
+    assert math.isnan(task.evaluate().scores["loss"])

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import Imagenette
 
 from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some, split_name
-from dualtoken_vit.data.folders import contains, read_lines, scan, skipped_note
+from dualtoken_vit.data.folders import contains, is_folder, read_lines, scan, skipped_note
 from dualtoken_vit.data.images import MODES, load_image
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
 from dualtoken_vit.data.streams import ImageStream, Record, Shards, TensorFlowDataset, unreadable
@@ -58,6 +58,12 @@ class ImageDataset(Dataset, ImageData):
         self.drawn = False
         """Whether the images are generated, so that none can be unreadable."""
 
+        self.complete = False
+        """Whether each class must keep a readable image: in training data."""
+
+        self.shared = ""
+        """Names a file that is in more than one class, if there is one."""
+
     def __len__(self) -> int:
         return len(self.targets)
 
@@ -94,14 +100,17 @@ class ImageDataset(Dataset, ImageData):
         self._leave_out([str(Path(self.root, name)) for name in self.left_out])
 
     def _leave_out(self, names: Collection[str]) -> None:
-        """Drop the images of these names; an InputError if a class loses all its images."""
+        """Drop the images of these names. If a class loses all its images: a note, or an InputError if `complete`."""
         names = set(names)
         kept = self.keep([i for i, name in enumerate(self.image_names) if name not in names])
         lost = set(self.targets) - set(kept.targets)
         if lost:
             example = next(name for name, label in zip(self.image_names, self.targets, strict=True) if label in lost)
             classes = some([self.class_names[label] for label in sorted(lost)])
-            raise InputError(f"no readable images in class {classes}, for example {printable(example)}")
+            message = f"no readable images in class {classes}, for example {printable(example)}"
+            if self.complete or not len(kept):
+                raise InputError(message)
+            self.notes += (message,)
         if names:
             self.sources, self.targets, self.image_names = kept.sources, kept.targets, kept.image_names
 
@@ -125,11 +134,11 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
             raise InputError(f"{printable(path)}: no such folder; expected {printable(folder)}/CLASS/*.jpg{holdout}")
     visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     real = os.path.realpath(folder)
-    names = [each.name for each in visible if each.is_dir() and not contains(os.path.realpath(each.path), real)]
+    names = [each.name for each in visible if is_folder(each) and not contains(os.path.realpath(each.path), real)]
     if not names:
         raise InputError(f"{printable(folder)}: has no class folders; expected {printable(folder)}/CLASS/*.jpg")
     names.sort(key=lambda name: (natural_key(name), name))
-    skipped = sorted(each.path for each in visible if not each.is_dir())
+    skipped = sorted(each.path for each in visible if not is_folder(each))
     targets: list[int] = []
     paths: list[str] = []
     first: dict[str, str] = {}  # real path: name of the image
@@ -144,7 +153,8 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
     dataset = ImageDataset(paths, targets, tuple(names), paths, channels, str(Path(data.root)))
     if shared:
         pair = " = ".join(map(printable, shared[0]))
-        dataset.notes += (f"files in more than one class: {len(shared)}, for example {pair}",)
+        dataset.shared = f"files in more than one class: {len(shared)}, for example {pair}"
+        dataset.notes += (dataset.shared,)
     if skipped:
         dataset.notes += (skipped_note(skipped, "images in a class folder"),)
     return dataset
@@ -267,12 +277,20 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
     """The training and the validation images; set `transform` before use.
 
     Raises:
-        InputError: for a missing folder, an empty training class, validation classes that are not trained, ...
+        InputError: for a missing folder, a training class without images, a training image in two classes, validation
+            classes that are not trained, ...
     """
+    if data.skip and not data.verify:
+        raise InputError("--data.unreadable skip: needs --data.verify, which finds these images; leave one of them out")
     train = read_split(data, "train", channels)
-    empty = _empty(train) if isinstance(train, ImageDataset) and train.root else []
-    if empty:
-        raise InputError(f"{_where(data, 'train')}: no images in class {some(empty)}; add some, or remove the class")
+    if isinstance(train, ImageDataset):
+        train.complete = True
+        if train.shared:
+            raise InputError(f"{train.shared}; keep each training file in one class")
+        empty = _empty(train) if train.root else []
+        if empty:
+            message = f"{_where(data, 'train')}: no images in class {some(empty)}; add some, or remove the class"
+            raise InputError(message)
     if data.holdout:
         return _hold_out(train, data.holdout)
     return train, build_val_dataset(data, channels, train.class_names)
@@ -318,5 +336,5 @@ def _hold_out(dataset: Images, share: float) -> tuple[ImageDataset, ImageDataset
             raise InputError(f"--data.holdout {share}: class {name!r} has only one image")
         held.update(random.Random(0).sample(members, round(share * len(members)) or min(1, len(members))))
     rest, val = dataset.keep([i for i in range(len(dataset)) if i not in held]), dataset.keep(sorted(held))
-    val.notes = ()  # those of `rest`
+    val.notes, val.complete = (), False  # those of `rest`
     return rest, val

@@ -379,7 +379,7 @@ def draw_scenes(split: str, size: int, count: int | None = None) -> AnnotatedIma
     """The first `count` scenes of a split (default: all): images of `size` pixels a side with up to five shapes."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in range(SCENES[split] if count is None else count):
+    for index in range(SCENES[split])[:count]:
         name = f"{split}-{index:04d}.png"
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
         for shape in scene(split, index, size)[1]:

@@ -26,8 +26,8 @@ def is_image(path: str | Path) -> bool:
 def scan(folder: str | Path) -> tuple[dict[str, str], list[str]]:
     """The files in and below a folder: (images with their real paths, other files), each in natural order.
 
-    Hidden files and folders are left out. Symbolic links are followed, but each real file and folder is listed once,
-    and links to a folder that contains `folder` are not followed.
+    Hidden files and folders are left out. Symbolic links are followed, but each real file and folder is listed once, by
+    a name without links if it has one, and links to a folder that contains `folder` are not followed.
 
     Raises:
         InputError: for a folder that cannot be read.
@@ -36,30 +36,32 @@ def scan(folder: str | Path) -> tuple[dict[str, str], list[str]]:
     images: dict[str, str] = {}
     others: list[str] = []
     seen: set[str] = set()
-    folders = deque([(os.fspath(folder), root)])  # as named, real path
+    files: deque[tuple[str, str]] = deque()  # as named, real path; links are last in both queues
+    folders = deque([(os.fspath(folder), root)])
     while folders:
         path, real = folders.popleft()
         if real in seen:
             continue
         seen.add(real)
         try:
-            entries = sorted(os.scandir(path), key=lambda entry: (entry.is_symlink(), entry.name))
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as error:
             raise InputError(f"{printable(path)}: cannot be read ({error.strerror})") from error
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-            if entry.is_dir():
-                if not contains(target, root):
-                    # Links come last: an image keeps the name without them.
-                    (folders.append if entry.is_symlink() else folders.appendleft)((entry.path, target))
-            elif target not in seen:
-                seen.add(target)
-                if is_image(entry.name):
-                    images[entry.path] = target
-                else:
-                    others.append(entry.path)
+            queue = folders if is_folder(entry) else files
+            if queue is files or not contains(target, root):
+                (queue.append if entry.is_symlink() else queue.appendleft)((entry.path, target))
+    for path, target in files:
+        if target in seen:
+            continue
+        seen.add(target)
+        if is_image(path):
+            images[path] = target
+        else:
+            others.append(path)
     return {path: images[path] for path in sorted(images, key=_natural)}, sorted(others, key=_natural)
 
 
@@ -72,9 +74,17 @@ def image_files(folder: str | Path) -> list[str]:
     return list(scan(folder)[0])
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; False for a link to itself, where `entry.is_dir` raises OSError."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
 def contains(folder: str, path: str) -> bool:
     """Whether `path` is `folder` or below it; both are real paths."""
-    return os.path.commonpath([folder, path]) == folder
+    try:
+        return os.path.commonpath([folder, path]) == folder
+    except ValueError:  # two drives of Windows
+        return False
 
 
 def skipped_note(paths: Sequence[str], wanted: str = "images") -> str:

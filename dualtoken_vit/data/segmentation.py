@@ -210,7 +210,7 @@ def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
     They have `size` pixels a side; `counts` (train=100) limits the number of scenes in a split.
     """
     for split, total in SCENES.items():
-        for index in range(counts.get(split, total)):
+        for index in range(total)[: counts.get(split)]:
             image, mask = _draw_scene(split, size, index)
             for kind, content in (("images", image), ("annotations", Image.fromarray(mask))):
                 with atomic_write(Path(folder, kind, split, f"{split}-{index:04d}.png")) as file:

@@ -9,6 +9,8 @@ from itertools import count, islice
 from math import ceil
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -146,13 +148,13 @@ class Shards(ImageStream):
     """webdataset's tar files.
 
     Args:
-        root: their folder; names may also be absolute, or URLs that webdataset opens
+        root: their folder; names may also be absolute, or http(s) URLs
         split: a split of ROOT/_info.json, or the names of the shards: train-{000..127}.tar, or with their number of
             images, train-{000..127}.tar|128000; without it `samples` is 0
         channels: 3 (RGB) or 1 (greyscale)
 
     Raises:
-        InputError: for a split that does not exist.
+        InputError: for a split that does not exist, or another kind of URL.
     """
 
     def __init__(self, root: str, split: str, channels: int) -> None:
@@ -174,7 +176,7 @@ class Shards(ImageStream):
                     f"{printable(path)}: split {split!r} cannot be read ({reason(error)}); or name the shards in "
                     "--data.train-split and --data.val-split: train-{000..127}.tar"
                 ) from error
-        self.shards = [name if "://" in name or name.startswith("pipe:") else str(Path(root, name)) for name in shards]
+        self.shards = [name if _is_url(name) else str(Path(root, name)) for name in shards]
         self.parts = len(self.shards)
 
     def stored(self) -> Iterator[Record]:
@@ -187,16 +189,27 @@ class Shards(ImageStream):
         return wds.detshuffle(**SHUFFLE, seed=mix(seed, repeat, reader)).run(self._read(shards))
 
     def _read(self, shards: Sequence[str]) -> Iterator[Record]:
-        import webdataset as wds
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         for shard in shards:
-            try:
-                for sample in wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples()):
-                    image = next((data for kind, data in sample.items() if f".{kind.lower()}" in EXTENSIONS), b"")
-                    label = json.loads(sample["json"])[self.label_key] if self.label_key else sample["cls"]
-                    yield f"{shard}/{sample['__key__']}", BytesIO(image), int(label)
+            try:  # opened here, because webdataset opens URLs with shell commands
+                with urlopen(shard, timeout=60) if _is_url(shard) else open(shard, "rb") as file:
+                    for sample in group_by_keys(tar_file_expander([{"url": shard, "stream": file}])):
+                        image = next((data for kind, data in sample.items() if f".{kind.lower()}" in EXTENSIONS), b"")
+                        label = json.loads(sample["json"])[self.label_key] if self.label_key else sample["cls"]
+                        yield f"{shard}/{sample['__key__']}", BytesIO(image), int(label)
             except Exception as error:
                 raise InputError(f"{printable(shard)}: cannot be read ({reason(error)})") from error
+
+
+def _is_url(name: str) -> bool:
+    """Whether a shard is read from the web; an InputError for schemes other than http(s), such as pipe:COMMAND."""
+    scheme = urlsplit(name).scheme
+    if scheme in ("http", "https"):
+        return True
+    if len(scheme) > 1:  # a drive of Windows has one letter
+        raise InputError(f"shard {printable(name)!r}: must be a file or an http(s) URL, not {scheme}:")
+    return False
 
 
 class TensorFlowDataset(ImageStream):

@@ -1,7 +1,8 @@
 """Process many files in threads, with a progress bar."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from contextlib import ExitStack
+from itertools import chain, islice
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ class _Rate(ProgressColumn):
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str, ahead: int = 256
 ) -> Iterator[Result]:
-    """`function` of each item, in order, with one thread per usable core.
+    """`function` of each item, in order, with one thread per usable core; a single item is processed without threads.
 
     Args:
         function: called in the threads with each of `items`
@@ -34,14 +35,25 @@ def in_threads(
         title: of the progress bar on stderr; "" for no bar
         ahead: the most items that are processed before their results are consumed
     """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
     items = iter(items)
-    with ThreadPool(cores()) as pool, Progress(*columns, console=Console(stderr=True), disable=not title) as bar:
-        task = bar.add_task(title, total=total)
-        while chunk := list(islice(items, ahead)):  # a pool consumes its whole input at once: keep that small
-            for result in pool.imap(function, chunk):
-                yield result
-                bar.advance(task)
+    chunks = iter(lambda: list(islice(items, ahead)), [])  # a pool consumes its whole input at once: keep that small
+    first = next(chunks, [])
+    if len(first) < 2:
+        yield from map(function, chain(first, items))
+        return
+    with ThreadPool(min(cores(), len(first))) as pool, ExitStack() as stack:
+        results = chain.from_iterable(pool.imap(function, chunk) for chunk in chain([first], chunks))
+        if title:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeRemainingColumn(),
+            )
+            bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+            results = iter(bar.track(results, total, description=title))
+        yield from results
 
 
 def verify_each(

@@ -96,7 +96,7 @@ class RandomScale(v2.Transform):
         return {"size": [max(1, round(side * factor)) for side in (height, width)]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)
+        return v2.functional.resize(inpt, params["size"], antialias=True)
 
 
 class CappedCrop(v2.RandomCrop):

@@ -19,6 +19,7 @@ import signal
 import sys
 from asyncio.subprocess import DEVNULL, STDOUT
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -260,7 +261,8 @@ async def _train_all(todo: Sequence[_Job], parallel: int) -> list[str]:
     """
     (main,) = asyncio.all_tasks()  # this one: none has been created yet
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, main.cancel)
+        with suppress(NotImplementedError):  # on Windows
+            asyncio.get_running_loop().add_signal_handler(number, main.cancel)
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, machine.cores() // parallel)
     console, slots = Console(stderr=True), asyncio.Semaphore(parallel)
     pending = {asyncio.create_task(_train(job, threads, slots, console)) for job in todo}

@@ -17,10 +17,11 @@ from torch import nn
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import mix
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
 from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
-from dualtoken_vit.tasks.predictor import Predictor, Report
+from dualtoken_vit.tasks.predictor import OutOfMemory, Predictor, Report, naming_memory
 
 R = TypeVar("R", bound=Recipe)
 
@@ -91,6 +92,17 @@ class TaskModule(LightningModule):
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002  timm's Mixup draws from the global generator
         torch.manual_seed(seed)
+
+    def predict(self, images: Any, batch_idx: int, **options: Any) -> Any:
+        """The predictor's outputs for a validation batch; an InputError names images that do not fit in memory."""
+        try:
+            with naming_memory(f"{self.predictor.memory_hint} (--data.*)"):
+                return self.predictor.forward(images, **options)
+        except OutOfMemory as error:
+            loader: Any = self.trainer.val_dataloaders
+            every = loader.dataset.image_names  # none of a stream
+            names = [every[index] for index in loader.batch_sampler[batch_idx]] if every else ["validation images"]
+            raise InputError(f"{', '.join(map(printable, names))}: {error}") from error
 
     def prepare_epoch(self, train: ImageData, progress: float) -> None:
         """Adapt the training data to the completed share of the run; called before each epoch's first batch."""

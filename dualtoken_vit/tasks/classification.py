@@ -129,7 +129,7 @@ class ClassificationModule(TaskModule):
             },
             compute_groups=False,
         )
-        self.loss = MeanMetric()
+        self.loss = MeanMetric(nan_strategy="disable")  # NaN must stop the run
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
         """(classes, classes): images by true class (row) and predicted class (column), of the last validation."""
 
@@ -148,9 +148,9 @@ class ClassificationModule(TaskModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, target = batch
-        logits = self.predictor.forward(x)
+        logits = self.predict(x, batch_idx)
         self.metrics.update(logits, target)
-        self.loss.update(F.cross_entropy(logits, target), len(x))
+        self.loss.update(F.cross_entropy(logits, target, reduction="none"))
 
     def prepare_epoch(self, train: ImageData, progress: float) -> None:
         mean, std = (self.predictor.preprocessing[key] for key in ("mean", "std"))
@@ -225,6 +225,9 @@ class ClassificationTask(Task[Classification]):
         if recipe.data.unreadable == "skip":
             val.verify(skip=True)
         return ClassificationModule(predictor, recipe), val
+
+    def relocate(self, recipe: Classification, given: dict[str, Any]) -> dict[str, Any]:
+        return {"holdout": 0.0} if given.keys() & {"root", "val_split"} else {}
 
     def share_fault(self, recipe: Classification, share: int) -> str:
         if share % 2 and (recipe.augment.mixup > 0 or recipe.augment.cutmix > 0):

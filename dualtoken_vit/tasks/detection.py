@@ -23,7 +23,7 @@ from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
-from dualtoken_vit.models.detectors import SCORE_THRESHOLD, MaskRCNN, RetinaNet, build_detector, create_detector
+from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
 from dualtoken_vit.show import plots
@@ -49,19 +49,18 @@ class DetectionPredictor(Predictor[Objects]):
     Options = DetectionOptions
     batch_size = 4
     ahead = 16
+    model: Any
     memory_hint = "use smaller images, a smaller image_size or a higher score"
-
-    def __init__(self, model: RetinaNet | MaskRCNN, class_names: Any, preprocessing: dict[str, Any], options: Any):
-        super().__init__(model, class_names, preprocessing, options)
-        model.score_thresh = options.score  # applied before masks are pasted, which takes memory
-        model.transform.min_size = (options.image_size,)
-        model.transform.max_size = max(options.max_size, options.image_size)
 
     def preprocess(self, image: Image.Image) -> Tensor:  # -> (C, H, W) uint8
         return pil_to_tensor(image)
 
     @torch.inference_mode()
     def forward(self, batch: list[Tensor]) -> list[dict[str, Tensor]]:  # (C, H, W) uint8 each -> detections
+        # Set here: predictors with other options may share the network. Before masks are pasted, which takes memory.
+        self.model.score_thresh = self.options.score
+        self.model.transform.min_size = (self.options.image_size,)
+        self.model.transform.max_size = max(self.options.max_size, self.options.image_size)
         return self.model([image.to(self.device) / 255 for image in batch])
 
     def postprocess(self, outputs: list[dict[str, Tensor]]) -> list[Objects]:
@@ -154,7 +153,7 @@ class DetectionModule(TaskModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        for target, found in zip(targets, self.predictor.forward(images), strict=True):
+        for target, found in zip(targets, self.predict(images, batch_idx), strict=True):
             self.found[target["image_id"]] = to_results(target["image_id"], found, self.val.category_ids)
 
     def evaluate(self) -> Evaluation:

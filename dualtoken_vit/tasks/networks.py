@@ -1,6 +1,5 @@
 """The timm network of a recipe."""
 
-import inspect
 import re
 from difflib import get_close_matches
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from dualtoken_vit.errors import InputError, first_line
-from dualtoken_vit.models.backbone import check_size
+from dualtoken_vit.models.backbone import check_size, constructor_arguments
 from dualtoken_vit.recipes import Model, model_kwargs
 
 
@@ -60,7 +59,7 @@ def _refusal(recipe: Model, error: Exception) -> str:
     key = unknown[1] if unknown else None
     if key in args:
         with torch.device("meta"):
-            known = inspect.signature(type(timm.create_model(name))).parameters
+            known = constructor_arguments(type(timm.create_model(name)))
         near = get_close_matches(key, known)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
         return f"--model.args {key}={args[key]}: {name} has no such argument; {hint}"

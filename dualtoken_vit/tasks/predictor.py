@@ -185,10 +185,11 @@ class Predictor(ABC, Generic[Result]):
             with naming_memory(self.memory_hint):
                 return list(self.postprocess(self.forward(self.collate(inputs))))
         except OutOfMemory as error:
-            if len(inputs) > 1:
-                return [result for one in inputs for result in self._run([one])]
-            height, width = inputs[0].shape[-2:]
-            return [InputError(f"{width}x{height} pixels: {error}")]
+            problem = str(error)  # the error itself would keep the batch in memory
+        if len(inputs) > 1:
+            return [result for one in inputs for result in self._run([one])]
+        height, width = inputs[0].shape[-2:]
+        return [InputError(f"{width}x{height} pixels: {problem}")]
 
 
 class OutOfMemory(InputError):
@@ -229,7 +230,7 @@ def to_image(source: ImageLike, channels: int) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
-        raise InputError(f"{form}: give (H, W) or (H, W, C) arrays, (C, H, W) tensors, with 1 or 3 channels")
+        raise InputError(f"{form}: give (H, W) or (H, W, C) arrays, (C, H, W) tensors, with 1, 3 or 4 channels")
     if np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1:
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:

@@ -9,7 +9,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.contract import some
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
-from dualtoken_vit.recipes import Recipe, flatten, free_on_resume, from_dict, to_dict
+from dualtoken_vit.recipes import RECIPES, Recipe, flatten, free_on_resume, from_dict, to_dict
 from dualtoken_vit.show import plots
 from dualtoken_vit.tasks.registry import get_task
 
@@ -50,8 +50,9 @@ def stored_recipe(out: Path, name: str = "") -> Recipe | None:
         recipe = from_dict(values)
     except (TypeError, ValueError, AttributeError, InputError) as error:
         raise InputError(f"{path}: not a recipe of this version ({error}); give another --out") from error
-    if name and started and name != started:
-        raise InputError(f"{out} holds a run of the recipe {started}, not {name}; give another --out")
+    if name and (name != started if started else type(RECIPES[name]) is not type(recipe)):
+        of = f"the recipe {started}" if started else recipe.task
+        raise InputError(f"{out} holds a run of {of}, not {name}; give another --out")
     return recipe
 
 
@@ -62,18 +63,23 @@ def write_recipe(out: Path, recipe: Recipe, name: str = "") -> None:
 
 def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
     """Reject settings that would make the resumed run another one; the InputError names the first of them."""
+    if type(asked) is not type(stored):
+        raise InputError(f"{out} holds a run of {stored.task}, not {asked.task}; give another --out")
     before, free = flatten(stored), free_on_resume(type(stored))
     for key, value in flatten(asked).items():
-        if key not in before or (value != before[key] and key not in free):
+        if value != before[key] and key not in free:
             raise InputError(
-                f"--{key.replace('_', '-')} is {before.get(key)} in the run in {out}, not {value}: a resumed run keeps "
+                f"--{key.replace('_', '-')} is {before[key]} in the run in {out}, not {value}: a resumed run keeps "
                 f"its settings; leave it out, or start another with --out and --model.checkpoint {out / BEST}"
             )
 
 
 def check_classes(last: Path, names: tuple[str, ...], out: Path) -> None:
     """Reject data of other classes than those of last.ckpt's run; the InputError names the added and missing ones."""
-    before = tuple(AtomicCheckpointIO().load_checkpoint(last, "cpu")["run"]["class_names"])
+    state = AtomicCheckpointIO().load_checkpoint(last, "cpu", weights_only=True)
+    if "images" not in state["run"]:
+        raise InputError(f"{last} is of an older version and cannot be resumed; start another run with --out")
+    before = tuple(state["run"]["class_names"])
     if before == names:
         return
     added, missing = [n for n in names if n not in before], [n for n in before if n not in names]
@@ -99,10 +105,11 @@ def in_use(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (out / ".lock").unlink(missing_ok=True)
         lock.release()
-        if not existed and not any(out.iterdir()):  # nothing was begun: leave nothing
-            out.rmdir()
+        with suppress(OSError):  # another training may have taken it, or be in the folder
+            (out / ".lock").unlink(missing_ok=True)
+            if not existed:  # and nothing was begun
+                out.rmdir()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -31,9 +31,7 @@ from dualtoken_vit.show.guard import guard
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.distributed import gather, mean_over_processes
 from dualtoken_vit.tasks.networks import create_network
-from dualtoken_vit.tasks.predictor import Caption, Predictor, Report, naming_memory
-
-MEMORY_HINT = "use mode slide, or a smaller image_size"
+from dualtoken_vit.tasks.predictor import Caption, Predictor, Report
 
 
 class SegmentationPredictor(Predictor[LabelMap]):
@@ -43,7 +41,7 @@ class SegmentationPredictor(Predictor[LabelMap]):
     Options = SegmentationInput
     batch_size = 4
     ahead = 16
-    memory_hint = MEMORY_HINT
+    memory_hint = "use mode slide, or a smaller image_size"
 
     def __init__(self, model: nn.Module, class_names: Any, preprocessing: dict[str, Any], options: Any):
         super().__init__(model, class_names, preprocessing, options)
@@ -134,13 +132,8 @@ class SegmentationModule(TaskModule):
     def check_training_data(self, state: dict[str, Any]) -> None:
         """Weight the classes by their share of the training pixels, of which two or more classes must have some."""
         pixels, names = state.get("pixels"), self.val.class_names
-        if pixels is None and self.recipe.class_weights == "equal":  # --data.verify false
+        if pixels is None:  # --data.verify false
             return
-        if pixels is None:
-            raise InputError(
-                f"--class-weights {self.recipe.class_weights} counts the pixels of each class in the training masks: "
-                "leave --data.verify at true; a run that an older version began cannot be resumed"
-            )
         missing = [name for name, count in zip(names, pixels[0].tolist(), strict=True) if not count]
         if missing and self.trainer.is_global_zero:
             print(f"in no training mask: {', '.join(map(printable, missing))}")
@@ -168,8 +161,7 @@ class SegmentationModule(TaskModule):
         images, masks = batch
         # In training NaN stops the run elsewhere, on all processes, naming the last good state.
         check = self.trainer.state.fn != TrainerFn.FITTING
-        with naming_memory(f"{MEMORY_HINT} (--data.mode, --data.image-size)"):
-            labels = self.predictor.forward(images, check)
+        labels = self.predict(images, batch_idx, check=check)
         for found, mask in zip(labels, masks, strict=True):
             confusion = self.metric(found, mask.long())  # of this image
             index = self.trainer.global_rank + self.seen * self.trainer.world_size  # as `sampling.loader` deals them
@@ -237,6 +229,11 @@ class SegmentationTask(Task[Segmentation]):
     check_data = staticmethod(data_check.check)
 
     def prepare(self, recipe: Segmentation, start: Model) -> Setup:
+        if recipe.class_weights != "equal" and not recipe.data.verify:
+            raise InputError(
+                f"--class-weights {recipe.class_weights} counts the pixels of each class in the training masks: leave "
+                "--data.verify at true"
+            )
         train, val = data.build_datasets(recipe.data, start.in_chans)
         train.transform = segmentation_train(recipe.data, recipe.augment)
         args = model_kwargs(start)

@@ -218,9 +218,10 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     source = metadata.get("model", name).partition(".")[0]  # without timm's tag of pretrained weights
     if 2 * len(fitting) < len(own):  # a few tensors of another network always fit by chance
         other = f" is a {source} and" if source != name else ""
+        hint = f": give --model.name {source}" if source != name else ""
         raise InputError(
             f"{path}{other} has only {len(fitting)} of the {len(own)} tensors of {name}; "
-            "--model.checkpoint must be of the same architecture"
+            f"--model.checkpoint must be of the same architecture{hint}"
         )
     network = f"a {source}, not a {name}: only the tensors that both have are loaded" if source != name else ""
     theirs = metadata.get("class_names", class_names)

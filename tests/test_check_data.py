@@ -42,6 +42,8 @@ def test_sound_data(check, photos):
     assert f"train: width {widths[0]} to {widths[-1]} px, median {median:g}" in lines
     assert f"train: height {min(h for _, h in sizes)} to {max(h for _, h in sizes)} px" in "\n".join(lines)
     assert "val: modes RGB 18" in lines
+    assert f"12 images with their labels: {photos / 'out' / 'labels.png'}" in lines
+    assert Image.open(photos / "out" / "labels.png").size == (3 * 640, 4 * 640)
 
 
 def test_everything_that_can_be_wrong(check, photos):

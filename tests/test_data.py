@@ -255,7 +255,7 @@ def test_a_class_without_readable_images_is_an_error_in_training_and_absent_in_v
         truncate(path)
     data = replace(data, holdout=holdout)
     train, val = build_datasets(data, 3)
-    with pytest.raises(InputError, match="no readable images in class 'green', for example .*green/"):
+    with pytest.raises(InputError, match=r"no readable images in class 'green', for example .*green/"):
         train.verify(skip=True, progress=False)
     count = 3 if holdout else 6
     for images in (val, build_val_dataset(data, 3, train.class_names)):

@@ -3,10 +3,12 @@
 import ntpath
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from dualtoken_vit.data import folders
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.folders import EXTENSIONS, contains, image_files, read_lines, scan, skipped_note
 from dualtoken_vit.errors import InputError
@@ -89,7 +91,7 @@ def test_links_to_themselves_are_skipped(tree):
 
 
 def test_paths_on_two_drives(monkeypatch):
-    monkeypatch.setattr(os.path, "commonpath", ntpath.commonpath)
+    monkeypatch.setattr(folders, "os", SimpleNamespace(path=ntpath))
     assert not contains("C:\\data", "D:\\data\\a")
     assert contains("C:\\data", "C:\\data\\a")
 

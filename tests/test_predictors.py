@@ -157,6 +157,9 @@ def test_a_segmenter_against_itself(files, image):
         (np.full((4, 4, 3), 2.0), r"floating-point values between 0 and 1"),
         (np.full((4, 4, 3), np.nan), r"floating-point values between 0 and 1"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
+        (None, r"cannot predict for an object of type NoneType: give a path"),
+        (b"\xff\xd8", r"cannot predict for an object of type bytes"),
+        ([3], r"cannot predict for an object of type int"),
     ],
 )
 def test_images_that_cannot_be_used(files, given, message):
@@ -205,6 +208,12 @@ def test_an_image_that_does_not_fit_into_memory(files, image, tmp_path, monkeypa
     message = rf"^{large}: 120x60 pixels: out of memory .*: use mode slide, or a smaller image_size$"
     with pytest.raises(InputError, match=message):
         raise second.error
+
+
+def test_options_may_be_lists(files, image):
+    path = files["segmentation"][0]
+    one, other = (dualtoken_vit.load_predictor(path, "cpu", scales=scales) for scales in ([0.5, 1.0], (0.5, 1.0)))
+    same(one(image), other(image))
 
 
 def test_public_names():

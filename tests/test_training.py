@@ -157,7 +157,8 @@ def test_evaluation_of_other_data(trained, photos):
         ({"device": "abacus"}, r"device=abacus: "),
         ({"data": {"crop_pct": 0.0}}, r"--data\.crop-pct 0\.0: must be at least"),
         ({"data": {"workers": -1}}, r"--data\.workers -1: must be at least 0"),
-        ({"data": {"holdout": 0.75}}, r"--data\.holdout 0\.75: must be at most 0\.5"),
+        ({"data": {"holdout": 0.75, "root": "photos"}}, r"--data\.holdout 0\.75: must be at most 0\.5"),
+        ({"data": {"holdout": 0.25}}, r"--data\.holdout 0\.25: the network was trained with 0, so other shares hold"),
     ],
 )
 def test_evaluation_of_nonsense(trained, arguments, message):

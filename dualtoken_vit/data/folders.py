@@ -75,7 +75,7 @@ def image_files(folder: str | Path) -> list[str]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; False for a link to itself, where `entry.is_dir` raises OSError."""
+    """Whether an entry is a folder or a link to one. For a link to itself, `entry.is_dir` raises OSError."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 

@@ -41,18 +41,12 @@ def in_threads(
     if len(first) < 2:
         yield from map(function, chain(first, items))
         return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
     with ThreadPool(min(cores(), len(first))) as pool, ExitStack() as stack:
-        results = chain.from_iterable(pool.imap(function, chunk) for chunk in chain([first], chunks))
+        results: Iterable[Result] = chain.from_iterable(pool.imap(function, chunk) for chunk in chain([first], chunks))
         if title:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                _Rate(),
-                TimeRemainingColumn(),
-            )
             bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-            results = iter(bar.track(results, total, description=title))
+            results = bar.track(results, total, description=title)
         yield from results
 
 

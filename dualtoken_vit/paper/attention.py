@@ -206,13 +206,13 @@ def draw_key_tokens(seen: Sequence[Seen]) -> Figure:
         _panel(left, one.image, one.label, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))  # in units of image tokens
         _mark(left, *one.token)
         heat = _panel(right, one.map[one.token], "attention to the global tokens")
-        figure.colorbar(heat, ax=right, shrink=0.8, format=lambda share, _: f"{share:.1%}").ax.tick_params(labelsize=7)
+        figure.colorbar(heat, ax=right, shrink=0.8, format=lambda share, _: f"{share:.2%}").ax.tick_params(labelsize=7)
     return figure
 
 
 def draw_maps(seen: Sequence[Seen]) -> Figure:
     """Figure 4, one row per image: the image, the map of every token, their highest values, the mean of all maps."""
-    figure = Figure(figsize=(11, 2.9 * len(seen)), layout="constrained")
+    figure = Figure(figsize=(11, 2.9 * len(seen) + 0.4), layout="constrained")
     for row, one in zip(figure.subplots(len(seen), 4, squeeze=False), seen, strict=True):
         rows, columns = (min(side, SIDE) for side in one.map.shape[:2])
         tokens = torch.from_numpy(one.map).permute(2, 3, 0, 1)  # (h, w, H, W)

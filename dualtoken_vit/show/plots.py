@@ -78,6 +78,7 @@ def save_curves(
                 axes.plot(epochs, [scale * row[column] for row in history], style, label=label)
             axes.set(xlabel="epoch", title=title)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.margins(x=0.1)  # room for the annotation of the last epoch
             axes.grid(alpha=0.3)
             axes.legend()
             if score in columns:

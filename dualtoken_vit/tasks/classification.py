@@ -227,6 +227,11 @@ class ClassificationTask(Task[Classification]):
         return ClassificationModule(predictor, recipe), val
 
     def relocate(self, recipe: Classification, given: dict[str, Any]) -> dict[str, Any]:
+        if "root" not in given and given.get("holdout", 0.0) not in (0.0, recipe.data.holdout):
+            raise InputError(
+                f"--data.holdout {given['holdout']}: the network was trained with {recipe.data.holdout:g}, so other shares "
+                "hold images that it was trained on; leave it out, or give --data.val-split"
+            )
         return {"holdout": 0.0} if given.keys() & {"root", "val_split"} else {}
 
     def share_fault(self, recipe: Classification, share: int) -> str:

@@ -96,7 +96,9 @@ class Predictor(ABC, Generic[Result]):
         for name in given:
             if name not in known:
                 raise InputError(f"{name}: not an option of this predictor; there are {', '.join(known)}")
-        options = cls.Options(**given)
+        options = cls.Options(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        )
         check_bounds(options)
         return options
 
@@ -142,6 +144,11 @@ class Predictor(ABC, Generic[Result]):
             return False, list(images)
         if isinstance(images, str | PathLike | Image.Image | np.ndarray | Tensor):
             return True, [images]
+        if isinstance(images, bytes) or not isinstance(images, Iterable):
+            raise InputError(
+                f"cannot predict for an object of type {type(images).__name__}: give a path, a folder, a PIL image, an "
+                "array, a tensor, or a list of these"
+            )
         return False, [one for each in images for one in self._sources(each)[1]]
 
     def stream(

@@ -147,7 +147,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
         raise InputError(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume --out {out}")
     best = run_folder.best_epoch(folder.history, module.score)
     if main and best is not None:
-        score = f"{module.score} {best[f'val_{module.score}']:.4f}"
+        score = f"{module.score} {best[f'val_{module.score}']:.2%}"
         print(f"best: {score}, in epoch {best['epoch']} of {trainer.max_epochs}; all in {out}")
         print(f"  dualtoken-vit evaluate {out / run_folder.BEST}")
         print(f"  dualtoken-vit predict {out / run_folder.BEST} IMAGES --out {out / 'predictions'}")

@@ -4,15 +4,24 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from dualtoken_vit.data.check.report import Facts, copies, count_table, missing_classes, print_report, read_facts
-from dualtoken_vit.data.classification import Images, Record, read_split
+from dualtoken_vit.data.check.report import (
+    Facts,
+    contact_sheet,
+    copies,
+    count_table,
+    missing_classes,
+    print_report,
+    read_facts,
+)
+from dualtoken_vit.data.classification import ImageDataset, Images, Record, read_split
 from dualtoken_vit.data.contract import split_name
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.recipes import Classification
+from dualtoken_vit.show.drawing import draw_scene, spread
 
 
 def check(recipe: Classification, out: Path) -> bool:
-    """Read every image of a recipe's dataset once and print a report; nothing is drawn in `out`.
+    """Read every image of a recipe's dataset once, print a report, and draw some images as OUT/labels.png.
 
     Returns whether there is no problem. Problems are: unreadable images, empty classes, classes of one split only,
     images in both splits, and equal images in different classes. Sizes, modes, imbalance and copies within a class are
@@ -37,7 +46,13 @@ def check(recipe: Classification, out: Path) -> bool:
     ]
     mixed = [f"equal images in different classes: {names}" for names in copies(found, lambda _, fact: fact.label)]
     problems = [*empty, *missing_classes(class_names)]
-    return print_report(count_table(class_names, counts), found, holdout, notes, problems, [mixed])
+    train = datasets[data.train_split]
+    sound = [i for i, fact in enumerate(found[data.train_split]) if not fact.problem]
+    sheet = []
+    if isinstance(train, ImageDataset) and sound:  # a stream cannot be read at chosen places
+        images = ((train[i][0], train.class_names[train.targets[i]]) for i in spread(sound))
+        sheet = [contact_sheet([draw_scene([(name, image, None)], ()) for image, name in images], out / "labels.png")]
+    return print_report(count_table(class_names, counts), found, [*holdout, *sheet], notes, problems, [mixed])
 
 
 def _read(dataset: Images, split: str) -> list[Facts]:

@@ -158,7 +158,7 @@ def test_evaluation_of_other_data(trained, photos):
         ({"data": {"crop_pct": 0.0}}, r"--data\.crop-pct 0\.0: must be at least"),
         ({"data": {"workers": -1}}, r"--data\.workers -1: must be at least 0"),
         ({"data": {"holdout": 0.75, "root": "photos"}}, r"--data\.holdout 0\.75: must be at most 0\.5"),
-        ({"data": {"holdout": 0.25}}, r"--data\.holdout 0\.25: the network was trained with 0, so other shares hold"),
+        ({"data": {"holdout": 0.25}}, r"--data\.holdout 0\.25: the network was trained with 0, so another share"),
     ],
 )
 def test_evaluation_of_nonsense(trained, arguments, message):
@@ -340,7 +340,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(photos, tmp_path, mon
         train(recipe(photos), tmp_path / "run")
 
 
-def cross_entropy_without_end(logits, target, label_smoothing=0.0):
+def cross_entropy_without_end(logits, target, label_smoothing=0.0, reduction="mean"):
     loss = -logits.log_softmax(1)[range(len(target)), target].mean()
     return loss if logits.requires_grad else loss * math.inf
 

@@ -229,8 +229,8 @@ class ClassificationTask(Task[Classification]):
     def relocate(self, recipe: Classification, given: dict[str, Any]) -> dict[str, Any]:
         if "root" not in given and given.get("holdout", 0.0) not in (0.0, recipe.data.holdout):
             raise InputError(
-                f"--data.holdout {given['holdout']}: the network was trained with {recipe.data.holdout:g}, so another share "
-                "has images that it was trained on; leave it out, or give --data.val-split"
+                f"--data.holdout {given['holdout']}: the network was trained with {recipe.data.holdout:g}, so another "
+                "share has images that it was trained on; leave it out, or give --data.val-split"
             )
         return {"holdout": 0.0} if given.keys() & {"root", "val_split"} else {}
 

@@ -211,6 +211,7 @@ def evaluate(args: list[str]) -> None:
     from dualtoken_vit.evaluation import evaluate as run
     from dualtoken_vit.predictors import stored_recipe
 
+    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
     stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}

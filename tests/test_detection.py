@@ -127,7 +127,7 @@ def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):
         again = call(capsys, "evaluate", tmp_path / "run" / "best.safetensors", *data, *common)[1]
         assert json.loads(again) == json.loads(printed)
     stored = json.loads(call(capsys, "evaluate", best, *common)[1])
-    with pytest.raises(InputError, match=r"--out .* holds a run, whose figures are kept"):
+    with pytest.raises(InputError, match=r"--out .* holds a run, whose files are kept"):
         cli.run([*map(str, ("evaluate", best, *common, "--out", out))])
     with pytest.raises(InputError, match=r"--flip is for segmentation, but .* is of detection; leave it out"):
         cli.run([*map(str, ("predict", best, scenes / "images", "--flip", "True"))])

@@ -290,3 +290,18 @@ def test_auto_augment_takes_grey_and_colour(channels, mode):
     results = [transform(image) for _ in range(30)]
     assert {result.shape for result in results} == {(channels, 32, 32)}
     assert len({result.sum().item() for result in results}) > 10
+
+
+@pytest.mark.parametrize(
+    ("progress", "side"), [(0, 64), (0.49, 64), (0.5, 64), (0.58, 80), (0.65, 96), (0.72, 96), (0.8, 112), (0.99, 112)]
+)
+def test_progressive_resizing(progress, side):
+    """From 64 to 112 pixels between half and four fifths of the run, in steps of 16; without start_size always 112."""
+    data = ClassificationData(image_size=112, start_size=64)
+    image = Image.new("RGB", (50, 40))
+    assert classification_train(data, PLAIN, MEAN, STD, progress)(image).shape == (3, side, side)
+    assert classification_train(replace(data, start_size=None), PLAIN, MEAN, STD, progress)(image).shape == (
+        3,
+        112,
+        112,
+    )

@@ -154,11 +154,13 @@ def test_a_run_weighs_the_classes(scenes, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["class_weights"] == "log"
     kept = torch.load(tmp_path / "run" / "last.ckpt")["Loaders"]["train"]["pixels"]
     assert kept[0].tolist() == np.bincount(labels, minlength=7).tolist()
-    with pytest.raises(InputError, match="--class-weights log counts the pixels .*: leave --data.verify at true"):
-        cli.run([*arguments(tmp_path / "data", tmp_path / "other", "--class-weights", "log"), "--data.no-verify"])
+    other = arguments(tmp_path / "data", tmp_path / "other", "--class-weights", "log", "--data.no-verify")
+    with pytest.raises(InputError, match=r"--class-weights log counts the pixels .*: leave --data\.verify at true"):
+        cli.run(other)
+    changed = ("--resume", "--class-weights", "median-frequency")
+    args = arguments(tmp_path / "data", tmp_path / "run", *changed, optim__epochs=1)
     with pytest.raises(InputError, match="--class-weights is log in the run"):
-        changed = ("--resume", "--class-weights", "median-frequency")
-        cli.run(arguments(tmp_path / "data", tmp_path / "run", *changed, optim__epochs=1))
+        cli.run(args)
 
 
 @pytest.mark.parametrize(("kept", "message"), [((0, 1), ""), ((0,), "the training masks have only one class")])

@@ -133,15 +133,16 @@ class Optim:
     """Optimiser and learning rate schedule, which is updated at every step and starts with a linear warm-up."""
 
     optimizer: str = "adamw"
-    """Name of a timm optimiser."""
+    """Name of a timm optimiser. The muon family leaves tokens, biases, norms, first and last layer to AdamW."""
     lr: Annotated[float, Interval(ge=1e-12, le=1000)] = 1e-3
     """Peak learning rate; it is not scaled with batch_size."""
-    schedule: Literal["cosine", "step", "poly"] = "cosine"
-    """cosine: decay to min_lr; step: divide by 10 at each milestone; poly: decay to min_lr with power 0.9."""
+    schedule: Literal["cosine", "flat-cosine", "step", "poly"] = "cosine"
+    """cosine: decay to min_lr; flat-cosine: the same in the last quarter of the run, flat before; step: divide by 10 at
+    each milestone; poly: decay to min_lr with power 0.9."""
     milestones: Annotated[tuple[int, ...], Epochs] = ()
     """Epochs after which schedule step divides the learning rate by 10."""
     min_lr: Annotated[float, Interval(ge=0, le=1000)] = 1e-6
-    """Final learning rate of schedules cosine and poly."""
+    """Final learning rate of schedules cosine, flat-cosine and poly."""
     warmup_epochs: Annotated[float, Interval(ge=0, le=100_000)] = 1.0
     """Epochs of linear warm-up."""
     warmup_steps: Annotated[int | None, Interval(ge=0, le=1_000_000_000)] = None

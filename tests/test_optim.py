@@ -94,3 +94,27 @@ def test_polynomial_to_the_end():
     found = rates(Optim(lr=1.0, min_lr=0.01, warmup_epochs=0, epochs=2, schedule="poly"), 8)
     assert found == pytest.approx([0.01 + 0.99 * (1 - step / 15) ** 0.9 for step in range(16)])
     assert found[-1] == pytest.approx(0.01)
+
+
+def test_flat_then_cosine():
+    found = rates(Optim(lr=1.0, min_lr=0.1, warmup_steps=2, epochs=2, schedule="flat-cosine"), 8)
+    assert found[:2] == pytest.approx([1 / 3, 2 / 3])
+    assert found[2:12] == pytest.approx([1.0] * 10)  # three quarters of 16 steps are 12
+    assert found[12:] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * step / 3)) for step in range(4)])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamuon"])
+def test_muon_for_the_matrices_alone(optimizer):
+    """Which of timm's two rules updates a parameter shows in the state that it keeps."""
+    model = timm.create_model("dualtoken_vit_tiny", local_attention="window", depths=(1, 1, 1), num_classes=5)
+    built = build_optimizer(model, Optim(optimizer=optimizer))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    built.step()
+    for name, parameter in model.named_parameters():
+        exempt = (
+            parameter.squeeze().ndim == 1
+            or name in ("token_embed", "head.weight", "stem.stride2.0.conv.weight")
+            or name.endswith("relative_position_bias_table")
+        )
+        assert built.state[parameter]["use_muon"] == (not exempt), name

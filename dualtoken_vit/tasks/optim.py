@@ -11,21 +11,33 @@ from torch import nn
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Optim
 
+FLAT = 0.75  # share of the run after which schedule flat-cosine decays
+
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """A timm optimiser for the parameters of a model.
 
-    Biases, normalisation layers and the parameters in `model.no_weight_decay()` have no weight decay. With
-    `layer_decay`, groups follow `model.group_matcher()` and have peak learning rate lr * layer_decay ** (layers above).
+    Biases, normalisation layers and the parameters in `model.no_weight_decay()` have no weight decay. timm's Muon family
+    leaves these, the first convolution and the classifier to its fallback, AdamW (or NAdamW). With `layer_decay`, groups
+    follow `model.group_matcher()` and have peak learning rate lr * layer_decay ** (layers above).
 
     Raises:
         InputError: for an unknown optimiser.
     """
     options: dict[str, Any] = dict(lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
+    cfg = getattr(model, "pretrained_cfg", {})
+    ends = [cfg.get(key) or () for key in ("first_conv", "classifier")]
+    ends = [name for each in ends for name in ([each] if isinstance(each, str) else each)]
     try:
         if timm.optim.get_optimizer_info(optim.optimizer.rpartition("_")[2]).num_betas == 2:  # some have three
             options["betas"] = optim.betas
-        optimizer = timm.optim.create_optimizer_v2(model, opt=optim.optimizer, **options)
+        optimizer = timm.optim.create_optimizer_v2(
+            model,
+            opt=optim.optimizer,
+            fallback_list=[f"{name}.*" for name in ends],
+            fallback_no_weight_decay=True,
+            **options,
+        )
     except ValueError as error:
         near = get_close_matches(optim.optimizer, map(str, timm.optim.list_optimizers()))
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -52,7 +64,8 @@ def build_schedule(
             return 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in optim.milestones)
         elif optim.schedule == "poly":
             return floor + (1 - floor) * (1 - progress) ** 0.9
-        else:
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        elif optim.schedule == "flat-cosine":
+            progress = max((step - FLAT * total) / max(total - 1 - FLAT * total, 1), 0.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -17,9 +17,9 @@ FLAT = 0.75  # share of the run after which schedule flat-cosine decays
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """A timm optimiser for the parameters of a model.
 
-    Biases, normalisation layers and the parameters in `model.no_weight_decay()` have no weight decay. timm's Muon family
-    leaves these, the first convolution and the classifier to its fallback, AdamW (or NAdamW). With `layer_decay`, groups
-    follow `model.group_matcher()` and have peak learning rate lr * layer_decay ** (layers above).
+    Biases, normalisation layers and the parameters in `model.no_weight_decay()` have no weight decay. The Muon family
+    leaves these, the first convolution and the classifier to its fallback, AdamW (or NAdamW). With `layer_decay`,
+    groups follow `model.group_matcher()` and have peak learning rate lr * layer_decay ** (layers above).
 
     Raises:
         InputError: for an unknown optimiser.

@@ -110,8 +110,9 @@ class ClassificationAugment:
     """Area of the random crop, as a fraction of the image: lowest and highest."""
     ratio: Annotated[Range, Interval(ge=0.01, le=100), ASCENDING] = (0.75, 4 / 3)
     """Aspect ratio of the random crop: lowest and highest."""
-    hflip: Share = 0.5
-    """Probability of a horizontal flip."""
+    hflip: Annotated[float | Literal["alternate"], Interval(ge=0, le=1)] = 0.5
+    """Probability of a horizontal flip. alternate: half of the images, chosen at random, in the first epoch, the others
+    in the second, and so on (arXiv 2404.00498); useful in short runs."""
     vflip: Share = 0.0
     """Probability of a vertical flip."""
     color_jitter: Annotated[float, Interval(ge=0, le=10)] = 0.0

@@ -90,6 +90,7 @@ def test_every_numeric_field_has_bounds(task, name, hint):
         ("classification", "data.workers", (0, 64), (-1,)),
         ("classification", "augment.scale", ((0.5, 0.5), (0.1, 1)), ((0.5, 4.0), (0.0, 1.0), (0.9, 0.2))),
         ("classification", "augment.ratio", ((1, 1), (0.5, 2)), ((0.0, 1.0), (2.0, 0.5))),
+        ("classification", "augment.hflip", (0, 1, "alternate"), (-0.1, 1.1)),
         ("classification", "augment.color_jitter", (0, 0.4), (-1.0,)),
         ("classification", "augment.label_smoothing", (0, 1), (-0.1, 1.1)),
         ("classification", "optim.lr", (1e-9, 10), (0.0, -1e-3)),

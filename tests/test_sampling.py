@@ -36,9 +36,12 @@ class Numbers(Dataset):
 def images(photos):
     """36 images under every augmentation there is."""
     data = ClassificationData(root=str(photos), image_size=32)
-    augment = ClassificationAugment(scale=(0.3, 1.0), vflip=0.5, auto_augment="rand-m9-n2-mstd0.5", random_erasing=0.5)
+    augment = ClassificationAugment(
+        scale=(0.3, 1.0), hflip="alternate", vflip=0.5, auto_augment="rand-m9-n2", random_erasing=0.5
+    )
     train, _ = build_datasets(data, 3)
     train.transform = classification_train(data, augment, *STATISTICS)
+    train.alternate_flips(seed=3, epoch=0)
     return train
 
 
@@ -109,6 +112,24 @@ def test_training_drops_what_does_not_fill_a_batch_everywhere(world):
     assert {len(part) for part in parts} == {50 // (4 * world)}
     seen = [index for part in parts for batch, _ in part for index in batch.tolist()]
     assert len(seen) == len(set(seen)) == 50 // (4 * world) * 4 * world
+
+
+def test_alternating_flips(photos):
+    """A random half of the images in the first epoch, the others in the second, and so on: by pixels and by numpy."""
+    train, _ = build_datasets(ClassificationData(root=str(photos)), 3)
+    stored = [np.asarray(image) for image, _ in train]
+    flipped = []
+    for epoch in range(4):
+        train.alternate_flips(3, epoch)
+        images = [np.asarray(image) for image, _ in train]
+        flipped.append([np.array_equal(image, before[:, ::-1]) for image, before in zip(images, stored, strict=True)])
+        same = [np.array_equal(image, before) for image, before in zip(images, stored, strict=True)]
+        assert same == [not each for each in flipped[-1]]
+    first = flipped[0]
+    assert 10 <= sum(first) <= 26  # of 36
+    assert flipped[1:] == [[not each for each in first], first, [not each for each in first]]
+    train.alternate_flips(4, 0)
+    assert train.flipped != first
 
 
 def test_fewer_images_than_a_batch():

@@ -11,6 +11,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import ImageOps
 from timm.data import create_reader
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, Subset
@@ -19,6 +21,7 @@ from torchvision.datasets import Imagenette
 from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some, split_name
 from dualtoken_vit.data.folders import contains, is_folder, read_lines, scan, skipped_note
 from dualtoken_vit.data.images import MODES, load_image
+from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
 from dualtoken_vit.data.streams import ImageStream, Record, Shards, TensorFlowDataset, unreadable
 from dualtoken_vit.data.threads import in_threads
@@ -61,6 +64,9 @@ class ImageDataset(Dataset, ImageData):
         self.complete = False
         """Whether each class must keep a readable image: in training data."""
 
+        self.flipped: Sequence[bool] = ()
+        """Whether each image is flipped horizontally before `transform`; empty: none is."""
+
         self.shared = ""
         """Names a file that is in more than one class, if there is one."""
 
@@ -69,7 +75,14 @@ class ImageDataset(Dataset, ImageData):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = load_image(self.sources[index], self.channels, self.image_names[index])
+        if len(self.flipped) and self.flipped[index]:
+            image = ImageOps.mirror(image)
         return (self.transform(image) if self.transform else image), self.targets[index]
+
+    def alternate_flips(self, seed: int, epoch: int) -> None:
+        """Flip a random half of the images in even epochs, and the other half in odd ones (arXiv 2404.00498)."""
+        first = np.random.default_rng(mix(seed)).random(len(self)) < 0.5
+        self.flipped = (first ^ (epoch % 2 == 1)).tolist()
 
     def keep(self, indices: Sequence[int]) -> "ImageDataset":
         """The dataset of these images only."""

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.check import classification as data_check
-from dualtoken_vit.data.classification import build_datasets, build_val_dataset
+from dualtoken_vit.data.classification import ImageDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
@@ -155,6 +155,8 @@ class ClassificationModule(TaskModule):
     def prepare_epoch(self, train: ImageData, progress: float) -> None:
         mean, std = (self.predictor.preprocessing[key] for key in ("mean", "std"))
         train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
+        if isinstance(train, ImageDataset) and self.recipe.augment.hflip == "alternate":
+            train.alternate_flips(self.recipe.run.seed, self.current_epoch)
 
     def evaluate(self) -> Evaluation:
         found = {**self.metrics.compute(), "loss": self.loss.compute()}
@@ -198,6 +200,8 @@ class ClassificationTask(Task[Classification]):
     def prepare(self, recipe: Classification, start: Model) -> Setup:
         train, val = build_datasets(recipe.data, recipe.model.in_chans)
         names = train.class_names
+        if recipe.augment.hflip == "alternate" and not isinstance(train, ImageDataset):
+            raise InputError("--augment.hflip alternate is not available for data that is read as a stream")
         if len(names) < 2:
             raise InputError(f"there is only one class, {names[0]!r}; classification needs two or more")
         model, model_args = create_model(start, len(names), recipe.data.image_size)

@@ -130,6 +130,23 @@ class ClassificationAugment:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Knowledge distillation (Hinton et al., arXiv 1503.02531): the network imitates the logits of a trained teacher.
+
+    The loss is weight * temperature ** 2 * KL(teacher || network) + (1 - weight) * cross-entropy, where the KL
+    divergence is between the softmax outputs of logits / temperature.
+    """
+
+    teacher: Annotated[str | None, FREE] = None
+    """A best.safetensors, or a timm model name with pretrained weights (ImageNet teachers: classes are named by WordNet
+    ID, n01440764). It must know all classes of the data, and sees the augmented images. None: no distillation."""
+    weight: Share = 0.9
+    """Weight of the teacher in the loss."""
+    temperature: Annotated[float, Interval(ge=0.01, le=1000)] = 4.0
+    """Temperature of both softmax outputs."""
+
+
+@dataclass(frozen=True)
 class Optim:
     """Optimiser and learning rate schedule, which is updated at every step and starts with a linear warm-up."""
 
@@ -207,6 +224,7 @@ class Classification(Recipe):
     task: ClassVar[str] = "classification"
     data: ClassificationData = ClassificationData()
     augment: ClassificationAugment = ClassificationAugment()
+    distill: Distill = Distill()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+import timm
 import torch
 from lightning import LightningModule
 from rich.table import Table
@@ -17,7 +18,7 @@ from torch import nn
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import mix
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
 from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
@@ -157,6 +158,18 @@ class Task(ABC, Generic[R]):
     @abstractmethod
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
         """The network of a checkpoint, without its weights."""
+
+    def restore(self, checkpoint: Checkpoint, path: str | Path) -> nn.Module:
+        """The trained network of a checkpoint in evaluation mode; an InputError with its path if it does not fit."""
+        try:
+            model = self.rebuild(checkpoint)
+            model.load_state_dict(checkpoint.state_dict)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = first_line(error)
+            raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise InputError(f"{path} has weights that are NaN or Inf; use another checkpoint")
+        return model.eval()
 
     @abstractmethod
     def evaluation(self, predictor: Any, recipe: R) -> tuple[TaskModule, ImageData]:

@@ -30,6 +30,7 @@ from dualtoken_vit.results import Classes
 from dualtoken_vit.show import plots
 from dualtoken_vit.show.drawing import SIDE, draw_card, fit
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.distill import Teacher, distillation_loss, load_teacher
 from dualtoken_vit.tasks.networks import create_model
 from dualtoken_vit.tasks.predictor import Caption, Predictor, Report
 
@@ -102,7 +103,7 @@ class ClassificationReport(Report[Classes]):
 
 
 class ClassificationModule(TaskModule):
-    """Cross-entropy over (images (B, C, S, S), targets (B,)), with the recipe's Mixup and CutMix."""
+    """Cross-entropy over (images (B, C, S, S), targets (B,)), with the recipe's Mixup and CutMix, and distillation."""
 
     score = "top1"
     panels = {  # noqa: RUF012
@@ -110,8 +111,9 @@ class ClassificationModule(TaskModule):
         "accuracy (%)": {"val_top1": "top-1", "val_top5": "top-5"},
     }
 
-    def __init__(self, predictor: ClassificationPredictor, recipe: Classification):
+    def __init__(self, predictor: ClassificationPredictor, recipe: Classification, teacher: Teacher | None = None):
         super().__init__(predictor, recipe)
+        self.teacher = teacher
         num_classes, augment = len(predictor.class_names), recipe.augment
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
@@ -142,7 +144,12 @@ class ClassificationModule(TaskModule):
         if self.mixup is not None:
             x, target = self.mixup(x, target)  # the targets become smoothed probabilities
             smoothing = 0.0
-        loss = F.cross_entropy(self(x), target, label_smoothing=smoothing)
+        logits = self(x)
+        loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        if self.teacher is not None:
+            distill = self.recipe.distill
+            imitation = distillation_loss(logits, self.teacher(x), distill.temperature)
+            loss = distill.weight * imitation + (1 - distill.weight) * loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -157,6 +164,14 @@ class ClassificationModule(TaskModule):
         train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
         if isinstance(train, ImageDataset) and self.recipe.augment.hflip == "alternate":
             train.alternate_flips(self.recipe.run.seed, self.current_epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["teacher"] = self.teacher and self.teacher.digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("teacher") != (self.teacher and self.teacher.digest):
+            given = f"--distill.teacher {self.recipe.distill.teacher}"
+            raise InputError(f"{given} is not the teacher that the run began with; give that one, or another --out")
 
     def evaluate(self) -> Evaluation:
         found = {**self.metrics.compute(), "loss": self.loss.compute()}
@@ -213,7 +228,8 @@ class ClassificationTask(Task[Classification]):
             **statistics(pretrained_cfg(model), start.in_chans),
         )
         predictor = ClassificationPredictor.create(model, names, preprocessing, recipe.data)
-        module = ClassificationModule(predictor, recipe)
+        teacher = load_teacher(self, recipe, predictor) if recipe.distill.teacher else None
+        module = ClassificationModule(predictor, recipe, teacher)
         module.prepare_epoch(train, 0.0)  # rejects a wrong policy now
         val.transform = predictor.preprocess
         return Setup(recipe.model.name, module, train, val, model_args)

@@ -13,8 +13,11 @@ from dualtoken_vit.models.backbone import check_size, constructor_arguments
 from dualtoken_vit.recipes import Model, model_kwargs
 
 
-def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
-    """The recipe's timm network (0 classes: no classifier); an InputError names the field that timm refuses."""
+def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Module:
+    """The recipe's timm network; an InputError names the field that timm refuses.
+
+    0 classes: no classifier; None: that of the pretrained weights.
+    """
     if ":" not in recipe.name and not timm.is_model(recipe.name):  # hf-hub:, local-dir: name a place
         near = get_close_matches(recipe.name, timm.list_models())
         hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
@@ -34,7 +37,7 @@ def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
     return model
 
 
-def create_model(recipe: Model, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
+def create_model(recipe: Model, num_classes: int | None, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
     """The recipe's classifier, and the arguments that make it again (`save_checkpoint`'s model_args).
 
     A network whose size is fixed (deit, vit, ...) is made for `image_size`.

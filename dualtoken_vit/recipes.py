@@ -91,6 +91,9 @@ class ClassificationData(ClassificationInput, DataSection):
     holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
     """Fraction of each class's training images to validate on instead of the validation split. Use it for tuning, or
     where there is no validation split."""
+    balanced: Share = 0.0
+    """Class-balanced sampling: an epoch draws as many images as there are, n ** (1 - balanced) of a class of n images,
+    up to a common factor. 0: every image once; 1: all classes equally often."""
     start_size: Annotated[int | None, Side] = None
     """Progressive resizing: side of the training images in the first half of the run. It then grows, and reaches
     image_size for the last fifth. None: always image_size."""
@@ -222,6 +225,9 @@ class Classification(Recipe):
     """An image classification run."""
 
     task: ClassVar[str] = "classification"
+    class_weights: Literal["equal", "inverse", "effective"] = "equal"
+    """Loss weight of a class of n training images, up to a common factor. equal: 1; inverse: 1 / n; effective:
+    1 / (1 - 0.999 ** n) (arXiv 1901.05555). An alternative to data.balanced."""
     data: ClassificationData = ClassificationData()
     augment: ClassificationAugment = ClassificationAugment()
     distill: Distill = Distill()

@@ -545,10 +545,11 @@ def test_shards_by_their_names(shards, tmp_path):
         build_datasets(replace(named, holdout=0.1), 3)
 
 
-@pytest.mark.parametrize(("section", "flag"), [({"augment": {"hflip": "alternate"}}, "--augment.hflip alternate")])
-def test_options_that_need_the_number_of_an_image(shards, section, flag):
-    recipe = from_dict({"data": vars(shards)} | section)
-    with pytest.raises(InputError, match=f"^{flag} is not available for data that is read as a stream"):
+def test_options_that_need_the_number_of_an_image(shards):
+    sections = {"augment": {"hflip": "alternate"}, "class_weights": "inverse"}
+    recipe = from_dict({"data": vars(shards) | {"balanced": 0.5}} | sections)
+    flags = "--augment.hflip alternate, --data.balanced, --class-weights"
+    with pytest.raises(InputError, match=f"^{flags}: not available for data that is read as a stream"):
         get_task("classification").prepare(recipe, recipe.model)
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import ExifTags, Image
 from torchvision import tv_tensors
 
+from dualtoken_vit.data.balance import class_weights
 from dualtoken_vit.data.check.segmentation import check as check_data
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.segmentation import (
@@ -19,7 +20,6 @@ from dualtoken_vit.data.segmentation import (
     MaskedImages,
     build_datasets,
     build_val_dataset,
-    class_weights,
     read_mask,
     save_scenes,
 )
@@ -151,12 +151,12 @@ def test_classes_are_weighted_by_their_pixels(tree, kind):
             having = [label for mask in masks if k in mask for label in mask]
             shares.append(having.count(k) / len(having))
         expected = [np.median(shares) / share for share in shares]
-    assert class_weights(kind, train.pixels).tolist() == pytest.approx([*expected, 0], rel=1e-5)
+    assert class_weights(kind, *train.pixels).tolist() == pytest.approx([*expected, 0], rel=1e-5)
 
 
 def test_the_median_of_two_frequencies_lies_between_them():
     pixels = torch.tensor([[30, 10, 0], [40, 40, 0]])
-    assert class_weights("median-frequency", pixels).tolist() == pytest.approx([0.5 / 0.75, 0.5 / 0.25, 0])
+    assert class_weights("median-frequency", *pixels).tolist() == pytest.approx([0.5 / 0.75, 0.5 / 0.25, 0])
 
 
 def test_drawn_scenes_are_counted_by_their_masks():

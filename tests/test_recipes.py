@@ -87,6 +87,7 @@ def test_every_numeric_field_has_bounds(task, name, hint):
         ("classification", "data.start_size", (None, 1), (0,)),
         ("classification", "data.crop_pct", (0.1, 1.0), (0.0, 1.1)),
         ("classification", "data.holdout", (0, 0.5), (-0.1, 0.51)),
+        ("classification", "data.balanced", (0, 0.5, 1), (-0.1, 1.1)),
         ("classification", "data.workers", (0, 64), (-1,)),
         ("classification", "augment.scale", ((0.5, 0.5), (0.1, 1)), ((0.5, 4.0), (0.0, 1.0), (0.9, 0.2))),
         ("classification", "augment.ratio", ((1, 1), (0.5, 2)), ((0.0, 1.0), (2.0, 0.5))),

@@ -23,6 +23,8 @@ class ImageData(Protocol):
     """Applied to each sample as it is read."""
     groups: Sequence[int] | None = None
     """A number for each image: images of one number share training batches. None: all images do."""
+    weights: Sequence[float] | None = None
+    """How often each image is drawn for training, relative to the others. None: once per epoch."""
     notes: tuple[str, ...] = ()
     """Lines to print before training or evaluation: absent classes, skipped files."""
 

@@ -173,23 +173,6 @@ class SegmentationDataset(Dataset, ImageData):
         self.pixels = state["pixels"]
 
 
-def class_weights(kind: str, pixels: Tensor) -> Tensor:
-    """The weight of each class in the loss, (classes,); 0 for a class without pixels.
-
-    Args:
-        kind: median-frequency: the median of all f / f, where f is the class's share of the images that contain it
-            (Eigen and Fergus, arXiv 1411.4734); log: 1 / ln(1.02 + f), where f is its share of all pixels (ENet, arXiv
-            1606.02147)
-        pixels: of `SegmentationDataset.pixels`
-    """
-    if kind == "log":
-        weights = 1 / torch.log(1.02 + pixels[0] / pixels[0].sum())
-    else:
-        share = pixels[0] / pixels[1]  # NaN where no image contains it
-        weights = share.nanquantile(0.5) / share
-    return torch.where(pixels[0] > 0, weights, 0)
-
-
 def draw_scenes(split: str, size: int) -> MaskedImages:
     """The scenes of a split: images of `size` pixels a side with up to five shapes on the class "ground"."""
     names = [f"{split}-{index:04d}" for index in range(SCENES[split])]

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.data.balance import class_weights
 from dualtoken_vit.data.check import classification as data_check
 from dualtoken_vit.data.classification import ImageDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.contract import ImageData
@@ -114,6 +115,8 @@ class ClassificationModule(TaskModule):
     def __init__(self, predictor: ClassificationPredictor, recipe: Classification, teacher: Teacher | None = None):
         super().__init__(predictor, recipe)
         self.teacher = teacher
+        self.class_weights: Tensor | None = None
+        """(classes,) in the loss, with a mean of 1 over the training images; None: all are 1."""
         num_classes, augment = len(predictor.class_names), recipe.augment
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
@@ -145,7 +148,9 @@ class ClassificationModule(TaskModule):
             x, target = self.mixup(x, target)  # the targets become smoothed probabilities
             smoothing = 0.0
         logits = self(x)
-        loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        # Not divided by the weights of the batch: the mean over processes is that over all their images.
+        loss = F.cross_entropy(logits, target, weight=weights, label_smoothing=smoothing, reduction="none").mean()
         if self.teacher is not None:
             distill = self.recipe.distill
             imitation = distillation_loss(logits, self.teacher(x), distill.temperature)
@@ -162,8 +167,16 @@ class ClassificationModule(TaskModule):
     def prepare_epoch(self, train: ImageData, progress: float) -> None:
         mean, std = (self.predictor.preprocessing[key] for key in ("mean", "std"))
         train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
-        if isinstance(train, ImageDataset) and self.recipe.augment.hflip == "alternate":
+        if not isinstance(train, ImageDataset):
+            return
+        targets = torch.tensor(train.targets)
+        counts = targets.bincount(minlength=len(train.class_names))
+        if self.recipe.augment.hflip == "alternate":
             train.alternate_flips(self.recipe.run.seed, self.current_epoch)
+        if self.recipe.data.balanced:
+            train.weights = (counts.double() ** -self.recipe.data.balanced)[targets].tolist()
+        if self.recipe.class_weights != "equal":
+            self.class_weights = class_weights(self.recipe.class_weights, counts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["teacher"] = self.teacher and self.teacher.digest
@@ -215,8 +228,13 @@ class ClassificationTask(Task[Classification]):
     def prepare(self, recipe: Classification, start: Model) -> Setup:
         train, val = build_datasets(recipe.data, recipe.model.in_chans)
         names = train.class_names
-        if recipe.augment.hflip == "alternate" and not isinstance(train, ImageDataset):
-            raise InputError("--augment.hflip alternate is not available for data that is read as a stream")
+        by_image = {
+            "--augment.hflip alternate": recipe.augment.hflip == "alternate",
+            "--data.balanced": recipe.data.balanced > 0,
+            "--class-weights": recipe.class_weights != "equal",
+        }
+        if (flags := [flag for flag, given in by_image.items() if given]) and not isinstance(train, ImageDataset):
+            raise InputError(f"{', '.join(flags)}: not available for data that is read as a stream")
         if len(names) < 2:
             raise InputError(f"there is only one class, {names[0]!r}; classification needs two or more")
         model, model_args = create_model(start, len(names), recipe.data.image_size)

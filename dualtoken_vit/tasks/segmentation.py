@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data import segmentation as data
+from dualtoken_vit.data.balance import class_weights
 from dualtoken_vit.data.check import segmentation as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import collate
@@ -143,7 +144,7 @@ class SegmentationModule(TaskModule):
                 "--data.ignore-index); look at them with check-data"
             )
         if self.recipe.class_weights != "equal":
-            self.weights = data.class_weights(self.recipe.class_weights, pixels)
+            self.weights = class_weights(self.recipe.class_weights, *pixels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = (torch.stack(each) for each in batch)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,7 +24,7 @@ from dualtoken_vit.recipes import RECIPES, Recipe, Run
 from dualtoken_vit.tasks import run_folder
 from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 from dualtoken_vit.tasks.loaders import Loaders
-from dualtoken_vit.tasks.optim import build_optimizer
+from dualtoken_vit.tasks.optim import build_optimizer, ema_update
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 
@@ -32,7 +32,7 @@ from dualtoken_vit.tasks.registry import get_task
 def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
     """Lightning's Trainer; an InputError for a device that this machine lacks."""
     run, optim = recipe.run, recipe.optim
-    averaging = [EMAWeightAveraging(decay=optim.ema_decay)] if optim.ema_decay is not None else []
+    averaging = [WeightAveraging(multi_avg_fn=ema_update(optim.ema_decay))] if optim.ema_decay is not None else []
     gpus = torch.cuda.device_count() if run.device in ("auto", "cuda") else 0
     processes = run.nodes * (max(gpus, 1) if run.devices == "auto" else run.devices)
     try:

@@ -258,6 +258,9 @@ class DetectionData(DetectionInput, DataSection):
     """COCO json file of the training images; category ids may be any integers."""
     val_json: Annotated[str, FREE] = ""
     """COCO json file of the validation images."""
+    balanced: Share = 0.0
+    """Class-balanced sampling: an epoch draws as many images as there are, each in proportion to f ** -balanced, where
+    f is the share of the images that contain its rarest class. 0: every image once; 0.5: as LVIS's repeat factors."""
     limit: Annotated[int | None, Count] = None
     """Use only the first images of each split, for a quick test or to overfit on purpose."""
 

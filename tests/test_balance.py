@@ -1,5 +1,6 @@
 """Class imbalance in classification: weights and sampling, compared with hand counts and torch's weighted loss."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,11 @@ import pytest
 import torch
 from test_training import module, recipe
 
-from dualtoken_vit.data.balance import class_weights
+from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.classification import build_datasets
+from dualtoken_vit.data.detection import save_scenes
+from dualtoken_vit.recipes import RECIPES, Model
+from dualtoken_vit.tasks.registry import get_task
 
 
 @pytest.fixture
@@ -65,10 +69,35 @@ def test_mixed_images_are_weighted_by_their_shares(rare):
     torch.testing.assert_close(task.training_step((x, targets), 0), expected)
 
 
+def test_an_image_of_several_classes_is_drawn_by_its_rarest():
+    """Class 1 is in three of four images, class 2 in two, class 3 in one; LVIS's repeat factors are 1 / sqrt(share)."""
+    classes = [[1, 1, 2], [1], [3, 1, 2], []]
+    expected = [(2 / 4) ** -0.5, (3 / 4) ** -0.5, (1 / 4) ** -0.5, 1]
+    assert image_weights(classes, 0.5) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_images_are_drawn_by_the_size_of_their_class(rare, power):
     made = recipe(rare, data={"balanced": power})
     train, _ = build_datasets(made.data, 3)
     module(torch.nn.Flatten(), made, ("blue", "green", "red")).prepare_epoch(train, 0.0)
     assert train.targets == [0] * 12 + [1] * 6 + [2] * 3
-    assert train.weights == pytest.approx([12**-power] * 12 + [6**-power] * 6 + [3**-power] * 3)
+    relative = np.array([12**-power] * 12 + [6**-power] * 6 + [3**-power] * 3)
+    np.testing.assert_allclose(train.weights / np.sum(train.weights), relative / relative.sum())
+
+
+def test_detection_draws_images_by_their_rarest_class(tmp_path):
+    """From the COCO file by numpy."""
+    save_scenes(tmp_path, size=64, train=12, val=2)
+    files = {f"{split}_json": str(tmp_path / "annotations" / f"instances_{split}.json") for split in ("train", "val")}
+    base = RECIPES["coco"]
+    data = replace(base.data, images=str(tmp_path / "images"), image_size=64, balanced=0.5, **files)
+    made = replace(base, data=data, model=Model(args=("dims=(16,32,32)", "depths=(1,1,1)")))
+    coco = json.loads((tmp_path / "annotations" / "instances_train.json").read_text())
+    present = np.zeros((12, 7), bool)
+    for one in coco["annotations"]:
+        if not one["iscrowd"]:
+            present[[image["id"] for image in coco["images"]].index(one["image_id"]), one["category_id"]] = True
+    factors = np.where(present, 1 / np.sqrt(np.maximum(present.mean(0), 1 / 12)), 1.0).max(1)
+    assert get_task("detection").prepare(made, made.model).train.weights == pytest.approx(factors.tolist())
+    assert len(set(factors)) > 2

@@ -1,9 +1,26 @@
-"""Class imbalance: the weights of rare classes in the loss."""
+"""Class imbalance: how often images of rare classes are drawn, and their weights in the loss."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 BETA = 0.999  # of the effective numbers, in the middle of the values that the paper compares
+
+
+def image_weights(classes: Sequence[Collection[int]], power: float) -> list[float]:
+    """How often to draw each image: f ** -power of its rarest class, of which a share f of the images contains objects.
+
+    With a power of 0.5, these are the repeat factors of LVIS (Gupta et al., arXiv 1908.03195) without their threshold.
+
+    Args:
+        classes: those in each image; an image without any has weight 1
+        power: between 0 (all alike) and 1 (in classification, each class equally often)
+    """
+    counts = Counter(chain.from_iterable(map(set, classes)))
+    return [max(((len(classes) / counts[each]) ** power for each in image), default=1.0) for image in classes]
 
 
 def class_weights(kind: str, counts: Tensor, within: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from dualtoken_vit.checkpoint import Checkpoint
-from dualtoken_vit.data.balance import class_weights
+from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import classification as data_check
 from dualtoken_vit.data.classification import ImageDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.contract import ImageData
@@ -169,13 +169,12 @@ class ClassificationModule(TaskModule):
         train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
         if not isinstance(train, ImageDataset):
             return
-        targets = torch.tensor(train.targets)
-        counts = targets.bincount(minlength=len(train.class_names))
         if self.recipe.augment.hflip == "alternate":
             train.alternate_flips(self.recipe.run.seed, self.current_epoch)
         if self.recipe.data.balanced:
-            train.weights = (counts.double() ** -self.recipe.data.balanced)[targets].tolist()
+            train.weights = image_weights([(target,) for target in train.targets], self.recipe.data.balanced)
         if self.recipe.class_weights != "equal":
+            counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.class_names))
             self.class_weights = class_weights(self.recipe.class_weights, counts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torchvision.ops import box_area
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.data.balance import image_weights
 from dualtoken_vit.data.check import detection as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.detection import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset
@@ -211,6 +212,11 @@ class DetectionTask(Task[Detection]):
         masks = recipe.detector == "mask-rcnn"
         train, val = build_datasets(recipe.data, masks, start.in_chans)
         train.transform = detection_train(recipe.augment.hflip, recipe.augment.photometric)
+        if recipe.data.balanced:
+            objects = (train.objects(index)[0] for index in range(len(train)))
+            train.weights = image_weights(
+                [{one["category_id"] for one in each} for each in objects], recipe.data.balanced
+            )
         if not train.trained:
             raise InputError(f"{train.name}: no object to train on; see check-data")
         if train.dropped:

@@ -481,6 +481,10 @@ def test_a_resumed_run_does_not_read_everything_again(photos, tmp_path, monkeypa
             r"^--data\.image-size 31 is not a size that dualtoken_vit_tiny takes: give at least 32$",
         ),
         ({"model": {"name": "test_vit", "args": ()}, "data": {"image_size": 50}}, r"--data\.image-size 50.*test_vit"),
+        (
+            {"model": {"name": "test_vit", "args": ()}, "data": {"image_size": 64, "start_size": 50}},
+            r"--data\.start-size 50 is not a size that test_vit takes",
+        ),
         ({"model": {"checkpoint": "nowhere.safetensors"}}, r"nowhere\.safetensors: no such checkpoint"),
         ({"run": {"device": "tpu"}}, r"^--run\.device tpu: "),
         ({"run": {"devices": 0}}, r"^--run\.devices 0: must be at least 1"),

@@ -151,14 +151,14 @@ def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...
 
 
 @torch.no_grad()
-def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
+def check_size(model: nn.Module, in_chans: int, image_size: int, flag: str = "--data.image-size") -> None:
     """Check timm's minimum size and run a trial image; leaves the network in evaluation mode.
 
     Raises:
-        InputError: if the network does not accept images of this size.
+        InputError: names `flag` if the network does not accept images of this size.
     """
     cfg = pretrained_cfg(model)
-    refusal = f"--data.image-size {image_size} is not a size that {cfg['architecture']} takes"
+    refusal = f"{flag} {image_size} is not a size that {cfg['architecture']} takes"
     least = max(cfg.get("min_input_size") or (0,))  # of (C, H, W)
     if image_size < least:
         raise InputError(f"{refusal}: give at least {least}")

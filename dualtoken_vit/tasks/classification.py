@@ -237,6 +237,9 @@ class ClassificationTask(Task[Classification]):
         if len(names) < 2:
             raise InputError(f"there is only one class, {names[0]!r}; classification needs two or more")
         model, model_args = create_model(start, len(names), recipe.data.image_size)
+        if recipe.data.start_size is not None:
+            check_size(model, start.in_chans, recipe.data.start_size, "--data.start-size")
+            model.train()
         size = (start.in_chans, recipe.data.image_size, recipe.data.image_size)
         preprocessing: dict[str, Any] = dict(  # timm's data config, with the network's own mean and deviation
             input_size=size,

@@ -76,7 +76,6 @@ def load_teacher(task: Task[Classification], recipe: Classification, student: Pr
         if checkpoint.preprocessing["input_size"][0] != channels:
             raise InputError(f"{flag} needs --model.in-chans {checkpoint.preprocessing['input_size'][0]}")
         model, names, own = task.restore(checkpoint, name), checkpoint.class_names, checkpoint.preprocessing
-        check_size(model, channels, size)
     else:
         try:
             model, _ = create_model(Model(name, in_chans=recipe.model.in_chans, pretrained=True), None, size)
@@ -85,6 +84,9 @@ def load_teacher(task: Task[Classification], recipe: Classification, student: Pr
         cfg, subset = pretrained_cfg(model), infer_imagenet_subset(model)
         names = tuple(cfg.get("label_names") or (ImageNetInfo(subset).label_names() if subset else ()))
         own = statistics(cfg, channels)
+    check_size(model, channels, size)
+    if recipe.data.start_size is not None:
+        check_size(model, channels, recipe.data.start_size, "--data.start-size")
     if missing := [each for each in student.class_names if each not in names]:
         theirs = f"its classes are {some(names)}" if names else "it does not name its classes"
         raise InputError(f"{flag} does not predict class {some(missing)} of the data; {theirs}")

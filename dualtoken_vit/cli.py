@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:  # a bare install has the models only
     sys.exit(f"dualtoken-vit: error: {error.name} is not installed; {INSTALL}")
 
 DEFAULT = "demo"
+PRETRAINED = "--model.pretrained"  # true, false or auto: no switch for tyro, which wants True, False or auto
 R = TypeVar("R", bound=Recipe)
 
 # Commands import what they need themselves: `--help` is quick, and works without another command's dependencies.
@@ -139,16 +140,20 @@ def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> 
 
 def _flags(args: list[str], values: dict[str, Any]) -> list[str]:
     """The arguments with `--section.field true` and `false` as tyro's `--section.field` and `--section.no-field`."""
-    switches = {f"--{key.replace('_', '-')}" for key, value in values.items() if isinstance(value, bool)}
+    switches = {f"--{key.replace('_', '-')}" for key, value in values.items() if isinstance(value, bool)} | {PRETRAINED}
     found: list[str] = []
     for arg in (part for each in args for part in (each.split("=") if each.partition("=")[0] in switches else [each])):
-        if found and found[-1] in switches and arg.lower() in ("true", "false"):
+        if found and found[-1] == PRETRAINED:
+            if arg.startswith("--"):
+                found.append("True")
+            found.append(arg.capitalize() if arg.lower() in ("true", "false") else arg)
+        elif found and found[-1] in switches and arg.lower() in ("true", "false"):
             if arg.lower() == "false":
                 section, _, field = found[-1].removeprefix("--").rpartition(".")
                 found[-1] = f"--{section}{'.' * bool(section)}no-{field}"
         else:
             found.append(arg)
-    return found
+    return [*found, "True"] if found[-1:] == [PRETRAINED] else found
 
 
 def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], prog: str, about: str | None) -> Any:

@@ -38,8 +38,9 @@ class Model:
     """Input channels: 3 (RGB) or 1 (grayscale)."""
     checkpoint: str | None = None
     """Initial weights: a best.safetensors of this project or any timm checkpoint file."""
-    pretrained: bool = False
-    """Start from timm's pretrained weights for this name (downloaded, or from the local cache)."""
+    pretrained: bool | Literal["auto"] = False
+    """true: start from the pretrained weights of this name, this package's or timm's, which timm downloads; auto: from
+    this package's weights, if it has them for this network."""
     drop_path_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Stochastic depth rate of the last block; the rate increases linearly from 0 in the first block."""
     grad_checkpointing: bool = False
@@ -507,6 +508,7 @@ ADE20K = Segmentation(
 
 # Tuned on a held-out tenth of Imagenette's training images (REPRODUCTION.md).
 FOLDER = Classification(
+    model=Model(pretrained="auto"),
     data=ClassificationData(crop_pct=1.0),
     augment=ClassificationAugment(scale=(0.35, 1.0)),
     optim=Optim(batch_size=32, warmup_epochs=0.5),
@@ -566,7 +568,8 @@ register(
         "coco": (
             "Detect your own objects: --data.images DIR --data.train-json FILE --data.val-json FILE.",
             Detection(
-                model=Model(name="dualtoken_vit_small"), optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0)
+                model=Model(name="dualtoken_vit_small", pretrained="auto"),
+                optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),
             ),
         ),
         "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP.", COCO),
@@ -597,7 +600,10 @@ register(
         ),
         "masks": (
             "Segment your own images: --data.root DIR with images/{train,val}/*.jpg and annotations/{train,val}/*.png.",
-            Segmentation(optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2)),
+            Segmentation(
+                model=Model(pretrained="auto"),
+                optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2),
+            ),
         ),
         "ade20k-deeplabv3": ("Section 4.3, DeepLabv3 with S, from an ImageNet --model.checkpoint: 39.0 mIoU.", ADE20K),
         "ade20k-pspnet": ("Section 4.3, PSPNet with S, likewise: 38.8 mIoU.", replace(ADE20K, segmenter="pspnet")),

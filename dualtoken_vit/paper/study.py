@@ -204,7 +204,7 @@ def _plan(name: str, recipe: Classification, base: Base, seeds: int, out: Path) 
 
 def _with(recipe: Classification, model: Model) -> Classification:
     """A recipe with the name and arguments of another network."""
-    return replace(recipe, model=replace(recipe.model, name=model.name, args=model.args))
+    return replace(recipe, model=replace(recipe.model, name=model.name, args=model.args, pretrained=False))
 
 
 def _counts(recipe: Classification, classes: int) -> Counts:

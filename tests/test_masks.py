@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import save_scenes
 from PIL import ExifTags, Image
 from torchvision import tv_tensors
 
@@ -21,7 +22,6 @@ from dualtoken_vit.data.segmentation import (
     build_datasets,
     build_val_dataset,
     read_mask,
-    save_scenes,
 )
 from dualtoken_vit.data.shapes import CLASSES, scene
 from dualtoken_vit.data.transforms import CappedCrop, segmentation_train

@@ -21,7 +21,7 @@ from dualtoken_vit.data.images import load_image, naming
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import in_threads, verify_each
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import SegmentationData
 
 IGNORE = 255  # label of ignored pixels in targets, whatever it is in files
@@ -185,21 +185,6 @@ def _draw_scene(split: str, size: int, index: int) -> tuple[Image.Image, np.ndar
     for shape in shapes:
         labels[shape.mask] = shape.label + 1
     return image, labels
-
-
-def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
-    """Write scenes as FOLDER/{images,annotations}/{train,val}/*.png and FOLDER/classes.txt.
-
-    They have `size` pixels a side; `counts` (train=100) limits the number of scenes in a split.
-    """
-    for split, total in SCENES.items():
-        for index in range(total)[: counts.get(split)]:
-            image, mask = _draw_scene(split, size, index)
-            for kind, content in (("images", image), ("annotations", Image.fromarray(mask))):
-                with atomic_write(Path(folder, kind, split, f"{split}-{index:04d}.png")) as file:
-                    content.save(file, format="png")
-    with atomic_write(Path(folder, "classes.txt"), "w") as file:
-        file.write("\n".join(SCENE_CLASSES) + "\n")
 
 
 def _by_stem(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:

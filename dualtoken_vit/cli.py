@@ -15,7 +15,7 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
-from dualtoken_vit.recipes import ABOUT, RECIPES, Classification, Device, Recipe, flatten
+from dualtoken_vit.recipes import ABOUT, RECIPES, Device, Recipe, flatten
 
 INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
 try:
@@ -46,23 +46,6 @@ class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
     """Folder for labels.png, a contact sheet of images with their labels."""
-
-
-@dataclass(frozen=True)
-class Study:
-    recipe: Annotated[Classification, tyro.conf.arg(name="")]
-    preset: Literal["cpu", "gpu"] = "cpu"
-    """Budget that the other options start from: two cores for 30 minutes, or one GPU."""
-    base: Literal["small", "tiny"] = "small"
-    """The DualToken-ViT of an ablation: small as in the paper, or tiny. Does not apply to peers."""
-    seeds: int = 3
-    """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
-    jobs: int = 1
-    """Parallel runs; they share the CPU's cores, or the GPU."""
-    out: Path = Path("runs", "study")
-    """Folder of the runs, which studies share, and of study-NAME.json, .md, .png; the same command resumes there."""
-    markdown: bool = False
-    """Print the table as Markdown."""
 
 
 D = TypeVar("D")  # the data section of a recipe
@@ -257,7 +240,7 @@ def predict(args: list[str]) -> bool:
 
 def study(args: list[str]) -> None:
     """Train the networks of one of the paper's comparisons with an equal budget and several seeds."""
-    from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
+    from dualtoken_vit.paper.study import PRESETS, STUDIES, Study, networks
     from dualtoken_vit.paper.study import study as run
 
     if _wants_help(args):
@@ -267,7 +250,7 @@ def study(args: list[str]) -> None:
             f"{study.__doc__}\n\nStudies:",
             {name: f"{table} of the paper, {sizes[name]} networks" for name, (table, _) in STUDIES.items()},
             "\nPresets:",
-            {name: preset.about for name, preset in PRESETS.items()},
+            {name: about for name, (about, _) in PRESETS.items()},
             "\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help",
         )
         return
@@ -276,11 +259,9 @@ def study(args: list[str]) -> None:
     name, args = _known("study", args[0], STUDIES), args[1:]
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults of all that follows depend on it
     finder.add_argument("--preset", nargs="?", default="cpu")
-    preset = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
-    default = Study(preset.recipe, base=preset.base, seeds=preset.seeds, jobs=preset.jobs)
-    given = _flags(args, flatten(preset.recipe))
-    chosen = tyro.cli(Study, default=default, args=given, prog=f"dualtoken-vit study {name}", description=study.__doc__)
-    run(name, chosen.recipe, chosen.base, chosen.seeds, chosen.jobs, chosen.out, chosen.markdown)
+    _, default = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
+    given, prog = _flags(args, flatten(default.recipe)), f"dualtoken-vit study {name}"
+    run(name, tyro.cli(Study, default=default, args=given, prog=prog, description=study.__doc__))
 
 
 def check_data(args: list[str]) -> bool:

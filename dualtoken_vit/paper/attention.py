@@ -168,16 +168,11 @@ def highest(maps: np.ndarray, count: int = HIGHEST) -> np.ndarray:
 class Seen:
     """The attention of a network in one image."""
 
-    image: np.ndarray
-    """The input of the network (Y, X, 3) without normalisation, between 0 and 1."""
-    label: str
-    """The predicted class and its probability."""
-    token: tuple[int, int]
-    """Row and column of the key token in the block."""
-    map: np.ndarray
-    """Map (H, W, h, w) of the selected block."""
-    maps: dict[str, np.ndarray]
-    """Maps of all blocks by name."""
+    image: np.ndarray  # the input of the network (Y, X, 3) without normalisation, between 0 and 1
+    label: str  # the predicted class and its probability
+    token: tuple[int, int]  # row and column of the key token in the block
+    map: np.ndarray  # map (H, W, h, w) of the selected block
+    maps: dict[str, np.ndarray]  # maps of all blocks by name
 
 
 def _panel(axes: Axes, image: np.ndarray, title: str, **style: Any) -> AxesImage:

@@ -49,14 +49,10 @@ peak at token   how often no other position is closer to the token than that pos
 class Place:
     """The attention of the tokens on one object in one block; all values are between 0 and 1."""
 
-    on_object: float
-    """Share of their attention on the object."""
-    chance: float
-    """Share of the positions that the object covers, which is `on_object` of uniform attention."""
-    highest: float
-    """Mean coverage by the object of the position with the highest attention."""
-    own: float
-    """Share of the tokens for which no other position is closer than that of the highest attention."""
+    on_object: float  # share of their attention on the object
+    chance: float  # share of the positions that the object covers, which is `on_object` of uniform attention
+    highest: float  # mean coverage by the object of the position with the highest attention
+    own: float  # share of the tokens for which no other position is closer than that of the highest attention
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,8 @@ class Score(Place):
     block: str
     images: int
     objects: int
-    error: float
-    """Standard error of `on_object` minus `chance` over the images."""
-    own_chance: float
-    """`own` of uniform attention: one divided by the number of positions, mean over the images."""
+    error: float  # standard error of `on_object` minus `chance` over the images
+    own_chance: float  # `own` of uniform attention: one divided by the number of positions, mean over the images
 
     @property
     def lift(self) -> float:

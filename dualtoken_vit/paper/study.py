@@ -115,13 +115,10 @@ class Result:
     """One network of a study."""
 
     published: Published
-    name: str
-    """The paper's name, or that of the smaller network in its place."""
+    name: str  # the paper's name, or that of the smaller network in its place
     model: Model
-    counts: Counts
-    """At the image size and number of classes of the study."""
-    top1: tuple[float, ...]
-    """Accuracy after the last epoch for each seed, between 0 and 1."""
+    counts: Counts  # at the image size and number of classes of the study
+    top1: tuple[float, ...]  # accuracy after the last epoch for each seed, between 0 and 1
 
     @property
     def mean(self) -> float:
@@ -137,8 +134,7 @@ class Result:
 class _Job:
     """One run: a network and a seed."""
 
-    key: str
-    """Of the network's row."""
+    key: str  # of the network's row
     recipe: Classification
     folder: Path
 

@@ -34,14 +34,10 @@ class Published:
 
     table: str
     network: str
-    key: str
-    """How to build it here: a recipe, a timm name, or KIND:NAME for a detector or segmenter; "" if unavailable."""
-    params: str
-    """In millions."""
-    flops: str
-    """In billions."""
-    score: str
-    """Top-1 on ImageNet-1k, box AP (/ mask AP) on COCO, or mIoU on ADE20K, in percent."""
+    key: str  # how to build it here: a recipe, a timm name, or KIND:NAME of a detector or segmenter; "": unavailable
+    params: str  # in millions
+    flops: str  # in billions
+    score: str  # Top-1 on ImageNet-1k, box AP (/ mask AP) on COCO, or mIoU on ADE20K, in percent
 
 
 _ROWS = files(__package__).joinpath("published.csv").read_text(encoding="utf-8").splitlines()
@@ -74,12 +70,9 @@ class Row:
     """One network: published, counted and measured."""
 
     published: Published
-    counts: Counts | None
-    """None if neither timm nor this project has the network."""
-    flops: int | None
-    """By the rule of the row's table."""
-    measured: str
-    """Top-1 by this project in percent, mean over seeds, and the numbers of the studies."""
+    counts: Counts | None  # None if neither timm nor this project has the network
+    flops: int | None  # by the rule of the row's table
+    measured: str  # Top-1 by this project in percent, mean over seeds, and the numbers of the studies
 
 
 def bare(model: Model) -> Model:

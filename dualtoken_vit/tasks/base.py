@@ -124,13 +124,11 @@ class TaskModule(LightningModule):
 class Setup:
     """Everything that training needs from a task."""
 
-    title: str
-    """Display name of the network."""
+    title: str  # display name of the network
     module: TaskModule
     train: ImageData
     val: ImageData
-    model_args: dict[str, Any]
-    """`save_checkpoint`'s."""
+    model_args: dict[str, Any]  # `save_checkpoint`'s
 
 
 class Task(ABC, Generic[R]):

@@ -26,12 +26,9 @@ CURVES = (0.5, 0.75)  # IoUs
 class Score:
     """COCO's metrics of boxes or masks; -1 means that there is no ground truth."""
 
-    figures: dict[str, float]
-    """FIGURES, 0 to 1: AP over IoU 0.5 to 0.95; for small, medium, large objects; AR with 1, 10, 100 detections."""
-    per_class: dict[str, float]
-    """AP of each class."""
-    precision: np.ndarray
-    """(IoUs of CURVES, classes, 101): the best precision at recall 0, 0.01, ..., 1 or above."""
+    figures: dict[str, float]  # FIGURES, 0 to 1: AP over IoU 0.5 to 0.95, by size of object; AR with N detections
+    per_class: dict[str, float]  # AP of each class
+    precision: np.ndarray  # (IoUs of CURVES, classes, 101): the best precision at recall 0, 0.01, ..., 1 or above
 
 
 def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:

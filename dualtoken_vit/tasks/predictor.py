@@ -35,8 +35,7 @@ ImageLike = str | PathLike[str] | Image.Image | np.ndarray | Tensor
 class Prediction(Generic[Result]):
     """An image, and what was predicted for it or why that failed."""
 
-    image: Image.Image | None
-    """As loaded; None where it cannot be read."""
+    image: Image.Image | None  # as loaded; None where it cannot be read
     result: Result | None
     error: InputError | None = None
 

@@ -2,11 +2,10 @@
 
 import os
 import sys
-from dataclasses import dataclass
 from json import dumps
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -22,16 +21,11 @@ from dualtoken_vit.tasks.registry import get_task
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
 
 
-@dataclass(frozen=True)
-class Source:
-    """An image file, and where its drawings go: relative to the output folder, without their suffix."""
+class Source(NamedTuple):
+    """An image file, and where its drawings go."""
 
     path: Path
-    place: str
-
-    @property
-    def drawing(self) -> str:
-        return f"{self.place}.png"
+    place: str  # relative to the output folder, without the suffix
 
 
 def predict(
@@ -46,11 +40,7 @@ def predict(
     """Print a table, or one JSON object, of a network's predictions for image files; draw them with `out`.
 
     Args:
-        images: image files, and folders to search for them, subfolders included
-        out: folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of
-            all images, and predictions.json
-        json: print one JSON object on stdout instead of the table, and nothing else there
-        batch_size: images in a forward pass; by default the predictor's
+        images, out, json, batch_size: as on the command line, `cli.Predict`
         checkpoint, device, options: as for `load_predictor`
 
     Returns:
@@ -80,9 +70,9 @@ def predict(
             for suffix, image in report.files(prediction.result).items():
                 with atomic_write(out / f"{source.place}{suffix}") as file:
                     image.save(file, "PNG")
-            with guard(out / source.drawing):
+            with guard(place := out / f"{source.place}.png"):
                 drawing, small, caption = report.draw(source.path.name, prediction.image, prediction.result)
-                save_image(drawing, out / source.drawing)
+                save_image(drawing, place)
                 if sheet:
                     sheet.add(small, *caption)
     if len(record["unreadable"]) == len(sources):

@@ -19,8 +19,8 @@ from dualtoken_vit.data.segmentation import (
     FORMATS,
     IGNORE,
     MaskedImages,
+    build_dataset,
     build_datasets,
-    build_val_dataset,
     read_mask,
 )
 from dualtoken_vit.data.shapes import CLASSES, scene
@@ -334,9 +334,9 @@ def test_targets_follow_the_trained_classes(tree):
     with pytest.raises(
         InputError, match=r"class file in .*: class 'car' is not among the 2 trained classes: 'sky', 'r"
     ):
-        build_val_dataset(data(tree), 3, ("sky", "road"))
+        build_dataset(data(tree), "val", 3, ("sky", "road"))
     trained = ("boat", "sky", "car", "road")
-    val = build_val_dataset(data(tree), 3, trained)
+    val = build_dataset(data(tree), "val", 3, trained)
     assert val.class_names == trained
     assert val.notes == (f"{tree}: no class 'boat'",)
     labels = np.asarray(Image.open(tree / "annotations" / "val" / "0.png"))
@@ -398,7 +398,7 @@ def test_names_that_are_hard_to_print(tree):
         train.verify(progress=False)
     assert str(caught.value).startswith(rf"{tree}/annotations/train/a\n\r.png: cannot be read as an image")
     with pytest.raises(InputError, match=r"class 'ro\ufffd\\x0bad' is not among the 2 trained classes: '\$sky', 'car'"):
-        build_val_dataset(data(tree), 3, ("$sky", "car"))
+        build_dataset(data(tree), "val", 3, ("$sky", "car"))
 
 
 def test_a_format_that_is_not_known():

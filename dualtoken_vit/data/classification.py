@@ -55,20 +55,11 @@ class ImageDataset(Dataset, ImageData):
     ) -> None:
         self.sources, self.targets, self.class_names, self.image_names = sources, targets, class_names, image_names
         self.channels, self.root = channels, root
-        self.left_out: list[str] = []
-        """Names of the images left out, relative to `root`."""
-
-        self.drawn = False
-        """Whether the images are generated, so that none can be unreadable."""
-
-        self.complete = False
-        """Whether each class must keep a readable image: in training data."""
-
-        self.flipped: Sequence[bool] = ()
-        """Whether each image is flipped horizontally before `transform`; empty: none is."""
-
-        self.shared = ""
-        """Names a file that is in more than one class, if there is one."""
+        self.left_out: list[str] = []  # names of the images left out, relative to `root`
+        self.drawn = False  # whether the images are generated, so that none can be unreadable
+        self.complete = False  # whether each class must keep a readable image: in training data
+        self.flipped: Sequence[bool] = ()  # whether to flip each image horizontally before `transform`; empty: none
+        self.shared = ""  # names a file that is in more than one class, if there is one
 
     def __len__(self) -> int:
         return len(self.targets)

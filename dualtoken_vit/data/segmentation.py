@@ -305,10 +305,14 @@ def _shapes(data: SegmentationData, split: str) -> MaskedImages:
 FORMATS: Formats[MaskedImages] = Formats(masks=_masks, shapes=_shapes)
 
 
-def _dataset(
-    data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None
+def build_dataset(
+    data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None = None
 ) -> SegmentationDataset:
-    """A split, whose masks are brought to the order of `class_names`, if given."""
+    """The train or val split, with `class_names` in their order, if given; absent classes are named in `notes`.
+
+    Raises:
+        InputError: for a missing folder, an image without a mask, classes that are not among `class_names`, ...
+    """
     found = FORMATS.read(data, split)
     if found.alone[0]:
         more = f" (and {len(found.alone[0]) - 1} more images)" if len(found.alone[0]) > 1 else ""
@@ -325,19 +329,6 @@ def _dataset(
 
 
 def build_datasets(data: SegmentationData, channels: int) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """The training and the validation images; set `transform` before use.
-
-    Raises:
-        InputError: for a missing folder, an image without a mask, validation classes that are not trained, ...
-    """
-    train = _dataset(data, "train", channels, None)
-    return train, build_val_dataset(data, channels, train.class_names)
-
-
-def build_val_dataset(data: SegmentationData, channels: int, class_names: Sequence[str]) -> SegmentationDataset:
-    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`.
-
-    Raises:
-        InputError: as `build_datasets`.
-    """
-    return _dataset(data, "val", channels, class_names)
+    """The training and the validation images; set `transform` before use. Raises as `build_dataset`."""
+    train = build_dataset(data, "train", channels)
+    return train, build_dataset(data, "val", channels, train.class_names)

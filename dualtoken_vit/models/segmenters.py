@@ -23,7 +23,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, pretrained_cfg, run_alike, statistics
 from dualtoken_vit.recipes import SegmentationInput
 
-__all__ = ["SEGMENTERS", "Segmenter", "build_segmenter", "create_segmenter", "segment"]
+__all__ = ["SEGMENTERS", "Segmenter", "create_segmenter", "segment"]
 
 STRIDE = 8  # to which the last feature map is resized
 AUX_WIDTH = 256
@@ -159,9 +159,6 @@ def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.M
         name = pretrained_cfg(model)["architecture"]
         raise InputError(f"--output-stride {output_stride}: {name} does not support it; leave it out")
     return model
-
-
-build_segmenter = Segmenter
 
 
 def create_segmenter(

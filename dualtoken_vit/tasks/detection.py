@@ -137,12 +137,9 @@ class DetectionModule(TaskModule):
         self.panels = {"loss": {"train_loss": "training"}} | {
             f"{kind} AP (%)": {f"val_{kind}_{name}": name for name in ("AP", "AP50", "AP75")} for kind in kinds
         }
-        self.found: dict[int, list[dict[str, Any]]] = {}
-        """COCO results by image id, of the validation in progress."""
-        self.results: dict[int, list[dict[str, Any]]] = {}
-        """The same of the last validation, over all processes."""
-        self.scores: dict[str, Score] = {}
-        """Of the last validation."""
+        self.found: dict[int, list[dict[str, Any]]] = {}  # COCO results by image id, of the validation in progress
+        self.results: dict[int, list[dict[str, Any]]] = {}  # the same of the last validation, over all processes
+        self.scores: dict[str, Score] = {}  # of the last validation
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch

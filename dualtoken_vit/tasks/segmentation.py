@@ -117,16 +117,13 @@ class SegmentationModule(TaskModule):
 
     def __init__(self, predictor: SegmentationPredictor, recipe: Segmentation, val: data.SegmentationDataset):
         super().__init__(predictor, recipe)
-        self.weights: Tensor | None = None
-        """(classes,) in the loss, where the recipe does not weight them equally."""
+        self.weights: Tensor | None = None  # (classes,) in the loss, where the recipe does not weight them equally
         self.val = val
         self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=data.IGNORE, validate_args=False)
         self.found: dict[int, tuple[float, np.ndarray]] = {}
         """The worst images of the validation in progress, by index: pixel accuracy, labels (H, W)."""
-        self.seen = 0
-        """Images of this process in that validation."""
-        self.worst: list[tuple[int, np.ndarray]] = []
-        """Index and labels of the worst images of the last validation, the worst first."""
+        self.seen = 0  # images of this process in that validation
+        self.worst: list[tuple[int, np.ndarray]] = []  # index and labels, the worst first, of the last validation
         self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)
         """(classes, classes): pixels by true class (row) and predicted class (column), of the last validation."""
 
@@ -240,9 +237,8 @@ class SegmentationTask(Task[Segmentation]):
         args = model_kwargs(start)
         network = segmenters.dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
         head: dict[str, Any] = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
-        model = segmenters.build_segmenter(
-            recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head
-        )
+        num_classes = len(train.class_names)
+        model = segmenters.Segmenter(recipe.segmenter, network, num_classes, in_chans=start.in_chans, **head)
         statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
         preprocessing = dict(input_size=(start.in_chans, *recipe.data.crop_size), **statistics)
         predictor = SegmentationPredictor.create(model, train.class_names, preprocessing, recipe.data)
@@ -253,10 +249,8 @@ class SegmentationTask(Task[Segmentation]):
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
         return segmenters.create_segmenter(name=checkpoint.model, **checkpoint.model_args)
 
-    def evaluation(
-        self, predictor: SegmentationPredictor, recipe: Segmentation
-    ) -> tuple[SegmentationModule, ImageData]:
-        val = data.build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
+    def evaluation(self, predictor: SegmentationPredictor, recipe: Segmentation) -> tuple[TaskModule, ImageData]:
+        val = data.build_dataset(recipe.data, "val", predictor.channels, predictor.class_names)
         return SegmentationModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Segmentation, given: dict[str, Any]) -> dict[str, Any]:

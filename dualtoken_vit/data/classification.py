@@ -243,7 +243,7 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
     class_names = tuple(read_lines(path)) if path.is_file() else ()
     if not class_names or not shards.samples:
         title = f"reading the labels of {name}"
-        labels = list(in_threads(itemgetter(2), shards.stored(), shards.samples or None, title))
+        labels = list(in_threads(itemgetter(2), shards.read(), shards.samples or None, title))
         shards.samples = len(labels)
         class_names = class_names or _numbers(labels)
     shards.class_names, shards.labels = class_names, range(len(class_names))

@@ -81,29 +81,25 @@ def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _record(name: str, block: Block, maps: dict[str, Tensor], stack: ExitStack) -> None:
     """Store the map of each forward pass of a block in `maps` until the stack is closed."""
-    weights: dict[nn.Module, Tensor] = {}  # of an attention layer, by its attn_drop
-    grid: tuple[int, int]  # (h, w)
+    seen: dict[nn.Module, Tensor] = {}  # outputs: X_ga, and the weights of attention, (B, heads, queries, keys)
 
-    def keep_weights(dropout: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-        weights[dropout] = out.mean(1)  # over the heads
-
-    def keep_grid(fusion: nn.Module, args: tuple[Tensor, Tensor | None], out: Tensor) -> None:
-        nonlocal grid
-        _, h, w, _ = args[0].shape  # X_ga
-        grid = (fusion.grid, fusion.grid) if isinstance(fusion, PositionAwareFusion) else (h, w)
+    def keep(layer: nn.Module, args: Any, out: Tensor) -> None:
+        seen[layer] = out
 
     def keep_map(broadcast: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> None:
-        found = weights[block.broadcast_attn.attn_drop]  # (B, H * W, M)
-        if isinstance(block.fusion, Attention):
-            found = found @ weights[block.fusion.attn_drop]  # (B, M, h * w): positions that each token aggregated
+        fusion, (_, h, w, _) = block.fusion, seen[block.aggregate_attn].shape
+        grid = (fusion.grid, fusion.grid) if isinstance(fusion, PositionAwareFusion) else (h, w)
+        found = seen[block.broadcast_attn.attn_drop].mean(1)  # over the heads: (B, H * W, M)
+        if isinstance(fusion, Attention):
+            found = found @ seen[fusion.attn_drop].mean(1)  # (B, M, h * w): positions that each token aggregated
         maps[name] = found.unflatten(1, args[0].shape[1:3]).unflatten(3, grid).detach()
 
     for layer in (block.broadcast_attn, block.fusion):
         if isinstance(layer, Attention):
             stack.callback(setattr, layer, "fused_attn", layer.fused_attn)
             layer.fused_attn = False  # type: ignore[misc]  # final in TorchScript only
-            stack.enter_context(layer.attn_drop.register_forward_hook(keep_weights))
-    stack.enter_context(block.fusion.register_forward_hook(keep_grid))
+            stack.enter_context(layer.attn_drop.register_forward_hook(keep))
+    stack.enter_context(block.aggregate_attn.register_forward_hook(keep))
     stack.enter_context(block.broadcast_attn.register_forward_hook(keep_map))
 
 
@@ -225,13 +221,16 @@ def draw_maps(seen: Sequence[Seen]) -> Figure:
 
 def draw_blocks(seen: Seen) -> Figure:
     """The image, and the mean map of each block."""
-    rows = math.ceil((len(seen.maps) + 1) / COLUMNS)
+    means = {
+        name.removeprefix("stages.").replace(".blocks.", ", block "): m.mean((0, 1)) for name, m in seen.maps.items()
+    }
+    panels = {seen.label: seen.image} | means
+    rows = math.ceil(len(panels) / COLUMNS)
     figure = Figure(figsize=(1.9 * COLUMNS, 2.1 * rows), layout="constrained")
-    first, *cells = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    _panel(first, seen.image, seen.label)
-    for axes, (name, maps) in zip(cells, seen.maps.items(), strict=False):
-        _panel(axes, maps.mean((0, 1)), name.removeprefix("stages.").replace(".blocks.", ", block "))
-    for axes in cells[len(seen.maps) :]:
+    cells = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axes, (title, image) in zip(cells, panels.items(), strict=False):
+        _panel(axes, image, title)
+    for axes in cells[len(panels) :]:
         axes.axis("off")
     return figure
 
@@ -366,12 +365,10 @@ def attention(
 
 def _print(entries: list[dict[str, Any]]) -> None:
     """Print a table with one row per image."""
-    columns = ["<image", "<class", "probability", "key token"]
-    rows = [
-        [one["image"], one["class"], f"{one['probability']:.1%}", "{}, {}".format(*one["token"])] for one in entries
-    ]
-    if "agreement" in entries[0]:
-        columns += ["by gradient", "rank correlation"]
-        for row, one in zip(rows, entries, strict=True):
-            row += ["{}, {}".format(*one["gradient_token"]), f"{one['agreement']:+.2f}"]
-    print(table_text(columns, [rows]))
+    columns = ("<image", "<class", "probability", "key token", "by gradient", "rank correlation")
+    rows = []
+    for one in entries:
+        rows.append([one["image"], one["class"], f"{one['probability']:.1%}", "{}, {}".format(*one["token"])])
+        if "agreement" in one:  # not with --token
+            rows[-1] += ["{}, {}".format(*one["gradient_token"]), f"{one['agreement']:+.2f}"]
+    print(table_text(columns[: len(rows[0])], [rows]))

@@ -433,11 +433,7 @@ def free_on_resume(kind: type[Recipe]) -> set[str]:
 
 
 def model_kwargs(model: Model) -> dict[str, Any]:
-    """`model.args` as keyword arguments: `token_grid=5` becomes the number 5, `token_mlp=mix` the string "mix".
-
-    Raises:
-        InputError: for an argument that is not of the form NAME=VALUE.
-    """
+    """`model.args` as keyword arguments (token_grid=5 a number, token_mlp=mix a string), or an InputError."""
     kwargs: dict[str, Any] = {}
     for arg in model.args:
         name, equals, value = arg.partition("=")

@@ -301,11 +301,7 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
 
 
 def build_val_dataset(data: ClassificationData, channels: int, class_names: Sequence[str] | None = None) -> Images:
-    """The validation images alone, with `class_names` in their order; classes without images are named in `notes`.
-
-    Raises:
-        InputError: as `build_datasets`.
-    """
+    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`."""
     val = read_split(data, "train" if data.holdout else "val", channels)
     if data.holdout:
         val = _hold_out(val, data.holdout)[1]

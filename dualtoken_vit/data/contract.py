@@ -55,11 +55,7 @@ class Formats(dict[str, Callable[..., Split]]):
     """The formats of one kind of data: name to reader. A reader takes a recipe's data section, "train" or "val", ..."""
 
     def read(self, data: Any, split: str, *args: Any) -> Split:
-        """A split as it is stored, in the format that `--data.dataset` names: NAME or NAME/REST.
-
-        Raises:
-            InputError: for an unknown format, and whatever the reader rejects.
-        """
+        """A split in the format that `--data.dataset` names, NAME or NAME/REST; an InputError for an unknown one."""
         kind = data.dataset.partition("/")[0].lower()
         if kind not in self:
             raise InputError(f"--data.dataset {data.dataset}: unknown format; choose from {', '.join(self)}")

@@ -35,11 +35,7 @@ STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow scales 2-bit and 4-bit greyscale to
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """The labels (H, W), uint8 or int32, of a mask file as they are stored; for a palette image, the indices.
-
-    Raises:
-        InputError: for a file that cannot be read, or is not single-channel.
-    """
+    """The labels (H, W), uint8 or int32, of a single-channel mask file as stored; an InputError for other files."""
     name = printable(path)
     with naming(path), Image.open(path) as mask:
         if mask.format == "JPEG":
@@ -200,11 +196,7 @@ def _by_stem(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
-    """The names in the class file; None without one.
-
-    Raises:
-        InputError: for a file that cannot be read, repeats a name, or has too few or too many.
-    """
+    """The names in the class file, or None without one; an InputError for a file that cannot be used."""
     if data.ignore_index == 0 and not data.reduce_zero_label:
         fault = "0 is the label of the first class; if the classes begin at 1, give --data.reduce-zero-label instead"
         raise InputError(f"--data.ignore-index 0: {fault}")
@@ -244,11 +236,7 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
 
 
 def number_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
-    """Numbers as class names, up to the highest label in mask files; those that cannot be read are passed over.
-
-    Raises:
-        InputError: for too few classes, more than `MAX_CLASSES`, or no readable mask.
-    """
+    """Numbers as class names, up to the highest label in the readable masks; an InputError for too few or too many."""
 
     def highest(path: str) -> tuple[int, str]:
         try:

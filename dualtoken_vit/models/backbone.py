@@ -152,11 +152,7 @@ def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...
 
 @torch.no_grad()
 def check_size(model: nn.Module, in_chans: int, image_size: int, flag: str = "--data.image-size") -> None:
-    """Check timm's minimum size and run a trial image; leaves the network in evaluation mode.
-
-    Raises:
-        InputError: names `flag` if the network does not accept images of this size.
-    """
+    """Run a trial image; an InputError names `flag` if the network refuses it. Leaves it in evaluation mode."""
     cfg = pretrained_cfg(model)
     refusal = f"{flag} {image_size} is not a size that {cfg['architecture']} takes"
     least = max(cfg.get("min_input_size") or (0,))  # of (C, H, W)
@@ -169,11 +165,7 @@ def check_size(model: nn.Module, in_chans: int, image_size: int, flag: str = "--
 
 
 def create_body(name: str, **model_args: Any) -> nn.Module:
-    """`timm.create_model` without a classifier.
-
-    Raises:
-        InputError: for an unknown name or invalid arguments.
-    """
+    """`timm.create_model` without a classifier; an InputError for an unknown name or invalid arguments."""
     try:
         return timm.create_model(name, num_classes=0, **model_args)
     except (TypeError, OSError, *REFUSALS) as error:

@@ -143,11 +143,7 @@ class Segmenter(OverBackbone):
 
 
 def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.Module:
-    """The network that `create` returns, with the given output stride, if any.
-
-    Raises:
-        InputError: if the network does not support the output stride, or `create` fails without it.
-    """
+    """What `create` returns, with the given output stride, if any; an InputError if the network lacks it."""
     if not output_stride:
         return create()
     try:
@@ -181,11 +177,7 @@ def create_segmenter(
 
 
 def check_windows(view: SegmentationInput) -> None:
-    """Reject inference settings that would leave pixels without a prediction.
-
-    Raises:
-        InputError: names the setting.
-    """
+    """An InputError for inference settings that would leave pixels without a prediction."""
     if view.window_stride > view.window:
         raise InputError(f"window_stride={view.window_stride}: must be at most the window's {view.window}")
     if not view.scales:

@@ -40,8 +40,6 @@ from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 from dualtoken_vit.tasks.classification import ClassificationPredictor
 
-__all__ = ["attention", "blocks_of", "gradient_importance", "recording", "replacement_importance"]
-
 RECORD = "attention.json"  # marks an output folder of `attention`
 HIGHEST = 8  # number of global tokens marked in Figure 4
 SIDE = 7  # maps per side in Figure 4; more image tokens are averaged down to that number
@@ -51,11 +49,7 @@ TOGETHER = 64  # replaced tokens per batch
 
 
 def blocks_of(model: nn.Module, name: str = "the network") -> dict[str, Block]:
-    """The Dual Token Blocks of a network by name, in order.
-
-    Raises:
-        InputError: if the network, which the message calls `name`, has none.
-    """
+    """The Dual Token Blocks of a network by name, in order; an InputError, which calls it `name`, if it has none."""
     blocks = {key: module for key, module in model.named_modules() if isinstance(module, Block)}
     if not blocks:
         raise InputError(f"{name} has no Dual Token Blocks; use a DualToken-ViT")
@@ -67,10 +61,7 @@ def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Context in which each forward pass stores the map of every block in the returned dict, by block name.
 
     A map is (B, H, W, h, w). The attention of an image token to the h * w positions sums to 1. Fused attention does not
-    return its weights, so it is disabled in the recorded layers within the context.
-
-    Raises:
-        InputError: for a network without Dual Token Blocks.
+    return its weights, so it is disabled in the recorded layers within the context. Raises as `blocks_of`.
     """
     maps: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -243,11 +234,7 @@ def _parse_token(token: str) -> tuple[int, int]:
 
 
 def load_classifier(checkpoint: Path, device: str, image_size: int | None) -> ClassificationPredictor:
-    """The predictor of a DualToken-ViT classifier, at another image size if one is given.
-
-    Raises:
-        InputError: for a checkpoint of another task or network.
-    """
+    """A DualToken-ViT classifier, at another image size if one is given; an InputError for another task or network."""
     predictor = load_predictor(checkpoint, device, **({} if image_size is None else {"image_size": image_size}))
     if not isinstance(predictor, ClassificationPredictor):
         raise InputError(f"{checkpoint} is not a classifier; give the best.safetensors of a classification run")

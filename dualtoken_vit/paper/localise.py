@@ -34,8 +34,6 @@ from dualtoken_vit.paper.attention import blocks_of, load_classifier, recording
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 
-__all__ = ["Place", "localise", "measure", "places_of"]
-
 SHARES = ("on object %", "+-", "chance %", "lift", "peak on object %", "peak at token %", "its chance %")
 EXPLANATION = """\
 on object       share of the attention of an object's tokens on the object; +-: standard error of its

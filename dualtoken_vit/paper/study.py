@@ -50,8 +50,6 @@ from dualtoken_vit.tasks.optim import build_optimizer
 from dualtoken_vit.tasks.progress import quiet
 from dualtoken_vit.tasks.run_folder import LAST, in_use, stored_recipe, write_recipe
 
-__all__ = ["PRESETS", "STUDIES", "Result", "Study", "study", "verdict"]
-
 Base = Literal["small", "tiny"]
 
 MACHINE = "machine.json"

@@ -25,8 +25,6 @@ from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.recipes import RECIPES, Detection, Model, Segmentation, model_kwargs
 from dualtoken_vit.show.console import table_text
 
-__all__ = ["PUBLISHED", "Published", "Row", "compare", "read_studies", "tables"]
-
 
 @dataclass(frozen=True)
 class Published:
@@ -124,11 +122,7 @@ def _counts(key: str) -> Counts | None:
 
 
 def read_studies(folder: Path) -> list[dict[str, Any]]:
-    """Read the study-*.json files that `study` wrote below a folder, sorted by path.
-
-    Raises:
-        InputError: for a damaged file.
-    """
+    """The study-*.json files that `study` wrote below a folder, sorted by path; an InputError for a damaged one."""
     studies = []
     for path in sorted(folder.glob("**/study-*.json")):
         try:

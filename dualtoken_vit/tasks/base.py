@@ -147,11 +147,7 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def prepare(self, recipe: R, start: Model) -> Setup:
-        """The recipe's datasets and network, built from `start`; the caller loads `start.checkpoint`.
-
-        Raises:
-            InputError: for data or settings that cannot be used.
-        """
+        """The datasets and the network, built from `start`, without `start.checkpoint`; an InputError if they fail."""
 
     @abstractmethod
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
@@ -171,11 +167,7 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def evaluation(self, predictor: Any, recipe: R) -> tuple[TaskModule, ImageData]:
-        """A trained network as a module, and the recipe's validation images, prepared by the predictor.
-
-        Raises:
-            InputError: for images that do not fit.
-        """
+        """A network as a module, and the recipe's validation images, prepared by it; an InputError if they do not fit."""
 
     @abstractmethod
     def check_data(self, recipe: R, out: Path) -> bool:

@@ -56,12 +56,9 @@ def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Mo
 
 
 def create_model(recipe: Model, num_classes: int | None, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The recipe's classifier, and the arguments that make it again (`save_checkpoint`'s model_args).
+    """The recipe's classifier, and the arguments that make it again (`save_checkpoint`'s model_args), or an InputError.
 
     A network whose size is fixed (deit, vit, ...) is made for `image_size`.
-
-    Raises:
-        InputError: for an unknown name, arguments that it refuses, or images of a size that it does not take.
     """
     args = model_kwargs(recipe)
     if ":" not in recipe.name and timm.is_model(recipe.name):

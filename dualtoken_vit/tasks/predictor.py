@@ -24,8 +24,6 @@ from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import printable
 
-__all__ = ["Prediction", "Predictor", "Report"]
-
 Result = TypeVar("Result")
 Caption = tuple[str, float | None]  # text and share
 ImageLike = str | PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -218,11 +216,7 @@ def _name(source: ImageLike) -> str:
 
 
 def to_image(source: ImageLike, channels: int) -> Image.Image:
-    """A path, PIL image, array or tensor as an 8-bit PIL image.
-
-    Raises:
-        InputError: for a file that cannot be read, or an array of another form.
-    """
+    """A path, PIL image, array or tensor as an 8-bit PIL image; an InputError for one that cannot be used."""
     if isinstance(source, str | PathLike):
         return load_image(Path(source), channels, printable(source))
     if isinstance(source, Image.Image):

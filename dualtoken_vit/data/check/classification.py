@@ -17,10 +17,7 @@ def check(recipe: Classification, out: Path) -> bool:
 
     Returns whether there is no problem. Problems are: unreadable images, empty classes, classes of one split only,
     images in both splits, and equal images in different classes. Sizes, modes, imbalance and copies within a class are
-    only reported.
-
-    Raises:
-        InputError: for a dataset that does not exist.
+    only reported. An InputError for a dataset that does not exist.
     """
     data = recipe.data
     roles = ("train",) if data.holdout else ("train", "val")

@@ -42,10 +42,7 @@ def check(recipe: Detection, out: Path) -> bool:
     images that are missing, unreadable or of another size, no objects), boxes that exceed the image by more than 2
     pixels or have no area, mostly boxes below a pixel, segmentations that do not fit, categories of one split only, and
     images in both splits. Objects per class and size, crowds, images without objects or rotated by EXIF, and copies are
-    only reported.
-
-    Raises:
-        InputError: if the files are not named, or are not COCO files.
+    only reported. An InputError if the files are not named, or are not COCO files.
     """
     splits = {name: detection.FORMATS.read(recipe.data, name) for name in ("train", "val")}
     found = {name: _read(name, split, recipe) for name, split in splits.items()}

@@ -31,10 +31,8 @@ def check(recipe: Segmentation, out: Path) -> bool:
 
     Returns whether there is no problem. Problems are: everything that stops training (missing, unreadable or coloured
     masks, sizes that differ, labels outside the classes), masks without an image, classes that are in no training mask,
-    and images in both splits. The share of each class and copies are only reported.
-
-    Raises:
-        InputError: for a dataset that does not exist, or has no usable mask.
+    and images in both splits. The share of each class and copies are only reported. An InputError for a dataset that
+    does not exist, or has no usable mask.
     """
     data = recipe.data
     splits = {

@@ -147,7 +147,7 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def prepare(self, recipe: R, start: Model) -> Setup:
-        """The datasets and the network, built from `start`, without `start.checkpoint`; an InputError if they fail."""
+        """Datasets and network, built from `start`, whose checkpoint the caller loads; an InputError for unusable ones."""
 
     @abstractmethod
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
@@ -167,7 +167,7 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def evaluation(self, predictor: Any, recipe: R) -> tuple[TaskModule, ImageData]:
-        """A network as a module, and the recipe's validation images, prepared by it; an InputError if they do not fit."""
+        """A network as a module, and the validation images, prepared by it; an InputError if they do not fit."""
 
     @abstractmethod
     def check_data(self, recipe: R, out: Path) -> bool:

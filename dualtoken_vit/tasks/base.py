@@ -147,7 +147,7 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def prepare(self, recipe: R, start: Model) -> Setup:
-        """Datasets and network, built from `start`, whose checkpoint the caller loads; an InputError for unusable ones."""
+        """Datasets and network, built from `start`, whose checkpoint the caller loads; or an InputError."""
 
     @abstractmethod
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:

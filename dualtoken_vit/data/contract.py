@@ -17,16 +17,11 @@ class ImageData(Protocol):
     """
 
     class_names: tuple[str, ...]
-    image_names: Sequence[str] = ()
-    """Display name of each image; empty for a stream."""
-    transform: Callable[..., Any] | None = None
-    """Applied to each sample as it is read."""
-    groups: Sequence[int] | None = None
-    """A number for each image: images of one number share training batches. None: all images do."""
-    weights: Sequence[float] | None = None
-    """How often each image is drawn for training, relative to the others. None: once per epoch."""
-    notes: tuple[str, ...] = ()
-    """Lines to print before training or evaluation: absent classes, skipped files."""
+    image_names: Sequence[str] = ()  # display name of each image; empty for a stream
+    transform: Callable[..., Any] | None = None  # applied to each sample as it is read
+    groups: Sequence[int] | None = None  # a number for each image; only images of one number share training batches
+    weights: Sequence[float] | None = None  # how often each is drawn for training, relatively; None: once per epoch
+    notes: tuple[str, ...] = ()  # lines to print before training or evaluation: absent classes, skipped files
 
     def __len__(self) -> int:
         """Number of images."""

@@ -55,13 +55,8 @@ def verify_each(
 ) -> list[Item]:
     """Call `function`, which raises InputError for an item that cannot be used, once for each of `total` items.
 
-    Args:
-        title: of the progress bar; "" for no bar
-        skip: return the items that cannot be used instead of raising
-        hint: what to do, for the error
-
-    Raises:
-        InputError: of the first item that cannot be used, with the number of others.
+    Returns these items if `skip`; otherwise raises the first error, with the number of others and the `hint` what to
+    do. `title` is as for `in_threads`.
     """
 
     def fault(item: Item) -> tuple[Item | None, str]:

@@ -50,12 +50,10 @@ class Backbone(FeatureGetterNet):
     def __init__(self, model: nn.Module, indices: Sequence[int], user: str, size: tuple[int, int], in_chans: int = 3):
         super().__init__(model, out_indices=tuple(indices))
         self.strides: list[int] = self.feature_info.reduction()
-        self.multiple = 1
-        """Images are padded to a multiple of this."""
+        self.multiple = 1  # images are padded to a multiple of this
         reason: Exception | None = None
         try:
-            self.sizes = self._try(in_chans, size)
-            """Height and width of each map of the trial image."""
+            self.sizes = self._try(in_chans, size)  # height and width of each map of the trial image
             places = zip(self.sizes, self.strides, strict=True)
             whole = all(h * stride >= size[0] and w * stride >= size[1] for (h, w), stride in places)
         except REFUSALS as error:
@@ -92,8 +90,7 @@ class Backbone(FeatureGetterNet):
 class OverBackbone(nn.Module):
     """Base of the models that contain a `Backbone`: what loading weights and building an optimiser need."""
 
-    class_layers: tuple[str, ...]
-    """Layers with weights of their own for each class."""
+    class_layers: tuple[str, ...]  # layers with weights of their own for each class
 
     def _inside(self) -> tuple[str, Any]:
         name, backbone = next((n, m) for n, m in self.named_modules() if isinstance(m, Backbone))

@@ -130,13 +130,8 @@ def _covers(target: dict) -> Tensor:
 def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[Score]:
     """Evaluate the maps of every block for every object; objects without a pixel in the input are skipped.
 
-    Args:
-        model: a DualToken-ViT in evaluation mode
-        images: dataset whose `transform` returns the input of the network
-        name: name of the network in the scores
-
-    Raises:
-        InputError: for another network, or a dataset without objects.
+    `model` is a DualToken-ViT in evaluation mode, called `name` in the scores, and the `transform` of `images` returns
+    its input. An InputError for another network, or a dataset without objects.
     """
     device, blocks = next(model.parameters()).device, blocks_of(model)
     found: dict[str, list[np.ndarray]] = {name: [] for name in blocks}  # a mean `Place` per image

@@ -64,14 +64,10 @@ class TaskModule(LightningModule):
     `validation_step`, the abstract methods and the attributes without a value here.
     """
 
-    score: str
-    """The validation metric that selects the best epoch; higher is better."""
-    panels: dict[str, dict[str, str]]
-    """What `plots.save_curves` draws."""
-    collate: Callable[[list[Any]], Any] | None = None
-    """Makes a batch of samples; None: tensors are stacked."""
-    steps_per_epoch = 1
-    """Optimiser steps; set by `Loaders`."""
+    score: str  # the validation metric that selects the best epoch; higher is better
+    panels: dict[str, dict[str, str]]  # what `plots.save_curves` draws
+    collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; None: tensors are stacked
+    steps_per_epoch = 1  # optimiser steps; set by `Loaders`
 
     def __init__(self, predictor: Predictor[Any], recipe: Any):
         super().__init__()
@@ -134,16 +130,12 @@ class Setup:
 class Task(ABC, Generic[R]):
     """One kind of task, for example classification: the commands know nothing else about it."""
 
-    name: ClassVar[str]
-    """As stored in recipes and checkpoints."""
+    name: ClassVar[str]  # as stored in recipes and checkpoints
     recipe: ClassVar[type[Recipe]]
     predictor: ClassVar[type[Predictor[Any]]]
-    report: ClassVar[type[Report[Any]]]
-    """Draws and tabulates predictions for the command line."""
-    data_flags: ClassVar[str]
-    """The flags that name a dataset, for messages."""
-    evaluation_options: ClassVar[dict[str, Any]] = {}
-    """Options of the predictor in evaluation, where they differ from those of prediction."""
+    report: ClassVar[type[Report[Any]]]  # draws and tabulates predictions for the command line
+    data_flags: ClassVar[str]  # the flags that name a dataset, for messages
+    evaluation_options: ClassVar[dict[str, Any]] = {}  # of the predictor, where they differ from those of prediction
 
     @abstractmethod
     def prepare(self, recipe: R, start: Model) -> Setup:

@@ -56,17 +56,12 @@ class Predictor(ABC, Generic[Result]):
         options: of `Options`, checked
     """
 
-    Options: ClassVar[type]
-    """Dataclass of what a call of `load_predictor`, or the command line, may choose."""
-    batch_size: ClassVar[int] = 32
-    """Images in a batch unless a call chooses it."""
-    ahead: ClassVar[int] = 256
-    """Images that may wait in memory."""
-    memory_hint: ClassVar[str] = "use a smaller image_size"
-    """What helps where an image does not fit into memory."""
+    Options: ClassVar[type]  # dataclass of what a call of `load_predictor`, or the command line, may choose
+    batch_size: ClassVar[int] = 32  # images in a batch unless a call chooses it
+    ahead: ClassVar[int] = 256  # images that may wait in memory
+    memory_hint: ClassVar[str] = "use a smaller image_size"  # what helps where an image does not fit into memory
 
-    category_ids: tuple[int, ...] = ()
-    """Detection: the number of each class in the COCO json."""
+    category_ids: tuple[int, ...] = ()  # detection: the number of each class in the COCO json
 
     def __init__(self, model: nn.Module, class_names: Sequence[str], preprocessing: dict[str, Any], options: Any):
         self.model, self.class_names, self.preprocessing = model, tuple(class_names), preprocessing
@@ -243,14 +238,12 @@ class Report(ABC, Generic[Result]):
 
     columns: ClassVar[tuple[str, ...]]
     """Headings of the table, after "image"."""
-    suffixes: ClassVar[tuple[str, ...]] = (".png",)
-    """Of the files for an image: the drawing, and those of `files`."""
+    suffixes: ClassVar[tuple[str, ...]] = (".png",)  # of the files for an image: the drawing, and those of `files`
 
     def __init__(self, predictor: Any):
         self.predictor = predictor
         self.predictions: list[dict[str, Any]] = []
-        self.table = Table("image", *self.columns, box=box.SIMPLE_HEAD)
-        """All predictions, for the terminal."""
+        self.table = Table("image", *self.columns, box=box.SIMPLE_HEAD)  # all predictions, for the terminal
         self.table.columns[0].overflow = "fold"
 
     def add(self, path: Path, image: Image.Image, result: Result) -> None:

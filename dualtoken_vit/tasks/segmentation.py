@@ -120,12 +120,10 @@ class SegmentationModule(TaskModule):
         self.weights: Tensor | None = None  # (classes,) in the loss, where the recipe does not weight them equally
         self.val = val
         self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=data.IGNORE, validate_args=False)
-        self.found: dict[int, tuple[float, np.ndarray]] = {}
-        """The worst images of the validation in progress, by index: pixel accuracy, labels (H, W)."""
+        self.found: dict[int, tuple[float, np.ndarray]] = {}  # pixel accuracy and labels of the worst so far, by index
         self.seen = 0  # images of this process in that validation
         self.worst: list[tuple[int, np.ndarray]] = []  # index and labels, the worst first, of the last validation
-        self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)
-        """(classes, classes): pixels by true class (row) and predicted class (column), of the last validation."""
+        self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)  # pixels by true, predicted class
 
     def check_training_data(self, state: dict[str, Any]) -> None:
         """Weight the classes by their share of the training pixels, of which two or more classes must have some."""

@@ -84,22 +84,18 @@ class Predict(Generic[O]):
     """auto: an accelerator if there is one, else the CPU."""
 
 
-def _wants_help(args: list[str]) -> bool:
-    return bool(args) and args[0] in ("-h", "--help")
-
-
 def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str, list[str]]:
     """The recipe that the arguments start with ("" without one), and the other arguments.
 
     The recipe's own arguments are then parsed alone, so that messages do not mention other recipes.
     """
-    if _wants_help(args):
-        _show(
-            f"{command} [RECIPE] [--section.field VALUE ...]",
-            f"{about}\n\nRecipes (default: {DEFAULT}):",
-            ABOUT,
-            f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help",
-        )
+    if _help(
+        args,
+        f"{command} [RECIPE] [--section.field VALUE ...]",
+        f"{about}\n\nRecipes (default: {DEFAULT}):",
+        ABOUT,
+        f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help",
+    ):
         sys.exit()
     if not args or args[0].startswith("-"):
         return "", args
@@ -109,12 +105,10 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
 def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
     usage = f"{command} CHECKPOINT {more}"
-    if _wants_help(args):
-        _show(
-            usage,
-            f"{about} CHECKPOINT is the best.safetensors of a run.\n",
-            f"The options of its task, with its own defaults: dualtoken-vit {command} CHECKPOINT --help",
-        )
+    about = f"{about} CHECKPOINT is the best.safetensors of a run.\n"
+    if _help(
+        args, usage, about, f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
+    ):
         sys.exit()
     if not args or args[0].startswith("-"):
         raise InputError(f"name the checkpoint first: dualtoken-vit {usage}")
@@ -158,8 +152,10 @@ def _known(kind: str, name: str, names: Iterable[str]) -> str:
     raise InputError(f"{kind} {name!r} is unknown; {hint}")
 
 
-def _show(usage: str, *parts: str | Mapping[str, str | None]) -> None:
-    """Print a help page: paragraphs, and tables of names with their descriptions."""
+def _help(args: list[str], usage: str, *parts: str | Mapping[str, str | None]) -> bool:
+    """Print a help page, of paragraphs and tables of names with their descriptions, if the arguments ask for it."""
+    if not args or args[0] not in ("-h", "--help"):
+        return False
     console = Console()
     console.print(f"usage: dualtoken-vit {usage}\n", markup=False)
     for part in parts:
@@ -171,6 +167,7 @@ def _show(usage: str, *parts: str | Mapping[str, str | None]) -> None:
         for name, about in part.items():
             table.add_row(name, about)
         console.print(table)
+    return True
 
 
 def train(args: list[str]) -> None:
@@ -243,16 +240,16 @@ def study(args: list[str]) -> None:
     from dualtoken_vit.paper.study import PRESETS, STUDIES, Study, networks
     from dualtoken_vit.paper.study import study as run
 
-    if _wants_help(args):
-        sizes = {name: len(networks(name, "small")) for name in STUDIES}
-        _show(
-            "study STUDY [--preset NAME] [OPTIONS]",
-            f"{study.__doc__}\n\nStudies:",
-            {name: f"{table} of the paper, {sizes[name]} networks" for name, (table, _) in STUDIES.items()},
-            "\nPresets:",
-            {name: about for name, (about, _) in PRESETS.items()},
-            "\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help",
-        )
+    sizes = {name: len(networks(name, "small")) for name in STUDIES}
+    if _help(
+        args,
+        "study STUDY [--preset NAME] [OPTIONS]",
+        f"{study.__doc__}\n\nStudies:",
+        {name: f"{table} of the paper, {sizes[name]} networks" for name, (table, _) in STUDIES.items()},
+        "\nPresets:",
+        {name: about for name, (about, _) in PRESETS.items()},
+        "\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help",
+    ):
         return
     if not args or args[0].startswith("-"):
         raise InputError(f"name the study first: dualtoken-vit study {'|'.join(STUDIES)}")
@@ -304,15 +301,15 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
 
 def run(args: list[str]) -> int:
     """Run one command; returns the exit status: 0, or 1 where a command found problems in images."""
-    if not args or _wants_help(args):
-        _show(
-            "COMMAND ...",
-            "DualToken-ViT: train, evaluate and use the network.\n\nCommands:",
-            {name: command.__doc__ for name, command in COMMANDS.items()},
-            "\nRecipes of train and check-data:",
-            ABOUT,
-            "\nMore: dualtoken-vit COMMAND --help, dualtoken-vit train RECIPE --help",
-        )
+    if _help(
+        args or ["--help"],
+        "COMMAND ...",
+        "DualToken-ViT: train, evaluate and use the network.\n\nCommands:",
+        {name: command.__doc__ for name, command in COMMANDS.items()},
+        "\nRecipes of train and check-data:",
+        ABOUT,
+        "\nMore: dualtoken-vit COMMAND --help, dualtoken-vit train RECIPE --help",
+    ):
         return 0
     if args[0] == "--version":
         print(dualtoken_vit.__version__)

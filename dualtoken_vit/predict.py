@@ -14,8 +14,8 @@ from dualtoken_vit.data.folders import scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.predictors import load_predictor
+from dualtoken_vit.show.console import guard
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
-from dualtoken_vit.show.guard import guard
 from dualtoken_vit.tasks.registry import get_task
 
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote

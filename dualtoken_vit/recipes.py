@@ -368,12 +368,9 @@ class Segmentation(Recipe):
     augment: SegmentationAugment = SegmentationAugment()
 
 
-KINDS: dict[str, type[Recipe]] = {}
-"""Recipe classes by task."""
-RECIPES: dict[str, Recipe] = {}
-"""Recipes by name."""
-ABOUT: dict[str, str] = {}
-"""One line about each recipe."""
+KINDS: dict[str, type[Recipe]] = {}  # recipe classes by task
+RECIPES: dict[str, Recipe] = {}  # recipes by name
+ABOUT: dict[str, str] = {}  # one line about each recipe
 
 R = TypeVar("R", bound=Recipe)
 

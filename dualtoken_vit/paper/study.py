@@ -145,8 +145,7 @@ class _Job:
     @property
     def epochs(self) -> int:
         """Number of completed epochs."""
-        history = self.history
-        return int(history[-1]["epoch"]) if history else 0
+        return int(self.history[-1]["epoch"]) if self.history else 0
 
     @property
     def done(self) -> bool:

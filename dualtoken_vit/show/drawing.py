@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from dualtoken_vit.files import atomic_write
-from dualtoken_vit.show.guard import guard
+from dualtoken_vit.show.console import guard
 from dualtoken_vit.show.text import fit_text
 
 Top = list[tuple[str, float]]  # class names and their probabilities, most likely first

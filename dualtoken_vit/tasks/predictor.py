@@ -165,7 +165,8 @@ class Predictor(ABC, Generic[Result]):
                 if not isinstance(result, InputError):
                     yield Prediction(image, result)
                 else:
-                    yield Prediction(image, None, error or InputError(f"{_name(source)}: {result}"))
+                    name = printable(source) if isinstance(source, str | PathLike) else "the image"
+                    yield Prediction(image, None, error or InputError(f"{name}: {result}"))
 
     def load(self, source: ImageLike) -> tuple[Image.Image | None, Tensor | None, InputError | None]:
         """An image as loaded, as preprocessed, and the error where it cannot be read."""
@@ -204,10 +205,6 @@ def naming_memory(hint: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
             raise OutOfMemory(f"out of memory ({first_line(error)[:80]}): {hint}") from error
         raise
-
-
-def _name(source: ImageLike) -> str:
-    return printable(source) if isinstance(source, str | PathLike) else "the image"
 
 
 def to_image(source: ImageLike, channels: int) -> Image.Image:

@@ -27,8 +27,8 @@ from dualtoken_vit.models import segmenters
 from dualtoken_vit.recipes import Model, Segmentation, SegmentationInput, model_kwargs
 from dualtoken_vit.results import LabelMap
 from dualtoken_vit.show import plots
+from dualtoken_vit.show.console import guard
 from dualtoken_vit.show.drawing import draw_scene, palette, save_image
-from dualtoken_vit.show.guard import guard
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.distributed import gather, mean_over_processes
 from dualtoken_vit.tasks.networks import create_network

@@ -217,14 +217,11 @@ class DetectionTask(Task[Detection]):
         if not train.trained:
             raise InputError(f"{train.name}: no object to train on; see check-data")
         if train.dropped:
-            train.notes += (
-                f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on",
-            )
+            note = f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on"
+            train.notes = (*train.notes, note)
         if not (recipe.model.checkpoint or recipe.model.pretrained):
-            train.notes += (
-                "the backbone starts from random weights, and its frozen batch normalisation normalises nothing: give "
-                "--model.checkpoint or --model.pretrained if you can",
-            )
+            note = "the backbone starts from random weights, and its frozen batch normalisation normalises nothing"
+            train.notes = (*train.notes, f"{note}: give --model.checkpoint or --model.pretrained if you can")
         args = model_kwargs(start)
         network = create_network(start, 0, **args)
         made: dict[str, Any] = dict(

@@ -65,11 +65,8 @@ def _read(name: str, split: detection.AnnotatedImages, recipe: Detection) -> _Ch
 
     def look(image: dict) -> report.Facts:
         facts = report.read_facts(split.path(image), split.source(image))
-        return (
-            facts
-            if facts.problem
-            else facts._replace(problem=detection.size_fault(facts.name, facts.size, image, split.name))
-        )
+        fault = facts.problem or detection.size_fault(facts.name, facts.size, image, split.name)
+        return facts._replace(problem=fault)
 
     facts = list(in_threads(look, images.values(), len(images), f"reading {name}"))
     annotations, odd = split.coco["annotations"], defaultdict(list)

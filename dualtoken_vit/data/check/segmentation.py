@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dualtoken_vit.data import segmentation
 from dualtoken_vit.data.check import report
+from dualtoken_vit.data.contract import split_name
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
@@ -35,10 +36,7 @@ def check(recipe: Segmentation, out: Path) -> bool:
     does not exist, or has no usable mask.
     """
     data = recipe.data
-    splits = {
-        data.train_split: segmentation.FORMATS.read(data, "train"),
-        data.val_split: segmentation.FORMATS.read(data, "val"),
-    }
+    splits = {split_name(data, role): segmentation.FORMATS.read(data, role) for role in ("train", "val")}
     splits = {name: split._replace(pairs=split.pairs[: data.limit]) for name, split in splits.items()}
     train = splits[data.train_split]
     names = train.class_names or segmentation.number_classes([mask for _, mask in train.pairs], data)

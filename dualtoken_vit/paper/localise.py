@@ -92,8 +92,8 @@ def places_of(attended: Tensor, cover: Tensor) -> Place:
     """Evaluate the map of an image for one object.
 
     The tokens on an object are those whose cell it covers by at least half; for a small object, the cell that it covers
-    most. `attended` (H, W, h, w) is the attention of each image token to each position of X_ga, which sums to 1 for each
-    image token, and `cover` (Y, X) the mask of the object in the input of the network.
+    most. `attended` (H, W, h, w) is the attention of each image token to each position of X_ga, which sums to 1 for
+    each image token, and `cover` (Y, X) the mask of the object in the input of the network.
     """
     cover = cover[None].to(attended.dtype)
     height, width = cover.shape[1:]

@@ -31,11 +31,14 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.detection import mask_rcnn, retinanet
+from torchvision.models.detection import retinanet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -50,6 +53,7 @@ CHANNELS = 256  # of every pyramid level
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SCORE_THRESHOLD = 0.05
 DETECTIONS = 100  # per image
+SELECTION: dict[str, Any] = dict(score_thresh=SCORE_THRESHOLD, nms_thresh=0.5, detections_per_img=DETECTIONS)
 CROWD_OVERLAP = 0.5  # minimum share of a box's area in a crowd region for the box to belong to it
 
 Target = dict[str, Tensor]
@@ -310,9 +314,7 @@ class RetinaNet(OverBackbone, retinanet.RetinaNet):
             Pyramid(body, 8, CoarseLevels(body.feature_info.channels()[-1])),
             num_classes,
             anchor_generator=Anchors((8, 16, 32, 64, 128), sizes),
-            score_thresh=SCORE_THRESHOLD,
-            nms_thresh=0.5,
-            detections_per_img=DETECTIONS,
+            **SELECTION,
         )
         self.transform = transform
         self.head.register_forward_hook(to_float32)
@@ -337,7 +339,7 @@ class RetinaNet(OverBackbone, retinanet.RetinaNet):
         return matches
 
 
-class MaskRCNN(OverBackbone, mask_rcnn.MaskRCNN):
+class MaskRCNN(OverBackbone, GeneralizedRCNN):
     """Mask R-CNN (He et al., arXiv 1703.06870) on levels of stride 4 to 64, the last one pooled.
 
     The box head has 2 fully connected layers (1024), the mask head 4 convolutions. The losses are "loss_objectness" and
@@ -350,26 +352,40 @@ class MaskRCNN(OverBackbone, mask_rcnn.MaskRCNN):
         "roi_heads.mask_predictor.mask_fcn_logits",
     )
     transform: Transform
-    rpn: ProposalNetwork
     roi_heads: RegionHeads
 
     def __init__(self, model: nn.Module, num_classes: int, transform: Transform, roi_samples: int = 512):
-        # The defaults of torchvision's class are the usual ones: 2000 proposals in training, 1000 in evaluation, ...
-        super().__init__(
-            Pyramid(Stages(model, 4, len(transform.image_mean)), 4, LastLevelMaxPool()),
-            num_classes + 1,  # class 0 is the background
-            rpn_anchor_generator=Anchors((4, 8, 16, 32, 64), ((32,), (64,), (128,), (256,), (512,))),
-            box_roi_pool=self.roi_pool(7),
-            box_batch_size_per_image=roi_samples,
-            box_score_thresh=SCORE_THRESHOLD,
-            box_detections_per_img=DETECTIONS,
-            mask_roi_pool=self.roi_pool(14),
+        anchors = Anchors((4, 8, 16, 32, 64), ((32,), (64,), (128,), (256,), (512,)))
+        proposals = ProposalNetwork(
+            anchors,
+            RPNHead(CHANNELS, len(ASPECT_RATIOS)),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n=dict(training=2000, testing=1000),
+            post_nms_top_n=dict(training=2000, testing=1000),
+            nms_thresh=0.7,
         )
-        self.transform = transform
-        # torchvision has no argument for these classes, which add methods only.
-        self.rpn.__class__, self.roi_heads.__class__ = ProposalNetwork, RegionHeads
-        for head in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
+        heads = RegionHeads(
+            self.roi_pool(7),
+            TwoMLPHead(CHANNELS * 7 * 7, 1024),
+            FastRCNNPredictor(1024, num_classes + 1),  # torchvision's class 0 is the background
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=roi_samples,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            **SELECTION,
+            mask_roi_pool=self.roi_pool(14),
+            mask_head=MaskRCNNHeads(CHANNELS, (256,) * 4, dilation=1),
+            mask_predictor=MaskRCNNPredictor(256, 256, num_classes + 1),
+        )
+        for head in (proposals.head, heads.box_predictor, heads.mask_predictor):
             head.register_forward_hook(to_float32)
+        super().__init__(
+            Pyramid(Stages(model, 4, len(transform.image_mean)), 4, LastLevelMaxPool()), proposals, heads, transform
+        )
 
     @property
     def score_thresh(self) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,13 +165,9 @@ class ClassificationModule(TaskModule):
         self.metrics.update(logits, target)
         self.loss.update(F.cross_entropy(logits, target, reduction="none"))
 
-    def prepare_epoch(self, train: ImageData, progress: float) -> None:
-        mean, std = (self.predictor.preprocessing[key] for key in ("mean", "std"))
-        train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
+    def weigh(self, train: ImageData) -> None:
         if not isinstance(train, ImageDataset):
             return
-        if self.recipe.augment.hflip == "alternate":
-            train.alternate_flips(self.recipe.run.seed, self.current_epoch)
         if self.recipe.data.balanced:
             train.weights = image_weights([(target,) for target in train.targets], self.recipe.data.balanced)
         if self.recipe.class_weights != "equal":
@@ -216,6 +213,16 @@ class ClassificationModule(TaskModule):
         plots.save_confusion(self.confusion, names, out / "confusion.png")
 
 
+def prepare_epoch(
+    recipe: Classification, preprocessing: dict[str, Any], train: ImageData, epoch: int, progress: float
+) -> None:
+    """Set the training transform and the flips, see `TaskModule.prepare_epoch`."""
+    mean, std = preprocessing["mean"], preprocessing["std"]
+    train.transform = classification_train(recipe.data, recipe.augment, mean, std, progress)
+    if isinstance(train, ImageDataset) and recipe.augment.hflip == "alternate":
+        train.alternate_flips(recipe.run.seed, epoch)
+
+
 class ClassificationTask(Task[Classification]):
     name = "classification"
     recipe = Classification
@@ -250,7 +257,8 @@ class ClassificationTask(Task[Classification]):
         predictor = ClassificationPredictor.create(model, names, preprocessing, recipe.data)
         teacher = load_teacher(self, recipe, predictor) if recipe.distill.teacher else None
         module = ClassificationModule(predictor, recipe, teacher)
-        module.prepare_epoch(train, 0.0)  # rejects a wrong policy now
+        module.prepare_epoch = partial(prepare_epoch, recipe, preprocessing)
+        module.prepare_epoch(train, 0, 0.0)  # rejects a wrong policy now
         val.transform = predictor.preprocess
         return Setup(recipe.model.name, module, train, val, model_args)
 

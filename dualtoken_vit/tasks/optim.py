@@ -46,6 +46,8 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         raise InputError(f"--optim.optimizer {optim.optimizer}: {error}{hint}") from error
     for group in optimizer.param_groups:  # torch's schedulers ignore timm's lr_scale
         group["lr"] *= group.get("lr_scale", 1.0)
+        if "fused" in group and all(parameter.device.type == "cpu" for parameter in group["params"]):
+            group["fused"] = True  # takes a third of the time
     return optimizer
 
 

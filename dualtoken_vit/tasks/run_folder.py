@@ -34,7 +34,7 @@ NAME = "recipe"  # key in recipe.json: the recipe's name
 Trainer = Any  # lightning.Trainer with `Loaders` as its datamodule
 Module = Any  # TaskModule
 
-LOOK_EVERY = 50  # steps between two checks of the loss on a GPU, each of which waits for it
+LOOK_EVERY = 50  # steps between two checks of the loss on a GPU or over processes, each of which waits for them
 
 
 def stored_recipe(out: Path, name: str = "") -> Recipe | None:
@@ -191,7 +191,7 @@ class RunFolder(Callback):
         step = trainer.current_epoch * task.steps_per_epoch + index // trainer.accumulate_grad_batches + 1
         bad = torch.as_tensor(self.bad_step, device=loss.device)
         self.bad_step = torch.where((bad > 0) | loss.isfinite(), bad, step)
-        every = 1 if task.device.type == "cpu" else LOOK_EVERY
+        every = 1 if task.device.type == "cpu" and trainer.world_size == 1 else LOOK_EVERY
         if step % every == 0 or step % self.recipe.run.save_every == 0 or trainer.is_last_batch:
             bad = trainer.strategy.reduce(self.bad_step, reduce_op="max")
             if bad > 0:

@@ -43,7 +43,7 @@ def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
             num_nodes=run.nodes,
             # Statistics of batch normalisation are equal everywhere; broadcasting them would make processes with fewer
             # validation batches hang.
-            strategy=DDPStrategy(broadcast_buffers=False) if processes > 1 else "auto",
+            strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if processes > 1 else "auto",
             precision=run.precision,
             max_epochs=optim.epochs,
             check_val_every_n_epoch=run.validate_every,

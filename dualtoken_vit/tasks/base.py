@@ -105,6 +105,10 @@ class TaskModule(LightningModule):
     def weigh(self, train: ImageData) -> None:
         """Set the weights of images and classes that the recipe asks for; called before each epoch."""
 
+    def cost(self, progress: float) -> float:
+        """The time of a training step at that completed share of the run, relative to the first step's."""
+        return 1.0
+
     def check_training_data(self, state: dict[str, Any]) -> None:
         """Use what `verify` found, the training data's `state_dict`; an InputError where it cannot be trained on."""
 

@@ -23,7 +23,7 @@ from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import classification as data_check
 from dualtoken_vit.data.classification import ImageDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.contract import ImageData
-from dualtoken_vit.data.transforms import classification_eval, classification_train
+from dualtoken_vit.data.transforms import classification_eval, classification_train, train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import check_size, pretrained_cfg, statistics
@@ -181,6 +181,9 @@ class ClassificationModule(TaskModule):
         if checkpoint.get("teacher") != (self.teacher and self.teacher.digest):
             given = f"--distill.teacher {self.recipe.distill.teacher}"
             raise InputError(f"{given} is not the teacher that the run began with; give that one, or another --out")
+
+    def cost(self, progress: float) -> float:
+        return (train_size(self.recipe.data, progress) / train_size(self.recipe.data, 0.0)) ** 2
 
     def evaluate(self) -> Evaluation:
         found = {**self.metrics.compute(), "loss": self.loss.compute()}

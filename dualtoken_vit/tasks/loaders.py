@@ -56,6 +56,11 @@ class Loaders(lightning.LightningDataModule):
         """Optimiser steps; an InputError where the images do not suffice for one."""
         return full_batches(len(self.train), self.recipe.optim.batch_size)
 
+    @property
+    def val_batches(self) -> float:
+        """Validation batches of this process."""
+        return len(self.val) / (self.batch_size * self.trainer.world_size)
+
     def prepare_data(self) -> None:
         """Read every image; called on the first process only, the others wait however long it takes."""
         if self.resumed or not self.recipe.data.verify:

@@ -64,10 +64,8 @@ def ema_update(decay: float) -> Callable[..., None]:
     return update
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up to the peak, then `optim.schedule` until the last step; call its `step` after each."""
+def schedule_factor(optim: Optim, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate at each step, relative to the peak: linear warm-up, then `optim.schedule` until the last."""
     total = optim.epochs * steps_per_epoch
     warmup = round(optim.warmup_epochs * steps_per_epoch) if optim.warmup_steps is None else optim.warmup_steps
     warmup = min(warmup, total)
@@ -85,4 +83,11 @@ def build_schedule(
             progress = max((step - FLAT * total) / max(total - 1 - FLAT * total, 1), 0.0)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of `schedule_factor`; call its `step` after each step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(optim, steps_per_epoch))

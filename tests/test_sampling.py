@@ -284,14 +284,14 @@ def test_a_batch_of_one_s_own():
 
 
 def number(dataset, epoch, progress):
-    dataset.length = 100 * epoch + progress
+    dataset.mark = 100 * epoch + progress
 
 
 class Pids(Numbers):
-    """Sample i: the process that reads it, and what `number` made of the dataset."""
+    """Sample i: the process that reads it, and the mark that `number` gave to the dataset."""
 
     def __getitem__(self, index):
-        return os.getpid(), self.length
+        return os.getpid(), self.mark
 
 
 @pytest.mark.parametrize("workers", [0, 2])

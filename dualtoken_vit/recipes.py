@@ -208,6 +208,13 @@ class Run:
     """Compile the network with torch.compile: a slow start, then faster steps."""
     validate_every: Annotated[int, Epochs] = 1
     """Epochs between validations; must divide optim.epochs."""
+    threads: Annotated[int | None, Interval(ge=1, le=1024), FREE] = None
+    """CPU threads of each process. None: OMP_NUM_THREADS if it is set, else the cores, shared by the processes. Next to
+    other jobs, give 1."""
+    max_minutes: Annotated[float | None, Interval(gt=0, le=1e6)] = None
+    """Train for about so long: times the first steps, then sets optim.epochs to the number of epochs that fits."""
+    patience: Annotated[int | None, Epochs, FREE] = None
+    """Stop after so many validations without a better epoch."""
     save_every: Annotated[int, Count, FREE] = 200
     """Steps between saves of last.ckpt, which is also saved after every epoch."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dualtoken_vit
 from dualtoken_vit import cli
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ABOUT, RECIPES
@@ -206,3 +207,20 @@ def test_help_imports_neither_lightning_nor_matplotlib():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert found.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("given", [None, "active"])
+def test_threads_wait_passively_unless_the_user_decided(given):
+    """Set before PyTorch is imported, whose OpenMP reads it once."""
+    code = (
+        "import os, sys, dualtoken_vit_command\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.argv = ['dualtoken-vit', '--version']\n"
+        "sys.meta_path.insert(0, type('Spy', (), {'find_spec': staticmethod(\n"
+        "    lambda name, *args: print(os.environ['OMP_WAIT_POLICY']) if name == 'torch' else None)}))\n"
+        "dualtoken_vit_command.main()\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    finished = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert finished.stdout.split() == [given or "passive", dualtoken_vit.__version__], finished.stderr

@@ -15,18 +15,25 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
-from dualtoken_vit.recipes import ABOUT, RECIPES, Classification, Device, Recipe, flatten
 
 INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
 try:
     import tyro
     from rich.console import Console
     from rich.table import Table
-except ModuleNotFoundError as error:  # a bare install has the models only
-    sys.exit(f"dualtoken-vit: error: {error.name} is not installed; {INSTALL}")
+
+    from dualtoken_vit.recipes import ABOUT, RECIPES, Classification, Device, Recipe, flatten
+except ModuleNotFoundError as error:  # without the train extra, exported files can predict
+    hint = f"{error.name} is not installed; {INSTALL}"
+    try:
+        from dualtoken_vit.runtime.command import main as predict_exported
+    except ModuleNotFoundError:
+        sys.exit(f"dualtoken-vit: error: {hint}")
+    predict_exported(sys.argv[1:], hint)
 
 DEFAULT = "demo"
 R = TypeVar("R", bound=Recipe)
+Runtime = Literal["onnxruntime", "openvino"] | None
 
 # Commands import what they need themselves: `--help` is quick, and works without another command's dependencies.
 
@@ -77,6 +84,8 @@ class Evaluate(Generic[D]):
     """auto: an accelerator if there is one, else the CPU."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of the forward pass."""
+    runtime: Runtime = None
+    """Of an exported file; by default onnxruntime."""
     out: Path | None = None
     """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
     json: bool = False
@@ -98,6 +107,13 @@ class Predict(Generic[O]):
     """Images in a forward pass; by default 32, in detection and segmentation 4."""
     device: Device = "auto"
     """auto: an accelerator if there is one, else the CPU."""
+    runtime: Runtime = None
+    """Of an exported file; by default onnxruntime."""
+
+
+def _runtime(chosen: Any) -> dict[str, Any]:
+    """The option of an exported file, if it is given; a checkpoint rejects it."""
+    return {} if chosen.runtime is None else {"runtime": chosen.runtime}
 
 
 def _wants_help(args: list[str]) -> bool:
@@ -128,7 +144,7 @@ def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> 
     if _wants_help(args):
         _show(
             usage,
-            f"{about} CHECKPOINT is the best.safetensors of a run.\n",
+            f"{about} CHECKPOINT is the best.safetensors of a run, or a file that export wrote.\n",
             f"The options of its task, with its own defaults: dualtoken-vit {command} CHECKPOINT --help",
         )
         sys.exit()
@@ -207,12 +223,11 @@ def train(args: list[str]) -> None:
 def evaluate(args: list[str]) -> None:
     """Evaluate a trained network on validation images."""
     checkpoint, args = _checkpoint(args, "evaluate", evaluate.__doc__, "[--data.field VALUE ...] [OPTIONS]")
-    from dualtoken_vit.checkpoint import read_checkpoint
     from dualtoken_vit.evaluation import evaluate as run
-    from dualtoken_vit.predictors import stored_recipe
+    from dualtoken_vit.predictors import read_header, stored_recipe
 
     args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
-    stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
+    stored = stored_recipe(checkpoint, read_header(checkpoint)).data
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
@@ -224,6 +239,7 @@ def evaluate(args: list[str]) -> None:
         device=chosen.device,
         precision=chosen.precision,
         out=chosen.out,
+        **_runtime(chosen),
     )
     if chosen.json:
         print(json.dumps(result.metrics))
@@ -236,18 +252,13 @@ def evaluate(args: list[str]) -> None:
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
     checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER ... [--out FOLDER] [OPTIONS]")
-    from dualtoken_vit.checkpoint import read_checkpoint
     from dualtoken_vit.predict import predict as run
-    from dualtoken_vit.predictors import stored_recipe
-    from dualtoken_vit.tasks.registry import get_task
+    from dualtoken_vit.predictors import default_options
 
-    header = read_checkpoint(checkpoint, weights=False)
-    predictor = get_task(header.task).predictor
-    stored = predictor.stored_options(stored_recipe(checkpoint, header).data, header.preprocessing)
-    options = predictor.make_options(**stored)
+    options = default_options(checkpoint)
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
     common = chosen.out, chosen.json, chosen.batch_size, chosen.device
-    return run(checkpoint, chosen.images, *common, **asdict(chosen.options))
+    return run(checkpoint, chosen.images, *common, **_runtime(chosen) | asdict(chosen.options))
 
 
 def study(args: list[str]) -> None:
@@ -291,11 +302,11 @@ def check_data(args: list[str]) -> bool:
     return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
 
 
-def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
-    """A command whose options are the parameters of the function of that name in `paper`."""
+def _forward(command: str, about: str, package: str = "paper") -> Callable[[list[str]], Any]:
+    """A command whose options are the parameters of the function of that name in a package."""
 
     def call(args: list[str]) -> Any:
-        function = getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
+        function = getattr(import_module(f"dualtoken_vit.{package}.{command}"), command)
         config = (tyro.conf.PositionalRequiredArgs,)
         return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=config)
 
@@ -307,6 +318,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "export": _forward("export", "Write a trained network as one file for ONNX Runtime, OpenVINO, ...", "deploy"),
     "attention": _forward("attention", "Draw the attention maps of a trained classifier."),
     "localise": _forward("localise", "Measure how well the attention maps of trained classifiers localise objects."),
     "benchmark": _forward("benchmark", "Measure speed, memory and size of timm models side by side."),

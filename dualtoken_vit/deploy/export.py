@@ -1,0 +1,131 @@
+"""The command `export`: a trained network as one file for other runtimes, verified against PyTorch."""
+
+import hashlib
+import tempfile
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import dualtoken_vit
+from dualtoken_vit import recipes
+from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.deploy.convert import ConversionError, to_onnx
+from dualtoken_vit.deploy.plans import Plan, Size, plan
+from dualtoken_vit.deploy.verify import TOLERANCE, batches, difference, expected
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.predictors import load_model, stored_recipe
+from dualtoken_vit.runtime.session import FORMAT, ExportedModel
+
+PACKAGES = "torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
+
+
+def export(
+    checkpoint: Path,
+    out: Path | None = None,
+    *,
+    size: str | None = None,
+    raw: bool = False,
+    attention: bool = False,
+    images: Path | None = None,
+) -> Path:
+    """Write a trained network as one ONNX file, verified against PyTorch; returns its path.
+
+    The input `image` is float32 (B, C, H, W), RGB or grey in [0, 1]. Outputs: classification `logits` (B, classes);
+    segmentation `logits` (B, classes, H, W); detection `boxes` (100, 4) in pixels, `scores`, `labels`, padded with -1,
+    and `masks` (100, 1, 28, 28) for Mask R-CNN. Detectors take one image of a fixed size, the others any size.
+
+    Args:
+        checkpoint: The best.safetensors of a run.
+        out: The file; by default model.onnx beside the checkpoint.
+        size: SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detection: rounded up to
+            multiples of 32.
+        raw: RetinaNet: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for any size; the predictor of the
+            file chooses among them.
+        attention: DualToken-ViT classifiers: also the attention maps of the last block, for the command attention.
+        images: Folder of images to verify with, instead of noise.
+
+    Raises:
+        InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.
+    """
+    out = out or checkpoint.with_name("model.onnx")
+    if out.suffix.lower() != ".onnx":
+        raise InputError(f"--out {out}: name a file that ends with .onnx")
+    model, about = load_model(checkpoint)
+    chosen = plan(model, about, parse_size(size) if size else None, raw, attention)
+    try:
+        data = _converted(chosen, about, checkpoint, images)
+    except ConversionError as error:
+        if chosen.fixed or about.task != "classification":
+            raise
+        print(f"any size: {error}; trying one size")
+        chosen = replace(chosen, fixed=True)
+        data = _converted(chosen, about, checkpoint, images)
+    with atomic_write(out) as file:
+        file.write(data)
+    height, width = chosen.size
+    takes = f"{width}x{height} only" if chosen.fixed else "images of any size"
+    print(f"{printable(out)}: {len(data) / 1e6:.1f} MB, takes {takes}")
+    return out
+
+
+def _converted(chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> bytes:
+    """The verified file; ConversionError if it cannot be made or differs from PyTorch."""
+    channels = about.preprocessing["input_size"][0]
+    data = to_onnx(chosen, channels, describe(chosen, about, checkpoint))
+    inputs = batches(chosen, channels, images)
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder, "model.onnx")).write_bytes(data)
+        network = ExportedModel(file)
+        worst = max(difference(expected(chosen, image), network(image), max(image.shape[2:])) for image in inputs)
+    shapes = ", ".join("x".join(map(str, image.shape)) for image in inputs)
+    report = f"largest difference to PyTorch {worst:.1e} of the largest output, at {shapes}"
+    if not worst <= TOLERANCE:
+        raise ConversionError(f"{report}: above {TOLERANCE:g}, the file is not kept")
+    print(report)
+    return data
+
+
+def parse_size(text: str) -> Size:
+    """Height and width from "224" or "640x480" (width x height)."""
+    width, cross, height = text.partition("x")
+    if not width.isdecimal() or (cross and not height.isdecimal()) or min(int(width), int(height or width)) < 32:
+        raise InputError(f"--size {text}: give pixels as 224, or WIDTHxHEIGHT as 640x480, at least 32")
+    return int(height or width), int(width)
+
+
+def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any]:
+    """The JSON in the file. Nothing in it names a place on this machine."""
+    recipe = stored_recipe(checkpoint, about)
+    free = recipes.free_on_resume(type(recipe))
+    default = type(recipe)()
+    data = {name: getattr(default.data, name) for name in vars(recipe.data) if f"data.{name}" in free}
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, **data),
+        model=replace(recipe.model, name=about.model, checkpoint=None),
+    )
+    preprocessing = dict(about.preprocessing)
+    if about.task == "classification":
+        preprocessing["input_size"] = (preprocessing["input_size"][0], *chosen.size)
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "format": FORMAT,
+        "task": about.task,
+        "model": about.model,
+        "model_args": about.model_args,
+        "class_names": about.class_names,
+        "category_ids": about.category_ids,
+        "preprocessing": preprocessing,
+        "recipe": recipes.to_dict(recipe),
+        "metrics": about.metrics,
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "export": {"size": chosen.size if chosen.fixed else None, "raw": False, "precision": "float32", **chosen.about},
+        "versions": {"dualtoken-vit": dualtoken_vit.__version__, **found},
+    }

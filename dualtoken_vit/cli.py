@@ -111,6 +111,30 @@ class Predict(Generic[O]):
     """Of an exported file; by default onnxruntime."""
 
 
+@dataclass(frozen=True)
+class Export(Generic[D]):
+    data: D
+    out: Path | None = None
+    """The file; by default beside the checkpoint."""
+    size: str | None = None
+    """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
+    up to multiples of 32; other files take any size."""
+    raw: bool = False
+    """RetinaNet: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the predictor of
+    the file chooses among them."""
+    attention: bool = False
+    """DualToken-ViT classifiers: also the attention maps of the last block, for the command attention."""
+    int8: Literal["dynamic", "static"] | None = None
+    """Weights of linear layers as int8. dynamic (also without a value) needs no data; static fixes the range of the
+    activations from --images."""
+    fp16: bool = False
+    """Weights as float16: half the size, not faster on a CPU."""
+    images: Path | None = None
+    """Folder of images to verify and calibrate with; by default noise."""
+    evaluate: bool = False
+    """Also evaluate checkpoint and file on the validation images (--data.*)."""
+
+
 def _runtime(chosen: Any) -> dict[str, Any]:
     """The option of an exported file, if it is given; a checkpoint rejects it."""
     return {} if chosen.runtime is None else {"runtime": chosen.runtime}
@@ -177,6 +201,17 @@ def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], pro
     return tyro.cli(kind, default=default, args=_flags(args, values), prog=f"dualtoken-vit {prog}", description=about)
 
 
+def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str | None) -> tuple[Any, dict[str, Any]]:
+    """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
+    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
+    before = asdict(stored)
+    flags = {f"data.{key}": value for key, value in before.items()}
+    given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
+    chosen = _parse(default, stored, args, flags, prog, about)
+    found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
+    return chosen, found
+
+
 def _known(kind: str, name: str, names: Iterable[str]) -> str:
     """The name, if it is one of `names`; else an error with similar ones."""
     if name in names:
@@ -226,15 +261,11 @@ def evaluate(args: list[str]) -> None:
     from dualtoken_vit.evaluation import evaluate as run
     from dualtoken_vit.predictors import read_header, stored_recipe
 
-    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
     stored = stored_recipe(checkpoint, read_header(checkpoint)).data
-    before = asdict(stored)
-    flags = {f"data.{key}": value for key, value in before.items()}
-    given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
-    chosen = _parse(Evaluate(stored), stored, args, flags, f"evaluate {checkpoint}", evaluate.__doc__)
+    chosen, data = _with_data(Evaluate(stored), stored, args, f"evaluate {checkpoint}", evaluate.__doc__)
     result = run(
         checkpoint,
-        data={key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]},
+        data=data,
         batch_size=chosen.batch_size,
         device=chosen.device,
         precision=chosen.precision,
@@ -259,6 +290,29 @@ def predict(args: list[str]) -> bool:
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
     common = chosen.out, chosen.json, chosen.batch_size, chosen.device
     return run(checkpoint, chosen.images, *common, **_runtime(chosen) | asdict(chosen.options))
+
+
+def export(args: list[str]) -> None:
+    """Write a trained network as one file for ONNX Runtime or OpenVINO, verified against PyTorch."""
+    checkpoint, args = _checkpoint(args, "export", export.__doc__, "[--out FILE] [--int8 [static]] [OPTIONS]")
+    from dualtoken_vit.checkpoint import read_checkpoint
+    from dualtoken_vit.deploy.export import export as run
+    from dualtoken_vit.evaluation import evaluate as measure
+    from dualtoken_vit.predictors import stored_recipe
+
+    args = [part for arg, after in zip(args, [*args[1:], ""], strict=True) for part in _with_kind(arg, after)]
+    stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
+    chosen, data = _with_data(Export(stored), stored, args, f"export {checkpoint}", export.__doc__)
+    options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
+    file = run(checkpoint, **options)
+    if chosen.evaluate:
+        for path in (checkpoint, file):
+            print(f"{path}: {measure(path, data=data).headline}")
+
+
+def _with_kind(arg: str, after: str) -> list[str]:
+    """`--int8` without a value as `--int8 dynamic`."""
+    return [arg, "dynamic"] if arg == "--int8" and after not in ("dynamic", "static") else [arg]
 
 
 def study(args: list[str]) -> None:
@@ -302,11 +356,11 @@ def check_data(args: list[str]) -> bool:
     return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
 
 
-def _forward(command: str, about: str, package: str = "paper") -> Callable[[list[str]], Any]:
-    """A command whose options are the parameters of the function of that name in a package."""
+def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
+    """A command whose options are the parameters of the function of that name in `paper`."""
 
     def call(args: list[str]) -> Any:
-        function = getattr(import_module(f"dualtoken_vit.{package}.{command}"), command)
+        function = getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
         config = (tyro.conf.PositionalRequiredArgs,)
         return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=config)
 
@@ -318,7 +372,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
-    "export": _forward("export", "Write a trained network as one file for ONNX Runtime, OpenVINO, ...", "deploy"),
+    "export": export,
     "attention": _forward("attention", "Draw the attention maps of a trained classifier."),
     "localise": _forward("localise", "Measure how well the attention maps of trained classifiers localise objects."),
     "benchmark": _forward("benchmark", "Measure speed, memory and size of timm models side by side."),

@@ -5,19 +5,24 @@ import tempfile
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 import dualtoken_vit
 from dualtoken_vit import recipes
 from dualtoken_vit.checkpoint import Checkpoint
-from dualtoken_vit.deploy.convert import ConversionError, to_onnx
+from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
 from dualtoken_vit.deploy.plans import Plan, Size, plan
-from dualtoken_vit.deploy.verify import TOLERANCE, batches, difference, expected
+from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable
 from dualtoken_vit.predictors import load_model, stored_recipe
+from dualtoken_vit.runtime.base import to_image
+from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.session import FORMAT, ExportedModel
 
+CALIBRATION = 64  # images of a folder for int8
 PACKAGES = "torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
 
 
@@ -29,6 +34,8 @@ def export(
     raw: bool = False,
     attention: bool = False,
     images: Path | None = None,
+    int8: Literal["dynamic", "static"] | None = None,
+    fp16: bool = False,
 ) -> Path:
     """Write a trained network as one ONNX file, verified against PyTorch; returns its path.
 
@@ -37,14 +44,8 @@ def export(
     and `masks` (100, 1, 28, 28) for Mask R-CNN. Detectors take one image of a fixed size, the others any size.
 
     Args:
-        checkpoint: The best.safetensors of a run.
-        out: The file; by default model.onnx beside the checkpoint.
-        size: SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detection: rounded up to
-            multiples of 32.
-        raw: RetinaNet: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for any size; the predictor of the
-            file chooses among them.
-        attention: DualToken-ViT classifiers: also the attention maps of the last block, for the command attention.
-        images: Folder of images to verify with, instead of noise.
+        checkpoint: the best.safetensors of a run
+        others: as on the command line, `cli.Export`
 
     Raises:
         InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.
@@ -52,39 +53,66 @@ def export(
     out = out or checkpoint.with_name("model.onnx")
     if out.suffix.lower() != ".onnx":
         raise InputError(f"--out {out}: name a file that ends with .onnx")
+    if int8 and fp16:
+        raise InputError("--int8, --fp16: give one of them")
+    if int8 == "static" and images is None:
+        raise InputError("--int8 static needs --images FOLDER, to measure the range of the activations")
     model, about = load_model(checkpoint)
     chosen = plan(model, about, parse_size(size) if size else None, raw, attention)
-    try:
-        data = _converted(chosen, about, checkpoint, images)
-    except ConversionError as error:
-        if chosen.fixed or about.task != "classification":
-            raise
-        print(f"any size: {error}; trying one size")
-        chosen = replace(chosen, fixed=True)
-        data = _converted(chosen, about, checkpoint, images)
-    with atomic_write(out) as file:
-        file.write(data)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        try:
+            _convert(file, chosen, about, checkpoint, images)
+        except ConversionError as error:
+            if chosen.fixed or about.task != "classification":
+                raise
+            print(f"for any size, {error}; for one size:")
+            chosen = replace(chosen, fixed=True)
+            _convert(file, chosen, about, checkpoint, images)
+        if int8 or fp16:
+            file = _smaller(file, f"int8-{int8}" if int8 else "float16", images)
+        data = file.read_bytes()
+    with atomic_write(out) as target:
+        target.write(data)
     height, width = chosen.size
-    takes = f"{width}x{height} only" if chosen.fixed else "images of any size"
+    takes = f"images of {width}x{height}" if chosen.fixed else "images of any size"
     print(f"{printable(out)}: {len(data) / 1e6:.1f} MB, takes {takes}")
     return out
 
 
-def _converted(chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> bytes:
-    """The verified file; ConversionError if it cannot be made or differs from PyTorch."""
+def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> None:
+    """Write the file; ConversionError if it cannot be made or differs from PyTorch."""
     channels = about.preprocessing["input_size"][0]
-    data = to_onnx(chosen, channels, describe(chosen, about, checkpoint))
+    file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
+    network = ExportedModel(file)
     inputs = batches(chosen, channels, images)
-    with tempfile.TemporaryDirectory() as folder:
-        (file := Path(folder, "model.onnx")).write_bytes(data)
-        network = ExportedModel(file)
-        worst = max(difference(expected(chosen, image), network(image), max(image.shape[2:])) for image in inputs)
+    worst = max(difference(expected(chosen, image), network(image), max(image.shape[2:])) for image in inputs)
     shapes = ", ".join("x".join(map(str, image.shape)) for image in inputs)
     report = f"largest difference to PyTorch {worst:.1e} of the largest output, at {shapes}"
     if not worst <= TOLERANCE:
         raise ConversionError(f"{report}: above {TOLERANCE:g}, the file is not kept")
     print(report)
-    return data
+
+
+def _smaller(file: Path, precision: Any, images: Path | None) -> Path:
+    """A smaller version of a file, beside it; prints how far its predictions agree."""
+    from dualtoken_vit.deploy.quantise import agreement, network_inputs, quantise
+
+    before = load_exported(file)
+    if images is not None:
+        some = load_images(images, before.channels, CALIBRATION)
+    else:
+        shape = (*(before.export["size"] or (256, 256)), 3)
+        noise = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
+        some = [to_image(each, before.channels) for each in noise]
+    smaller = file.with_name("smaller.onnx")
+    with quiet():
+        quantise(file, smaller, precision, network_inputs(before, some) if precision == "int8-static" else ())
+    agree = [agreement(*pair) for pair in zip(before(some), load_exported(smaller)(some), strict=True)]
+    sizes = " to ".join(f"{each.stat().st_size / 1e6:.1f}" for each in (file, smaller))
+    what = f"{len(some)} images" if images else f"{len(some)} images of noise; give --images FOLDER for real ones"
+    print(f"{precision}: {sizes} MB, predictions agree to {np.mean(agree):.2%} on {what}")
+    return smaller
 
 
 def parse_size(text: str) -> Size:

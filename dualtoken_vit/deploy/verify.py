@@ -10,12 +10,13 @@ from dualtoken_vit.data.folders import image_files
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.deploy.plans import Plan, Size
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.backbone import ceil_div
 from dualtoken_vit.runtime.predictor import to_array, to_float
 from dualtoken_vit.runtime.session import Arrays
 
 TOLERANCE = 1e-4
 """The largest difference with which a file is kept, relative to the largest output; in boxes, to the image's side."""
-MOST = 8  # images of a folder
+IMAGES = 8  # of a folder
 NEAR = 1e-3  # of the threshold or of the lowest score: the object may be in one of two results only
 
 
@@ -32,23 +33,23 @@ def batches(plan: Plan, channels: int, images: Path | None) -> list[np.ndarray]:
     odd = height | 1, max(width * 3 // 4, 32) | 1
     shapes: list[tuple[int, Size]] = [(1, plan.size)] * 3 if plan.one else [(1, plan.size), (3, plan.size)]
     shapes += [] if plan.fixed else [(2, odd)]
-    pictures = load(images, channels) if images else None
+    real = load_images(images, channels, IMAGES) if images else None
     found, seed = [], np.random.default_rng(0)
     for number, (count, (height, width)) in enumerate(shapes):
-        if pictures is None:
+        if real is None:
             found.append(seed.random((count, channels, height, width), dtype=np.float32))
             continue
-        some = [pictures[(number + place) % len(pictures)].resize((width, height)) for place in range(count)]
+        some = [real[(number + place) % len(real)].resize((width, height)) for place in range(count)]
         found.append(np.stack([to_float(to_array(image)) for image in some]))
     return found
 
 
-def load(folder: Path, channels: int) -> list[Image.Image]:
-    """The first images in a folder."""
-    names = image_files(folder)[:MOST] if folder.is_dir() else []
+def load_images(folder: Path, channels: int, most: int) -> list[Image.Image]:
+    """At most that many images in a folder, evenly spaced."""
+    names = image_files(folder) if folder.is_dir() else []
     if not names:
-        raise InputError(f"--images {folder}: no folder of images")
-    return [load_image(name, channels) for name in names]
+        raise InputError(f"--images {folder}: not a folder of images")
+    return [load_image(name, channels) for name in names[:: ceil_div(len(names), most)]]
 
 
 @torch.inference_mode()

@@ -1,16 +1,15 @@
 """Types and bounds of the fields of frozen dataclasses, and their checker.
 
-Bounds are annotated-types metadata, for example `Annotated[float, Interval(ge=0, le=1)]`. In a tuple or a union they
-apply to every number.
+Bounds are an annotated-types `Interval`: `Annotated[float, Interval(ge=0, le=1)]`. In a tuple or a union they apply to
+every number.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
+from annotated_types import Interval
 
 from dualtoken_vit.errors import InputError
 
@@ -81,9 +80,10 @@ def check_bounds(obj: Any, prefix: str = "") -> None:
             continue
         flag = f"--{prefix}{field.name}".replace("_", "-")
         metadata = getattr(annotated[field.name], "__metadata__", ())
+        interval = next((each for each in metadata if isinstance(each, Interval)), Interval())
         values = value if isinstance(value, tuple) else (value,)
         for each in values:
-            if isinstance(each, int | float) and (problem := _problem(each, metadata)):
+            if isinstance(each, int | float) and (problem := _problem(each, interval)):
                 raise InputError(f"{flag} {each}: must be {problem}")
         if not fits(value, hint):
             raise InputError(f"{flag} {value}: must be {type_name(hint)}")
@@ -91,19 +91,14 @@ def check_bounds(obj: Any, prefix: str = "") -> None:
             raise InputError(f"{flag} {' '.join(map(str, values))}: must be {ASCENDING}")
 
 
-def _problem(value: Any, metadata: Iterable[Any]) -> str | None:
-    """What a number must be instead; None: it is within the bounds."""
+def _problem(value: float, bounds: Any) -> str:
+    """What a number must be instead of one outside the `Interval`; "" if it is inside."""
     if isinstance(value, float) and not math.isfinite(value):
         return "finite"
-    for each in metadata:
-        for bound in each if isinstance(each, GroupedMetadata) else (each,):
-            match bound:
-                case Ge(limit) if value < limit:
-                    return f"at least {limit}"
-                case Gt(limit) if value <= limit:
-                    return f"above {limit}"
-                case Le(limit) if value > limit:
-                    return f"at most {limit}"
-                case Lt(limit) if value >= limit:
-                    return f"below {limit}"
-    return None
+    wrong = {
+        f"at least {bounds.ge}": bounds.ge is not None and value < bounds.ge,
+        f"above {bounds.gt}": bounds.gt is not None and value <= bounds.gt,
+        f"at most {bounds.le}": bounds.le is not None and value > bounds.le,
+        f"below {bounds.lt}": bounds.lt is not None and value >= bounds.lt,
+    }
+    return next((words for words, fails in wrong.items() if fails), "")

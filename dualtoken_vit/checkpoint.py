@@ -136,18 +136,12 @@ class LoadReport:
     """What `load_weights` loaded, by tensor names."""
 
     path: Path
-    loaded: tuple[str, ...]
-    """Loaded from the file, including the adapted ones."""
-    adapted: tuple[str, ...]
-    """Loaded after a change of shape: channels of the first convolution, grid of tokens or positions."""
-    new: tuple[str, ...]
-    """Re-initialised: not in the file, or of another shape there."""
-    ignored: tuple[str, ...]
-    """In the file, but unused."""
-    classes: str = ""
-    """How the classifier was loaded, where the file's classes differ from the model's."""
-    network: str = ""
-    """The file's network, where it differs from the model."""
+    loaded: tuple[str, ...]  # loaded from the file, including the adapted ones
+    adapted: tuple[str, ...]  # loaded after a change of shape: first convolution, grid of tokens or positions
+    new: tuple[str, ...]  # re-initialised: not in the file, or of another shape there
+    ignored: tuple[str, ...]  # in the file, but unused
+    classes: str = ""  # how the classifier was loaded, where the file's classes differ from the model's
+    network: str = ""  # the file's network, where it differs from the model
 
     def __str__(self) -> str:
         lines = [f"{self.path}: loaded {len(self.loaded)} of {len(self.loaded) + len(self.new)} tensors"]

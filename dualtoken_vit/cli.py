@@ -22,7 +22,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 
-    from dualtoken_vit.recipes import ABOUT, RECIPES, Classification, Device, Recipe, flatten
+    from dualtoken_vit.recipes import ABOUT, RECIPES, Device, Recipe, flatten
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
     hint = f"{error.name} is not installed; {INSTALL}"
     try:
@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:  # without the train extra, exported files 
     predict_exported(sys.argv[1:], hint)
 
 DEFAULT = "demo"
+PRETRAINED = "--model.pretrained"  # true, false or auto: no switch for tyro, which wants True, False or auto
 R = TypeVar("R", bound=Recipe)
 Runtime = Literal["onnxruntime", "openvino"] | None
 
@@ -52,23 +53,6 @@ class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
     """Folder for labels.png, a contact sheet of images with their labels."""
-
-
-@dataclass(frozen=True)
-class Study:
-    recipe: Annotated[Classification, tyro.conf.arg(name="")]
-    preset: Literal["cpu", "gpu"] = "cpu"
-    """Budget that the other options start from: two cores for 30 minutes, or one GPU."""
-    base: Literal["small", "tiny"] = "small"
-    """The DualToken-ViT of an ablation: small as in the paper, or tiny. Does not apply to peers."""
-    seeds: int = 3
-    """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
-    jobs: int = 1
-    """Parallel runs; they share the CPU's cores, or the GPU."""
-    out: Path = Path("runs", "study")
-    """Folder of the runs, which studies share, and of study-NAME.json, .md, .png; the same command resumes there."""
-    markdown: bool = False
-    """Print the table as Markdown."""
 
 
 D = TypeVar("D")  # the data section of a recipe
@@ -140,22 +124,18 @@ def _runtime(chosen: Any) -> dict[str, Any]:
     return {} if chosen.runtime is None else {"runtime": chosen.runtime}
 
 
-def _wants_help(args: list[str]) -> bool:
-    return bool(args) and args[0] in ("-h", "--help")
-
-
 def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str, list[str]]:
     """The recipe that the arguments start with ("" without one), and the other arguments.
 
     The recipe's own arguments are then parsed alone, so that messages do not mention other recipes.
     """
-    if _wants_help(args):
-        _show(
-            f"{command} [RECIPE] [--section.field VALUE ...]",
-            f"{about}\n\nRecipes (default: {DEFAULT}):",
-            ABOUT,
-            f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help",
-        )
+    if _help(
+        args,
+        f"{command} [RECIPE] [--section.field VALUE ...]",
+        f"{about}\n\nRecipes (default: {DEFAULT}):",
+        ABOUT,
+        f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help",
+    ):
         sys.exit()
     if not args or args[0].startswith("-"):
         return "", args
@@ -165,12 +145,10 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
 def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
     usage = f"{command} CHECKPOINT {more}"
-    if _wants_help(args):
-        _show(
-            usage,
-            f"{about} CHECKPOINT is the best.safetensors of a run, or a file that export wrote.\n",
-            f"The options of its task, with its own defaults: dualtoken-vit {command} CHECKPOINT --help",
-        )
+    about = f"{about} CHECKPOINT is the best.safetensors of a run, or a file that export wrote.\n"
+    if _help(
+        args, usage, about, f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
+    ):
         sys.exit()
     if not args or args[0].startswith("-"):
         raise InputError(f"name the checkpoint first: dualtoken-vit {usage}")
@@ -179,16 +157,20 @@ def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> 
 
 def _flags(args: list[str], values: dict[str, Any]) -> list[str]:
     """The arguments with `--section.field true` and `false` as tyro's `--section.field` and `--section.no-field`."""
-    switches = {f"--{key.replace('_', '-')}" for key, value in values.items() if isinstance(value, bool)}
+    switches = {f"--{key.replace('_', '-')}" for key, value in values.items() if isinstance(value, bool)} | {PRETRAINED}
     found: list[str] = []
     for arg in (part for each in args for part in (each.split("=") if each.partition("=")[0] in switches else [each])):
-        if found and found[-1] in switches and arg.lower() in ("true", "false"):
+        if found and found[-1] == PRETRAINED:
+            if arg.startswith("--"):
+                found.append("True")
+            found.append(arg.capitalize() if arg.lower() in ("true", "false") else arg)
+        elif found and found[-1] in switches and arg.lower() in ("true", "false"):
             if arg.lower() == "false":
                 section, _, field = found[-1].removeprefix("--").rpartition(".")
                 found[-1] = f"--{section}{'.' * bool(section)}no-{field}"
         else:
             found.append(arg)
-    return found
+    return [*found, "True"] if found[-1:] == [PRETRAINED] else found
 
 
 def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], prog: str, about: str | None) -> Any:
@@ -221,8 +203,10 @@ def _known(kind: str, name: str, names: Iterable[str]) -> str:
     raise InputError(f"{kind} {name!r} is unknown; {hint}")
 
 
-def _show(usage: str, *parts: str | Mapping[str, str | None]) -> None:
-    """Print a help page: paragraphs, and tables of names with their descriptions."""
+def _help(args: list[str], usage: str, *parts: str | Mapping[str, str | None]) -> bool:
+    """Print a help page, of paragraphs and tables of names with their descriptions, if the arguments ask for it."""
+    if not args or args[0] not in ("-h", "--help"):
+        return False
     console = Console()
     console.print(f"usage: dualtoken-vit {usage}\n", markup=False)
     for part in parts:
@@ -234,6 +218,7 @@ def _show(usage: str, *parts: str | Mapping[str, str | None]) -> None:
         for name, about in part.items():
             table.add_row(name, about)
         console.print(table)
+    return True
 
 
 def train(args: list[str]) -> None:
@@ -317,30 +302,28 @@ def _with_kind(arg: str, after: str) -> list[str]:
 
 def study(args: list[str]) -> None:
     """Train the networks of one of the paper's comparisons with an equal budget and several seeds."""
-    from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
+    from dualtoken_vit.paper.study import PRESETS, STUDIES, Study, networks
     from dualtoken_vit.paper.study import study as run
 
-    if _wants_help(args):
-        sizes = {name: len(networks(name, "small")) for name in STUDIES}
-        _show(
-            "study STUDY [--preset NAME] [OPTIONS]",
-            f"{study.__doc__}\n\nStudies:",
-            {name: f"{table} of the paper, {sizes[name]} networks" for name, (table, _) in STUDIES.items()},
-            "\nPresets:",
-            {name: preset.about for name, preset in PRESETS.items()},
-            "\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help",
-        )
+    sizes = {name: len(networks(name, "small")) for name in STUDIES}
+    if _help(
+        args,
+        "study STUDY [--preset NAME] [OPTIONS]",
+        f"{study.__doc__}\n\nStudies:",
+        {name: f"{table} of the paper, {sizes[name]} networks" for name, (table, _) in STUDIES.items()},
+        "\nPresets:",
+        {name: about for name, (about, _) in PRESETS.items()},
+        "\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help",
+    ):
         return
     if not args or args[0].startswith("-"):
         raise InputError(f"name the study first: dualtoken-vit study {'|'.join(STUDIES)}")
     name, args = _known("study", args[0], STUDIES), args[1:]
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults of all that follows depend on it
     finder.add_argument("--preset", nargs="?", default="cpu")
-    preset = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
-    default = Study(preset.recipe, base=preset.base, seeds=preset.seeds, jobs=preset.jobs)
-    given = _flags(args, flatten(preset.recipe))
-    chosen = tyro.cli(Study, default=default, args=given, prog=f"dualtoken-vit study {name}", description=study.__doc__)
-    run(name, chosen.recipe, chosen.base, chosen.seeds, chosen.jobs, chosen.out, chosen.markdown)
+    _, default = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
+    given, prog = _flags(args, flatten(default.recipe)), f"dualtoken-vit study {name}"
+    run(name, tyro.cli(Study, default=default, args=given, prog=prog, description=study.__doc__))
 
 
 def check_data(args: list[str]) -> bool:
@@ -384,15 +367,15 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
 
 def run(args: list[str]) -> int:
     """Run one command; returns the exit status: 0, or 1 where a command found problems in images."""
-    if not args or _wants_help(args):
-        _show(
-            "COMMAND ...",
-            "DualToken-ViT: train, evaluate and use the network.\n\nCommands:",
-            {name: command.__doc__ for name, command in COMMANDS.items()},
-            "\nRecipes of train and check-data:",
-            ABOUT,
-            "\nMore: dualtoken-vit COMMAND --help, dualtoken-vit train RECIPE --help",
-        )
+    if _help(
+        args or ["--help"],
+        "COMMAND ...",
+        "DualToken-ViT: train, evaluate and use the network.\n\nCommands:",
+        {name: command.__doc__ for name, command in COMMANDS.items()},
+        "\nRecipes of train and check-data:",
+        ABOUT,
+        "\nMore: dualtoken-vit COMMAND --help, dualtoken-vit train RECIPE --help",
+    ):
         return 0
     if args[0] == "--version":
         print(dualtoken_vit.__version__)

@@ -2,11 +2,10 @@
 
 import os
 import sys
-from dataclasses import dataclass
 from json import dumps
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -14,23 +13,18 @@ from dualtoken_vit.data.folders import scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.predictors import load_predictor, read_header
+from dualtoken_vit.show.console import guard
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
-from dualtoken_vit.show.guard import guard
 from dualtoken_vit.tasks.registry import get_task
 
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
 
 
-@dataclass(frozen=True)
-class Source:
-    """An image file, and where its drawings go: relative to the output folder, without their suffix."""
+class Source(NamedTuple):
+    """An image file, and where its drawings go."""
 
     path: Path
-    place: str
-
-    @property
-    def drawing(self) -> str:
-        return f"{self.place}.png"
+    place: str  # relative to the output folder, without the suffix
 
 
 def predict(
@@ -45,11 +39,7 @@ def predict(
     """Print a table, or one JSON object, of a network's predictions for image files; draw them with `out`.
 
     Args:
-        images: image files, and folders to search for them, subfolders included
-        out: folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of
-            all images, and predictions.json
-        json: print one JSON object on stdout instead of the table, and nothing else there
-        batch_size: images in a forward pass; by default the predictor's
+        images, out, json, batch_size: as on the command line, `cli.Predict`
         checkpoint, device, options: as for `load_predictor`
 
     Returns:
@@ -79,9 +69,9 @@ def predict(
             for suffix, image in report.files(prediction.result).items():
                 with atomic_write(out / f"{source.place}{suffix}") as file:
                     image.save(file, "PNG")
-            with guard(out / source.drawing):
+            with guard(place := out / f"{source.place}.png"):
                 drawing, small, caption = report.draw(source.path.name, prediction.image, prediction.result)
-                save_image(drawing, out / source.drawing)
+                save_image(drawing, place)
                 if sheet:
                     sheet.add(small, *caption)
     if len(record["unreadable"]) == len(sources):

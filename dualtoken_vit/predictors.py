@@ -8,11 +8,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import nn
 
 from dualtoken_vit.checkpoint import Checkpoint, read_checkpoint
-from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.machine import pick_device
 from dualtoken_vit.recipes import Recipe, from_dict
 from dualtoken_vit.runtime import predictor as exported
@@ -30,15 +29,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
         InputError: for a file that is missing, truncated or of another kind, or does not fit the installed timm.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        model = get_task(checkpoint.task).rebuild(checkpoint)
-        model.load_state_dict(checkpoint.state_dict)
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = first_line(error)
-        raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise InputError(f"{path} has weights that are NaN or Inf; use another checkpoint")
-    return model.eval(), checkpoint
+    return get_task(checkpoint.task).restore(checkpoint, path), checkpoint
 
 
 def stored_recipe(path: str | Path, checkpoint: Checkpoint) -> Recipe:

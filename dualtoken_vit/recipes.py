@@ -38,8 +38,9 @@ class Model:
     """Input channels: 3 (RGB) or 1 (grayscale)."""
     checkpoint: str | None = None
     """Initial weights: a best.safetensors of this project or any timm checkpoint file."""
-    pretrained: bool = False
-    """Start from timm's pretrained weights for this name (downloaded, or from the local cache)."""
+    pretrained: bool | Literal["auto"] = False
+    """true: start from the pretrained weights of this name, this package's or timm's, which timm downloads; auto: from
+    this package's weights, if it has them for this network."""
     drop_path_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Stochastic depth rate of the last block; the rate increases linearly from 0 in the first block."""
     grad_checkpointing: bool = False
@@ -91,6 +92,9 @@ class ClassificationData(ClassificationInput, DataSection):
     holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
     """Fraction of each class's training images to validate on instead of the validation split. Use it for tuning, or
     where there is no validation split."""
+    balanced: Share = 0.0
+    """Class-balanced sampling: an epoch draws as many images as there are, n ** (1 - balanced) of a class of n images,
+    up to a common factor. 0: every image once; 1: all classes equally often."""
     start_size: Annotated[int | None, Side] = None
     """Progressive resizing: side of the training images in the first half of the run. It then grows, and reaches
     image_size for the last fifth. None: always image_size."""
@@ -110,8 +114,9 @@ class ClassificationAugment:
     """Area of the random crop, as a fraction of the image: lowest and highest."""
     ratio: Annotated[Range, Interval(ge=0.01, le=100), ASCENDING] = (0.75, 4 / 3)
     """Aspect ratio of the random crop: lowest and highest."""
-    hflip: Share = 0.5
-    """Probability of a horizontal flip."""
+    hflip: Annotated[float | Literal["alternate"], Interval(ge=0, le=1)] = 0.5
+    """Probability of a horizontal flip. alternate: half of the images, chosen at random, in the first epoch, the others
+    in the second, and so on (arXiv 2404.00498); useful in short runs."""
     vflip: Share = 0.0
     """Probability of a vertical flip."""
     color_jitter: Annotated[float, Interval(ge=0, le=10)] = 0.0
@@ -126,6 +131,23 @@ class ClassificationAugment:
     """CutMix alpha; 0: off. With both, each batch uses one of them at random."""
     label_smoothing: Share = 0.1
     """Label smoothing."""
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Knowledge distillation (Hinton et al., arXiv 1503.02531): the network imitates the logits of a trained teacher.
+
+    The loss is weight * temperature ** 2 * KL(teacher || network) + (1 - weight) * cross-entropy, where the KL
+    divergence is between the softmax outputs of logits / temperature.
+    """
+
+    teacher: Annotated[str | None, FREE] = None
+    """A best.safetensors, or a timm model name with pretrained weights (ImageNet teachers: classes are named by WordNet
+    ID, n01440764). It must know all classes of the data, and sees the augmented images. None: no distillation."""
+    weight: Share = 0.9
+    """Weight of the teacher in the loss."""
+    temperature: Annotated[float, Interval(ge=0.01, le=1000)] = 4.0
+    """Temperature of both softmax outputs."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +184,8 @@ class Optim:
     layer_decay: Annotated[float | None, Interval(ge=1e-12, le=1)] = None
     """Layer-wise learning rate decay for fine-tuning, typically 0.65 to 0.9."""
     ema_decay: Annotated[float | None, Interval(ge=0, le=1)] = None
-    """Decay of the exponential moving average of the weights. With it, the average is validated and saved."""
+    """Decay of the exponential moving average of the weights. With it, the average is validated and saved. The decay
+    starts low: it reaches 0.99 after 1,000 steps and 0.999 after 31,600 at the earliest."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +227,12 @@ class Classification(Recipe):
     """An image classification run."""
 
     task: ClassVar[str] = "classification"
+    class_weights: Literal["equal", "inverse", "effective"] = "equal"
+    """Loss weight of a class of n training images, up to a common factor. equal: 1; inverse: 1 / n; effective:
+    1 / (1 - 0.999 ** n) (arXiv 1901.05555). An alternative to data.balanced."""
     data: ClassificationData = ClassificationData()
     augment: ClassificationAugment = ClassificationAugment()
+    distill: Distill = Distill()
 
 
 @dataclass(frozen=True)
@@ -232,6 +259,9 @@ class DetectionData(DetectionInput, DataSection):
     """COCO json file of the training images; category ids may be any integers."""
     val_json: Annotated[str, FREE] = ""
     """COCO json file of the validation images."""
+    balanced: Share = 0.0
+    """Class-balanced sampling: an epoch draws as many images as there are, each in proportion to f ** -balanced, where
+    f is the share of the images that contain its rarest class. 0: every image once; 0.5: as LVIS's repeat factors."""
     limit: Annotated[int | None, Count] = None
     """Use only the first images of each split, for a quick test or to overfit on purpose."""
 
@@ -338,12 +368,9 @@ class Segmentation(Recipe):
     augment: SegmentationAugment = SegmentationAugment()
 
 
-KINDS: dict[str, type[Recipe]] = {}
-"""Recipe classes by task."""
-RECIPES: dict[str, Recipe] = {}
-"""Recipes by name."""
-ABOUT: dict[str, str] = {}
-"""One line about each recipe."""
+KINDS: dict[str, type[Recipe]] = {}  # recipe classes by task
+RECIPES: dict[str, Recipe] = {}  # recipes by name
+ABOUT: dict[str, str] = {}  # one line about each recipe
 
 R = TypeVar("R", bound=Recipe)
 
@@ -403,11 +430,7 @@ def free_on_resume(kind: type[Recipe]) -> set[str]:
 
 
 def model_kwargs(model: Model) -> dict[str, Any]:
-    """`model.args` as keyword arguments: `token_grid=5` becomes the number 5, `token_mlp=mix` the string "mix".
-
-    Raises:
-        InputError: for an argument that is not of the form NAME=VALUE.
-    """
+    """`model.args` as keyword arguments (token_grid=5 a number, token_mlp=mix a string), or an InputError."""
     kwargs: dict[str, Any] = {}
     for arg in model.args:
         name, equals, value = arg.partition("=")
@@ -478,6 +501,7 @@ ADE20K = Segmentation(
 
 # Tuned on a held-out tenth of Imagenette's training images (REPRODUCTION.md).
 FOLDER = Classification(
+    model=Model(pretrained="auto"),
     data=ClassificationData(crop_pct=1.0),
     augment=ClassificationAugment(scale=(0.35, 1.0)),
     optim=Optim(batch_size=32, warmup_epochs=0.5),
@@ -537,7 +561,8 @@ register(
         "coco": (
             "Detect your own objects: --data.images DIR --data.train-json FILE --data.val-json FILE.",
             Detection(
-                model=Model(name="dualtoken_vit_small"), optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0)
+                model=Model(name="dualtoken_vit_small", pretrained="auto"),
+                optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),
             ),
         ),
         "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP.", COCO),
@@ -568,7 +593,10 @@ register(
         ),
         "masks": (
             "Segment your own images: --data.root DIR with images/{train,val}/*.jpg and annotations/{train,val}/*.png.",
-            Segmentation(optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2)),
+            Segmentation(
+                model=Model(pretrained="auto"),
+                optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2),
+            ),
         ),
         "ade20k-deeplabv3": ("Section 4.3, DeepLabv3 with S, from an ImageNet --model.checkpoint: 39.0 mIoU.", ADE20K),
         "ade20k-pspnet": ("Section 4.3, PSPNet with S, likewise: 38.8 mIoU.", replace(ADE20K, segmenter="pspnet")),

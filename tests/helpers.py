@@ -1,7 +1,10 @@
 """Helpers shared by several test files."""
 
+from pathlib import Path
+
 import timm
 import torch
+from PIL import Image
 
 import dualtoken_vit  # noqa: F401  registers the models
 
@@ -22,3 +25,21 @@ def create(name="dualtoken_vit_tiny", depths=(1, 1, 1), num_classes=5, **kwargs)
         elif value.is_floating_point():
             value.add_(torch.randn_like(value) / 3)
     return model
+
+
+def save_scenes(folder, size, **counts):
+    """Write the first scenes of a split (train=12) as FOLDER/{images,annotations}/SPLIT/*.png and FOLDER/classes.txt.
+
+    They have `size` pixels a side.
+    """
+    from dualtoken_vit.data.segmentation import SCENE_CLASSES, draw_scenes  # a bare install has the models only
+
+    for split, count in counts.items():
+        scenes = draw_scenes(split, size)
+        for index in range(count):
+            image, mask = scenes.sources(index)
+            for kind, content in (("images", image), ("annotations", Image.fromarray(mask))):
+                path = Path(folder, kind, split, f"{scenes.pairs[index][0]}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content.save(path)
+    Path(folder, "classes.txt").write_text("\n".join(SCENE_CLASSES) + "\n")

@@ -25,7 +25,7 @@ from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages, draw
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Classification, ClassificationData
+from dualtoken_vit.recipes import Classification, ClassificationData, from_dict
 from dualtoken_vit.tasks.registry import get_task
 
 
@@ -543,6 +543,14 @@ def test_shards_by_their_names(shards, tmp_path):
         build_datasets(replace(named, val_split="val-{0000..0002}.tar"), 3)
     with pytest.raises(InputError, match=r"--data\.holdout"):
         build_datasets(replace(named, holdout=0.1), 3)
+
+
+def test_options_that_need_the_number_of_an_image(shards):
+    sections = {"augment": {"hflip": "alternate"}, "class_weights": "inverse"}
+    recipe = from_dict({"data": vars(shards) | {"balanced": 0.5}} | sections)
+    flags = "--augment.hflip alternate, --data.balanced, --class-weights"
+    with pytest.raises(InputError, match=f"^{flags}: not available for data that is read as a stream"):
+        get_task("classification").prepare(recipe, recipe.model)
 
 
 @pytest.mark.parametrize("place", ["split", "_info.json"])

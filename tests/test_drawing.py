@@ -15,9 +15,8 @@ from matplotlib.font_manager import FontEntry, fontManager
 from PIL import Image
 
 from dualtoken_vit.show import drawing, plots, text
-from dualtoken_vit.show.console import table_text
+from dualtoken_vit.show.console import guard, table_text
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, draw_card, draw_objects, draw_scene, save_image
-from dualtoken_vit.show.guard import guard
 
 ODD = {
     "dollar": "$a$",

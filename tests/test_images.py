@@ -251,6 +251,7 @@ def test_training_flips_only_as_told():
         (PLAIN, pixels),
         (replace(PLAIN, hflip=1.0), pixels[:, ::-1]),
         (replace(PLAIN, vflip=1.0), pixels[::-1]),
+        (replace(PLAIN, hflip="alternate"), pixels),  # the dataset flips
     ):
         transform = classification_train(ClassificationData(image_size=32), augment, MEAN, STD)
         torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(expected))

@@ -8,20 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import save_scenes
 from PIL import ExifTags, Image
 from torchvision import tv_tensors
 
+from dualtoken_vit.data.balance import class_weights
 from dualtoken_vit.data.check.segmentation import check as check_data
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.segmentation import (
     FORMATS,
     IGNORE,
     MaskedImages,
+    build_dataset,
     build_datasets,
-    build_val_dataset,
-    class_weights,
     read_mask,
-    save_scenes,
 )
 from dualtoken_vit.data.shapes import CLASSES, scene
 from dualtoken_vit.data.transforms import CappedCrop, segmentation_train
@@ -151,12 +151,12 @@ def test_classes_are_weighted_by_their_pixels(tree, kind):
             having = [label for mask in masks if k in mask for label in mask]
             shares.append(having.count(k) / len(having))
         expected = [np.median(shares) / share for share in shares]
-    assert class_weights(kind, train.pixels).tolist() == pytest.approx([*expected, 0], rel=1e-5)
+    assert class_weights(kind, *train.pixels).tolist() == pytest.approx([*expected, 0], rel=1e-5)
 
 
 def test_the_median_of_two_frequencies_lies_between_them():
     pixels = torch.tensor([[30, 10, 0], [40, 40, 0]])
-    assert class_weights("median-frequency", pixels).tolist() == pytest.approx([0.5 / 0.75, 0.5 / 0.25, 0])
+    assert class_weights("median-frequency", *pixels).tolist() == pytest.approx([0.5 / 0.75, 0.5 / 0.25, 0])
 
 
 def test_drawn_scenes_are_counted_by_their_masks():
@@ -334,9 +334,9 @@ def test_targets_follow_the_trained_classes(tree):
     with pytest.raises(
         InputError, match=r"class file in .*: class 'car' is not among the 2 trained classes: 'sky', 'r"
     ):
-        build_val_dataset(data(tree), 3, ("sky", "road"))
+        build_dataset(data(tree), "val", 3, ("sky", "road"))
     trained = ("boat", "sky", "car", "road")
-    val = build_val_dataset(data(tree), 3, trained)
+    val = build_dataset(data(tree), "val", 3, trained)
     assert val.class_names == trained
     assert val.notes == (f"{tree}: no class 'boat'",)
     labels = np.asarray(Image.open(tree / "annotations" / "val" / "0.png"))
@@ -398,7 +398,7 @@ def test_names_that_are_hard_to_print(tree):
         train.verify(progress=False)
     assert str(caught.value).startswith(rf"{tree}/annotations/train/a\n\r.png: cannot be read as an image")
     with pytest.raises(InputError, match=r"class 'ro\ufffd\\x0bad' is not among the 2 trained classes: '\$sky', 'car'"):
-        build_val_dataset(data(tree), 3, ("$sky", "car"))
+        build_dataset(data(tree), "val", 3, ("$sky", "car"))
 
 
 def test_a_format_that_is_not_known():

@@ -7,10 +7,13 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Optim
-from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
+from dualtoken_vit.tasks.optim import build_optimizer, build_schedule, ema_update
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,25 @@ def test_flat_then_cosine():
     assert found[:2] == pytest.approx([1 / 3, 2 / 3])
     assert found[2:12] == pytest.approx([1.0] * 10)  # three quarters of 16 steps are 12
     assert found[12:] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * step / 3)) for step in range(4)])
+
+
+@pytest.mark.parametrize("decay", [0.6, 0.999])  # reached after three steps, and never
+def test_averaged_weights_are_timm_s(decay):
+    """Parameters and running statistics as those of ModelEmaV3 with its warm-up."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    average = AveragedModel(model, multi_avg_fn=ema_update(decay), use_buffers=True)
+    theirs = ModelEmaV3(model, decay=decay, use_warmup=True)
+    for step in range(1, 13):
+        for parameter in model.parameters():
+            parameter.data.normal_()
+        model(torch.randn(4, 3))
+        average.update_parameters(model)
+        theirs.update(model, step=step)
+        expected = theirs.module.state_dict()
+        for key, value in average.module.state_dict().items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value, expected[key])
+    assert not torch.equal(average.module[0].weight, model[0].weight)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamuon"])

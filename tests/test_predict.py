@@ -185,7 +185,7 @@ def test_each_drawing_has_a_name_of_its_own_and_shows_its_image(constant, tmp_pa
     given = (tmp_path / "a" / "x.png", tmp_path / "b", tmp_path / "c" / "b", tmp_path / "b" / "x.png")
     out = tmp_path / "out"
     assert predict(constant, given, out)
-    drawings = [out / image.drawing for image in find_images(given, out)]
+    drawings = [out / f"{image.place}.png" for image in find_images(given, out)]
     assert len({str(drawing).casefold() for drawing in drawings}) == len(colors)
     shown = set()
     for drawing in drawings:

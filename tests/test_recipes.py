@@ -87,9 +87,11 @@ def test_every_numeric_field_has_bounds(task, name, hint):
         ("classification", "data.start_size", (None, 1), (0,)),
         ("classification", "data.crop_pct", (0.1, 1.0), (0.0, 1.1)),
         ("classification", "data.holdout", (0, 0.5), (-0.1, 0.51)),
+        ("classification", "data.balanced", (0, 0.5, 1), (-0.1, 1.1)),
         ("classification", "data.workers", (0, 64), (-1,)),
         ("classification", "augment.scale", ((0.5, 0.5), (0.1, 1)), ((0.5, 4.0), (0.0, 1.0), (0.9, 0.2))),
         ("classification", "augment.ratio", ((1, 1), (0.5, 2)), ((0.0, 1.0), (2.0, 0.5))),
+        ("classification", "augment.hflip", (0, 1, "alternate"), (-0.1, 1.1)),
         ("classification", "augment.color_jitter", (0, 0.4), (-1.0,)),
         ("classification", "augment.label_smoothing", (0, 1), (-0.1, 1.1)),
         ("classification", "optim.lr", (1e-9, 10), (0.0, -1e-3)),
@@ -99,6 +101,8 @@ def test_every_numeric_field_has_bounds(task, name, hint):
         ("classification", "optim.clip_grad", (None, 1.0), (0.0,)),
         ("classification", "optim.layer_decay", (None, 1.0), (0.0, 1.01)),
         ("classification", "optim.ema_decay", (None, 0.9999), (-0.1, 1.5)),
+        ("classification", "distill.weight", (0, 1), (-0.1, 1.1)),
+        ("classification", "distill.temperature", (0.5, 20), (0.0,)),
         ("classification", "run.seed", (0, 2**32 - 1), (-1, 2**32)),
         ("classification", "run.devices", ("auto", 1), (0,)),
         ("detection", "roi_samples", (4,), (3,)),
@@ -227,7 +231,7 @@ def test_wrong_json_is_rejected(values, message):
 
 def test_fields_that_may_differ_on_resume():
     run = {"run.device", "run.devices", "run.nodes", "run.save_every"}
-    assert free_on_resume(Classification) == run | {"data.root", "data.workers"}
+    assert free_on_resume(Classification) == run | {"data.root", "data.workers", "distill.teacher"}
     assert free_on_resume(Segmentation) == run | {"data.root", "data.classes", "data.workers"}
     files = {"data.images", "data.val_images", "data.train_json", "data.val_json"}
     assert free_on_resume(Detection) == run | files | {"data.workers"}

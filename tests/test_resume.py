@@ -36,6 +36,7 @@ def arguments(photos: Path, out: Path, *more: str) -> list[str]:
         "optim.epochs": EPOCHS,
         "optim.ema-decay": 0.9,
         "optim.clip-grad": 1,
+        "augment.hflip": "alternate",
         "augment.mixup": 0.2,
         "augment.cutmix": 1,
         "augment.random-erasing": 0.5,

@@ -36,9 +36,12 @@ class Numbers(Dataset):
 def images(photos):
     """36 images under every augmentation there is."""
     data = ClassificationData(root=str(photos), image_size=32)
-    augment = ClassificationAugment(scale=(0.3, 1.0), vflip=0.5, auto_augment="rand-m9-n2-mstd0.5", random_erasing=0.5)
+    augment = ClassificationAugment(
+        scale=(0.3, 1.0), hflip="alternate", vflip=0.5, auto_augment="rand-m9-n2", random_erasing=0.5
+    )
     train, _ = build_datasets(data, 3)
     train.transform = classification_train(data, augment, *STATISTICS)
+    train.alternate_flips(seed=3, epoch=0)
     return train
 
 
@@ -109,6 +112,24 @@ def test_training_drops_what_does_not_fill_a_batch_everywhere(world):
     assert {len(part) for part in parts} == {50 // (4 * world)}
     seen = [index for part in parts for batch, _ in part for index in batch.tolist()]
     assert len(seen) == len(set(seen)) == 50 // (4 * world) * 4 * world
+
+
+def test_alternating_flips(photos):
+    """A random half of the images in the first epoch, the others in the second, and so on: by pixels and by numpy."""
+    train, _ = build_datasets(ClassificationData(root=str(photos)), 3)
+    stored = [np.asarray(image) for image, _ in train]
+    flipped = []
+    for epoch in range(4):
+        train.alternate_flips(3, epoch)
+        images = [np.asarray(image) for image, _ in train]
+        flipped.append([np.array_equal(image, before[:, ::-1]) for image, before in zip(images, stored, strict=True)])
+        same = [np.array_equal(image, before) for image, before in zip(images, stored, strict=True)]
+        assert same == [not each for each in flipped[-1]]
+    first = flipped[0]
+    assert 10 <= sum(first) <= 26  # of 36
+    assert flipped[1:] == [[not each for each in first], first, [not each for each in first]]
+    train.alternate_flips(4, 0)
+    assert train.flipped != first
 
 
 def test_fewer_images_than_a_batch():
@@ -184,6 +205,61 @@ def test_groups_neither_depend_on_workers_nor_on_what_was_skipped():
     assert equal(whole[5:], batches(Numbers(50), 4, groups=groups, skip=5, workers=1))
     steps = grouped(groups, 2, world=2)
     assert [sorted(a + b) for a, b in zip(*steps, strict=True)] == [sorted(index.tolist()) for index, _ in whole]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_weighted_images_and_classes(power):
+    """Classes of 60, 10 and 5 images; counts of every class and image against their definitions."""
+    targets = [0] * 60 + [1] * 10 + [2] * 5
+    weights = [targets.count(label) ** -power for label in targets]
+    totals = np.zeros(75)
+    for epoch in range(40):
+        seen = Counter(
+            torch.cat([index for index, _ in batches(Numbers(75), 5, weights=weights, epoch=epoch)]).tolist()
+        )
+        assert sum(seen.values()) == 75
+        for index, weight in enumerate(weights):
+            assert abs(seen[index] - 75 * weight / sum(weights)) < 1
+        for label in range(3):
+            expected = 75 * targets.count(label) ** (1 - power) / sum(weights)
+            assert abs(sum(count for index, count in seen.items() if targets[index] == label) - expected) <= 1
+        totals += [seen[index] for index in range(75)]
+    # Rounded at random, with a variance of at most 1/4 each: a mean of 40 is within 5 standard deviations of 0.08.
+    np.testing.assert_allclose(totals / 40, 75 * np.array(weights) / sum(weights), atol=0.4)
+
+
+def test_an_image_drawn_twice_is_augmented_twice():
+    drawn = list(
+        zip(*map(torch.cat, zip(*batches(Numbers(20), 5, weights=[9.0, *[1.0] * 19]), strict=True)), strict=True)
+    )
+    often = [noise.tolist() for index, noise in drawn if index == 0]
+    assert 6 <= len(often) <= 7  # 20 * 9 / 28
+    assert len({tuple(noise) for noise in often}) == len(often)
+    once = {
+        index.item(): noise
+        for index, noise in zip(*map(torch.cat, zip(*batches(Numbers(20)), strict=True)), strict=True)
+    }
+    assert once[0].tolist() in often  # the first time as if it were drawn once
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_weighted_images_neither_depend_on_workers_nor_processes_nor_on_what_was_skipped(world):
+    weights = [1.0 + index % 3 for index in range(40)]
+    whole = batches(Numbers(40), 4, weights=weights)
+    assert not equal(whole, batches(Numbers(40), 4, weights=weights, epoch=1))
+    parts = [batches(Numbers(40), 4 // world, weights=weights, rank=rank, world=world, skip=3) for rank in range(world)]
+    for (index, noise), *step in zip(whole[3:], *parts, strict=True):
+        for rank, (own_index, own_noise) in enumerate(step):
+            assert torch.equal(own_index, index[rank::world])
+            assert torch.equal(own_noise, noise[rank::world])
+    assert equal(whole, batches(Numbers(40), 4, weights=weights, workers=2))
+
+
+def test_groups_of_weighted_images():
+    groups = [index % 2 for index in range(40)]
+    (part,) = grouped(groups, 4, weights=[9.0, *[1.0] * 39])
+    assert Counter(chain(*part))[0] in (7, 8)  # 40 * 9 / 48
+    assert sum(len({groups[index] for index in step}) == 1 for step in part) >= 9  # of 10; one has the remainders
 
 
 def test_one_group_is_as_none():

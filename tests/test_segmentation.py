@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import save_scenes
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import read_checkpoint
-from dualtoken_vit.data.segmentation import IGNORE, save_scenes
+from dualtoken_vit.data.segmentation import IGNORE
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.models.segmenters import segment

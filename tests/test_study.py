@@ -67,7 +67,7 @@ def test_networks_are_the_papers():
     assert small["a"][1] == Model(name="dualtoken_vit_small_mix", args=("local_attention=window",))
     assert tiny["a"][1] == Model(name="dualtoken_vit_tiny_mix", args=("local_attention=window",))
     assert networks("peers", "tiny") == networks("peers", "small")
-    assert all(preset.seeds > 1 for preset in PRESETS.values())
+    assert all(preset.seeds > 1 for _, preset in PRESETS.values())
 
 
 KWARGS = dict(depths=(1, 1, 1), dims=(8, 16, 24), num_heads=(1, 2, 3))
@@ -228,10 +228,11 @@ def test_presets_are_defaults(monkeypatch, tmp_path):
     monkeypatch.setattr("dualtoken_vit.paper.study.study", lambda *args: seen.append(args))
     cli.run(["study", "mlp", "--preset=gpu", "--optim.epochs", "3"])
     cli.run(["study", "mlp"])
-    for (name, recipe, base, seeds, *_), preset, epochs in zip(seen, ("gpu", "cpu"), (3, 1), strict=True):
-        assert (name, base, seeds) == ("mlp", PRESETS[preset].base, PRESETS[preset].seeds)
-        assert recipe.optim.epochs == epochs
-        assert recipe.data == PRESETS[preset].recipe.data
+    for (name, chosen), preset, epochs in zip(seen, ("gpu", "cpu"), (3, 1), strict=True):
+        default = PRESETS[preset][1]
+        assert (name, chosen.base, chosen.seeds) == ("mlp", default.base, default.seeds)
+        assert chosen.recipe.optim.epochs == epochs
+        assert chosen.recipe.data == default.recipe.data
 
 
 def test_damaged_result(tmp_path):

@@ -340,7 +340,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(photos, tmp_path, mon
         train(recipe(photos), tmp_path / "run")
 
 
-def cross_entropy_without_end(logits, target, label_smoothing=0.0, reduction="mean"):
+def cross_entropy_without_end(logits, target, **options):
     loss = -logits.log_softmax(1)[range(len(target)), target].mean()
     return loss if logits.requires_grad else loss * math.inf
 
@@ -481,6 +481,10 @@ def test_a_resumed_run_does_not_read_everything_again(photos, tmp_path, monkeypa
             r"^--data\.image-size 31 is not a size that dualtoken_vit_tiny takes: give at least 32$",
         ),
         ({"model": {"name": "test_vit", "args": ()}, "data": {"image_size": 50}}, r"--data\.image-size 50.*test_vit"),
+        (
+            {"model": {"name": "test_vit", "args": ()}, "data": {"image_size": 64, "start_size": 50}},
+            r"--data\.start-size 50 is not a size that test_vit takes",
+        ),
         ({"model": {"checkpoint": "nowhere.safetensors"}}, r"nowhere\.safetensors: no such checkpoint"),
         ({"run": {"device": "tpu"}}, r"^--run\.device tpu: "),
         ({"run": {"devices": 0}}, r"^--run\.devices 0: must be at least 1"),

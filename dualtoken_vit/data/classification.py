@@ -11,6 +11,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import ImageOps
 from timm.data import create_reader
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, Subset
@@ -19,6 +21,7 @@ from torchvision.datasets import Imagenette
 from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some, split_name
 from dualtoken_vit.data.folders import contains, is_folder, read_lines, scan, skipped_note
 from dualtoken_vit.data.images import MODES, load_image
+from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
 from dualtoken_vit.data.streams import ImageStream, Record, Shards, TensorFlowDataset, unreadable
 from dualtoken_vit.data.threads import in_threads
@@ -52,24 +55,25 @@ class ImageDataset(Dataset, ImageData):
     ) -> None:
         self.sources, self.targets, self.class_names, self.image_names = sources, targets, class_names, image_names
         self.channels, self.root = channels, root
-        self.left_out: list[str] = []
-        """Names of the images left out, relative to `root`."""
-
-        self.drawn = False
-        """Whether the images are generated, so that none can be unreadable."""
-
-        self.complete = False
-        """Whether each class must keep a readable image: in training data."""
-
-        self.shared = ""
-        """Names a file that is in more than one class, if there is one."""
+        self.left_out: list[str] = []  # names of the images left out, relative to `root`
+        self.drawn = False  # whether the images are generated, so that none can be unreadable
+        self.complete = False  # whether each class must keep a readable image: in training data
+        self.flipped: Sequence[bool] = ()  # whether to flip each image horizontally before `transform`; empty: none
+        self.shared = ""  # names a file that is in more than one class, if there is one
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = load_image(self.sources[index], self.channels, self.image_names[index])
+        if len(self.flipped) and self.flipped[index]:
+            image = ImageOps.mirror(image)
         return (self.transform(image) if self.transform else image), self.targets[index]
+
+    def alternate_flips(self, seed: int, epoch: int) -> None:
+        """Flip a random half of the images in even epochs, and the other half in odd ones (arXiv 2404.00498)."""
+        first = np.random.default_rng(mix(seed)).random(len(self)) < 0.5
+        self.flipped = (first ^ (epoch % 2 == 1)).tolist()
 
     def keep(self, indices: Sequence[int]) -> "ImageDataset":
         """The dataset of these images only."""
@@ -239,7 +243,7 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
     class_names = tuple(read_lines(path)) if path.is_file() else ()
     if not class_names or not shards.samples:
         title = f"reading the labels of {name}"
-        labels = list(in_threads(itemgetter(2), shards.stored(), shards.samples or None, title))
+        labels = list(in_threads(itemgetter(2), shards.read(), shards.samples or None, title))
         shards.samples = len(labels)
         class_names = class_names or _numbers(labels)
     shards.class_names, shards.labels = class_names, range(len(class_names))
@@ -297,11 +301,7 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
 
 
 def build_val_dataset(data: ClassificationData, channels: int, class_names: Sequence[str] | None = None) -> Images:
-    """The validation images alone, with `class_names` in their order; classes without images are named in `notes`.
-
-    Raises:
-        InputError: as `build_datasets`.
-    """
+    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`."""
     val = read_split(data, "train" if data.holdout else "val", channels)
     if data.holdout:
         val = _hold_out(val, data.holdout)[1]

@@ -17,14 +17,11 @@ class ImageData(Protocol):
     """
 
     class_names: tuple[str, ...]
-    image_names: Sequence[str] = ()
-    """Display name of each image; empty for a stream."""
-    transform: Callable[..., Any] | None = None
-    """Applied to each sample as it is read."""
-    groups: Sequence[int] | None = None
-    """A number for each image: images of one number share training batches. None: all images do."""
-    notes: tuple[str, ...] = ()
-    """Lines to print before training or evaluation: absent classes, skipped files."""
+    image_names: Sequence[str] = ()  # display name of each image; empty for a stream
+    transform: Callable[..., Any] | None = None  # applied to each sample as it is read
+    groups: Sequence[int] | None = None  # a number for each image; only images of one number share training batches
+    weights: Sequence[float] | None = None  # how often each is drawn for training, relatively; None: once per epoch
+    notes: tuple[str, ...] = ()  # lines to print before training or evaluation: absent classes, skipped files
 
     def __len__(self) -> int:
         """Number of images."""
@@ -53,11 +50,7 @@ class Formats(dict[str, Callable[..., Split]]):
     """The formats of one kind of data: name to reader. A reader takes a recipe's data section, "train" or "val", ..."""
 
     def read(self, data: Any, split: str, *args: Any) -> Split:
-        """A split as it is stored, in the format that `--data.dataset` names: NAME or NAME/REST.
-
-        Raises:
-            InputError: for an unknown format, and whatever the reader rejects.
-        """
+        """A split in the format that `--data.dataset` names, NAME or NAME/REST; an InputError for an unknown one."""
         kind = data.dataset.partition("/")[0].lower()
         if kind not in self:
             raise InputError(f"--data.dataset {data.dataset}: unknown format; choose from {', '.join(self)}")

@@ -56,11 +56,7 @@ class AnnotatedImages(NamedTuple):
 
 
 def read_coco(path: str | Path, images: str | Path = "") -> AnnotatedImages:
-    """A COCO json, without checks of single entries, and the folder of its images.
-
-    Raises:
-        InputError: for a file that is missing, not JSON, or not a COCO file.
-    """
+    """A COCO json, its single entries unchecked, and the folder of its images; an InputError for other files."""
     name = printable(path)
     try:
         content = Path(path).read_bytes()
@@ -338,11 +334,7 @@ class DetectionDataset(Dataset, ImageData):
         return [one for one in sound if not one.get("iscrowd")], [one for one in sound if one.get("iscrowd")]
 
     def image(self, index: int) -> Image.Image:
-        """Image `index`.
-
-        Raises:
-            InputError: if it cannot be read, or does not have the size in the json.
-        """
+        """Image `index`; an InputError if it cannot be read, or does not have the size in the json."""
         entry, path = self.images[index], self.image_names[index]
         image = load_image(self.split.source(entry), self.channels, path)
         fault = size_fault(path, image.size, entry, self.name)
@@ -444,19 +436,11 @@ FORMATS: Formats[AnnotatedImages] = Formats(coco=_coco, shapes=_shapes)
 
 
 def build_datasets(data: DetectionData, masks: bool, channels: int) -> tuple[DetectionDataset, DetectionDataset]:
-    """The training and the validation images; set `transform` before use.
-
-    Raises:
-        InputError: for an empty field, a file that is not a COCO file, validation categories that are not trained, ...
-    """
+    """The training and the validation images, which need a `transform`; an InputError for data that does not fit."""
     train = DetectionDataset(FORMATS.read(data, "train"), masks, channels, limit=data.limit)
     return train, build_val_dataset(data, masks, channels, train.class_names)
 
 
 def build_val_dataset(data: DetectionData, masks: bool, channels: int, class_names: Sequence[str]) -> DetectionDataset:
-    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`.
-
-    Raises:
-        InputError: as `build_datasets`.
-    """
+    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`."""
     return DetectionDataset(FORMATS.read(data, "val"), masks, channels, class_names, data.limit)

@@ -94,11 +94,7 @@ def skipped_note(paths: Sequence[str], wanted: str = "images") -> str:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file in UTF-8, with or without a byte order mark. Invalid bytes are kept as in file names.
-
-    Raises:
-        InputError: for a file that cannot be read, or has another encoding.
-    """
+    """The lines of a text file in UTF-8, or an InputError. A byte order mark is dropped, invalid bytes are kept."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:

@@ -43,14 +43,14 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 class _Seeded(Dataset):
-    """`dataset` with the randomness of sample i drawn from (seed, epoch, i)."""
+    """`dataset` with the randomness of sample i drawn from (seed, epoch, i); i may be one of `_weighted_order`."""
 
     def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
 
     def __getitem__(self, index: int) -> Any:
         with seeded(self.seed, self.epoch, index):
-            return self.dataset[index]
+            return self.dataset[index % len(self.dataset)]
 
 
 class _Rest(DataLoader):
@@ -70,13 +70,31 @@ def _steps(order: list[int], size: int, groups: Sequence[int] | None) -> list[li
     steps: list[list[int]] = []
     filling: defaultdict[int, list[int]] = defaultdict(list)
     for index in order:
-        step = filling[groups[index] if groups else 0]
+        step = filling[groups[index % len(groups)] if groups else 0]
         step.append(index)
         if len(step) == size:
             steps.append(step.copy())
             step.clear()
     rest = [index for step in filling.values() for index in step]
     return steps + [rest[start : start + size] for start in range(0, len(rest) - size + 1, size)]
+
+
+def _weighted_order(weights: Sequence[float], generator: torch.Generator) -> list[int]:
+    """As many numbers as there are images, of which image i has weights[i] / mean(weights), rounded at random.
+
+    Systematic sampling: images are intervals of these lengths, side by side, and points at distance 1 with a random
+    start draw them. Images of equal weight are neighbours, so that their total is off by one at most. The k-th number
+    of image i, from 0, is i + k * len(weights).
+    """
+    count = len(weights)
+    order = torch.randperm(count, generator=generator)
+    lengths = torch.tensor(weights, dtype=torch.float64)[order]
+    lengths, places = lengths.sort(stable=True)
+    order, ends = order[places], lengths.cumsum(0)
+    ends = (ends * (count / ends[-1]) + torch.rand((), generator=generator, dtype=torch.float64)).floor().long()
+    times = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    numbers = torch.cat([order[times > k] + k * count for k in range(int(times.max()))])
+    return numbers[torch.randperm(len(numbers), generator=generator)].tolist()
 
 
 def full_batches(count: int, batch_size: int) -> int:
@@ -105,13 +123,14 @@ def loader(
     world: int = 1,
     workers: int = 0,
     groups: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
     collate_fn: Callable | None = None,
 ) -> DataLoader:
     """The batches that process `rank` of `world` sees in one epoch.
 
-    In training, the order is a permutation drawn from (seed, epoch). Each process takes every `world`-th index, and
-    images that do not fill a batch in every process are left out. In validation, every image occurs exactly once over
-    all processes, so one process may have a batch fewer, or a smaller one.
+    In training, the order is drawn from (seed, epoch); without `weights` it is a permutation. Each process takes every
+    `world`-th index, and images that do not fill a batch in every process are left out. In validation, every image
+    occurs exactly once over all processes, so one process may have a batch fewer, or a smaller one.
 
     Args:
         dataset: map-style, or a stream
@@ -123,6 +142,8 @@ def loader(
         workers: processes that read images; 0: this one
         groups: a number for each image. In training, the images of a step, over all processes, have the same number,
             except in the last steps, which consist of the remainders of the groups. Not for a stream.
+        weights: how often each image occurs in training, relative to the others, in as many batches; None: once. Not
+            for a stream.
         collate_fn: makes a batch of a list of samples; default: tensors are stacked
 
     Returns:
@@ -142,12 +163,14 @@ def loader(
         rest = _Rest(stream, batch_size, drop_last=train, num_workers=stream.workers, **common)
         rest.skip = skip
         return rest
+    count = len(dataset)
     if train:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix(seed, epoch))).tolist()
-        full_batches(len(dataset), batch_size * world)
+        generator = torch.Generator().manual_seed(mix(seed, epoch))
+        order = _weighted_order(weights, generator) if weights else torch.randperm(count, generator=generator).tolist()
+        full_batches(count, batch_size * world)
         batches = [step[rank::world] for step in _steps(order, batch_size * world, groups)]
         samples = _Seeded(dataset, seed, epoch)
     else:
-        own = list(range(rank, len(dataset), world))
+        own = list(range(rank, count, world))
         batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
     return DataLoader(samples, batch_sampler=batches[skip:], num_workers=workers, **common)

@@ -21,7 +21,7 @@ from dualtoken_vit.data.images import load_image, naming
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import in_threads, verify_each
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import SegmentationData
 
 IGNORE = 255  # label of ignored pixels in targets, whatever it is in files
@@ -35,11 +35,7 @@ STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow scales 2-bit and 4-bit greyscale to
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """The labels (H, W), uint8 or int32, of a mask file as they are stored; for a palette image, the indices.
-
-    Raises:
-        InputError: for a file that cannot be read, or is not single-channel.
-    """
+    """The labels (H, W), uint8 or int32, of a single-channel mask file as stored; an InputError for other files."""
     name = printable(path)
     with naming(path), Image.open(path) as mask:
         if mask.format == "JPEG":
@@ -173,23 +169,6 @@ class SegmentationDataset(Dataset, ImageData):
         self.pixels = state["pixels"]
 
 
-def class_weights(kind: str, pixels: Tensor) -> Tensor:
-    """The weight of each class in the loss, (classes,); 0 for a class without pixels.
-
-    Args:
-        kind: median-frequency: the median of all f / f, where f is the class's share of the images that contain it
-            (Eigen and Fergus, arXiv 1411.4734); log: 1 / ln(1.02 + f), where f is its share of all pixels (ENet, arXiv
-            1606.02147)
-        pixels: of `SegmentationDataset.pixels`
-    """
-    if kind == "log":
-        weights = 1 / torch.log(1.02 + pixels[0] / pixels[0].sum())
-    else:
-        share = pixels[0] / pixels[1]  # NaN where no image contains it
-        weights = share.nanquantile(0.5) / share
-    return torch.where(pixels[0] > 0, weights, 0)
-
-
 def draw_scenes(split: str, size: int) -> MaskedImages:
     """The scenes of a split: images of `size` pixels a side with up to five shapes on the class "ground"."""
     names = [f"{split}-{index:04d}" for index in range(SCENES[split])]
@@ -202,21 +181,6 @@ def _draw_scene(split: str, size: int, index: int) -> tuple[Image.Image, np.ndar
     for shape in shapes:
         labels[shape.mask] = shape.label + 1
     return image, labels
-
-
-def save_scenes(folder: str | Path, size: int = 128, **counts: int) -> None:
-    """Write scenes as FOLDER/{images,annotations}/{train,val}/*.png and FOLDER/classes.txt.
-
-    They have `size` pixels a side; `counts` (train=100) limits the number of scenes in a split.
-    """
-    for split, total in SCENES.items():
-        for index in range(total)[: counts.get(split)]:
-            image, mask = _draw_scene(split, size, index)
-            for kind, content in (("images", image), ("annotations", Image.fromarray(mask))):
-                with atomic_write(Path(folder, kind, split, f"{split}-{index:04d}.png")) as file:
-                    content.save(file, format="png")
-    with atomic_write(Path(folder, "classes.txt"), "w") as file:
-        file.write("\n".join(SCENE_CLASSES) + "\n")
 
 
 def _by_stem(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -232,11 +196,7 @@ def _by_stem(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
-    """The names in the class file; None without one.
-
-    Raises:
-        InputError: for a file that cannot be read, repeats a name, or has too few or too many.
-    """
+    """The names in the class file, or None without one; an InputError for a file that cannot be used."""
     if data.ignore_index == 0 and not data.reduce_zero_label:
         fault = "0 is the label of the first class; if the classes begin at 1, give --data.reduce-zero-label instead"
         raise InputError(f"--data.ignore-index 0: {fault}")
@@ -276,11 +236,7 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
 
 
 def number_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
-    """Numbers as class names, up to the highest label in mask files; those that cannot be read are passed over.
-
-    Raises:
-        InputError: for too few classes, more than `MAX_CLASSES`, or no readable mask.
-    """
+    """Numbers as class names, up to the highest label in the readable masks; an InputError for too few or too many."""
 
     def highest(path: str) -> tuple[int, str]:
         try:
@@ -337,10 +293,14 @@ def _shapes(data: SegmentationData, split: str) -> MaskedImages:
 FORMATS: Formats[MaskedImages] = Formats(masks=_masks, shapes=_shapes)
 
 
-def _dataset(
-    data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None
+def build_dataset(
+    data: SegmentationData, split: str, channels: int, class_names: Sequence[str] | None = None
 ) -> SegmentationDataset:
-    """A split, whose masks are brought to the order of `class_names`, if given."""
+    """The train or val split, with `class_names` in their order, if given; absent classes are named in `notes`.
+
+    Raises:
+        InputError: for a missing folder, an image without a mask, classes that are not among `class_names`, ...
+    """
     found = FORMATS.read(data, split)
     if found.alone[0]:
         more = f" (and {len(found.alone[0]) - 1} more images)" if len(found.alone[0]) > 1 else ""
@@ -357,19 +317,6 @@ def _dataset(
 
 
 def build_datasets(data: SegmentationData, channels: int) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """The training and the validation images; set `transform` before use.
-
-    Raises:
-        InputError: for a missing folder, an image without a mask, validation classes that are not trained, ...
-    """
-    train = _dataset(data, "train", channels, None)
-    return train, build_val_dataset(data, channels, train.class_names)
-
-
-def build_val_dataset(data: SegmentationData, channels: int, class_names: Sequence[str]) -> SegmentationDataset:
-    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`.
-
-    Raises:
-        InputError: as `build_datasets`.
-    """
-    return _dataset(data, "val", channels, class_names)
+    """The training and the validation images; set `transform` before use. Raises as `build_dataset`."""
+    train = build_dataset(data, "train", channels)
+    return train, build_dataset(data, "val", channels, train.class_names)

@@ -34,27 +34,19 @@ class ImageStream(IterableDataset, ImageData):
     divided among those, and a part's images may be repeated so that every process gets the same number of full batches.
     In validation, each process reads everything with one worker and decodes its share: every image occurs once.
 
-    A kind of storage is a subclass with `stored`, `shuffled`, `parts` and `samples`.
+    A kind of storage is a subclass with `read`, `parts` and `samples`.
     """
 
-    parts: int
-    """The most readers that the images can be divided among."""
-    samples: int
-    """Number of stored images."""
-    channels: int
-    """3 (RGB) or 1 (greyscale)."""
-    labels: Sequence[int] = ()
-    """The target of each stored class index."""
+    parts: int  # the most readers that the images can be divided among
+    samples: int  # number of stored images
+    channels: int  # 3 (RGB) or 1 (greyscale)
+    labels: Sequence[int] = ()  # the target of each stored class index
     left_out: frozenset[str] = frozenset()
     train, seed, rank, world, workers = False, 0, 0, 1, 0
     share = 0  # training images per worker and epoch
 
-    def stored(self) -> Iterator[Record]:
-        """Every image once, always in the same order."""
-        raise NotImplementedError
-
-    def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
-        """The images of reader `reader` out of `readers`, once.
+    def read(self, seed: int | None = None, repeat: int = 0, reader: int = 0, readers: int = 1) -> Iterator[Record]:
+        """Every image once, in the order in which they are stored; with a seed, those of `reader` out of `readers`.
 
         `seed` decides which images these are, and with `repeat` their order.
         """
@@ -95,7 +87,7 @@ class ImageStream(IterableDataset, ImageData):
         workers = max(self.workers, 1)
         reader, readers = self.rank * workers + worker, self.world * workers
         for repeat in count():
-            records = self._used(self.shuffled(self.seed, repeat, reader, readers))
+            records = self._used(self.read(self.seed, repeat, reader, readers))
             first = next(records, None)
             if first is None:
                 message = f"no images for worker {reader + 1} of {readers}; use fewer --data.workers or processes"
@@ -117,7 +109,7 @@ class ImageStream(IterableDataset, ImageData):
 
     def records(self) -> Iterator[Record]:
         """Every image, still encoded."""
-        return self._used(self.stored())
+        return self._used(self.read())
 
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
         names = unreadable(self, skip, progress)
@@ -179,12 +171,11 @@ class Shards(ImageStream):
         self.shards = [name if _is_url(name) else str(Path(root, name)) for name in shards]
         self.parts = len(self.shards)
 
-    def stored(self) -> Iterator[Record]:
-        return self._read(self.shards)
-
-    def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
+    def read(self, seed: int | None = None, repeat: int = 0, reader: int = 0, readers: int = 1) -> Iterator[Record]:
         import webdataset as wds
 
+        if seed is None:
+            return self._read(self.shards)
         shards = random.Random(seed).sample(self.shards, self.parts)[reader::readers]  # the same order in all readers
         return wds.detshuffle(**SHUFFLE, seed=mix(seed, repeat, reader)).run(self._read(shards))
 
@@ -224,25 +215,17 @@ class TensorFlowDataset(ImageStream):
         self.class_names, self.labels = tuple(names), range(len(names))
         self.parts = self.samples = self.builder.info.splits[split].num_examples
 
-    def stored(self) -> Iterator[Record]:
-        return self._read(self.split)
-
-    def shuffled(self, seed: int, repeat: int, reader: int, readers: int) -> Iterator[Record]:
+    def read(self, seed: int | None = None, repeat: int = 0, reader: int = 0, readers: int = 1) -> Iterator[Record]:
         import tensorflow_datasets as tfds
 
-        return self._read(tfds.even_splits(self.split, readers)[reader], mix(seed, repeat, reader) % 2**31)
-
-    def _read(self, split: Any, seed: int | None = None) -> Iterator[Record]:
-        """The samples of a split or a part of it; with a seed, shuffled."""
-        import tensorflow_datasets as tfds
-
+        order = None if seed is None else mix(seed, repeat, reader) % 2**31
         data = self.builder.as_dataset(
-            split=split,
+            split=self.split if seed is None else tfds.even_splits(self.split, readers)[reader],
             decoders={"image": tfds.decode.SkipDecoding()},
             shuffle_files=seed is not None,
-            read_config=tfds.ReadConfig(shuffle_seed=seed, add_tfds_id=True),
+            read_config=tfds.ReadConfig(shuffle_seed=order, add_tfds_id=True),
         )
         if seed is not None:
-            data = data.shuffle(SHUFFLE["bufsize"], seed)
+            data = data.shuffle(SHUFFLE["bufsize"], order)
         for sample in tfds.as_numpy(data):
             yield sample["tfds_id"].decode(), BytesIO(sample["image"]), int(sample["label"])

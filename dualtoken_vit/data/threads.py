@@ -29,11 +29,8 @@ def in_threads(
 ) -> Iterator[Result]:
     """`function` of each item, in order, with one thread per usable core; a single item is processed without threads.
 
-    Args:
-        function: called in the threads with each of `items`
-        items: `total` of them, if that is known
-        title: of the progress bar on stderr; "" for no bar
-        ahead: the most items that are processed before their results are consumed
+    `total` is the number of items, if known, and `title` that of the progress bar on stderr, "" for no bar. At most
+    `ahead` items are processed before their results are consumed.
     """
     items = iter(items)
     chunks = iter(lambda: list(islice(items, ahead)), [])  # a pool consumes its whole input at once: keep that small
@@ -55,13 +52,8 @@ def verify_each(
 ) -> list[Item]:
     """Call `function`, which raises InputError for an item that cannot be used, once for each of `total` items.
 
-    Args:
-        title: of the progress bar; "" for no bar
-        skip: return the items that cannot be used instead of raising
-        hint: what to do, for the error
-
-    Raises:
-        InputError: of the first item that cannot be used, with the number of others.
+    Returns these items if `skip`; otherwise raises the first error, with the number of others and the `hint` what to
+    do. `title` is as for `in_threads`.
     """
 
     def fault(item: Item) -> tuple[Item | None, str]:

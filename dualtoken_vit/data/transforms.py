@@ -30,6 +30,8 @@ def classification_train(
 ) -> Callable:
     """timm's training transform: a PIL image to a normalised float tensor (C, S, S), S = train_size(data, progress).
 
+    Alternating flips come before it, from `ImageDataset.alternate_flips`.
+
     Raises:
         InputError: for an augmentation policy that timm rejects.
     """
@@ -39,7 +41,7 @@ def classification_train(
             is_training=True,
             scale=augment.scale,
             ratio=augment.ratio,
-            hflip=augment.hflip,
+            hflip=0.0 if augment.hflip == "alternate" else augment.hflip,
             vflip=augment.vflip,
             color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=augment.auto_augment,

@@ -55,35 +55,32 @@ class Backbone(FeatureGetterNet):
     def __init__(self, model: nn.Module, indices: Sequence[int], user: str, size: tuple[int, int], in_chans: int = 3):
         super().__init__(model, out_indices=tuple(indices))
         self.strides: list[int] = self.feature_info.reduction()
-        self.multiple = 1
-        """Images are padded to a multiple of this."""
         reason: Exception | None = None
-        try:
-            self.sizes = self._try(in_chans, size)
-            """Height and width of each map of the trial image."""
-            places = zip(self.sizes, self.strides, strict=True)
-            whole = all(h * stride >= size[0] and w * stride >= size[1] for (h, w), stride in places)
-        except REFUSALS as error:
-            whole, reason = False, error
-        if not whole:
-            self.multiple = self.strides[-1]
+        for multiple in (1, self.strides[-1]):
+            self.multiple = multiple  # images are padded to a multiple of this
             try:
-                self.sizes = self._try(in_chans, size)
+                self.sizes = self._try(in_chans, size)  # height and width of each map of the trial image
             except REFUSALS as error:
-                raise InputError(self._refusal(user, size, first_line(reason or error))) from error
+                reason = reason or error
+                continue
+            places = zip(self.sizes, self.strides, strict=True)
+            if multiple > 1 or all(h * stride >= size[0] and w * stride >= size[1] for (h, w), stride in places):
+                break
+        else:
+            raise InputError(self._refusal(user, size, reason)) from reason
         self.train()
 
     @torch.no_grad()
     def _try(self, in_chans: int, size: tuple[int, int]) -> list[tuple[int, ...]]:
         return [tuple(m.shape[2:]) for m in self.eval()(torch.zeros(1, in_chans, *size))]
 
-    def _refusal(self, user: str, size: tuple[int, int], reason: str) -> str:
+    def _refusal(self, user: str, size: tuple[int, int], reason: Any) -> str:
         known = constructor_arguments(type(self.model))
         argument = next((f"{key}={value}" for key, value in ANY_SIZE.items() if key in known), "")
         hint = f"; try --model.args {argument}" if argument else ""
         return (
             f"--model.name {pretrained_cfg(self.model)['architecture']}: fails on an image of {size[0]}x{size[1]} "
-            f"pixels ({reason}); {user} needs a network that accepts any image size{hint}"
+            f"pixels ({first_line(reason)}); {user} needs a network that accepts any image size{hint}"
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -98,8 +95,7 @@ class Backbone(FeatureGetterNet):
 class OverBackbone(nn.Module):
     """Base of the models that contain a `Backbone`: what loading weights and building an optimiser need."""
 
-    class_layers: tuple[str, ...]
-    """Layers with weights of their own for each class."""
+    class_layers: tuple[str, ...]  # layers with weights of their own for each class
 
     def _inside(self) -> tuple[str, Any]:
         name, backbone = next((n, m) for n, m in self.named_modules() if isinstance(m, Backbone))
@@ -157,14 +153,10 @@ def statistics(cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...
 
 
 @torch.no_grad()
-def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
-    """Check timm's minimum size and run a trial image; leaves the network in evaluation mode.
-
-    Raises:
-        InputError: if the network does not accept images of this size.
-    """
+def check_size(model: nn.Module, in_chans: int, image_size: int, flag: str = "--data.image-size") -> None:
+    """Run a trial image; an InputError names `flag` if the network refuses it. Leaves it in evaluation mode."""
     cfg = pretrained_cfg(model)
-    refusal = f"--data.image-size {image_size} is not a size that {cfg['architecture']} takes"
+    refusal = f"{flag} {image_size} is not a size that {cfg['architecture']} takes"
     least = max(cfg.get("min_input_size") or (0,))  # of (C, H, W)
     if image_size < least:
         raise InputError(f"{refusal}: give at least {least}")
@@ -175,11 +167,7 @@ def check_size(model: nn.Module, in_chans: int, image_size: int) -> None:
 
 
 def create_body(name: str, **model_args: Any) -> nn.Module:
-    """`timm.create_model` without a classifier.
-
-    Raises:
-        InputError: for an unknown name or invalid arguments.
-    """
+    """`timm.create_model` without a classifier; an InputError for an unknown name or invalid arguments."""
     try:
         return timm.create_model(name, num_classes=0, **model_args)
     except (TypeError, OSError, *REFUSALS) as error:

@@ -32,7 +32,7 @@ from dualtoken_vit.models.backbone import (
 from dualtoken_vit.models.layers import is_known
 from dualtoken_vit.recipes import SegmentationInput
 
-__all__ = ["SEGMENTERS", "Segmenter", "build_segmenter", "create_segmenter", "segment"]
+__all__ = ["SEGMENTERS", "Segmenter", "create_segmenter", "segment"]
 
 STRIDE = 8  # to which the last feature map is resized
 AUX_WIDTH = 256
@@ -175,11 +175,7 @@ class Segmenter(OverBackbone):
 
 
 def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.Module:
-    """The network that `create` returns, with the given output stride, if any.
-
-    Raises:
-        InputError: if the network does not support the output stride, or `create` fails without it.
-    """
+    """What `create` returns, with the given output stride, if any; an InputError if the network lacks it."""
     if not output_stride:
         return create()
     try:
@@ -191,9 +187,6 @@ def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.M
         name = pretrained_cfg(model)["architecture"]
         raise InputError(f"--output-stride {output_stride}: {name} does not support it; leave it out")
     return model
-
-
-build_segmenter = Segmenter
 
 
 def create_segmenter(
@@ -216,11 +209,7 @@ def create_segmenter(
 
 
 def check_windows(view: SegmentationInput) -> None:
-    """Reject inference settings that would leave pixels without a prediction.
-
-    Raises:
-        InputError: names the setting.
-    """
+    """An InputError for inference settings that would leave pixels without a prediction."""
     if view.window_stride > view.window:
         raise InputError(f"window_stride={view.window_stride}: must be at most the window's {view.window}")
     if not view.scales:

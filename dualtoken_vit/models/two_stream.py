@@ -15,7 +15,7 @@ from timm.layers import (
     lecun_normal_,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint
+from timm.models import build_model_with_cfg, checkpoint, list_pretrained
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -416,7 +416,13 @@ def model_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def create(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any) -> Model:
-    """Build a model with timm's `build_model_with_cfg`."""
+    """Build a model with timm's `build_model_with_cfg`.
+
+    The default cfg of a variant is the paper's, for ImageNet-1k and without weights; `pretrained` takes the first that
+    has weights.
+    """
+    if pretrained and not kwargs.get("pretrained_cfg") and (tagged := list_pretrained(f"{variant}.*")):
+        kwargs["pretrained_cfg"] = tagged[0].partition(".")[2]
     return build_model_with_cfg(
         cls,
         variant,

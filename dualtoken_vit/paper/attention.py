@@ -40,8 +40,6 @@ from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 from dualtoken_vit.tasks.classification import ClassificationPredictor
 
-__all__ = ["attention", "blocks_of", "gradient_importance", "recording", "replacement_importance"]
-
 RECORD = "attention.json"  # marks an output folder of `attention`
 HIGHEST = 8  # number of global tokens marked in Figure 4
 SIDE = 7  # maps per side in Figure 4; more image tokens are averaged down to that number
@@ -51,11 +49,7 @@ TOGETHER = 64  # replaced tokens per batch
 
 
 def blocks_of(model: nn.Module, name: str = "the network") -> dict[str, Block]:
-    """The Dual Token Blocks of a network by name, in order.
-
-    Raises:
-        InputError: if the network, which the message calls `name`, has none.
-    """
+    """The Dual Token Blocks of a network by name, in order; an InputError, which calls it `name`, if it has none."""
     blocks = {key: module for key, module in model.named_modules() if isinstance(module, Block)}
     if not blocks:
         raise InputError(f"{name} has no Dual Token Blocks; use a DualToken-ViT")
@@ -67,10 +61,7 @@ def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Context in which each forward pass stores the map of every block in the returned dict, by block name.
 
     A map is (B, H, W, h, w). The attention of an image token to the h * w positions sums to 1. Fused attention does not
-    return its weights, so it is disabled in the recorded layers within the context.
-
-    Raises:
-        InputError: for a network without Dual Token Blocks.
+    return its weights, so it is disabled in the recorded layers within the context. Raises as `blocks_of`.
     """
     maps: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -81,29 +72,25 @@ def recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _record(name: str, block: Block, maps: dict[str, Tensor], stack: ExitStack) -> None:
     """Store the map of each forward pass of a block in `maps` until the stack is closed."""
-    weights: dict[nn.Module, Tensor] = {}  # of an attention layer, by its attn_drop
-    grid: tuple[int, int]  # (h, w)
+    seen: dict[nn.Module, Tensor] = {}  # outputs: X_ga, and the weights of attention, (B, heads, queries, keys)
 
-    def keep_weights(dropout: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-        weights[dropout] = out.mean(1)  # over the heads
-
-    def keep_grid(fusion: nn.Module, args: tuple[Tensor, Tensor | None], out: Tensor) -> None:
-        nonlocal grid
-        _, h, w, _ = args[0].shape  # X_ga
-        grid = (fusion.grid, fusion.grid) if isinstance(fusion, PositionAwareFusion) else (h, w)
+    def keep(layer: nn.Module, args: Any, out: Tensor) -> None:
+        seen[layer] = out
 
     def keep_map(broadcast: nn.Module, args: tuple[Tensor, Tensor], out: Tensor) -> None:
-        found = weights[block.broadcast_attn.attn_drop]  # (B, H * W, M)
-        if isinstance(block.fusion, Attention):
-            found = found @ weights[block.fusion.attn_drop]  # (B, M, h * w): positions that each token aggregated
+        fusion, (_, h, w, _) = block.fusion, seen[block.aggregate_attn].shape
+        grid = (fusion.grid, fusion.grid) if isinstance(fusion, PositionAwareFusion) else (h, w)
+        found = seen[block.broadcast_attn.attn_drop].mean(1)  # over the heads: (B, H * W, M)
+        if isinstance(fusion, Attention):
+            found = found @ seen[fusion.attn_drop].mean(1)  # (B, M, h * w): positions that each token aggregated
         maps[name] = found.unflatten(1, args[0].shape[1:3]).unflatten(3, grid).detach()
 
     for layer in (block.broadcast_attn, block.fusion):
         if isinstance(layer, Attention):
             stack.callback(setattr, layer, "fused_attn", layer.fused_attn)
             layer.fused_attn = False  # type: ignore[misc]  # final in TorchScript only
-            stack.enter_context(layer.attn_drop.register_forward_hook(keep_weights))
-    stack.enter_context(block.fusion.register_forward_hook(keep_grid))
+            stack.enter_context(layer.attn_drop.register_forward_hook(keep))
+    stack.enter_context(block.aggregate_attn.register_forward_hook(keep))
     stack.enter_context(block.broadcast_attn.register_forward_hook(keep_map))
 
 
@@ -168,16 +155,11 @@ def highest(maps: np.ndarray, count: int = HIGHEST) -> np.ndarray:
 class Seen:
     """The attention of a network in one image."""
 
-    image: np.ndarray
-    """The input of the network (Y, X, 3) without normalisation, between 0 and 1."""
-    label: str
-    """The predicted class and its probability."""
-    token: tuple[int, int]
-    """Row and column of the key token in the block."""
-    map: np.ndarray
-    """Map (H, W, h, w) of the selected block."""
-    maps: dict[str, np.ndarray]
-    """Maps of all blocks by name."""
+    image: np.ndarray  # the input of the network (Y, X, 3) without normalisation, between 0 and 1
+    label: str  # the predicted class and its probability
+    token: tuple[int, int]  # row and column of the key token in the block
+    map: np.ndarray  # map (H, W, h, w) of the selected block
+    maps: dict[str, np.ndarray]  # maps of all blocks by name
 
 
 def _panel(axes: Axes, image: np.ndarray, title: str, **style: Any) -> AxesImage:
@@ -230,13 +212,16 @@ def draw_maps(seen: Sequence[Seen]) -> Figure:
 
 def draw_blocks(seen: Seen) -> Figure:
     """The image, and the mean map of each block."""
-    rows = math.ceil((len(seen.maps) + 1) / COLUMNS)
+    means = {
+        name.removeprefix("stages.").replace(".blocks.", ", block "): m.mean((0, 1)) for name, m in seen.maps.items()
+    }
+    panels = {seen.label: seen.image} | means
+    rows = math.ceil(len(panels) / COLUMNS)
     figure = Figure(figsize=(1.9 * COLUMNS, 2.1 * rows), layout="constrained")
-    first, *cells = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    _panel(first, seen.image, seen.label)
-    for axes, (name, maps) in zip(cells, seen.maps.items(), strict=False):
-        _panel(axes, maps.mean((0, 1)), name.removeprefix("stages.").replace(".blocks.", ", block "))
-    for axes in cells[len(seen.maps) :]:
+    cells = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axes, (title, image) in zip(cells, panels.items(), strict=False):
+        _panel(axes, image, title)
+    for axes in cells[len(panels) :]:
         axes.axis("off")
     return figure
 
@@ -249,11 +234,7 @@ def _parse_token(token: str) -> tuple[int, int]:
 
 
 def load_classifier(checkpoint: Path, device: str, image_size: int | None) -> ClassificationPredictor:
-    """The predictor of a DualToken-ViT classifier, at another image size if one is given.
-
-    Raises:
-        InputError: for a checkpoint of another task or network.
-    """
+    """A DualToken-ViT classifier, at another image size if one is given; an InputError for another task or network."""
     predictor = load_predictor(checkpoint, device, **({} if image_size is None else {"image_size": image_size}))
     if not isinstance(predictor, ClassificationPredictor):
         raise InputError(f"{checkpoint} is not a classifier; give the best.safetensors of a classification run")
@@ -371,12 +352,10 @@ def attention(
 
 def _print(entries: list[dict[str, Any]]) -> None:
     """Print a table with one row per image."""
-    columns = ["<image", "<class", "probability", "key token"]
-    rows = [
-        [one["image"], one["class"], f"{one['probability']:.1%}", "{}, {}".format(*one["token"])] for one in entries
-    ]
-    if "agreement" in entries[0]:
-        columns += ["by gradient", "rank correlation"]
-        for row, one in zip(rows, entries, strict=True):
-            row += ["{}, {}".format(*one["gradient_token"]), f"{one['agreement']:+.2f}"]
-    print(table_text(columns, [rows]))
+    columns = ("<image", "<class", "probability", "key token", "by gradient", "rank correlation")
+    rows = []
+    for one in entries:
+        rows.append([one["image"], one["class"], f"{one['probability']:.1%}", "{}, {}".format(*one["token"])])
+        if "agreement" in one:  # not with --token
+            rows[-1] += ["{}, {}".format(*one["gradient_token"]), f"{one['agreement']:+.2f}"]
+    print(table_text(columns[: len(rows[0])], [rows]))

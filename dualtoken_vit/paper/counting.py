@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Counts", "count"]
-
 aten = torch.ops.aten
 
 
@@ -19,14 +17,10 @@ aten = torch.ops.aten
 class Counts:
     """Result of `count`, for one image."""
 
-    params: int
-    """Number of parameters."""
-    macs: int
-    """Multiply-accumulates of convolutions, linear layers and attention products."""
-    flops: int
-    """FLOPs as the paper counts them: `macs` plus normalisation and bilinear resizing by fvcore's rules."""
-    attention: int = 0
-    """The part of `macs` that multiplies two activations: Q K^T, and its product with V."""
+    params: int  # number of parameters
+    macs: int  # multiply-accumulates of convolutions, linear layers and attention products
+    flops: int  # FLOPs as the paper counts them: `macs` plus normalisation and bilinear resizing by fvcore's rules
+    attention: int = 0  # the part of `macs` that multiplies two activations: Q K^T, and its product with V
 
 
 def _per_element(cost: int, weight: int) -> Callable[..., int]:

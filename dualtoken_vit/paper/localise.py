@@ -34,8 +34,6 @@ from dualtoken_vit.paper.attention import blocks_of, load_classifier, recording
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 
-__all__ = ["Place", "localise", "measure", "places_of"]
-
 SHARES = ("on object %", "+-", "chance %", "lift", "peak on object %", "peak at token %", "its chance %")
 EXPLANATION = """\
 on object       share of the attention of an object's tokens on the object; +-: standard error of its
@@ -49,14 +47,10 @@ peak at token   how often no other position is closer to the token than that pos
 class Place:
     """The attention of the tokens on one object in one block; all values are between 0 and 1."""
 
-    on_object: float
-    """Share of their attention on the object."""
-    chance: float
-    """Share of the positions that the object covers, which is `on_object` of uniform attention."""
-    highest: float
-    """Mean coverage by the object of the position with the highest attention."""
-    own: float
-    """Share of the tokens for which no other position is closer than that of the highest attention."""
+    on_object: float  # share of their attention on the object
+    chance: float  # share of the positions that the object covers, which is `on_object` of uniform attention
+    highest: float  # mean coverage by the object of the position with the highest attention
+    own: float  # share of the tokens for which no other position is closer than that of the highest attention
 
 
 @dataclass(frozen=True)
@@ -67,10 +61,8 @@ class Score(Place):
     block: str
     images: int
     objects: int
-    error: float
-    """Standard error of `on_object` minus `chance` over the images."""
-    own_chance: float
-    """`own` of uniform attention: one divided by the number of positions, mean over the images."""
+    error: float  # standard error of `on_object` minus `chance` over the images
+    own_chance: float  # `own` of uniform attention: one divided by the number of positions, mean over the images
 
     @property
     def lift(self) -> float:
@@ -100,11 +92,8 @@ def places_of(attended: Tensor, cover: Tensor) -> Place:
     """Evaluate the map of an image for one object.
 
     The tokens on an object are those whose cell it covers by at least half; for a small object, the cell that it covers
-    most.
-
-    Args:
-        attended: (H, W, h, w), attention of each image token to each position of X_ga; sums to 1 per image token
-        cover: (Y, X), mask of the object in the input of the network
+    most. `attended` (H, W, h, w) is the attention of each image token to each position of X_ga, which sums to 1 for
+    each image token, and `cover` (Y, X) the mask of the object in the input of the network.
     """
     cover = cover[None].to(attended.dtype)
     height, width = cover.shape[1:]
@@ -138,13 +127,8 @@ def _covers(target: dict) -> Tensor:
 def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[Score]:
     """Evaluate the maps of every block for every object; objects without a pixel in the input are skipped.
 
-    Args:
-        model: a DualToken-ViT in evaluation mode
-        images: dataset whose `transform` returns the input of the network
-        name: name of the network in the scores
-
-    Raises:
-        InputError: for another network, or a dataset without objects.
+    `model` is a DualToken-ViT in evaluation mode, called `name` in the scores, and the `transform` of `images` returns
+    its input. An InputError for another network, or a dataset without objects.
     """
     device, blocks = next(model.parameters()).device, blocks_of(model)
     found: dict[str, list[np.ndarray]] = {name: [] for name in blocks}  # a mean `Place` per image

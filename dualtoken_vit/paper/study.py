@@ -26,9 +26,10 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from textwrap import wrap
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -49,8 +50,6 @@ from dualtoken_vit.tasks.optim import build_optimizer
 from dualtoken_vit.tasks.progress import quiet
 from dualtoken_vit.tasks.run_folder import LAST, in_use, stored_recipe, write_recipe
 
-__all__ = ["PRESETS", "STUDIES", "Preset", "Result", "study", "verdict"]
-
 Base = Literal["small", "tiny"]
 
 MACHINE = "machine.json"
@@ -68,45 +67,44 @@ STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A budget: the recipe of every network, and the number of runs."""
+class Study:
+    """The options of a study: the recipe of every network, whose own network is replaced, and the runs."""
 
-    about: str
-    recipe: Classification
-    base: Base
-    """The DualToken-ViT that the ablations modify: small as in the paper, or tiny. Peers are unaffected."""
-    seeds: int
-    jobs: int
-    """Runs in parallel."""
+    recipe: Annotated[Classification, tyro.conf.arg(name="")]
+    preset: Literal["cpu", "gpu"] = "cpu"
+    """Budget that the other options start from: two cores for 30 minutes, or one GPU."""
+    base: Base = "small"
+    """The DualToken-ViT of an ablation: small as in the paper, or tiny. Does not apply to peers."""
+    seeds: int = 3
+    """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
+    jobs: int = 1
+    """Parallel runs; they share the CPU's cores, or the GPU."""
+    out: Path = Path("runs", "study")
+    """Folder of the runs, which studies share, and of study-NAME.json, .md, .png; the same command resumes there."""
+    markdown: bool = False
+    """Print the table as Markdown."""
 
 
 _FOLDER = RECIPES["folder"]
 assert isinstance(_FOLDER, Classification)
-PRESETS = {
-    "cpu": Preset(
+_CPU = replace(
+    _FOLDER,
+    data=replace(_FOLDER.data, image_size=64, workers=1),
+    optim=replace(_FOLDER.optim, epochs=1, warmup_epochs=0.2),
+    run=Run(device="cpu"),
+)
+_GPU = replace(
+    _FOLDER,
+    data=replace(_FOLDER.data, image_size=112, workers=4),
+    optim=replace(_FOLDER.optim, epochs=20, batch_size=64, warmup_epochs=1),
+    run=Run(precision="bf16-mixed", validate_every=5),
+)
+PRESETS: dict[str, tuple[str, Study]] = {
+    "cpu": (
         "one epoch at 64 pixels, two seeds: at most 30 minutes per study for 10,000 images on two CPU cores",
-        replace(
-            _FOLDER,
-            data=replace(_FOLDER.data, image_size=64, workers=1),
-            optim=replace(_FOLDER.optim, epochs=1, warmup_epochs=0.2),
-            run=Run(device="cpu"),
-        ),
-        base="tiny",
-        seeds=2,
-        jobs=2,
+        Study(_CPU, "cpu", base="tiny", seeds=2, jobs=2),
     ),
-    "gpu": Preset(
-        "20 epochs at 112 pixels, three seeds, on one GPU",
-        replace(
-            _FOLDER,
-            data=replace(_FOLDER.data, image_size=112, workers=4),
-            optim=replace(_FOLDER.optim, epochs=20, batch_size=64, warmup_epochs=1),
-            run=Run(precision="bf16-mixed", validate_every=5),
-        ),
-        base="small",
-        seeds=3,
-        jobs=4,
-    ),
+    "gpu": ("20 epochs at 112 pixels, three seeds, on one GPU", Study(_GPU, "gpu", base="small", seeds=3, jobs=4)),
 }
 
 
@@ -115,13 +113,10 @@ class Result:
     """One network of a study."""
 
     published: Published
-    name: str
-    """The paper's name, or that of the smaller network in its place."""
+    name: str  # the paper's name, or that of the smaller network in its place
     model: Model
-    counts: Counts
-    """At the image size and number of classes of the study."""
-    top1: tuple[float, ...]
-    """Accuracy after the last epoch for each seed, between 0 and 1."""
+    counts: Counts  # at the image size and number of classes of the study
+    top1: tuple[float, ...]  # accuracy after the last epoch for each seed, between 0 and 1
 
     @property
     def mean(self) -> float:
@@ -137,8 +132,7 @@ class Result:
 class _Job:
     """One run: a network and a seed."""
 
-    key: str
-    """Of the network's row."""
+    key: str  # of the network's row
     recipe: Classification
     folder: Path
 
@@ -151,8 +145,7 @@ class _Job:
     @property
     def epochs(self) -> int:
         """Number of completed epochs."""
-        history = self.history
-        return int(history[-1]["epoch"]) if history else 0
+        return int(self.history[-1]["epoch"]) if self.history else 0
 
     @property
     def done(self) -> bool:
@@ -204,7 +197,7 @@ def _plan(name: str, recipe: Classification, base: Base, seeds: int, out: Path) 
 
 def _with(recipe: Classification, model: Model) -> Classification:
     """A recipe with the name and arguments of another network."""
-    return replace(recipe, model=replace(recipe.model, name=model.name, args=model.args))
+    return replace(recipe, model=replace(recipe.model, name=model.name, args=model.args, pretrained=False))
 
 
 def _counts(recipe: Classification, classes: int) -> Counts:
@@ -365,31 +358,22 @@ def _table(results: Sequence[Result], markdown: bool) -> str:
     return table_text(columns, [cells], markdown)
 
 
-def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, out: Path, markdown: bool) -> None:
-    """Train the networks of a study with several seeds at one budget; print and save the comparison.
+def study(name: str, options: Study) -> None:
+    """Train the networks of the study `name` of `STUDIES`; print and save the comparison.
 
     Calling it again resumes where it stopped.
-
-    Args:
-        name: Key of `STUDIES`.
-        recipe: The budget and the data; its network is replaced.
-        base: The DualToken-ViT that an ablation modifies.
-        seeds: Runs per network.
-        jobs: Runs in parallel.
-        out: Output folder of runs/NETWORK/seed-N and study-NAME.json, .md and .png.
-        markdown: Print the table as Markdown.
 
     Raises:
         InputError: for invalid settings or data, another study in the same folder, and, after all other runs have
             ended, for runs that failed.
     """
     quiet()
-    if name == "peers":
-        base = "small"  # unaffected
+    recipe, seeds, out = options.recipe, options.seeds, options.out
+    base: Base = "small" if name == "peers" else options.base  # peers are unaffected
     for key in ("name", "args", "checkpoint", "pretrained"):
         if getattr(recipe.model, key) != getattr(_FOLDER.model, key):
             raise InputError(f"--model.{key}: a study trains its own networks from scratch; remove this option")
-    for key, value in (("seeds", seeds), ("jobs", jobs)):
+    for key, value in (("seeds", seeds), ("jobs", options.jobs)):
         if value < 1:
             raise InputError(f"--{key} {value}: must be at least 1")
     check_bounds(recipe)
@@ -410,7 +394,7 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
         write_json(data, path)
         todo = [job for job in plan if not job.done]
         try:
-            problems = asyncio.run(_train_all(todo, jobs)) if todo else []
+            problems = asyncio.run(_train_all(todo, options.jobs)) if todo else []
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
     if problems:
@@ -440,5 +424,5 @@ def study(name: str, recipe: Classification, base: Base, seeds: int, jobs: int, 
     with atomic_write(stem.with_suffix(".md"), "w") as file:
         file.write("\n\n".join([f"# {name} ({table})", text, _table(results, True), *lines, ""]))
     save_figure(partial(draw, results, f"{name}: {text}"), stem.with_suffix(".png"), dpi=150)
-    print(_table(results, markdown), *lines, sep="\n")
+    print(_table(results, options.markdown), *lines, sep="\n")
     print(f"parameters and multiply-accumulates are of the networks as trained here; results and runs are in {out}")

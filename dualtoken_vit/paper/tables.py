@@ -1,12 +1,14 @@
 """The paper's Tables 2 to 9 beside this implementation: sizes are counted, accuracies are read from results.
 
-Only the published figures are stored (`PUBLISHED`).
+Only the published figures are stored, in published.csv.
 """
 
+import csv
 import json as jsonlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,6 @@ from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.recipes import RECIPES, Detection, Model, Segmentation, model_kwargs
 from dualtoken_vit.show.console import table_text
 
-__all__ = ["PUBLISHED", "Published", "Row", "compare", "read_studies", "tables"]
-
 
 @dataclass(frozen=True)
 class Published:
@@ -32,90 +32,15 @@ class Published:
 
     table: str
     network: str
-    key: str
-    """How to build it here: a recipe, a timm name, or KIND:NAME for a detector or segmenter; "" if unavailable."""
-    params: str
-    """In millions."""
-    flops: str
-    """In billions."""
-    score: str
-    """Top-1 on ImageNet-1k, box AP (/ mask AP) on COCO, or mIoU on ADE20K, in percent."""
+    key: str  # how to build it here: a recipe, a timm name, or KIND:NAME of a detector or segmenter; "": unavailable
+    params: str  # in millions
+    flops: str  # in billions
+    score: str  # Top-1 on ImageNet-1k, box AP (/ mask AP) on COCO, or mIoU on ADE20K, in percent
 
 
-# fmt: off
-_PRINTED: dict[str, tuple[tuple[str, str, str, str, str], ...]] = {
-    "Table 2": (
-        ("MobileNetV2 (1.4)", "mobilenetv2_140", "6.9", "0.6", "74.7"),
-        ("MobileViTv1-XXS", "mobilevit_xxs", "1.3", "0.4", "69.0"),
-        ("MobileViTv2-0.5", "mobilevitv2_050", "1.4", "0.5", "70.2"),
-        ("PVTv2-B0", "pvt_v2_b0", "3.4", "0.6", "70.5"),
-        ("EdgeViT-XXS", "", "4.1", "0.6", "74.4"),
-        ("DualToken-ViT-T (mix)", "in1k-tiny-mix", "5.8", "0.5", "75.4"),
-        ("RegNetY-800M", "regnety_008", "6.3", "0.8", "76.3"),
-        ("DeiT-Ti", "deit_tiny_patch16_224", "5.7", "1.3", "72.2"),
-        ("T2T-ViT-7", "", "4.3", "1.1", "71.7"),
-        ("SimViT-Micro", "", "3.3", "0.7", "71.1"),
-        ("MobileViTv1-XS", "mobilevit_xs", "2.3", "1.0", "74.8"),
-        ("TNT-Ti", "", "6.1", "1.4", "73.9"),
-        ("LVT", "", "5.5", "0.9", "74.8"),
-        ("EdgeViT-XS", "", "6.7", "1.1", "77.5"),
-        ("XCiT-T12", "xcit_tiny_12_p16_224", "6.7", "1.3", "77.1"),
-        ("LightViT-T", "lightvit_tiny", "9.4", "0.7", "78.7"),
-        ("DualToken-ViT-S (mix)", "in1k-small-mix", "11.4", "1.0", "79.4"),
-        ("DualToken-ViT-S", "in1k-small", "11.9", "1.1", "79.5"),
-    ),
-    "Table 3": (  # 1x, then 3x with several sizes
-        ("ResNet-18", "mask-rcnn:resnet18", "31", "207", "34.0/31.2, 36.9/33.6"),
-        ("ResNet-50", "mask-rcnn:resnet50", "44", "260", "38.0/34.4, 41.0/37.1"),
-        ("ResNet-101", "mask-rcnn:resnet101", "101", "493", "40.4/36.4, 42.8/38.5"),
-        ("PVTv1-T", "", "33", "208", "36.7/35.1, 39.8/37.4"),
-        ("PVTv1-S", "", "44", "245", "40.4/37.8, 43.0/39.9"),
-        ("PVTv2-B0", "mask-rcnn:pvt_v2_b0", "24", "196", "38.2/36.2"),
-        ("LightViT-T", "mask-rcnn:lightvit_tiny", "28", "187", "37.8/35.9, 41.5/38.4"),
-        ("DualToken-ViT-S (mix)", "coco-mask-rcnn-1x", "30", "191", "41.1/38.1, 43.7/39.9"),
-    ),
-    "Table 4": (
-        ("ResNet-18", "retinanet:resnet18", "21.3", "181", "31.8"),
-        ("ResNet-50", "retinanet:resnet50", "37.7", "239", "36.3"),
-        ("PVTv1-T", "", "23.0", "221", "36.7"),
-        ("PVTv2-B0", "retinanet:pvt_v2_b0", "13.0", "178", "37.2"),
-        ("ConT-M", "", "27.0", "217", "37.9"),
-        ("MF-508M", "", "17.9", "168", "38.0"),
-        ("DualToken-ViT-S", "coco-retinanet-1x", "20.0", "170", "40.3"),
-    ),
-    "Table 5": (  # DeepLabv3, then PSPNet
-        ("MobileNetV2", "deeplabv3:mobilenetv2_100", "18.7", "75.4", "34.1"),
-        ("MobileViTv2-1.0", "deeplabv3:mobilevitv2_100", "13.4", "56.4", "37.0"),
-        ("DualToken-ViT-S", "ade20k-deeplabv3", "26.3", "68.4", "39.0"),
-        ("MobileNetV2", "pspnet:mobilenetv2_100", "13.7", "53.1", "29.7"),
-        ("MobileViTv2-1.0", "pspnet:mobilevitv2_100", "9.4", "40.3", "36.5"),
-        ("DualToken-ViT-S", "ade20k-pspnet", "21.7", "58.3", "38.8"),
-    ),
-    "Table 6": (
-        ("normal global tokens", "table6-normal", "13.0", "0.99", "79.2"),
-        ("normal* global tokens", "table6-normal-star", "13.4", "0.98", "79.0"),
-        ("position-aware global tokens", "table6-position", "11.9", "1.05", "79.5"),
-    ),
-    "Table 7": (
-        ("no global tokens", "table7-grid-0", "10.8", "0.99", "79.2"),
-        ("3x3 global tokens", "table7-grid-3", "11.9", "0.93", "79.1"),
-        ("4x4 global tokens", "table7-grid-4", "11.9", "0.95", "79.2"),
-        ("5x5 global tokens", "table7-grid-5", "11.9", "0.98", "79.4"),
-        ("6x6 global tokens", "table7-grid-6", "11.9", "1.01", "79.3"),
-        ("7x7 global tokens", "table7-grid-7", "11.9", "1.05", "79.5"),
-        ("8x8 global tokens", "table7-grid-8", "11.9", "1.10", "79.3"),
-    ),
-    "Table 8": (
-        ("window self-attention", "table8-window", "10.8", "0.92", "78.6"),
-        ("Conv Encoder", "table8-conv", "11.4", "1.04", "79.4"),
-    ),
-    "Table 9": (
-        ("one-step downsampling", "table9-onestep", "11.3", "1.01", "79.2"),
-        ("step-wise downsampling", "table9-stepwise", "11.4", "1.04", "79.4"),
-    ),
-}
-# fmt: on
-PUBLISHED = [Published(table, *row) for table, rows in _PRINTED.items() for row in rows]
+_ROWS = files(__package__).joinpath("published.csv").read_text(encoding="utf-8").splitlines()
+PUBLISHED = [Published(**row) for row in csv.DictReader(_ROWS)]
+"""In the paper's order. Table 3 has the scores of schedules 1x and 3x; Table 5 DeepLabv3, then PSPNet."""
 
 DENSE = ("Table 3", "Table 4", "Table 5")  # detectors and segmenters
 OUTPUT_STRIDES = {"mobilenetv2_100": 8}  # dilated backbones of Table 5
@@ -143,12 +68,9 @@ class Row:
     """One network: published, counted and measured."""
 
     published: Published
-    counts: Counts | None
-    """None if neither timm nor this project has the network."""
-    flops: int | None
-    """By the rule of the row's table."""
-    measured: str
-    """Top-1 by this project in percent, mean over seeds, and the numbers of the studies."""
+    counts: Counts | None  # None if neither timm nor this project has the network
+    flops: int | None  # by the rule of the row's table
+    measured: str  # Top-1 by this project in percent, mean over seeds, and the numbers of the studies
 
 
 def bare(model: Model) -> Model:
@@ -200,11 +122,7 @@ def _counts(key: str) -> Counts | None:
 
 
 def read_studies(folder: Path) -> list[dict[str, Any]]:
-    """Read the study-*.json files that `study` wrote below a folder, sorted by path.
-
-    Raises:
-        InputError: for a damaged file.
-    """
+    """The study-*.json files that `study` wrote below a folder, sorted by path; an InputError for a damaged one."""
     studies = []
     for path in sorted(folder.glob("**/study-*.json")):
         try:

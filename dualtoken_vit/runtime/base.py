@@ -25,8 +25,7 @@ ImageLike = Any
 class Prediction(Generic[Result]):
     """An image, and what was predicted for it or why that failed."""
 
-    image: Image.Image | None
-    """As loaded; None where it cannot be read."""
+    image: Image.Image | None  # as loaded; None where it cannot be read
     result: Result | None
     error: InputError | None = None
 
@@ -48,17 +47,12 @@ class BasePredictor(ABC, Generic[Result]):
         options: of `Options`, checked
     """
 
-    Options: ClassVar[type]
-    """Dataclass of what a call of `load_predictor`, or the command line, may choose."""
-    batch_size: ClassVar[int] = 32
-    """Images in a batch unless a call chooses it."""
-    ahead: ClassVar[int] = 256
-    """Images that may wait in memory."""
-    memory_hint: ClassVar[str] = "use a smaller image_size"
-    """What helps where an image does not fit into memory."""
+    Options: ClassVar[type]  # dataclass of what a call of `load_predictor`, or the command line, may choose
+    batch_size: ClassVar[int] = 32  # images in a batch unless a call chooses it
+    ahead: ClassVar[int] = 256  # images that may wait in memory
+    memory_hint: ClassVar[str] = "use a smaller image_size"  # what helps where an image does not fit into memory
 
-    category_ids: tuple[int, ...] = ()
-    """Detection: the number of each class in the COCO json."""
+    category_ids: tuple[int, ...] = ()  # detection: the number of each class in the COCO json
 
     def __init__(self, class_names: Sequence[str], preprocessing: dict[str, Any], options: Any):
         self.class_names, self.preprocessing, self.options = tuple(class_names), preprocessing, options
@@ -145,7 +139,8 @@ class BasePredictor(ABC, Generic[Result]):
                 if not isinstance(result, InputError):
                     yield Prediction(image, result)
                 else:
-                    yield Prediction(image, None, error or InputError(f"{_name(source)}: {result}"))
+                    name = printable(source) if isinstance(source, str | PathLike) else "the image"
+                    yield Prediction(image, None, error or InputError(f"{name}: {result}"))
 
     def load(self, source: ImageLike) -> tuple[Image.Image | None, Any, InputError | None]:
         """An image as loaded, as preprocessed, and the error where it cannot be read."""
@@ -173,16 +168,8 @@ def is_tensor(source: Any) -> bool:
     return hasattr(source, "detach")
 
 
-def _name(source: ImageLike) -> str:
-    return printable(source) if isinstance(source, str | PathLike) else "the image"
-
-
 def to_image(source: ImageLike, channels: int) -> Image.Image:
-    """A path, PIL image, array or tensor as an 8-bit PIL image.
-
-    Raises:
-        InputError: for a file that cannot be read, or an array of another form.
-    """
+    """A path, PIL image, array or tensor as an 8-bit PIL image; an InputError for one that cannot be used."""
     if isinstance(source, str | PathLike):
         return load_image(Path(source), channels, printable(source))
     if isinstance(source, Image.Image):

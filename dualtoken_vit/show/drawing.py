@@ -11,11 +11,10 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from dualtoken_vit.files import atomic_write
-from dualtoken_vit.show.guard import guard
+from dualtoken_vit.show.console import guard
 from dualtoken_vit.show.text import fit_text
 
-Top = list[tuple[str, float]]
-"""Class names and their probabilities, most likely first."""
+Top = list[tuple[str, float]]  # class names and their probabilities, most likely first
 
 # Sizes in pixels, for display at half size.
 SIDE = 448  # of the square that holds the image on a card
@@ -144,8 +143,7 @@ def draw_labelled(drawings: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
-Panel = tuple[str, Image.Image, np.ndarray | None]
-"""Title, image, and the labels (H, W) to draw over it."""
+Panel = tuple[str, Image.Image, np.ndarray | None]  # title, image, and the labels (H, W) to draw over it
 
 
 def draw_scene(panels: Sequence[Panel], class_names: Sequence[str]) -> Image.Image:

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 
 from dualtoken_vit.files import atomic_write, printable
-from dualtoken_vit.show.guard import guard
+from dualtoken_vit.show.console import guard
 from dualtoken_vit.show.text import literal, shorten
 
 
@@ -60,14 +60,9 @@ def save_curves(
     best: dict[str, Any],
     path: Path,
 ) -> None:
-    """Plot metrics against epochs, with the `score` of the best epoch marked.
+    """Plot columns of `history`, whose rows have an epoch, and mark the `score` of the `best` row.
 
-    Args:
-        history: rows with epoch and the columns to plot
-        panels: title of each panel: {column: label}; a title with % multiplies the values by 100
-        score: the column that selects the best epoch
-        best: the row of that epoch
-        path: the PNG
+    `panels` are {title: {column: label}}; a title with % multiplies the values by 100.
     """
     epochs = [row["epoch"] for row in history]
     with guard(path), _axes(path, 4.5 * len(panels), 3.6, len(panels)) as cells:

@@ -32,13 +32,9 @@ def _characters(file: str) -> frozenset[int]:
 def _system_fonts() -> tuple[str, ...]:
     """The font files installed on this machine, upright and of normal weight."""
     fonts = [font for font in fontManager.ttflist if font.style == "normal" and font.weight in (400, "normal")]
-    # matplotlib's own are for formulas, with symbols in place of letters; LastResort has only boxes.
-    usable = (
-        font.fname
-        for font in fonts
-        if _BUNDLED not in Path(font.fname).parents and "LastResort" not in font.name.replace(" ", "")
-    )
-    return tuple(sorted(set(usable)))
+    files = {font.fname for font in fonts if "LastResort" not in font.name.replace(" ", "")}  # which has only boxes
+    # matplotlib's own are for formulas, with symbols in place of letters.
+    return tuple(sorted(file for file in files if _BUNDLED not in Path(file).parents))
 
 
 def literal(text: str, bold: bool = False) -> tuple[str, str]:

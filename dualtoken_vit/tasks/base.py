@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+import timm
 import torch
 from lightning import LightningModule
 from rich.table import Table
@@ -17,7 +18,7 @@ from torch import nn
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import mix
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
 from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
@@ -63,14 +64,10 @@ class TaskModule(LightningModule):
     `validation_step`, the abstract methods and the attributes without a value here.
     """
 
-    score: str
-    """The validation metric that selects the best epoch; higher is better."""
-    panels: dict[str, dict[str, str]]
-    """What `plots.save_curves` draws."""
-    collate: Callable[[list[Any]], Any] | None = None
-    """Makes a batch of samples; None: tensors are stacked."""
-    steps_per_epoch = 1
-    """Optimiser steps; set by `Loaders`."""
+    score: str  # the validation metric that selects the best epoch; higher is better
+    panels: dict[str, dict[str, str]]  # what `plots.save_curves` draws
+    collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; None: tensors are stacked
+    steps_per_epoch = 1  # optimiser steps; set by `Loaders`
 
     def __init__(self, predictor: Predictor[Any], recipe: Any):
         super().__init__()
@@ -123,48 +120,46 @@ class TaskModule(LightningModule):
 class Setup:
     """Everything that training needs from a task."""
 
-    title: str
-    """Display name of the network."""
+    title: str  # display name of the network
     module: TaskModule
     train: ImageData
     val: ImageData
-    model_args: dict[str, Any]
-    """`save_checkpoint`'s."""
+    model_args: dict[str, Any]  # `save_checkpoint`'s
 
 
 class Task(ABC, Generic[R]):
     """One kind of task, for example classification: the commands know nothing else about it."""
 
-    name: ClassVar[str]
-    """As stored in recipes and checkpoints."""
+    name: ClassVar[str]  # as stored in recipes and checkpoints
     recipe: ClassVar[type[Recipe]]
     predictor: ClassVar[type[Predictor[Any]]]
-    report: ClassVar[type[Report[Any]]]
-    """Draws and tabulates predictions for the command line."""
-    data_flags: ClassVar[str]
-    """The flags that name a dataset, for messages."""
-    evaluation_options: ClassVar[dict[str, Any]] = {}
-    """Options of the predictor in evaluation, where they differ from those of prediction."""
+    report: ClassVar[type[Report[Any]]]  # draws and tabulates predictions for the command line
+    data_flags: ClassVar[str]  # the flags that name a dataset, for messages
+    evaluation_options: ClassVar[dict[str, Any]] = {}  # of the predictor, where they differ from those of prediction
 
     @abstractmethod
     def prepare(self, recipe: R, start: Model) -> Setup:
-        """The recipe's datasets and network, built from `start`; the caller loads `start.checkpoint`.
-
-        Raises:
-            InputError: for data or settings that cannot be used.
-        """
+        """Datasets and network, built from `start`, whose checkpoint the caller loads; or an InputError."""
 
     @abstractmethod
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
         """The network of a checkpoint, without its weights."""
 
+    def restore(self, checkpoint: Checkpoint, path: str | Path) -> nn.Module:
+        """The trained network of a checkpoint in evaluation mode; an InputError with its path if it does not fit."""
+        try:
+            model = self.rebuild(checkpoint)
+            model.load_state_dict(checkpoint.state_dict)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = first_line(error)
+            raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise InputError(f"{path} has weights that are NaN or Inf; use another checkpoint")
+        return model.eval()
+
     @abstractmethod
     def evaluation(self, predictor: Any, recipe: R) -> tuple[TaskModule, ImageData]:
-        """A trained network as a module, and the recipe's validation images, prepared by the predictor.
-
-        Raises:
-            InputError: for images that do not fit.
-        """
+        """A network as a module, and the validation images, prepared by it; an InputError if they do not fit."""
 
     @abstractmethod
     def check_data(self, recipe: R, out: Path) -> bool:

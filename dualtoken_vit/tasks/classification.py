@@ -18,8 +18,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import classification as data_check
-from dualtoken_vit.data.classification import build_datasets, build_val_dataset
+from dualtoken_vit.data.classification import ImageDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
@@ -30,6 +31,7 @@ from dualtoken_vit.results import Classes
 from dualtoken_vit.show import plots
 from dualtoken_vit.show.drawing import SIDE, draw_card, fit
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.distill import Teacher, distillation_loss, load_teacher
 from dualtoken_vit.tasks.networks import create_model
 from dualtoken_vit.tasks.predictor import Caption, Predictor, Report
 
@@ -102,7 +104,7 @@ class ClassificationReport(Report[Classes]):
 
 
 class ClassificationModule(TaskModule):
-    """Cross-entropy over (images (B, C, S, S), targets (B,)), with the recipe's Mixup and CutMix."""
+    """Cross-entropy over (images (B, C, S, S), targets (B,)), with the recipe's Mixup and CutMix, and distillation."""
 
     score = "top1"
     panels = {  # noqa: RUF012
@@ -110,8 +112,11 @@ class ClassificationModule(TaskModule):
         "accuracy (%)": {"val_top1": "top-1", "val_top5": "top-5"},
     }
 
-    def __init__(self, predictor: ClassificationPredictor, recipe: Classification):
+    def __init__(self, predictor: ClassificationPredictor, recipe: Classification, teacher: Teacher | None = None):
         super().__init__(predictor, recipe)
+        self.teacher = teacher
+        self.class_weights: Tensor | None = None
+        """(classes,) in the loss, with a mean of 1 over the training images; None: all are 1."""
         num_classes, augment = len(predictor.class_names), recipe.augment
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
@@ -142,7 +147,14 @@ class ClassificationModule(TaskModule):
         if self.mixup is not None:
             x, target = self.mixup(x, target)  # the targets become smoothed probabilities
             smoothing = 0.0
-        loss = F.cross_entropy(self(x), target, label_smoothing=smoothing)
+        logits = self(x)
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        # Not divided by the weights of the batch: the mean over processes is that over all their images.
+        loss = F.cross_entropy(logits, target, weight=weights, label_smoothing=smoothing, reduction="none").mean()
+        if self.teacher is not None:
+            distill = self.recipe.distill
+            imitation = distillation_loss(logits, self.teacher(x), distill.temperature)
+            loss = distill.weight * imitation + (1 - distill.weight) * loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -155,6 +167,23 @@ class ClassificationModule(TaskModule):
     def prepare_epoch(self, train: ImageData, progress: float) -> None:
         mean, std = (self.predictor.preprocessing[key] for key in ("mean", "std"))
         train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
+        if not isinstance(train, ImageDataset):
+            return
+        if self.recipe.augment.hflip == "alternate":
+            train.alternate_flips(self.recipe.run.seed, self.current_epoch)
+        if self.recipe.data.balanced:
+            train.weights = image_weights([(target,) for target in train.targets], self.recipe.data.balanced)
+        if self.recipe.class_weights != "equal":
+            counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.class_names))
+            self.class_weights = class_weights(self.recipe.class_weights, counts)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["teacher"] = self.teacher and self.teacher.digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("teacher") != (self.teacher and self.teacher.digest):
+            given = f"--distill.teacher {self.recipe.distill.teacher}"
+            raise InputError(f"{given} is not the teacher that the run began with; give that one, or another --out")
 
     def evaluate(self) -> Evaluation:
         found = {**self.metrics.compute(), "loss": self.loss.compute()}
@@ -198,9 +227,19 @@ class ClassificationTask(Task[Classification]):
     def prepare(self, recipe: Classification, start: Model) -> Setup:
         train, val = build_datasets(recipe.data, recipe.model.in_chans)
         names = train.class_names
+        by_image = {
+            "--augment.hflip alternate": recipe.augment.hflip == "alternate",
+            "--data.balanced": recipe.data.balanced > 0,
+            "--class-weights": recipe.class_weights != "equal",
+        }
+        if (flags := [flag for flag, given in by_image.items() if given]) and not isinstance(train, ImageDataset):
+            raise InputError(f"{', '.join(flags)}: not available for data that is read as a stream")
         if len(names) < 2:
             raise InputError(f"there is only one class, {names[0]!r}; classification needs two or more")
         model, model_args = create_model(start, len(names), recipe.data.image_size)
+        if recipe.data.start_size is not None:
+            check_size(model, start.in_chans, recipe.data.start_size, "--data.start-size")
+            model.train()
         size = (start.in_chans, recipe.data.image_size, recipe.data.image_size)
         preprocessing: dict[str, Any] = dict(  # timm's data config, with the network's own mean and deviation
             input_size=size,
@@ -209,7 +248,8 @@ class ClassificationTask(Task[Classification]):
             **statistics(pretrained_cfg(model), start.in_chans),
         )
         predictor = ClassificationPredictor.create(model, names, preprocessing, recipe.data)
-        module = ClassificationModule(predictor, recipe)
+        teacher = load_teacher(self, recipe, predictor) if recipe.distill.teacher else None
+        module = ClassificationModule(predictor, recipe, teacher)
         module.prepare_epoch(train, 0.0)  # rejects a wrong policy now
         val.transform = predictor.preprocess
         return Setup(recipe.model.name, module, train, val, model_args)

@@ -26,22 +26,16 @@ CURVES = (0.5, 0.75)  # IoUs
 class Score:
     """COCO's metrics of boxes or masks; -1 means that there is no ground truth."""
 
-    figures: dict[str, float]
-    """FIGURES, 0 to 1: AP over IoU 0.5 to 0.95; for small, medium, large objects; AR with 1, 10, 100 detections."""
-    per_class: dict[str, float]
-    """AP of each class."""
-    precision: np.ndarray
-    """(IoUs of CURVES, classes, 101): the best precision at recall 0, 0.01, ..., 1 or above."""
+    figures: dict[str, float]  # FIGURES, 0 to 1: AP over IoU 0.5 to 0.95, by size of object; AR with N detections
+    per_class: dict[str, float]  # AP of each class
+    precision: np.ndarray  # (IoUs of CURVES, classes, 101): the best precision at recall 0, 0.01, ..., 1 or above
 
 
 def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The detections of one image as COCO results.
+    """The detections of one image as COCO results; `category_ids` has the json's id of each class index.
 
-    Args:
-        image_id: as in the json
-        detections: boxes (N, 4) XYXY in pixels of the original image, labels (N,) class indices, scores (N,), and
-            optionally masks (N, 1, H, W)
-        category_ids: the json's id of each class index
+    `detections` are boxes (N, 4) XYXY in pixels of the original image, labels (N,) class indices, scores (N,), and
+    optionally masks (N, 1, H, W).
     """
     boxes = box_convert(detections["boxes"].double(), "xyxy", "xywh").tolist()
     results = [
@@ -55,11 +49,9 @@ def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Seque
 
 
 def evaluate(truth: dict[str, list[dict]], found: dict[int, list[dict]], masks: bool) -> dict[str, Score]:
-    """The score of "box", and with `masks` of "mask", in all images of `truth`.
+    """The score of "box", and with `masks` of "mask", in all images of `truth`, a `DetectionDataset.truth`.
 
-    Args:
-        truth: a COCO file whose annotations have area and iscrowd, and for masks a segmentation
-        found: image id to results, as `to_results` makes them; images may be missing
+    `found` has the results, as `to_results` makes them, by image id; images may be missing.
     """
     # COCO's programs hold ids as floating-point numbers, which are exact up to 2^53, and take id 0 for "no match".
     images = {image_id: i for i, image_id in enumerate(sorted(one["id"] for one in truth["images"]), 1)}

@@ -15,6 +15,7 @@ from torchvision.ops import box_area
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.data.balance import image_weights
 from dualtoken_vit.data.check import detection as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.detection import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset
@@ -136,12 +137,9 @@ class DetectionModule(TaskModule):
         self.panels = {"loss": {"train_loss": "training"}} | {
             f"{kind} AP (%)": {f"val_{kind}_{name}": name for name in ("AP", "AP50", "AP75")} for kind in kinds
         }
-        self.found: dict[int, list[dict[str, Any]]] = {}
-        """COCO results by image id, of the validation in progress."""
-        self.results: dict[int, list[dict[str, Any]]] = {}
-        """The same of the last validation, over all processes."""
-        self.scores: dict[str, Score] = {}
-        """Of the last validation."""
+        self.found: dict[int, list[dict[str, Any]]] = {}  # COCO results by image id, of the validation in progress
+        self.results: dict[int, list[dict[str, Any]]] = {}  # the same of the last validation, over all processes
+        self.scores: dict[str, Score] = {}  # of the last validation
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
@@ -211,17 +209,19 @@ class DetectionTask(Task[Detection]):
         masks = recipe.detector == "mask-rcnn"
         train, val = build_datasets(recipe.data, masks, start.in_chans)
         train.transform = detection_train(recipe.augment.hflip, recipe.augment.photometric)
+        if recipe.data.balanced:
+            objects = (train.objects(index)[0] for index in range(len(train)))
+            train.weights = image_weights(
+                [{one["category_id"] for one in each} for each in objects], recipe.data.balanced
+            )
         if not train.trained:
             raise InputError(f"{train.name}: no object to train on; see check-data")
         if train.dropped:
-            train.notes += (
-                f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on",
-            )
+            note = f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on"
+            train.notes = (*train.notes, note)
         if not (recipe.model.checkpoint or recipe.model.pretrained):
-            train.notes += (
-                "the backbone starts from random weights, and its frozen batch normalisation normalises nothing: give "
-                "--model.checkpoint or --model.pretrained if you can",
-            )
+            note = "the backbone starts from random weights, and its frozen batch normalisation normalises nothing"
+            train.notes = (*train.notes, f"{note}: give --model.checkpoint or --model.pretrained if you can")
         args = model_kwargs(start)
         network = create_network(start, 0, **args)
         made: dict[str, Any] = dict(

@@ -101,7 +101,8 @@ class Loaders(lightning.LightningDataModule):
         loop, epoch = self.trainer.fit_loop, self.trainer.current_epoch
         done = loop.epoch_loop.batch_progress.current.processed if loop.restarting else 0
         self.trainer.lightning_module.prepare_epoch(self.train, epoch / self.recipe.optim.epochs)
-        batches = self._loader(self.train, train=True, groups=self.train.groups, epoch=epoch, skip=done)
+        order: dict[str, Any] = dict(groups=self.train.groups, weights=self.train.weights, epoch=epoch, skip=done)
+        batches = self._loader(self.train, train=True, **order)
         return _Batches(batches, min(done + len(batches), self.steps_per_epoch * self.recipe.optim.accumulate))
 
     def val_dataloader(self) -> Any:

@@ -1,6 +1,7 @@
 """The timm network of a recipe."""
 
 import re
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,13 +14,33 @@ from dualtoken_vit.models.backbone import check_size, constructor_arguments
 from dualtoken_vit.recipes import Model, model_kwargs
 
 
-def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
-    """The recipe's timm network (0 classes: no classifier); an InputError names the field that timm refuses."""
+def own_weights(name: str) -> str | None:
+    """The timm name, with its tag, of the weights that come with the installed package for a network; None: none."""
+    architecture, _, tag = name.partition(".")
+    for candidate in timm.list_pretrained(f"{architecture}.{tag or '*'}"):
+        if timm.get_pretrained_cfg(candidate).file:  # type: ignore[union-attr]  # the name is timm's own
+            return candidate
+    return None
+
+
+def choose_weights(recipe: Model) -> Model:
+    """The recipe with `pretrained` "auto" decided: True for the unmodified network of weights that come along."""
+    if recipe.pretrained != "auto":
+        return recipe
+    return replace(recipe, pretrained=not (recipe.args or recipe.checkpoint) and own_weights(recipe.name) is not None)
+
+
+def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Module:
+    """The recipe's timm network; an InputError names the field that timm refuses.
+
+    0 classes: no classifier; None: that of the pretrained weights.
+    """
     if ":" not in recipe.name and not timm.is_model(recipe.name):  # hf-hub:, local-dir: name a place
         near = get_close_matches(recipe.name, timm.list_models())
         hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
         raise InputError(f"--model.name {recipe.name}: timm has no such model{hint}")
-    common: dict[str, Any] = dict(pretrained=recipe.pretrained, num_classes=num_classes, in_chans=recipe.in_chans)
+    common: dict[str, Any] = dict(num_classes=num_classes, in_chans=recipe.in_chans)
+    common["pretrained"] = recipe.pretrained is True  # "auto" that nobody decided: from scratch
     if recipe.drop_path_rate > 0:  # not every network takes it
         common["drop_path_rate"] = recipe.drop_path_rate
     try:
@@ -34,13 +55,10 @@ def create_network(recipe: Model, num_classes: int, **args: Any) -> nn.Module:
     return model
 
 
-def create_model(recipe: Model, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The recipe's classifier, and the arguments that make it again (`save_checkpoint`'s model_args).
+def create_model(recipe: Model, num_classes: int | None, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The recipe's classifier, and the arguments that make it again (`save_checkpoint`'s model_args), or an InputError.
 
     A network whose size is fixed (deit, vit, ...) is made for `image_size`.
-
-    Raises:
-        InputError: for an unknown name, arguments that it refuses, or images of a size that it does not take.
     """
     args = model_kwargs(recipe)
     if ":" not in recipe.name and timm.is_model(recipe.name):

@@ -1,12 +1,14 @@
-"""The optimiser and the learning rate schedule."""
+"""The optimiser, the learning rate schedule and weight averaging."""
 
 import math
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
 import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Optim
@@ -45,6 +47,19 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:  # torch's schedulers ignore timm's lr_scale
         group["lr"] *= group.get("lr_scale", 1.0)
     return optimizer
+
+
+def ema_update(decay: float) -> Callable[..., None]:
+    """The `multi_avg_fn` of an AveragedModel: an exponential moving average with a warm-up of the decay.
+
+    Update n after the first, which copies, has decay min(decay, 1 - (1 + n) ** (-2 / 3)), as timm's ModelEmaV3 with
+    `use_warmup`. Otherwise the average of a short run would still contain the initial weights.
+    """
+
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+        get_ema_multi_avg_fn(min(decay, 1 - (1 + count.item()) ** (-2 / 3)))(averages, values, count)
+
+    return update
 
 
 def build_schedule(

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import printable
-from dualtoken_vit.runtime.base import BasePredictor, Prediction
-
-__all__ = ["Prediction", "Predictor", "Report"]
+from dualtoken_vit.runtime.base import BasePredictor
 
 Result = TypeVar("Result")
 Caption = tuple[str, float | None]  # text and share
@@ -97,14 +95,12 @@ class Report(ABC, Generic[Result]):
 
     columns: ClassVar[tuple[str, ...]]
     """Headings of the table, after "image"."""
-    suffixes: ClassVar[tuple[str, ...]] = (".png",)
-    """Of the files for an image: the drawing, and those of `files`."""
+    suffixes: ClassVar[tuple[str, ...]] = (".png",)  # of the files for an image: the drawing, and those of `files`
 
     def __init__(self, predictor: Any):
         self.predictor = predictor
         self.predictions: list[dict[str, Any]] = []
-        self.table = Table("image", *self.columns, box=box.SIMPLE_HEAD)
-        """All predictions, for the terminal."""
+        self.table = Table("image", *self.columns, box=box.SIMPLE_HEAD)  # all predictions, for the terminal
         self.table.columns[0].overflow = "fold"
 
     def add(self, path: Path, image: Image.Image, result: Result) -> None:

@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data import segmentation as data
+from dualtoken_vit.data.balance import class_weights
 from dualtoken_vit.data.check import segmentation as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import collate
@@ -26,8 +27,8 @@ from dualtoken_vit.models import segmenters
 from dualtoken_vit.recipes import Model, Segmentation, SegmentationInput, model_kwargs
 from dualtoken_vit.results import LabelMap
 from dualtoken_vit.show import plots
+from dualtoken_vit.show.console import guard
 from dualtoken_vit.show.drawing import draw_scene, palette, save_image
-from dualtoken_vit.show.guard import guard
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.distributed import gather, mean_over_processes
 from dualtoken_vit.tasks.networks import create_network
@@ -116,18 +117,13 @@ class SegmentationModule(TaskModule):
 
     def __init__(self, predictor: SegmentationPredictor, recipe: Segmentation, val: data.SegmentationDataset):
         super().__init__(predictor, recipe)
-        self.weights: Tensor | None = None
-        """(classes,) in the loss, where the recipe does not weight them equally."""
+        self.weights: Tensor | None = None  # (classes,) in the loss, where the recipe does not weight them equally
         self.val = val
         self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=data.IGNORE, validate_args=False)
-        self.found: dict[int, tuple[float, np.ndarray]] = {}
-        """The worst images of the validation in progress, by index: pixel accuracy, labels (H, W)."""
-        self.seen = 0
-        """Images of this process in that validation."""
-        self.worst: list[tuple[int, np.ndarray]] = []
-        """Index and labels of the worst images of the last validation, the worst first."""
-        self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)
-        """(classes, classes): pixels by true class (row) and predicted class (column), of the last validation."""
+        self.found: dict[int, tuple[float, np.ndarray]] = {}  # pixel accuracy and labels of the worst so far, by index
+        self.seen = 0  # images of this process in that validation
+        self.worst: list[tuple[int, np.ndarray]] = []  # index and labels, the worst first, of the last validation
+        self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)  # pixels by true, predicted class
 
     def check_training_data(self, state: dict[str, Any]) -> None:
         """Weight the classes by their share of the training pixels, of which two or more classes must have some."""
@@ -143,7 +139,7 @@ class SegmentationModule(TaskModule):
                 "--data.ignore-index); look at them with check-data"
             )
         if self.recipe.class_weights != "equal":
-            self.weights = data.class_weights(self.recipe.class_weights, pixels)
+            self.weights = class_weights(self.recipe.class_weights, *pixels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = (torch.stack(each) for each in batch)
@@ -239,9 +235,8 @@ class SegmentationTask(Task[Segmentation]):
         args = model_kwargs(start)
         network = segmenters.dilated(lambda **made: create_network(start, 0, **{**args, **made}), recipe.output_stride)
         head: dict[str, Any] = dict(output_stride=recipe.output_stride, width=recipe.width, dropout=recipe.dropout)
-        model = segmenters.build_segmenter(
-            recipe.segmenter, network, len(train.class_names), in_chans=start.in_chans, **head
-        )
+        num_classes = len(train.class_names)
+        model = segmenters.Segmenter(recipe.segmenter, network, num_classes, in_chans=start.in_chans, **head)
         statistics = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
         preprocessing = dict(input_size=(start.in_chans, *recipe.data.crop_size), **statistics)
         predictor = SegmentationPredictor.create(model, train.class_names, preprocessing, recipe.data)
@@ -252,10 +247,8 @@ class SegmentationTask(Task[Segmentation]):
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
         return segmenters.create_segmenter(name=checkpoint.model, **checkpoint.model_args)
 
-    def evaluation(
-        self, predictor: SegmentationPredictor, recipe: Segmentation
-    ) -> tuple[SegmentationModule, ImageData]:
-        val = data.build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
+    def evaluation(self, predictor: SegmentationPredictor, recipe: Segmentation) -> tuple[TaskModule, ImageData]:
+        val = data.build_dataset(recipe.data, "val", predictor.channels, predictor.class_names)
         return SegmentationModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Segmentation, given: dict[str, Any]) -> dict[str, Any]:

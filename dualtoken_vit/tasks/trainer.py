@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,7 +24,8 @@ from dualtoken_vit.recipes import RECIPES, Recipe, Run
 from dualtoken_vit.tasks import run_folder
 from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 from dualtoken_vit.tasks.loaders import Loaders
-from dualtoken_vit.tasks.optim import build_optimizer
+from dualtoken_vit.tasks.networks import choose_weights, own_weights
+from dualtoken_vit.tasks.optim import build_optimizer, ema_update
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 
@@ -32,7 +33,7 @@ from dualtoken_vit.tasks.registry import get_task
 def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
     """Lightning's Trainer; an InputError for a device that this machine lacks."""
     run, optim = recipe.run, recipe.optim
-    averaging = [EMAWeightAveraging(decay=optim.ema_decay)] if optim.ema_decay is not None else []
+    averaging = [WeightAveraging(multi_avg_fn=ema_update(optim.ema_decay))] if optim.ema_decay is not None else []
     gpus = torch.cuda.device_count() if run.device in ("auto", "cuda") else 0
     processes = run.nodes * (max(gpus, 1) if run.devices == "auto" else run.devices)
     try:
@@ -105,6 +106,7 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
             f"--run.validate-every {recipe.run.validate_every}: must divide --optim.epochs {recipe.optim.epochs}, "
             "so that the last epoch is validated"
         )
+    recipe = replace(recipe, model=choose_weights(recipe.model))
     main = getattr(rank_zero_only, "rank", 0) == 0  # other processes run this too, after the first has begun to write
     with run_folder.in_use(out) if main else nullcontext():
         _train(recipe, out, resume, name, main)
@@ -140,6 +142,11 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     if main:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{setup.title}: {parameters / 1e6:.2f} M parameters; classes: {len(class_names)}")
+        if start.pretrained:
+            print(
+                f"starting from the weights {own_weights(recipe.model.name) or recipe.model.name}; "
+                "--model.pretrained false starts from scratch"
+            )
         for line in (*setup.train.notes, *setup.val.notes, *([report] if report else [])):
             print(line)
     trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)

@@ -1,32 +1,17 @@
 """The report on images with objects."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from faster_coco_eval.core import mask as rle
+from PIL import Image
 
-from dualtoken_vit.data.check.report import (
-    Facts,
-    contact_sheet,
-    count_table,
-    missing_classes,
-    print_report,
-    read_facts,
-)
-from dualtoken_vit.data.detection import (
-    FORMATS,
-    MIN_SIDE,
-    AnnotatedImages,
-    DetectionDataset,
-    degenerate,
-    first_images,
-    segmentation_fault,
-    sift,
-    size_fault,
-)
+from dualtoken_vit.data import detection
+from dualtoken_vit.data.check import report
+from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.recipes import Detection
 from dualtoken_vit.show.drawing import draw_objects, spread
@@ -37,9 +22,9 @@ _SLACK = 2.0  # pixels by which boxes may exceed the image, and masks their box:
 class _Checked(NamedTuple):
     """A split after reading its annotations and images."""
 
-    split: AnnotatedImages  # with its valid entries only
+    split: detection.AnnotatedImages  # with its valid entries only
     broken: list[str]  # a line on each other entry
-    facts: list[Facts]  # on each valid image
+    facts: list[report.Facts]  # on each valid image
     odd: dict[str, list[str]]  # what is odd about valid annotations: kind to lines
     objects: list[dict]  # the valid annotations except crowds
     tiny: list[dict]  # those of which less than a pixel is in the image
@@ -57,32 +42,31 @@ def check(recipe: Detection, out: Path) -> bool:
     images that are missing, unreadable or of another size, no objects), boxes that exceed the image by more than 2
     pixels or have no area, mostly boxes below a pixel, segmentations that do not fit, categories of one split only, and
     images in both splits. Objects per class and size, crowds, images without objects or rotated by EXIF, and copies are
-    only reported.
-
-    Raises:
-        InputError: if the files are not named, or are not COCO files.
+    only reported. An InputError if the files are not named, or are not COCO files.
     """
-    splits = {name: FORMATS.read(recipe.data, name) for name in ("train", "val")}
+    splits = {name: detection.FORMATS.read(recipe.data, name) for name in ("train", "val")}
     found = {name: _read(name, split, recipe) for name, split in splits.items()}
     facts = {name: one.facts for name, one in found.items()}
     class_names = {name: [each["name"] for each in one.split.coco["categories"]] for name, one in found.items()}
-    table = count_table(class_names, {name: one.counts() for name, one in found.items()})
+    table = report.count_table(class_names, {name: one.counts() for name, one in found.items()})
     lines = [line for name, one in found.items() for line in _summary(name, one)]
-    lines.append(_contact_sheet(found["train"], out / "labels.png"))
+    lines.append(report.contact_sheet(_drawings(found["train"]), out / "labels.png"))
     notes = [line for name, one in found.items() for line in _notes(name, one)]
-    problems = [*missing_classes(class_names), *(line for name, one in found.items() for line in _idle(name, one))]
+    idle = [line for name, one in found.items() for line in _idle(name, one)]
     many = [*(one.broken for one in found.values()), *(kind for one in found.values() for kind in one.odd.values())]
-    return print_report(table, facts, lines, notes, problems, many, "boxes and masks")
+    problems = [*report.missing_classes(class_names), *idle]
+    return report.print_report(table, facts, lines, notes, problems, many, "boxes and masks")
 
 
-def _read(name: str, split: AnnotatedImages, recipe: Detection) -> _Checked:
-    coco, broken = sift(split.coco, recipe.detector == "mask-rcnn")
-    split = split._replace(coco=first_images(coco, recipe.data.limit))
+def _read(name: str, split: detection.AnnotatedImages, recipe: Detection) -> _Checked:
+    coco, broken = detection.sift(split.coco, recipe.detector == "mask-rcnn")
+    split = split._replace(coco=detection.first_images(coco, recipe.data.limit))
     images = {image["id"]: image for image in split.coco["images"]}
 
-    def look(image: dict) -> Facts:
-        facts = read_facts(split.path(image), split.source(image))
-        return facts if facts.problem else facts._replace(problem=size_fault(facts.name, facts.size, image, split.name))
+    def look(image: dict) -> report.Facts:
+        facts = report.read_facts(split.path(image), split.source(image))
+        fault = facts.problem or detection.size_fault(facts.name, facts.size, image, split.name)
+        return facts._replace(problem=fault)
 
     facts = list(in_threads(look, images.values(), len(images), f"reading {name}"))
     annotations, odd = split.coco["annotations"], defaultdict(list)
@@ -90,7 +74,7 @@ def _read(name: str, split: AnnotatedImages, recipe: Detection) -> _Checked:
         for kind, text in _oddities(annotation, images[annotation["image_id"]]):
             odd[kind].append(f"{kind}: {split.name}: annotation {annotation['id']} {text}")
     objects = [one for one in annotations if not one.get("iscrowd")]
-    tiny = [one for one in annotations if degenerate(one, images[one["image_id"]])]
+    tiny = [one for one in annotations if detection.degenerate(one, images[one["image_id"]])]
     return _Checked(split, [f"{split.name}: {line}" for line in broken], facts, odd, objects, tiny)
 
 
@@ -104,14 +88,14 @@ def _oddities(annotation: dict, image: dict) -> Iterator[tuple[str, str]]:
         return
     if outside > _SLACK:
         yield "box outside the image", f"is {place}"
-    elif degenerate(annotation, image):  # reported with the counts
+    elif detection.degenerate(annotation, image):  # reported with the counts
         return
     if annotation.get("area") is not None and annotation["area"] <= 0:
         yield "no area", f"has area {annotation['area']}"
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return
-    if fault := segmentation_fault(segmentation, image):
+    if fault := detection.segmentation_fault(segmentation, image):
         yield "broken segmentation", f"cannot be drawn: {fault}"
         return
     mask = rle.segmToRle(segmentation, image["width"], image["height"])
@@ -140,7 +124,7 @@ def _notes(name: str, checked: _Checked) -> Iterator[str]:
         yield f"{unused} of the {classes} categories of {name} have no object"
     if tiny:
         ids = ", ".join(str(one["id"]) for one in tiny[:5]) + (", ..." if len(tiny) > 5 else "")
-        yield f"{name}: not trained on, below {MIN_SIDE:g} px in the image: {len(tiny)} annotations ({ids})"
+        yield f"{name}: not trained on, below {detection.MIN_SIDE:g} px in the image: {len(tiny)} annotations ({ids})"
 
 
 def _idle(name: str, checked: _Checked) -> Iterator[str]:
@@ -152,26 +136,23 @@ def _idle(name: str, checked: _Checked) -> Iterator[str]:
         yield f"tiny boxes: {tiny} of the {objects} of {name} are below a pixel: bbox must be in pixels"
 
 
-def _contact_sheet(checked: _Checked, path: Path) -> str:
-    """Draw images with their labels from all over a split; returns a line for the report."""
+def _drawings(checked: _Checked) -> Iterator[Image.Image]:
+    """Images with their labels from all over a split; a broken segmentation leaves its box alone."""
     split, coco = checked.split, checked.split.coco
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    labels = {category: label for label, category in enumerate(names)}
     pairs = zip(coco["images"], checked.facts, strict=True)
-    good = {image["id"]: image for image, fact in pairs if not fact.problem}
-    chosen = spread(list(dict.fromkeys(one["image_id"] for one in coco["annotations"] if one["image_id"] in good)))
-    if not chosen:
-        return "no image of train has labels to draw"
-    crowd = {"id": max(category["id"] for category in coco["categories"]) + 1, "name": "(crowd)"}
-    shown = []
+    of_image: dict[int, list[dict]] = {image["id"]: [] for image, fact in pairs if not fact.problem}
     for one in coco["annotations"]:
-        if one["image_id"] in chosen:
-            image, segmentation = good[one["image_id"]], one.get("segmentation")
-            if not segmentation or segmentation_fault(segmentation, image):  # draw the box alone
-                size = [image["height"], image["width"]]
-                segmentation = {"size": size, "counts": [math.prod(size)]}
-            category = crowd["id"] if one.get("iscrowd") else one["category_id"]
-            shown.append(one | {"segmentation": segmentation, "category_id": category, "iscrowd": 0})
-    images, categories = [good[image_id] for image_id in chosen], [*coco["categories"], crowd]
-    drawn = split._replace(coco={"images": images, "categories": categories, "annotations": shown})
-    dataset = DetectionDataset(drawn, masks=True)
-    drawings = [draw_objects(dataset.image(i), dataset[i][1], dataset.class_names) for i in range(len(dataset))]
-    return contact_sheet(drawings, path)
+        of_image.get(one["image_id"], []).append(one)
+    for image in spread([image for image in coco["images"] if of_image.get(image["id"])]):
+        ones, blank = of_image[image["id"]], {"size": [image["height"], image["width"]]}
+        blank["counts"] = [image["height"] * image["width"]]
+        shapes = [one.get("segmentation") or blank for one in ones]
+        shapes = [blank if detection.segmentation_fault(shape, image) else shape for shape in shapes]
+        objects = {
+            "boxes": torch.tensor([detection.clip(one, image) for one in ones]),
+            "labels": torch.tensor([len(names) if one.get("iscrowd") else labels[one["category_id"]] for one in ones]),
+            "masks": detection.decode_masks([{"segmentation": shape} for shape in shapes], image),
+        }
+        yield draw_objects(load_image(split.source(image)), objects, (*names.values(), "(crowd)"))

@@ -1,7 +1,7 @@
 """What the reports of all tasks share: reading images, finding copies, tables of classes, printing."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
@@ -135,10 +135,13 @@ def copies(splits: Splits, differing: Callable[[str, Facts], str]) -> Iterator[s
             yield " = ".join(fact.name for _, fact in group)
 
 
-def contact_sheet(drawings: Sequence[Image.Image], path: Path) -> str:
-    """Draw a sheet of images with their labels; returns a line for the report."""
-    save_image(draw_labelled(drawings), path)
-    return f"{len(drawings)} images with their labels: {path}"
+def contact_sheet(drawings: Iterable[Image.Image], path: Path) -> str:
+    """Draw a sheet of training images with their labels; returns a line for the report."""
+    drawn = list(drawings)
+    if not drawn:
+        return "no image of train has labels to draw"
+    save_image(draw_labelled(drawn), path)
+    return f"{len(drawn)} images with their labels: {path}"
 
 
 def _properties(splits: Splits) -> Iterator[str]:

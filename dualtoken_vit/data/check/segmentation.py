@@ -8,18 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from dualtoken_vit.data.check.report import Facts, class_table, contact_sheet, print_report, read_facts
+from dualtoken_vit.data import segmentation
+from dualtoken_vit.data.check import report
+from dualtoken_vit.data.contract import split_name
 from dualtoken_vit.data.images import load_image
-from dualtoken_vit.data.segmentation import (
-    BEYOND,
-    FORMATS,
-    IGNORE,
-    MaskedImages,
-    label_table,
-    mask_fault,
-    number_classes,
-    to_classes,
-)
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
@@ -30,7 +22,7 @@ from dualtoken_vit.show.drawing import draw_scene, spread
 class _Pair(NamedTuple):
     """An image and its mask after reading them."""
 
-    facts: Facts  # of the image
+    facts: report.Facts  # of the image
     problem: str  # of the mask
     pixels: np.ndarray = np.zeros(256, np.int64)  # of each class, `IGNORE` and `BEYOND`
 
@@ -40,30 +32,26 @@ def check(recipe: Segmentation, out: Path) -> bool:
 
     Returns whether there is no problem. Problems are: everything that stops training (missing, unreadable or coloured
     masks, sizes that differ, labels outside the classes), masks without an image, classes that are in no training mask,
-    and images in both splits. The share of each class and copies are only reported.
-
-    Raises:
-        InputError: for a dataset that does not exist, or has no usable mask.
+    and images in both splits. The share of each class and copies are only reported. An InputError for a dataset that
+    does not exist, or has no usable mask.
     """
     data = recipe.data
-    splits = {data.train_split: FORMATS.read(data, "train"), data.val_split: FORMATS.read(data, "val")}
+    splits = {split_name(data, role): segmentation.FORMATS.read(data, role) for role in ("train", "val")}
     splits = {name: split._replace(pairs=split.pairs[: data.limit]) for name, split in splits.items()}
     train = splits[data.train_split]
-    names = train.class_names or number_classes([mask for _, mask in train.pairs], data)
-    table = label_table(range(len(names)), data.ignore_index, data.reduce_zero_label)
+    names = train.class_names or segmentation.number_classes([mask for _, mask in train.pairs], data)
+    table = segmentation.label_table(range(len(names)), data.ignore_index, data.reduce_zero_label)
     found = {name: _read(name, split, table) for name, split in splits.items()}
     facts = {name: [pair.facts for pair in pairs] for name, pairs in found.items()}
     counts = {name: sum((pair.pixels for pair in pairs), np.zeros(256)) for name, pairs in found.items()}
     lines = []
     for name, count in counts.items():
-        ignored = count[IGNORE] / max(count.sum(), 1)
+        ignored = count[segmentation.IGNORE] / max(count.sum(), 1)
         lines.append(f"{name}: {len(facts[name])} images with a mask; {ignored:.1%} of the pixels are ignored")
     sound = [i for i, pair in enumerate(found[data.train_split]) if not (pair.problem or pair.facts.problem)]
-    drawings = []
-    for index in spread(sound):
-        image, labels = train.sources(index)
-        drawings.append(draw_scene([("", load_image(image), to_classes(labels, table))], names))
-    lines.append(contact_sheet(drawings, out / "labels.png") if sound else "no valid image to draw")
+    sources = map(train.sources, spread(sound))
+    scenes = ([("", load_image(image), segmentation.to_classes(labels, table))] for image, labels in sources)
+    lines.append(report.contact_sheet((draw_scene(scene, names) for scene in scenes), out / "labels.png"))
     notes = [note for split in splits.values() for note in split.notes]
     sides = [min(fact.size) for fact in facts[data.train_split] if not fact.problem]
     if data.image_size is None and sides and median(sides) > 2 * max(data.crop_size):
@@ -73,10 +61,10 @@ def check(recipe: Segmentation, out: Path) -> bool:
     alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
     orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
     masks = [pair.problem for pairs in found.values() for pair in pairs if pair.problem]
-    return print_report(_shares(names, counts), facts, lines, notes, missing, [alone, orphans, masks], "masks")
+    return report.print_report(_shares(names, counts), facts, lines, notes, missing, [alone, orphans, masks], "masks")
 
 
-def _read(name: str, split: MaskedImages, table: np.ndarray) -> list[_Pair]:
+def _read(name: str, split: segmentation.MaskedImages, table: np.ndarray) -> list[_Pair]:
     """Read every image and mask of a split, with a progress bar."""
 
     def look(index: int) -> _Pair:
@@ -84,10 +72,10 @@ def _read(name: str, split: MaskedImages, table: np.ndarray) -> list[_Pair]:
         try:
             source, labels = split.sources(index)
         except InputError as error:
-            return _Pair(read_facts(image, image), str(error))
-        facts, classes = read_facts(image, source), to_classes(labels, table)
+            return _Pair(report.read_facts(image, image), str(error))
+        facts, classes = report.read_facts(image, source), segmentation.to_classes(labels, table)
         size = labels.shape[::-1] if facts.problem else facts.size
-        fault = mask_fault(image, size, labels, classes, table)
+        fault = segmentation.mask_fault(image, size, labels, classes, table)
         return _Pair(facts, fault and f"{printable(mask)}: {fault}", np.bincount(classes.ravel(), minlength=256))
 
     return list(in_threads(look, range(len(split.pairs)), len(split.pairs), f"reading {name}"))
@@ -95,9 +83,9 @@ def _read(name: str, split: MaskedImages, table: np.ndarray) -> list[_Pair]:
 
 def _shares(names: Sequence[str], counts: dict[str, np.ndarray]) -> Table:
     """The share of each class of the pixels that are not ignored, in each split."""
-    sums = {split: max(count[:BEYOND].sum(), 1) for split, count in counts.items()}
+    sums = {split: max(count[: segmentation.BEYOND].sum(), 1) for split, count in counts.items()}
     rows = {
         name: [(f"{count[label] / sums[split]:.2%}", not count[label]) for split, count in counts.items()]
         for label, name in enumerate(names)
     }
-    return class_table(list(counts), rows)
+    return report.class_table(list(counts), rows)

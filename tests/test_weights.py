@@ -1,0 +1,100 @@
+"""Weights that come with a package, by the example of a small model that this module registers with timm."""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import generate_default_cfgs, register_model
+
+from dualtoken_vit import cli, load_model
+from dualtoken_vit.models.dualtoken import DualTokenViT
+from dualtoken_vit.models.two_stream import create, model_cfg
+from dualtoken_vit.recipes import RECIPES, Model
+from dualtoken_vit.tasks.networks import choose_weights, own_weights
+
+FILE = Path(tempfile.gettempdir()) / "dualtoken_vit_test_weights.safetensors"
+NAME = "dualtoken_vit_test_weights"
+ARGS = dict(dims=(16, 32, 48), depths=(1, 1, 1), num_heads=(2, 2, 2), head_hidden_size=32)
+LABELS = ["cat", "dog", "owl"]
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{NAME}.own": model_cfg(file=str(FILE), num_classes=3, input_size=(3, 64, 64), label_names=LABELS),
+        f"{NAME}.untrained*": model_cfg(),  # last, or timm makes the one with weights the default
+    }
+)
+
+
+@register_model
+def dualtoken_vit_test_weights(pretrained=False, **kwargs):
+    return create(DualTokenViT, NAME, pretrained, **{**ARGS, **kwargs})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def donor():
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=3).eval()
+    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, FILE)
+    yield model.half().float()  # rounded as the file is
+    FILE.unlink()
+
+
+def test_the_name_alone_loads_the_weights_and_their_cfg(donor):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    assert model.num_classes == 3
+    assert model.pretrained_cfg["label_names"] == LABELS
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 64, 64)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(x), donor(x), rtol=0, atol=0)
+    assert timm.create_model(NAME).num_classes == 1000  # the paper's network, as without weights
+    features = timm.create_model(f"{NAME}.own", pretrained=True, num_classes=7).eval()
+    torch.testing.assert_close(features.forward_features(x), donor.forward_features(x), rtol=0, atol=0)
+    grey = timm.create_model(NAME, pretrained=True, in_chans=1).eval()
+    torch.testing.assert_close(grey(x[:, :1]), donor(x[:, :1].expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Model(NAME), False),
+        (Model(NAME, pretrained=True), True),
+        (Model(NAME, pretrained="auto"), True),
+        (Model(f"{NAME}.own", pretrained="auto"), True),
+        (Model(f"{NAME}.untrained", pretrained="auto"), False),
+        (Model(NAME, pretrained="auto", args=("alpha=0.2",)), False),
+        (Model(NAME, pretrained="auto", checkpoint="best.safetensors"), False),
+        (Model("resnet10t", pretrained="auto"), False),  # has weights, but to download
+        (Model("no_such_model", pretrained="auto"), False),
+    ],
+)
+def test_auto_is_for_weights_at_hand(model, expected):
+    assert choose_weights(model) == replace(model, pretrained=expected)
+
+
+def test_own_weights_by_name():
+    assert own_weights(NAME) == own_weights(f"{NAME}.own") == f"{NAME}.own"
+    assert own_weights("resnet10t") is None
+
+
+def test_only_recipes_for_own_data_start_from_weights():
+    chosen = {name for name, recipe in RECIPES.items() if recipe.model.pretrained}
+    assert chosen == {"folder", "imagenette", "coco", "masks"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [((), True), (("--model.pretrained", "false"), False), (("--model.pretrained",), True)]
+)
+def test_training_starts_from_them(donor, photos, tmp_path, capsys, monkeypatch, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    args = f"train folder --data.root {photos} --model.name {NAME} --data.image-size 64 --optim.epochs 1"
+    assert cli.run([*args.split(), "--data.workers", "0", "--optim.lr", "1e-12", "--out", "run", *flags]) == 0
+    assert ("starting from the weights dualtoken_vit_test_weights.own" in capsys.readouterr().out) == expected
+    assert json.loads(Path("run/recipe.json").read_text())["model"]["pretrained"] is expected
+    trained = load_model("run/best.safetensors")[0]
+    same = torch.allclose(trained.token_embed, donor.token_embed, atol=1e-6)
+    assert same == expected

@@ -100,6 +100,9 @@ class Export(Generic[D]):
     data: D
     out: Path | None = None
     """The file; by default beside the checkpoint."""
+    format: Literal["onnx", "litert", "coreml"] = "onnx"
+    """onnx: for ONNX Runtime and OpenVINO. litert (.tflite), coreml (.mlpackage, not verified): one image of one size,
+    classifiers and segmenters."""
     size: str | None = None
     """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
     up to multiples of 32; other files take any size."""
@@ -290,7 +293,7 @@ def export(args: list[str]) -> None:
     chosen, data = _with_data(Export(stored), stored, args, f"export {checkpoint}", export.__doc__)
     options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
     file = run(checkpoint, **options)
-    if chosen.evaluate:
+    if chosen.evaluate and chosen.format == "onnx":
         for path in (checkpoint, file):
             print(f"{path}: {measure(path, data=data).headline}")
 

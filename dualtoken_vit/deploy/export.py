@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +21,9 @@ from dualtoken_vit.files import atomic_write, printable
 from dualtoken_vit.predictors import load_model, stored_recipe
 from dualtoken_vit.runtime.base import to_image
 from dualtoken_vit.runtime.predictor import load_predictor as load_exported
-from dualtoken_vit.runtime.session import FORMAT, ExportedModel
+from dualtoken_vit.runtime.session import FORMAT, Arrays, ExportedModel
 
+SUFFIXES = {"onnx": ".onnx", "litert": ".tflite", "coreml": ".mlpackage"}
 CALIBRATION = 64  # images of a folder for int8
 PACKAGES = "torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
 
@@ -36,8 +38,9 @@ def export(
     images: Path | None = None,
     int8: Literal["dynamic", "static"] | None = None,
     fp16: bool = False,
+    format: Literal["onnx", "litert", "coreml"] = "onnx",
 ) -> Path:
-    """Write a trained network as one ONNX file, verified against PyTorch; returns its path.
+    """Write a trained network as one file, verified against PyTorch; returns its path.
 
     The input `image` is float32 (B, C, H, W), RGB or grey in [0, 1]. Outputs: classification `logits` (B, classes);
     segmentation `logits` (B, classes, H, W); detection `boxes` (100, 4) in pixels, `scores`, `labels`, padded with -1,
@@ -50,15 +53,20 @@ def export(
     Raises:
         InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.
     """
-    out = out or checkpoint.with_name("model.onnx")
-    if out.suffix.lower() != ".onnx":
-        raise InputError(f"--out {out}: name a file that ends with .onnx")
+    suffix = SUFFIXES[format]
+    out = out or checkpoint.with_name(f"model{suffix}")
+    if out.suffix.lower() != suffix:
+        raise InputError(f"--out {out}: name a file that ends with {suffix}")
+    if format != "onnx" and (raw or attention or int8 or fp16):
+        raise InputError(f"--format {format}: --raw, --attention, --int8 and --fp16 are for onnx; leave them out")
     if int8 and fp16:
         raise InputError("--int8, --fp16: give one of them")
     if int8 == "static" and images is None:
         raise InputError("--int8 static needs --images FOLDER, to measure the range of the activations")
     model, about = load_model(checkpoint)
     chosen = plan(model, about, parse_size(size) if size else None, raw, attention)
+    if format != "onnx":
+        return _mobile(format, out, chosen, about, checkpoint, images)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
         try:
@@ -80,11 +88,39 @@ def export(
     return out
 
 
+def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> Path:
+    """Write a LiteRT or Core ML file for one image of one size."""
+    from dualtoken_vit.deploy.mobile import run_litert, to_coreml, to_litert
+
+    if about.task == "detection":
+        raise InputError(f"--format {format}: for classifiers and segmenters; export a detector to onnx")
+    if out.exists() and out.is_dir():
+        raise InputError(f"--out {out}: exists; remove it or name another")
+    chosen = replace(chosen, fixed=True, one=True)
+    channels, description = about.preprocessing["input_size"][0], describe(chosen, about, checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # on the same disk, so that it can be renamed
+        file = Path(folder, out.name)
+        if format == "coreml":
+            to_coreml(chosen, channels, description, file)
+            print("not verified: Core ML runs on a Mac only")
+        else:
+            to_litert(chosen, channels, description, file)
+            _verify(lambda image: run_litert(file, chosen.outputs, image), chosen, channels, images)
+        file.replace(out)
+    print(f"{printable(out)}: takes one image of {chosen.size[1]}x{chosen.size[0]}")
+    return out
+
+
 def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> None:
     """Write the file; ConversionError if it cannot be made or differs from PyTorch."""
     channels = about.preprocessing["input_size"][0]
     file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
-    network = ExportedModel(file)
+    _verify(ExportedModel(file), chosen, channels, images)
+
+
+def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, channels: int, images: Path | None) -> None:
+    """Print the largest difference to PyTorch; ConversionError where it is above `TOLERANCE`."""
     inputs = batches(chosen, channels, images)
     worst = max(difference(expected(chosen, image), network(image), max(image.shape[2:])) for image in inputs)
     shapes = ", ".join("x".join(map(str, image.shape)) for image in inputs)

@@ -54,13 +54,10 @@ class Classifier(Normalised):
 class AttentiveClassifier(Classifier):
     """A DualToken-ViT, with the attention maps of its last block."""
 
-    def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float]):
-        super().__init__(model, mean, std)
-        self.recorder = recording(model)  # for good: the network is not used without the maps
-        self.maps = self.recorder.__enter__()
-
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(image), list(self.maps.values())[-1]
+        with recording(self.model) as maps:
+            logits = super().forward(image)
+        return logits, list(maps.values())[-1]
 
 
 class DetectorGraph(Normalised):

@@ -13,8 +13,6 @@ from dualtoken_vit.deploy.plans import Plan
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.runtime.session import KEY, Arrays
 
-SUFFIXES = {"litert": ".tflite", "coreml": ".mlpackage"}
-
 
 def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path) -> None:
     """Write a LiteRT file; its description is an associated file, in a ZIP archive at the end.
@@ -64,6 +62,9 @@ def to_coreml(plan: Plan, channels: int, description: dict[str, Any], file: Path
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(plan.graph.eval(), (example(plan, channels),)).run_decompositions({})
+            for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+                node.replace_all_uses_with(node.args[0])  # coremltools does not know it
+                program.graph.erase_node(node)
             model = coremltools.convert(
                 program,
                 inputs=[coremltools.TensorType(name="image", shape=(1, channels, *plan.size))],

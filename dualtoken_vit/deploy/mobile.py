@@ -63,7 +63,9 @@ def to_coreml(plan: Plan, channels: int, description: dict[str, Any], file: Path
         with quiet(), torch.no_grad():
             program = torch.export.export(plan.graph.eval(), (example(plan, channels),)).run_decompositions({})
             for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
-                node.replace_all_uses_with(node.args[0])  # coremltools does not know it
+                source = node.args[0]  # coremltools does not know aliases
+                node.replace_all_uses_with(source)
+                program.graph_signature.replace_all_uses(node.name, source.name)
                 program.graph.erase_node(node)
             model = coremltools.convert(
                 program,

@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import dualtoken_vit
 from dualtoken_vit import recipes
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
+from dualtoken_vit.deploy.mobile import TARGETS
 from dualtoken_vit.deploy.plans import Plan, Size, plan
 from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images
 from dualtoken_vit.errors import InputError
@@ -23,7 +25,6 @@ from dualtoken_vit.runtime.base import to_image
 from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.session import FORMAT, Arrays, ExportedModel
 
-SUFFIXES = {"onnx": ".onnx", "litert": ".tflite", "coreml": ".mlpackage"}
 CALIBRATION = 64  # images of a folder for int8
 PACKAGES = "torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
 
@@ -53,7 +54,7 @@ def export(
     Raises:
         InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.
     """
-    suffix = SUFFIXES[format]
+    suffix = ".onnx" if format == "onnx" else TARGETS[format].suffix
     out = out or checkpoint.with_name(f"model{suffix}")
     if out.suffix.lower() != suffix:
         raise InputError(f"--out {out}: name a file that ends with {suffix}")
@@ -90,23 +91,20 @@ def export(
 
 def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> Path:
     """Write a LiteRT or Core ML file for one image of one size."""
-    from dualtoken_vit.deploy.mobile import run_litert, to_coreml, to_litert
-
     if about.task == "detection":
         raise InputError(f"--format {format}: for classifiers and segmenters; export a detector to onnx")
     if out.exists() and out.is_dir():
         raise InputError(f"--out {out}: exists; remove it or name another")
-    chosen = replace(chosen, fixed=True, one=True)
+    target, chosen = TARGETS[format], replace(chosen, fixed=True, one=True)
     channels, description = about.preprocessing["input_size"][0], describe(chosen, about, checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # on the same disk, so that it can be renamed
         file = Path(folder, out.name)
-        if format == "coreml":
-            to_coreml(chosen, channels, description, file)
-            print("not verified: Core ML runs on a Mac only")
+        target.convert(chosen, channels, description, file)
+        if target.run is None:
+            print(f"not verified: {format} does not run here")
         else:
-            to_litert(chosen, channels, description, file)
-            _verify(lambda image: run_litert(file, chosen.outputs, image), chosen, channels, images)
+            _verify(partial(target.run, file, chosen.outputs), chosen, channels, images)
         file.replace(out)
     print(f"{printable(out)}: takes one image of {chosen.size[1]}x{chosen.size[0]}")
     return out

@@ -2,8 +2,9 @@
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,12 @@ from dualtoken_vit.deploy.convert import ConversionError, example, quiet
 from dualtoken_vit.deploy.plans import Plan
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.runtime.session import KEY, Arrays
+
+
+class Target(NamedTuple):
+    suffix: str
+    convert: Callable[[Plan, int, dict[str, Any], Path], None]  # graph, channels, description, file
+    run: Callable[[Path, tuple[str, ...], np.ndarray], Arrays] | None  # file, names of outputs, image; None: not here
 
 
 def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path) -> None:
@@ -78,3 +85,9 @@ def to_coreml(plan: Plan, channels: int, description: dict[str, Any], file: Path
         raise ConversionError(f"the network cannot be converted to Core ML: {first_line(error)[:300]}") from error
     model.user_defined_metadata[KEY] = json.dumps(description)
     model.save(str(file))
+
+
+TARGETS = {
+    "litert": Target(".tflite", to_litert, run_litert),
+    "coreml": Target(".mlpackage", to_coreml, None),
+}

@@ -36,7 +36,9 @@ def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path
         ) from error
     try:
         with quiet():
-            litert_torch.convert(plan.graph.eval(), (example(plan, channels),)).export(str(file))
+            # litert-torch 0.10 reads the weights of a channels-last network in the wrong order.
+            graph = plan.graph.eval().to(memory_format=torch.contiguous_format)
+            litert_torch.convert(graph, (example(plan, channels),)).export(str(file))
     except Exception as error:  # of any kind
         raise ConversionError(f"the network cannot be converted to LiteRT: {first_line(error)[:300]}") from error
     with zipfile.ZipFile(file, "a") as archive:

@@ -80,6 +80,7 @@ def _detector(model: Any, checkpoint: Checkpoint, size: Size | None, raw: bool, 
     if raw:
         about = dict(
             raw=True,
+            score_threshold=0.0,
             multiple=multiple,
             anchors=model.anchor_generator.num_anchors_per_location()[0],
             strides=model.anchor_generator.strides,

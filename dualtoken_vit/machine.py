@@ -18,10 +18,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def describe(device: torch.device, threads: int | None = None) -> dict[str, str]:
+def describe(device: torch.device, threads: int | str | None = None) -> dict[str, str]:
     """CPU, device, system, versions, and the commit if this package is imported from a git checkout.
 
-    `threads` is the number of CPU threads, if the network runs on `device` in another process.
+    `threads` is the number of CPU threads, where it is not this process's.
     """
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():

@@ -44,7 +44,7 @@ def test_the_weighted_loss_is_torch_s(rare, kind, smoothing, precision):
     task = module(torch.nn.Flatten(), made, ("blue", "green", "red"))
     task.log = lambda *args, **kwargs: None
     train, _ = build_datasets(made.data, 3)
-    task.prepare_epoch(train, 0.0)
+    task.weigh(train)
     weights = class_weights(kind, torch.tensor([12, 6, 3]))
     logits, targets = torch.randn(5, 3).to(precision), torch.tensor([0, 1, 2, 2, 0])
     expected = torch.nn.CrossEntropyLoss(weights, label_smoothing=smoothing)(logits.float(), targets)
@@ -58,7 +58,7 @@ def test_mixed_images_are_weighted_by_their_shares(rare):
     task = module(torch.nn.Flatten(), made, ("blue", "green", "red"))
     task.log = lambda *args, **kwargs: None
     train, _ = build_datasets(made.data, 3)
-    task.prepare_epoch(train, 0.0)
+    task.weigh(train)
     x, targets = torch.randn(4, 3, 1, 1), torch.tensor([0, 1, 2, 1])
     np.random.seed(3)  # noqa: NPY002
     np.random.rand()  # noqa: NPY002  whether to mix
@@ -80,7 +80,7 @@ def test_an_image_of_several_classes_is_drawn_by_its_rarest():
 def test_images_are_drawn_by_the_size_of_their_class(rare, power):
     made = recipe(rare, data={"balanced": power})
     train, _ = build_datasets(made.data, 3)
-    module(torch.nn.Flatten(), made, ("blue", "green", "red")).prepare_epoch(train, 0.0)
+    module(torch.nn.Flatten(), made, ("blue", "green", "red")).weigh(train)
     assert train.targets == [0] * 12 + [1] * 6 + [2] * 3
     relative = np.array([12**-power] * 12 + [6**-power] * 6 + [3**-power] * 3)
     np.testing.assert_allclose(train.weights / np.sum(train.weights), relative / relative.sum())

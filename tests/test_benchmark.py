@@ -16,7 +16,7 @@ from dualtoken_vit.paper import benchmark as module
 from dualtoken_vit.paper.benchmark import Result, Setting, benchmark, take_turns
 
 MODELS = ("test_vit", "test_resnet")  # timm's smallest
-QUICK = dict(input_sizes=("32",), batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=1)
+QUICK = dict(input_sizes=("32",), batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=(1,))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_results(capsys):
 
 def test_statistics_of_a_cell(monkeypatch):
     times = {"test_vit": [0.2, 0.1, 0.4, 0.3, 0.5], "test_resnet": [0.1, 0.2, 0.1, 0.1, 9.0]}
-    monkeypatch.setattr(module, "take_turns", lambda calls, **kwargs: times)
+    monkeypatch.setattr(module, "take_turns", lambda calls, **kwargs: {key: times[key[1]] for key in calls})
     first, second = benchmark(MODELS, **QUICK | dict(batch_sizes=(4,), rounds=5), modes=("eager",), memory=False)
     assert first.latency_ms == pytest.approx(300)
     assert first.images_per_second == pytest.approx(4 / 0.3)
@@ -71,9 +71,9 @@ def test_compiled_table(capsys):
     assert out.index("threads used: 1") < out.index("| mode")  # the machine is described first
     row = next(line for line in out.splitlines() if line.startswith("| compiled"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[:4] == ["compiled", "32x32", "1", "test_resnet"]
-    assert cells[4] == f"{result.images_per_second:.1f}"
-    assert cells[5] == "1.00"
+    assert cells[:6] == ["compiled", "float32", "1", "32x32", "1", "test_resnet"]
+    assert cells[6] == f"{result.images_per_second:.1f}"
+    assert cells[7] == "1.00"
     assert cells[-2] == f"{result.params / 1e6:.2f}"
 
 
@@ -85,6 +85,61 @@ def test_memory_of_a_fresh_process():
     images = 63 * 3 * 160 * 160 * 4 / 2**20  # MiB by which the larger batch exceeds the smaller
     assert small.memory_mib > 0
     assert large.memory_mib - small.memory_mib > images
+
+
+def test_settings_side_by_side(monkeypatch):
+    """Every combination has its own first model as the reference."""
+    names = [("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2)]
+    seen = []
+
+    def times(calls, **kwargs):
+        seen.extend((setting.precision, setting.threads, name) for setting, name in calls)
+        return {key: [1.0 + index, 1.0 + index] for index, key in enumerate(calls)}
+
+    monkeypatch.setattr(module, "take_turns", times)
+    options = dict(batch_sizes=(2,), precision=("float32", "bfloat16"), threads=(1, 2), modes=("eager",), memory=False)
+    results = benchmark(MODELS, **QUICK | options)
+    assert seen == [(*name, model) for name in names for model in MODELS]  # all in one run of turns
+    assert [(r.precision, r.threads, r.model) for r in results] == seen
+    assert [r.latency_ms for r in results] == [1000, 2000, 3000, 4000, 5000, 6000, 7000, 8000]
+    assert [r.ratio for r in results] == pytest.approx([1, 1 / 2, 1, 3 / 4, 1, 5 / 6, 1, 7 / 8])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_training_step(monkeypatch, precision):
+    """Equals a step of torch's own AdamW on the same weights, batch and targets."""
+    setting = Setting((32, 32), torch.device("cpu"), precision, train=True)
+    model = setting.build("test_resnet")
+    twin = timm.create_model("test_resnet", num_classes=1000).train()
+    twin.load_state_dict(model.state_dict())
+    x = setting.images(4)
+    monkeypatch.setattr(Setting, "build", lambda self, name: model)
+    monkeypatch.setattr(Setting, "images", lambda self, batch_size: x)
+    setting.call("test_resnet", 4)()
+
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in twin.parameters() if p.ndim >= 2], "weight_decay": 0.05},
+        ],
+        lr=1e-3,
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = torch.nn.functional.cross_entropy(twin(x), torch.arange(4))
+    loss.backward()
+    optimizer.step()
+    for (name, value), expected in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert value.dtype == expected.dtype
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_training_table(capsys):
+    options = dict(batch_sizes=(2,), modes=("eager",), train=True, json=True)
+    first, second = benchmark(MODELS, **QUICK | options)
+    about = json.loads(capsys.readouterr().out)["about"]
+    assert about["latency"].startswith("training step of a whole batch")
+    assert first.memory_mib > 0
+    assert second.ratio == pytest.approx(first.latency_ms / second.latency_ms)
 
 
 def test_size_is_passed_to_models_built_for_a_fixed_size():
@@ -129,7 +184,10 @@ def test_rounds_take_turns():
     after = []
     seconds = take_turns(calls, rounds=4, visit_seconds=1e-12, after_visit=lambda: after.append(visited[-1]))
     assert visited[:9] == list("aaabbbccc")  # warm-up
-    assert visited[9:] == after == list("abcbcacababc")
+    assert visited[9:] == after
+    rounds = ["".join(visited[start : start + 3]) for start in range(9, 21, 3)]
+    assert all(sorted(each) == list("abc") for each in rounds)
+    assert len(set(rounds)) > 1
     assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
@@ -154,7 +212,7 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
         (("yolo:test_vit",), {}, "yolo:test_vit: 'yolo' is not a kind of model; use one of retinanet, mask-rcnn"),
         (
             ("mask-rcnn:test_resnet",),
-            {"precision": "bfloat16"},
+            {"precision": ("bfloat16",)},
             "mask-rcnn:test_resnet does not run (eager, batch 1, bfloat16 on cpu)",
         ),
         (("test_vit",), {"input_sizes": ("640*480",)}, "'640*480' is not a size"),
@@ -164,7 +222,9 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
         (("test_vit",), {"batch_sizes": (1, 0)}, "batch_sizes: 0 is too small"),
         (("test_vit",), {"batch_sizes": ()}, "batch_sizes"),
         (("test_vit",), {"rounds": 0}, "rounds: 0 is too small"),
-        (("test_vit",), {"threads": 0}, "threads: 0 is too small"),
+        (("test_vit",), {"threads": (1, 0)}, "threads: 0 is too small"),
+        (("test_vit",), {"precision": ()}, "precision: none given"),
+        (("retinanet:test_resnet",), {"train": True}, "retinanet:test_resnet: only timm names can be trained"),
     ],
 )
 def test_bad_input(models, options, message):

@@ -180,6 +180,23 @@ def test_targets_follow_the_order_of_the_checkpoint(data):
         build_val_dataset(data, 3, ["red", "rot"])
 
 
+def test_classes_left_out(data, photos):
+    data = replace(data, exclude=("green",))
+    for images, count in zip(build_datasets(data, 3), (12, 6), strict=True):
+        assert images.class_names == ("blue", "red")
+        assert images.targets == [0] * count + [1] * count
+        assert [path.split("/")[-2] for path in images.image_names] == ["blue"] * count + ["red"] * count
+    shutil.rmtree(photos / "val/green")  # which the validation images may lack
+    val = build_val_dataset(data, 3, ["red", "blue"])
+    assert Counter(val.targets) == {0: 6, 1: 6}
+    train, val = build_datasets(replace(data, holdout=0.25), 3)
+    assert (Counter(train.targets), Counter(val.targets)) == ({0: 9, 1: 9}, {0: 3, 1: 3})
+    with pytest.raises(
+        InputError, match=r"^--data\.exclude grean: no such class; the classes are 'blue', 'green', 'red'"
+    ):
+        build_datasets(replace(data, exclude=("green", "grean")), 3)
+
+
 @pytest.mark.parametrize("how", ["no folder", "empty folder"])
 def test_validation_images_may_lack_a_class_which_is_reported(data, photos, how):
     shutil.rmtree(photos / "val/green")

@@ -22,6 +22,7 @@ from dualtoken_vit.deploy.verify import difference
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.segmenters import Bins
 from dualtoken_vit.paper.attention import recording
+from dualtoken_vit.paper.benchmark import benchmark
 from dualtoken_vit.recipes import RECIPES, to_dict
 from dualtoken_vit.runtime.predictor import AnySizeDetector
 from dualtoken_vit.runtime.session import KEY, ExportedModel
@@ -241,6 +242,26 @@ def test_the_commands_take_the_file(checkpoint, exported, photos, capsys):
     assert [one["classes"][0]["class"] for one in found] == [one.name for one in after]
     shares = [one["classes"][0]["probability"] for one in found]
     assert shares == pytest.approx([one.probability for one in after], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_attention_and_benchmark_take_the_file(checkpoint, exported, photos, tmp_path, capsys):
+    maps = []
+    for path in (checkpoint, exported):
+        out = tmp_path / path.suffix[1:]
+        image = str(photos / "val" / "red" / "0.jpg")
+        assert run(["attention", str(path), image, "--token", "1,0", "--out", str(out)]) == 0
+        maps.append(np.load(out / "0.jpg.npy"))
+    assert maps[1] == pytest.approx(maps[0], abs=1e-5)
+    with pytest.raises(InputError, match="--token ROW,COL is needed with an exported file"):
+        run(["attention", str(exported), image, "--out", str(tmp_path / "other")])
+    (result,) = benchmark(
+        (f"onnxruntime:{exported}",), input_sizes=("64",), batch_sizes=(2,), modes=("eager",), rounds=1, memory=False
+    )
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=3, **SHALLOW)
+    assert result.params == sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(InputError, match="--train: onnxruntime:"):
+        benchmark((f"onnxruntime:{exported}",), train=True)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Batches depend on the seed, the epoch and the dataset alone."""
 
+import os
 import random
 from collections import Counter
 from itertools import chain
@@ -280,3 +281,32 @@ def test_validation_takes_no_notice_of_groups():
 def test_a_batch_of_one_s_own():
     (batch,) = loader(Numbers(3), 3, train=False, seed=0, collate_fn=lambda samples: [index for index, _ in samples])
     assert batch == [0, 1, 2]
+
+
+def number(dataset, epoch, progress):
+    dataset.mark = 100 * epoch + progress
+
+
+class Pids(Numbers):
+    """Sample i: the process that reads it, and the mark that `number` gave to the dataset."""
+
+    def __getitem__(self, index):
+        return os.getpid(), self.mark
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_go_on_with_the_next_epoch(images, workers):
+    args = dict(train=True, seed=3, workers=workers, prepare=number)
+    first = loader(Pids(8), 2, **args)
+    pids, found = zip(*first, strict=True)
+    assert torch.cat(found).tolist() == [0] * 8
+    second = loader(Pids(8), 2, **args, epoch=2, progress=0.5, before=first if workers else None)
+    again, found = zip(*second, strict=True)
+    assert torch.cat(found).tolist() == [200.5] * 8
+    assert set(torch.cat(pids).tolist()) == set(torch.cat(again).tolist())
+    assert len(set(torch.cat(pids).tolist())) == max(workers, 1)
+
+    first = loader(images, 8, train=True, seed=3, workers=workers)
+    list(first)
+    args = dict(train=True, seed=3, epoch=1, skip=1, workers=workers)
+    assert equal(list(loader(images, 8, **args, before=first if workers else None)), batches(images, epoch=1)[1:])

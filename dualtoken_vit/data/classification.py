@@ -267,11 +267,27 @@ FORMATS: Formats[Images] = Formats(
 """Classes may be empty, and differ between the splits."""
 
 
+def _exclude(dataset: Images, classes: Sequence[str], required: bool) -> ImageDataset:
+    """The dataset without these classes, which it must have if `required`."""
+    if not isinstance(dataset, ImageDataset):
+        raise InputError("--data.exclude: the images are read as a stream, of which none can be left out")
+    unknown = [name for name in classes if name not in dataset.class_names]
+    if required and unknown:
+        raise InputError(f"--data.exclude {unknown[0]}: no such class; the classes are {some(dataset.class_names)}")
+    names = [name for name in dataset.class_names if name not in classes]
+    labels = [names.index(name) if name in names else -1 for name in dataset.class_names]
+    kept = dataset.keep([i for i, target in enumerate(dataset.targets) if labels[target] >= 0])
+    kept.relabel(tuple(names), labels)
+    return kept
+
+
 def read_split(data: ClassificationData, split: str, channels: int) -> Images:
     """The train or val split as it is stored."""
     if channels not in MODES:
         raise InputError(f"--model.in-chans {channels}: images have 3 channels (RGB) or 1 (greyscale)")
     dataset = FORMATS.read(data, split, channels)
+    if data.exclude:
+        dataset = _exclude(dataset, data.exclude, required=split == "train")
     if not len(dataset):
         raise InputError(f"{_where(data, split)}: no images")
     return dataset

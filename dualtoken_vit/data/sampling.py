@@ -42,14 +42,25 @@ def seeded(*entropy: int) -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
+Prepare = Callable[[Any, int, float], None]
+
+
 class _Seeded(Dataset):
-    """`dataset` with the randomness of sample i drawn from (seed, epoch, i); i may be one of `_weighted_order`."""
+    """`dataset` at (epoch, progress, i), with the randomness of sample i drawn from (seed, epoch, i).
 
-    def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+    i may be one of `_weighted_order`.
+    """
 
-    def __getitem__(self, index: int) -> Any:
-        with seeded(self.seed, self.epoch, index):
+    def __init__(self, dataset: Any, seed: int, prepare: Prepare | None) -> None:
+        self.dataset, self.seed, self.prepare = dataset, seed, prepare
+        self.moment: tuple[int, float] | None = None  # what the dataset is prepared for
+
+    def __getitem__(self, key: tuple[int, float, int]) -> Any:
+        epoch, progress, index = key
+        if self.prepare and self.moment != (epoch, progress):
+            self.prepare(self.dataset, epoch, progress)
+            self.moment = epoch, progress
+        with seeded(self.seed, epoch, index):
             return self.dataset[index % len(self.dataset)]
 
 
@@ -118,6 +129,9 @@ def loader(
     train: bool,
     seed: int,
     epoch: int = 0,
+    progress: float = 0.0,
+    prepare: Prepare | None = None,
+    before: DataLoader | None = None,
     skip: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -137,6 +151,9 @@ def loader(
         batch_size: images per batch of this process
         train: whether to shuffle, and to drop images that do not fill a batch
         seed, epoch: of the order and the augmentation
+        progress: completed share of the run
+        prepare: adapts the training data to epoch and progress, in each process that reads them
+        before: the training loader of another epoch, whose workers continue with this one
         skip: batches at the start of the epoch that are already done
         rank, world: number of this process, and number of processes
         workers: processes that read images; 0: this one
@@ -159,6 +176,8 @@ def loader(
     )
     samples: Any = dataset
     if isinstance(dataset, IterableDataset):  # see `ImageStream`
+        if prepare:
+            prepare(dataset, epoch, progress)
         stream = samples.epoch(batch_size, train, mix(seed, epoch), rank, world, workers)
         rest = _Rest(stream, batch_size, drop_last=train, num_workers=stream.workers, **common)
         rest.skip = skip
@@ -168,9 +187,13 @@ def loader(
         generator = torch.Generator().manual_seed(mix(seed, epoch))
         order = _weighted_order(weights, generator) if weights else torch.randperm(count, generator=generator).tolist()
         full_batches(count, batch_size * world)
-        batches = [step[rank::world] for step in _steps(order, batch_size * world, groups)]
-        samples = _Seeded(dataset, seed, epoch)
+        steps = _steps(order, batch_size * world, groups)[skip:]
+        batches: list[Any] = [[(epoch, progress, index) for index in step[rank::world]] for step in steps]
+        if before is not None:
+            before.batch_sampler[:] = batches  # type: ignore[index]  # the list below
+            return before
+        samples = _Seeded(dataset, seed, prepare)
     else:
         own = list(range(rank, count, world))
         batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    return DataLoader(samples, batch_sampler=batches[skip:], num_workers=workers, **common)
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, **common)

@@ -1,26 +1,28 @@
 """Speed, memory and size of networks, side by side in one run on one machine.
 
 Only ratios within a run are comparable: speed differs between machines, and on one machine from hour to hour.
-Therefore the models take turns, with one short visit per round, so that drift affects all of them alike. The figures
-are medians over the rounds.
+Therefore the models take turns, with one short visit per round, so that drift affects all of them alike. The same holds
+for modes, precisions and numbers of threads. The figures are medians over the rounds.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from json import dumps
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,10 +37,11 @@ from dualtoken_vit.models.detectors import DETECTORS, create_detector
 from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.predictors import read_header
-from dualtoken_vit.recipes import Device
+from dualtoken_vit.recipes import Device, Optim
 from dualtoken_vit.runtime.session import RUNTIMES, ExportedModel, read_description
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_growth
+from dualtoken_vit.tasks.optim import build_optimizer
 from dualtoken_vit.tasks.registry import get_task
 
 __all__ = ["Result", "benchmark", "take_turns"]
@@ -58,8 +61,9 @@ Precision = Literal["float32", "bfloat16", "float16"]
 HOW_MEMORY_IS_MEASURED = {
     "cpu": "peak resident memory of a fresh process that builds the model and runs it three times (eager only), minus "
     "its memory before",
-    "cuda": "peak memory allocated by PyTorch in a forward pass, plus the weights",
+    "cuda": "peak memory allocated by PyTorch while the model runs, minus that before it was built",
 }
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,17 @@ class Result:
 
     model: str
     mode: Mode
+    precision: Precision
+    threads: int
+    """CPU threads."""
     input_size: str
     """WIDTHxHEIGHT in pixels."""
     batch_size: int
     images_per_second: float
     ratio: float
-    """Latency of the first model divided by the latency of this one."""
+    """Latency of the first model divided by the latency of this one, all else equal."""
     latency_ms: float
-    """Forward pass of the whole batch, median over the rounds."""
+    """Forward pass, or training step, of the whole batch, median over the rounds."""
     spread_percent: float
     """Interquartile range over the rounds, in percent of the median."""
     memory_mib: float | None
@@ -131,12 +138,16 @@ BUILDERS: dict[str, Callable[[str, tuple[int, int]], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all models of a comparison share."""
+    """How models run."""
 
     size: tuple[int, int]
     """Height and width of the images."""
     device: torch.device
     precision: Precision
+    threads: int = 1
+    mode: Mode = "eager"
+    train: bool = False
+    """Training steps, with autocast to `precision`, in place of forward passes."""
 
     def __str__(self) -> str:
         height, width = self.size
@@ -145,13 +156,44 @@ class Setting:
     def build(self, name: str) -> nn.Module:
         """The model of this name (see `benchmark`) for images of this size, with random weights."""
         kind, _, inner = name.rpartition(":")
-        model = BUILDERS[kind](inner, self.size).eval()
-        return model.to(self.device, getattr(torch, self.precision)).to(memory_format=torch.channels_last)
+        model = BUILDERS[kind](inner, self.size).train(self.train)
+        return model.to(self.device, self.dtype).to(memory_format=torch.channels_last)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and images."""
+        return torch.float32 if self.train else getattr(torch, self.precision)
 
     def images(self, batch_size: int) -> Tensor:
         """A batch of noise (B, 3, H, W) in [0, 1], channels-last."""
-        x = torch.rand((batch_size, 3, *self.size), dtype=getattr(torch, self.precision), device=self.device)
+        x = torch.rand((batch_size, 3, *self.size), dtype=self.dtype, device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
+
+    def call(self, name: str, batch_size: int) -> Callable[[], object]:
+        """A forward pass, or a training step with AdamW, of the model of this name and one batch."""
+        model, x = self.build(name), self.images(batch_size)
+        network: Any = torch.compile(model, dynamic=False) if self.mode == "compiled" else model
+
+        @torch.inference_mode()
+        def predict() -> object:
+            torch.set_num_threads(self.threads)
+            return forward(network, x)
+
+        if not self.train:
+            return predict
+        optimizer = build_optimizer(model, Optim())
+        target = torch.arange(batch_size, device=self.device)
+
+        def step() -> None:
+            torch.set_num_threads(self.threads)
+            with torch.autocast(self.device.type, getattr(torch, self.precision), self.precision != "float32"):
+                logits = network(x)
+                loss = F.cross_entropy(logits, target % logits.shape[-1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
 
 
 def forward(model: nn.Module, x: Tensor) -> object:
@@ -165,17 +207,17 @@ def detects(model: nn.Module) -> bool:
 
 
 def take_turns(
-    calls: dict[str, Callable[[], object]],
+    calls: dict[Name, Callable[[], object]],
     *,
     rounds: int,
     visit_seconds: float,
     synchronize: Callable[[], object] = lambda: None,
     after_visit: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Time callables against each other: seconds per call by name, one value per round.
 
-    Each round visits all of them, starting with a different one. A visit repeats one callable for about
-    `visit_seconds`, at least once; `synchronize` waits for the device before and after, `after_visit` follows.
+    Each round visits all of them, in a random order. A visit repeats one callable for about `visit_seconds`, at least
+    once; `synchronize` waits for the device before and after, `after_visit` follows.
     """
 
     def visit(call: Callable[[], object], repeats: int) -> float:
@@ -190,11 +232,10 @@ def take_turns(
     for name, call in calls.items():
         visit(call, 2)  # warm up
         repeats[name] = max(1, round(visit_seconds / visit(call, 1)))
-    names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+    order = Random(0)
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in order.sample(list(calls), len(calls)):
             seconds[name].append(visit(calls[name], repeats[name]))
             after_visit()
     return seconds
@@ -212,7 +253,7 @@ def _count(name: str, setting: Setting) -> Counts:
             header = read_header(inner)
             model = get_task(header.task).rebuild(header).eval()
         else:
-            model = replace(setting, device=torch.device("cpu"), precision="float32").build(name)
+            model = replace(setting, device=torch.device("cpu"), precision="float32", train=False).build(name)
         return count(model, (3, *setting.size), forward, device="cpu" if detects(model) else "meta")
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(f"{name} does not accept images of {setting} pixels: {first_line(e)}") from e
@@ -222,38 +263,30 @@ def _peak_resident_bytes() -> int:
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
-def _cpu_memory(name: str, batch_size: int, setting: Setting, threads: int) -> int:
+def _cpu_memory(name: str, batch_size: int, setting: Setting) -> int:
     """Bytes needed to build and run a model. Call it in a fresh process."""
-    torch.set_num_threads(threads)
     before = _peak_resident_bytes()
-    model, x = setting.build(name), setting.images(batch_size)
-    with torch.inference_mode():
-        for _ in range(3):
-            forward(model, x)
+    call = setting.call(name, batch_size)
+    for _ in range(3):
+        call()
     return _peak_resident_bytes() - before
 
 
-def _peak_memory(
-    name: str, model: nn.Module, call: Callable[[], object], setting: Setting, mode: Mode, batch_size: int
-) -> int | None:
-    """Bytes (see `HOW_MEMORY_IS_MEASURED`), None if they cannot be measured."""
+def _peak_memory(name: str, batch_size: int, setting: Setting, call: Callable[[], object], before: int) -> int | None:
+    """Bytes (see `HOW_MEMORY_IS_MEASURED`), None if they cannot be measured; `before`: allocated before the model."""
     if setting.device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         call()
-        weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        return torch.cuda.max_memory_allocated() - before + weights
-    if setting.device.type == "cpu" and mode == "eager" and Path("/proc/self/status").exists():
+        return torch.cuda.max_memory_allocated() - before
+    if setting.device.type == "cpu" and setting.mode == "eager" and Path("/proc/self/status").exists():
         with ProcessPoolExecutor(1, get_context("spawn")) as fresh_process:
-            return fresh_process.submit(_cpu_memory, name, batch_size, setting, torch.get_num_threads()).result()
+            return fresh_process.submit(_cpu_memory, name, batch_size, setting).result()
     return None
 
 
 def _measure(
     counts: dict[str, Counts],
-    setting: Setting,
-    mode: Mode,
+    settings: list[Setting],
     batch_size: int,
     *,
     rounds: int,
@@ -261,44 +294,45 @@ def _measure(
     memory: bool,
     done: Callable[[str], object],
 ) -> list[Result]:
-    """Time the models (the keys of `counts`) against each other in one mode at one batch size."""
-    x = setting.images(batch_size)
-    calls: dict[str, Callable[[], object]] = {}
-    peaks: dict[str, int | None] = {}
+    """Time the models (the keys of `counts`) against each other in all settings, of one size, at one batch size."""
+    calls: dict[tuple[Setting, str], Callable[[], object]] = {}
+    peaks: dict[tuple[Setting, str], int | None] = {}
     torch.compiler.reset()
-    with torch.inference_mode():
-        for name in counts:
-            model = setting.build(name)
-            network: Any = torch.compile(model, dynamic=False) if mode == "compiled" else model
-            calls[name] = partial(forward, network, x)
-            try:
-                calls[name]()  # compiles
-            except RuntimeError as e:
-                where = f"{mode}, batch {batch_size}, {setting.precision} on {setting.device.type}"
-                raise InputError(f"{name} does not run ({where}): {first_line(e)}") from e
-            peaks[name] = _peak_memory(name, model, calls[name], setting, mode, batch_size) if memory else None
-            done(f"{mode}, batch {batch_size}: {name} built")
-        seconds = take_turns(
-            calls,
-            rounds=rounds,
-            visit_seconds=visit_seconds,
-            synchronize=(lambda: None) if setting.device.type == "cpu" else torch.accelerator.synchronize,
-            after_visit=lambda: done(f"{mode}, batch {batch_size}: {rounds} rounds"),
-        )
-    latency = {name: median(times) for name, times in seconds.items()}
+    for setting, name in product(settings, counts):
+        before = torch.cuda.memory_allocated() if setting.device.type == "cuda" else 0
+        calls[setting, name] = call = setting.call(name, batch_size)
+        try:
+            call()  # compiles
+        except RuntimeError as e:
+            where = f"{setting.mode}, batch {batch_size}, {setting.precision} on {setting.device.type}"
+            raise InputError(f"{name} does not run ({where}): {first_line(e)}") from e
+        peaks[setting, name] = _peak_memory(name, batch_size, setting, call, before) if memory else None
+        done(f"{setting.mode}, batch {batch_size}: {name} built")
+    seconds = take_turns(
+        calls,
+        rounds=rounds,
+        visit_seconds=visit_seconds,
+        synchronize=(lambda: None) if settings[0].device.type == "cpu" else torch.accelerator.synchronize,
+        after_visit=lambda: done(f"batch {batch_size}: {rounds} rounds"),
+    )
+    latency = {key: median(times) for key, times in seconds.items()}
+    first = next(iter(counts))
     results = []
-    for name, peak in peaks.items():
-        quartiles = quantiles(seconds[name], n=4, method="inclusive") if rounds > 1 else 3 * seconds[name]
+    for (setting, name), peak in peaks.items():
+        times, own = seconds[setting, name], latency[setting, name]
+        quartiles = quantiles(times, n=4, method="inclusive") if rounds > 1 else 3 * times
         results.append(
             Result(
                 model=name,
-                mode=mode,
+                mode=setting.mode,
+                precision=setting.precision,
+                threads=setting.threads,
                 input_size=str(setting),
                 batch_size=batch_size,
-                images_per_second=batch_size / latency[name],
-                ratio=next(iter(latency.values())) / latency[name],
-                latency_ms=1e3 * latency[name],
-                spread_percent=100 * (quartiles[2] - quartiles[0]) / latency[name],
+                images_per_second=batch_size / own,
+                ratio=latency[setting, first] / own,
+                latency_ms=1e3 * own,
+                spread_percent=100 * (quartiles[2] - quartiles[0]) / own,
                 memory_mib=None if peak is None else peak / 2**20,
                 params=counts[name].params,
                 macs=counts[name].macs,
@@ -307,7 +341,7 @@ def _measure(
     return results
 
 
-def _check_models(models: tuple[str, ...]) -> None:
+def _check_models(models: tuple[str, ...], train: bool) -> None:
     if not models:
         raise InputError("models: none given; name one or more timm models")
     for name in models:
@@ -317,6 +351,8 @@ def _check_models(models: tuple[str, ...]) -> None:
             raise InputError(f"models: {name}: {kind!r} is not a kind of model; use one of {kinds}, or a timm name")
         if kind in RUNTIMES:
             read_description(inner)
+            if train:
+                raise InputError(f"--train: {name} is an exported file, which cannot be trained; leave it out")
             continue
         library = torchvision.models if kind == "torchvision" else timm
         names = library.list_models()
@@ -324,6 +360,8 @@ def _check_models(models: tuple[str, ...]) -> None:
             near = get_close_matches(inner, names)
             hint = f"did you mean {' or '.join(near)}?" if near else f"{library.__name__}.list_models() lists them"
             raise InputError(f"models: {kind or 'timm'} has no model {inner!r}; {hint}")
+        if train and kind:
+            raise InputError(f"models: {name}: only timm names can be trained; remove it, or leave out train")
         if models.count(name) > 1:
             raise InputError(f"models: {name} is given twice; give it once")
 
@@ -346,8 +384,9 @@ def benchmark(
     rounds: int = 15,
     visit_seconds: float = 0.3,
     device: Device = "auto",
-    precision: Precision = "float32",
-    threads: int | None = None,
+    precision: tuple[Precision, ...] = ("float32",),
+    threads: tuple[int, ...] = (),
+    train: bool = False,
     memory: bool = True,
     json: bool = False,
     markdown: bool = False,
@@ -364,37 +403,38 @@ def benchmark(
             onnxruntime:FILE and openvino:FILE for a file that export wrote.
             The first one is the reference for the ratios.
         input_sizes: image sizes in pixels, as 224 or 640x480 (width x height), the same for all models.
-        batch_sizes: images per forward pass.
+        batch_sizes: images per forward pass or training step.
         modes: eager, or compiled by torch.compile with its default settings (compiling takes minutes).
         rounds: visits to each model.
         visit_seconds: approximate duration of a visit in seconds.
         device: auto uses the accelerator if there is one, otherwise the CPU.
-        precision: data type of weights and images.
-        threads: CPU threads; None uses PyTorch's default.
+        precision: data types of weights and images, or in training of autocast, side by side.
+        threads: numbers of CPU threads, side by side; none uses PyTorch's default.
+        train: measure training steps: forward pass, backward pass and AdamW.
         memory: also measure the peak memory.
         json: print one JSON object.
         markdown: print the table as Markdown.
         plot: PNG file for a plot of latency against image size.
 
     Returns:
-        One result for each mode, input size, batch size and model, in this order.
+        One result for each mode, input size, batch size, precision, number of threads and model, in this order.
 
     Raises:
         InputError: for an unknown model, a model that does not accept this size, or an unavailable device.
     """
-    _check_models(models)
-    least = {"batch_sizes": min(batch_sizes, default=0), "rounds": rounds}
-    for name, value in (least | {"threads": 1 if threads is None else threads}).items():
+    _check_models(models, train)
+    least = {"batch_sizes": min(batch_sizes, default=0), "rounds": rounds, "threads": min(threads, default=1)}
+    for name, value in least.items():
         if value < 1:
             raise InputError(f"{name}: {value} is too small; give 1 or more")
-    settings = [Setting(_size(text), pick_device(device), precision) for text in input_sizes]
-    if not settings:
-        raise InputError("input_sizes: none given; give one or more, as 224 or 640x480")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    for name, given in {"input_sizes": input_sizes, "precision": precision, "modes": modes}.items():
+        if not given:
+            raise InputError(f"{name}: none given; give one or more")
+    counted = [Setting(_size(text), pick_device(device), precision[0], train=train) for text in input_sizes]
+    threads = threads or (torch.get_num_threads(),)
     tune_cpu()
-    described = describe(settings[0].device)
-    described["precision"] = f"{precision}, denormals flushed to zero, freed memory kept (glibc)"
+    described = describe(counted[0].device, ", ".join(map(str, threads)))
+    described["precision"] = f"{', '.join(precision)}, denormals flushed to zero, freed memory kept (glibc)"
     if hasattr(os, "getloadavg"):
         load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
         described["load"] = f"{load} (average over 1, 5, 15 minutes)"
@@ -402,29 +442,36 @@ def benchmark(
         lines = [f"{key:<10} {value}" for key, value in described.items()]
         print("\n".join(["```", *lines, "```"] if markdown else lines), flush=True)
 
-    cells = list(product(modes, settings, batch_sizes))
-    results: list[list[Result]] = []
+    cells = [
+        ([replace(size, mode=m, precision=p, threads=t) for m, p, t in product(modes, precision, threads)], size, batch)
+        for size, batch in product(counted, batch_sizes)
+    ]
+    results: list[Result] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=len(models) * (len(settings) + len(cells) * (1 + rounds)))
+        bar = progress.add_task("", total=len(models) * (len(counted) + len(cells) * len(cells[0][0]) * (1 + rounds)))
 
         def done(what: str) -> None:
             progress.update(bar, advance=1, description=what)
 
-        counts: dict[Setting, dict[str, Counts]] = {setting: {} for setting in settings}
-        for setting, name in product(settings, models):
-            counts[setting][name] = _count(name, setting)
+        counts: dict[Setting, dict[str, Counts]] = {size: {} for size in counted}
+        for size, name in product(counted, models):
+            counts[size][name] = _count(name, size)
             done(f"{name} counted")
-        for mode, setting, batch_size in cells:
-            options: dict[str, Any] = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
-            results.append(_measure(counts[setting], setting, mode, batch_size, **options))
+        # A compiled model is one more version of its class's code, of which torch.compile keeps 8 by default.
+        dynamo: Any = torch._dynamo.config
+        with dynamo.patch(recompile_limit=len(models) * len(cells[0][0])):
+            for settings, size, batch_size in cells:
+                options: dict[str, Any] = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
+                results += _measure(counts[size], settings, batch_size, **options)
 
-    flat = list(chain.from_iterable(results))
+    results.sort(key=lambda r: modes.index(r.mode))
     about = {
         "size": "of the images, width x height in pixels",
-        "latency": f"of a whole batch, median over {rounds} rounds; spread is the interquartile range",
-        "ratio": f"speed relative to {models[0]}; above 1 is faster",
-        "memory": HOW_MEMORY_IS_MEASURED.get(settings[0].device.type, "not measured on this device"),
+        "latency": f"{'training step' if train else 'forward pass'} of a whole batch, median over {rounds} rounds; "
+        "spread is the interquartile range",
+        "ratio": f"speed relative to {models[0]}, all else equal; above 1 is faster",
+        "memory": HOW_MEMORY_IS_MEASURED.get(counted[0].device.type, "not measured on this device"),
         "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
     }
     if any(kind in DETECTORS or name in TORCHVISION_DETECTORS for kind, _, name in (m.rpartition(":") for m in models)):
@@ -433,18 +480,19 @@ def benchmark(
             "of the suppression of boxes and pasting of masks"
         )
     if json:
-        print(dumps({"machine": described, "about": about, "results": [asdict(r) for r in flat]}, indent=2))
+        print(dumps({"machine": described, "about": about, "results": [asdict(r) for r in results]}, indent=2))
     else:
-        head = ("<mode", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %", "memory MiB")
-        print(table_text((*head, "params M", "MACs G"), [map(_cells, cell) for cell in results], markdown))
+        head = ("<mode", "<precision", "threads", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %")
+        groups = [map(_cells, results[i : i + len(models)]) for i in range(0, len(results), len(models))]
+        print(table_text((*head, "memory MiB", "params M", "MACs G"), groups, markdown))
         print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
     if plot is not None:
-        save_growth(flat, plot)
-    return flat
+        save_growth(results, plot)
+    return results
 
 
 def _cells(r: Result) -> tuple[str, ...]:
     memory = "" if r.memory_mib is None else f"{r.memory_mib:.0f}"
     speed = (f"{r.images_per_second:.1f}", f"{r.ratio:.2f}", f"{r.latency_ms:.1f}", f"{r.spread_percent:.0f}")
     size = (f"{r.params / 1e6:.2f}", f"{r.macs / 1e9:.3f}")
-    return (r.mode, r.input_size, str(r.batch_size), r.model, *speed, memory, *size)
+    return (r.mode, r.precision, str(r.threads), r.input_size, str(r.batch_size), r.model, *speed, memory, *size)

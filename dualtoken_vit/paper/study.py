@@ -373,6 +373,9 @@ def study(name: str, options: Study) -> None:
     for key in ("name", "args", "checkpoint", "pretrained"):
         if getattr(recipe.model, key) != getattr(_FOLDER.model, key):
             raise InputError(f"--model.{key}: a study trains its own networks from scratch; remove this option")
+    for key in ("max_minutes", "patience"):
+        if getattr(recipe.run, key) is not None:
+            raise InputError(f"--run.{key.replace('_', '-')}: all runs of a study have the same epochs; remove it")
     for key, value in (("seeds", seeds), ("jobs", options.jobs)):
         if value < 1:
             raise InputError(f"--{key} {value}: must be at least 1")

@@ -125,15 +125,17 @@ def save_confusion(matrix: np.ndarray, class_names: Sequence[str], path: Path, p
 
 def save_growth(results: Sequence[Any], path: Path) -> None:
     """Plot latency against image size, a line for each model, from `benchmark.Result`s."""
-    cells = list(dict.fromkeys((r.mode, r.batch_size) for r in results))
+    cells = list(dict.fromkeys((r.mode, r.precision, r.threads, r.batch_size) for r in results))
     with guard(path), _axes(path, 6.5 * len(cells), 4.5, len(cells)) as panels:
-        for axes, (mode, batch_size) in zip(panels, cells, strict=True):
-            rows = [r for r in results if (r.mode, r.batch_size) == (mode, batch_size)]
+        for axes, cell in zip(panels, cells, strict=True):
+            rows = [r for r in results if (r.mode, r.precision, r.threads, r.batch_size) == cell]
             pixels = {r.input_size: math.prod(map(int, r.input_size.split("x"))) for r in rows}
             for model in dict.fromkeys(r.model for r in rows):
                 points = sorted((pixels[r.input_size], r.latency_ms) for r in rows if r.model == model)
                 axes.plot(*zip(*points, strict=True), ".-", label=model)
-            axes.set(xscale="log", yscale="log", title=f"{mode}, batch {batch_size}", ylabel="latency (ms)")
+            mode, precision, threads, batch_size = cell
+            title = f"{mode}, {precision}, {threads} threads, batch {batch_size}"
+            axes.set(xscale="log", yscale="log", title=title, ylabel="latency (ms)")
             axes.set_xticks(list(pixels.values()), list(pixels), rotation=45, ha="right")
             axes.minorticks_off()
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -17,7 +17,7 @@ from torch import nn
 
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.contract import ImageData
-from dualtoken_vit.data.sampling import mix
+from dualtoken_vit.data.sampling import Prepare, mix
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
@@ -67,6 +67,7 @@ class TaskModule(LightningModule):
     score: str  # the validation metric that selects the best epoch; higher is better
     panels: dict[str, dict[str, str]]  # what `plots.save_curves` draws
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; None: tensors are stacked
+    prepare_epoch: Prepare | None = None  # adapts the training data, in each process that reads them: picklable
     steps_per_epoch = 1  # optimiser steps; set by `Loaders`
 
     def __init__(self, predictor: Predictor[Any], recipe: Any):
@@ -101,8 +102,12 @@ class TaskModule(LightningModule):
             names = [every[index] for index in loader.batch_sampler[batch_idx]] if every else ["validation images"]
             raise InputError(f"{', '.join(map(printable, names))}: {error}") from error
 
-    def prepare_epoch(self, train: ImageData, progress: float) -> None:
-        """Adapt the training data to the completed share of the run; called before each epoch's first batch."""
+    def weigh(self, train: ImageData) -> None:
+        """Set the weights of images and classes that the recipe asks for; called before each epoch."""
+
+    def cost(self, progress: float) -> float:
+        """The time of a training step at that completed share of the run, relative to the first step's."""
+        return 1.0
 
     def check_training_data(self, state: dict[str, Any]) -> None:
         """Use what `verify` found, the training data's `state_dict`; an InputError where it cannot be trained on."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import classification as data_check
 from dualtoken_vit.data.classification import ImageDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.contract import ImageData
-from dualtoken_vit.data.transforms import classification_eval, classification_train
+from dualtoken_vit.data.transforms import classification_eval, classification_train, train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import check_size, pretrained_cfg, statistics
@@ -164,13 +165,9 @@ class ClassificationModule(TaskModule):
         self.metrics.update(logits, target)
         self.loss.update(F.cross_entropy(logits, target, reduction="none"))
 
-    def prepare_epoch(self, train: ImageData, progress: float) -> None:
-        mean, std = (self.predictor.preprocessing[key] for key in ("mean", "std"))
-        train.transform = classification_train(self.recipe.data, self.recipe.augment, mean, std, progress)
+    def weigh(self, train: ImageData) -> None:
         if not isinstance(train, ImageDataset):
             return
-        if self.recipe.augment.hflip == "alternate":
-            train.alternate_flips(self.recipe.run.seed, self.current_epoch)
         if self.recipe.data.balanced:
             train.weights = image_weights([(target,) for target in train.targets], self.recipe.data.balanced)
         if self.recipe.class_weights != "equal":
@@ -184,6 +181,9 @@ class ClassificationModule(TaskModule):
         if checkpoint.get("teacher") != (self.teacher and self.teacher.digest):
             given = f"--distill.teacher {self.recipe.distill.teacher}"
             raise InputError(f"{given} is not the teacher that the run began with; give that one, or another --out")
+
+    def cost(self, progress: float) -> float:
+        return (train_size(self.recipe.data, progress) / train_size(self.recipe.data, 0.0)) ** 2
 
     def evaluate(self) -> Evaluation:
         found = {**self.metrics.compute(), "loss": self.loss.compute()}
@@ -214,6 +214,16 @@ class ClassificationModule(TaskModule):
         names = self.predictor.class_names
         plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
         plots.save_confusion(self.confusion, names, out / "confusion.png")
+
+
+def prepare_epoch(
+    recipe: Classification, preprocessing: dict[str, Any], train: ImageData, epoch: int, progress: float
+) -> None:
+    """Set the training transform and the flips, see `TaskModule.prepare_epoch`."""
+    mean, std = preprocessing["mean"], preprocessing["std"]
+    train.transform = classification_train(recipe.data, recipe.augment, mean, std, progress)
+    if isinstance(train, ImageDataset) and recipe.augment.hflip == "alternate":
+        train.alternate_flips(recipe.run.seed, epoch)
 
 
 class ClassificationTask(Task[Classification]):
@@ -250,7 +260,8 @@ class ClassificationTask(Task[Classification]):
         predictor = ClassificationPredictor.create(model, names, preprocessing, recipe.data)
         teacher = load_teacher(self, recipe, predictor) if recipe.distill.teacher else None
         module = ClassificationModule(predictor, recipe, teacher)
-        module.prepare_epoch(train, 0.0)  # rejects a wrong policy now
+        module.prepare_epoch = partial(prepare_epoch, recipe, preprocessing)
+        module.prepare_epoch(train, 0, 0.0)  # rejects a wrong policy now
         val.transform = predictor.preprocess
         return Setup(recipe.model.name, module, train, val, model_args)
 

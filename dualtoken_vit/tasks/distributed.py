@@ -4,20 +4,49 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 T = TypeVar("T")
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
     """The mean over the processes, as floating point; of values only, no gradient goes through it."""
-    x = x.detach().float()
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x)
         x = x / dist.get_world_size()
     return x
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch normalisation by the mean and variance of all processes' batches, in one exchange each way.
+
+    The arithmetic is torch's own kernels'; only the statistics are exchanged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float):
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, mean, var = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight
+        # As if mean and variance were constants; dweight is the sum of dy * (x - mean) / std, dbias that of dy.
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        along, shift = mean_over_processes(torch.stack([dweight, dbias])) / (x.numel() // x.shape[1])
+        inverse = (var + ctx.eps).rsqrt()
+        slope = along * inverse
+        slope, offset = (each * scale * inverse for each in (slope, shift - slope * mean))
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        dx -= torch.addcmul(offset.view(shape), x, slope.view(shape)).to(dx.dtype)
+        return dx, *((None, None) if weight is None else (dweight, dbias)), None, None, None
 
 
 class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -41,22 +70,28 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions."""
 
+    @torch.compiler.disable
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of each channel, (C,) each, over all processes; updates the running ones."""
+        y = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        own = torch.stack(torch.batch_norm_update_stats(y, None, None, 0.0))  # mean and variance
+        world = dist.get_world_size()
+        found = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(found, own)
+        means, variances = torch.stack(found).unbind(1)  # (world, C)
+        mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        if self.track_running_stats:
+            count = x.numel() // x.shape[1] * world
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        return mean, var
+
     def forward(self, x: Tensor) -> Tensor:  # (B, C, ...)
         if not self.training:
             return self.act(self.drop(super().forward(x)))
-        y = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1)  # (B, ..., C)
-        world, dims = dist.get_world_size(), list(range(x.ndim - 1))
-        mean = all_reduce(y.mean(dims)) / world
-        var = all_reduce((y - mean).square().mean(dims)) / world
-        if self.track_running_stats:
-            count = y.numel() // y.shape[-1] * world
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
-        y = (y - mean) * (var + self.eps).rsqrt()
-        if self.affine:
-            y = y * self.weight + self.bias
-        return self.act(self.drop(y.to(x.dtype).movedim(-1, 1)))
+        y = _Normalise.apply(x, self.weight, self.bias, *self._statistics(x), self.eps)
+        return self.act(self.drop(y))
 
 
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

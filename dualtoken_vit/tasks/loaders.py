@@ -1,6 +1,7 @@
 """The batches of each process and epoch."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import lightning
@@ -42,6 +43,7 @@ class Loaders(lightning.LightningDataModule):
         self.train, self.val, self.recipe = train, val, recipe
         self.batch_size, self.resumed = batch_size, resumed
         self.problem = ""
+        self.before: Any = None  # the loader of the last epoch, if its workers can go on
         self.prepare_data_per_node = False
 
     @property
@@ -53,6 +55,11 @@ class Loaders(lightning.LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Optimiser steps; an InputError where the images do not suffice for one."""
         return full_batches(len(self.train), self.recipe.optim.batch_size)
+
+    @property
+    def val_batches(self) -> float:
+        """Validation batches of this process."""
+        return len(self.val) / (self.batch_size * self.trainer.world_size)
 
     def prepare_data(self) -> None:
         """Read every image; called on the first process only, the others wait however long it takes."""
@@ -100,10 +107,29 @@ class Loaders(lightning.LightningDataModule):
     def train_dataloader(self) -> _Batches:
         loop, epoch = self.trainer.fit_loop, self.trainer.current_epoch
         done = loop.epoch_loop.batch_progress.current.processed if loop.restarting else 0
-        self.trainer.lightning_module.prepare_epoch(self.train, epoch / self.recipe.optim.epochs)
-        order: dict[str, Any] = dict(groups=self.train.groups, weights=self.train.weights, epoch=epoch, skip=done)
-        batches = self._loader(self.train, train=True, **order)
+        module: Any = self.trainer.lightning_module
+        module.weigh(self.train)
+        batches = self._loader(
+            self.train,
+            train=True,
+            groups=self.train.groups,
+            weights=self.train.weights,
+            epoch=epoch,
+            progress=epoch / self.recipe.optim.epochs,
+            prepare=module.prepare_epoch,
+            before=self.before,
+            skip=done,
+        )
+        if batches.persistent_workers and self.before is None:
+            self.before = batches
+            # The validation's workers start now too: while they live, each page of memory that this process changes is
+            # copied, and before the first step there are few.
+            iter(self._val)
         return _Batches(batches, min(done + len(batches), self.steps_per_epoch * self.recipe.optim.accumulate))
 
     def val_dataloader(self) -> Any:
+        return self._val
+
+    @cached_property
+    def _val(self) -> Any:
         return self._loader(self.val, train=False)

@@ -46,6 +46,8 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         raise InputError(f"--optim.optimizer {optim.optimizer}: {error}{hint}") from error
     for group in optimizer.param_groups:  # torch's schedulers ignore timm's lr_scale
         group["lr"] *= group.get("lr_scale", 1.0)
+        if "fused" in group and all(parameter.device.type == "cpu" for parameter in group["params"]):
+            group["fused"] = True  # takes a third of the time
     return optimizer
 
 
@@ -62,10 +64,8 @@ def ema_update(decay: float) -> Callable[..., None]:
     return update
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up to the peak, then `optim.schedule` until the last step; call its `step` after each."""
+def schedule_factor(optim: Optim, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate at each step, relative to the peak: linear warm-up, then `optim.schedule` until the last."""
     total = optim.epochs * steps_per_epoch
     warmup = round(optim.warmup_epochs * steps_per_epoch) if optim.warmup_steps is None else optim.warmup_steps
     warmup = min(warmup, total)
@@ -83,4 +83,11 @@ def build_schedule(
             progress = max((step - FLAT * total) / max(total - 1 - FLAT * total, 1), 0.0)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of `schedule_factor`; call its `step` after each step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(optim, steps_per_epoch))

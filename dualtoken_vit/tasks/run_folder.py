@@ -34,7 +34,7 @@ NAME = "recipe"  # key in recipe.json: the recipe's name
 Trainer = Any  # lightning.Trainer with `Loaders` as its datamodule
 Module = Any  # TaskModule
 
-LOOK_EVERY = 50  # steps between two checks of the loss on a GPU, each of which waits for it
+LOOK_EVERY = 50  # steps between two checks of the loss on a GPU or over processes, each of which waits for them
 
 
 def stored_recipe(out: Path, name: str = "") -> Recipe | None:
@@ -137,12 +137,13 @@ class RunFolder(Callback):
     Must precede weight averaging in the list of callbacks: it saves the averaged weights while they are in the model.
     """
 
-    def __init__(self, out: Path, recipe: Recipe, name: str, model_args: dict[str, Any]):
+    def __init__(self, out: Path, recipe: Recipe, name: str, model_args: dict[str, Any], begun: bool = False):
         self.out, self.recipe, self.name, self.model_args = out, recipe, name, model_args
         self.history: list[dict[str, Any]] = []
         self.loss_sum: Any = 0.0  # over the epoch's batches, stays on the device
         self.batches = 0
         self.bad_step: Any = 0  # the first whose loss was not finite
+        self.begun = begun  # whether the folder has the recipe
 
     def on_save_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {
@@ -165,9 +166,9 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Trainer, task: Module) -> None:
         """Begin to write, now that the data is known to be sound."""
+        if not self.begun and self.recipe.run.max_minutes is None:
+            self.begin(trainer, self.recipe)
         if trainer.is_global_zero:
-            if not (self.out / RECIPE).exists():
-                write_recipe(self.out, self.recipe, self.name)
             train, val = trainer.datamodule.images
             print(f"{train} training and {val} validation images, {task.steps_per_epoch} steps an epoch", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
@@ -176,6 +177,18 @@ class RunFolder(Callback):
         for row in self.history:
             if row["step"] == trainer.global_step:
                 self._log(trainer, row)
+        trainer.should_stop = self._exhausted(task)  # a resumed run that had stopped
+
+    def begin(self, trainer: Trainer, recipe: Recipe) -> None:
+        """Write the recipe that the run follows from now on."""
+        self.recipe, self.begun = recipe, True
+        if trainer.is_global_zero:
+            write_recipe(self.out, recipe, self.name)
+
+    def _exhausted(self, task: Module) -> bool:
+        """Whether `run.patience` validations in a row were no better."""
+        patience, best = self.recipe.run.patience, best_epoch(self.history, task.score)
+        return patience is not None and best is not None and best not in self.history[-patience:]
 
     def _log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         trainer.logger.log_metrics({f"epoch/{key}": value for key, value in row.items()}, step=row["step"])
@@ -191,7 +204,7 @@ class RunFolder(Callback):
         step = trainer.current_epoch * task.steps_per_epoch + index // trainer.accumulate_grad_batches + 1
         bad = torch.as_tensor(self.bad_step, device=loss.device)
         self.bad_step = torch.where((bad > 0) | loss.isfinite(), bad, step)
-        every = 1 if task.device.type == "cpu" else LOOK_EVERY
+        every = 1 if task.device.type == "cpu" and trainer.world_size == 1 else LOOK_EVERY
         if step % every == 0 or step % self.recipe.run.save_every == 0 or trainer.is_last_batch:
             bad = trainer.strategy.reduce(self.bad_step, reduce_op="max")
             if bad > 0:
@@ -242,6 +255,10 @@ class RunFolder(Callback):
             self._log(trainer, row)
             progress = f"epoch {row['epoch']}/{trainer.max_epochs}  train loss {row['train_loss']:.3f}"
             print(f"{progress}  {evaluation.headline}{'  best' if best is row else ''}", flush=True)
+        if self._exhausted(task):
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                print(f"no better epoch in {self.recipe.run.patience} validations: stopped", flush=True)
 
 
 class LastCheckpoint(Checkpoint):
@@ -253,7 +270,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
         stepped = (index + 1) % trainer.accumulate_grad_batches == 0
         # From a state saved after an epoch's last batch Lightning would resume without validating: not here, but below.
-        if stepped and trainer.global_step % self.folder.recipe.run.save_every == 0 and not trainer.is_last_batch:
+        due = trainer.global_step % self.folder.recipe.run.save_every == 0
+        if stepped and due and self.folder.begun and not trainer.is_last_batch:
             self._save(trainer, task)
 
     def on_train_epoch_end(self, trainer: Trainer, task: Module) -> None:

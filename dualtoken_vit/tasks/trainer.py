@@ -4,6 +4,7 @@ A resumed run repeats an uninterrupted one bit by bit on the CPU. Data and step-
 the position in the run alone; last.ckpt holds the rest (weights, averages, optimiser, schedule, progress, history).
 """
 
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +23,7 @@ from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.recipes import RECIPES, Recipe, Run
 from dualtoken_vit.tasks import run_folder
+from dualtoken_vit.tasks.budget import TimeBudget, with_epochs
 from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.networks import choose_weights, own_weights
@@ -31,8 +33,9 @@ from dualtoken_vit.tasks.registry import get_task
 
 
 def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
-    """Lightning's Trainer; an InputError for a device that this machine lacks."""
+    """Lightning's Trainer with our callbacks; an InputError for a device that this machine lacks."""
     run, optim = recipe.run, recipe.optim
+    budget = [TimeBudget(folder)] if run.max_minutes is not None and not folder.begun else []
     averaging = [WeightAveraging(multi_avg_fn=ema_update(optim.ema_decay))] if optim.ema_decay is not None else []
     gpus = torch.cuda.device_count() if run.device in ("auto", "cuda") else 0
     processes = run.nodes * (max(gpus, 1) if run.devices == "auto" else run.devices)
@@ -43,13 +46,13 @@ def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
             num_nodes=run.nodes,
             # Statistics of batch normalisation are equal everywhere; broadcasting them would make processes with fewer
             # validation batches hang.
-            strategy=DDPStrategy(broadcast_buffers=False) if processes > 1 else "auto",
+            strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if processes > 1 else "auto",
             precision=run.precision,
             max_epochs=optim.epochs,
             check_val_every_n_epoch=run.validate_every,
             accumulate_grad_batches=optim.accumulate,
             gradient_clip_val=optim.clip_grad,
-            callbacks=[folder, *averaging, run_folder.LastCheckpoint(folder), ProgressBar()],
+            callbacks=[folder, *averaging, *budget, run_folder.LastCheckpoint(folder), ProgressBar()],
             plugins=[run_folder.AtomicCheckpointIO()],
             logger=False,  # `folder` adds one when the run begins
             num_sanity_val_steps=0,
@@ -101,7 +104,7 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
     out = Path(out)
     quiet()
     check_bounds(recipe)
-    if recipe.optim.epochs % recipe.run.validate_every:
+    if recipe.run.max_minutes is None and recipe.optim.epochs % recipe.run.validate_every:
         raise InputError(
             f"--run.validate-every {recipe.run.validate_every}: must divide --optim.epochs {recipe.optim.epochs}, "
             "so that the last epoch is validated"
@@ -115,6 +118,8 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
 def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> None:
     stored = run_folder.stored_recipe(out, name)
     if stored is not None and resume:
+        if stored.run.max_minutes is not None:
+            recipe = with_epochs(recipe, stored.optim.epochs)
         run_folder.check_resume(stored, recipe, out)
     elif main and any((out / each).exists() for each in run_folder.RUN):
         raise InputError(f"{out} holds a run; continue it with --resume, or give another --out")
@@ -123,6 +128,9 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
         print(f"resuming from {last}" if last else f"{out} has nothing to resume from: starting from the beginning")
 
     tune_cpu()
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+        os.environ["OMP_NUM_THREADS"] = str(recipe.run.threads)  # of further processes; Lightning keeps it
     torch.manual_seed(recipe.run.seed)
     start = replace(recipe.model, pretrained=False, checkpoint=None) if last else recipe.model  # last.ckpt has it all
     setup = get_task(recipe.task).prepare(recipe, start)
@@ -131,7 +139,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
         run_folder.check_classes(last, class_names, out)
     report = load_weights(model, start.checkpoint, class_names) if start.checkpoint else None
     build_optimizer(model, recipe.optim)  # rejects a wrong name now, not after the images were read
-    folder = run_folder.RunFolder(out, recipe, name, setup.model_args)
+    folder = run_folder.RunFolder(out, recipe, name, setup.model_args, begun=stored is not None)
     trainer = _trainer(recipe, folder)
     loaders = Loaders(setup.train, setup.val, recipe, _share(recipe, trainer.world_size), resumed=last is not None)
     module.steps_per_epoch = loaders.steps_per_epoch  # rejects too few images now, too

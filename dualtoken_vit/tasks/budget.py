@@ -1,0 +1,65 @@
+"""Runs of a given duration."""
+
+from dataclasses import replace
+from math import ceil
+from statistics import median
+from time import monotonic
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from dualtoken_vit.recipes import Recipe
+from dualtoken_vit.tasks.optim import schedule_factor
+from dualtoken_vit.tasks.run_folder import Module, RunFolder, Trainer
+
+STEPS = 20  # the most that are timed
+
+
+def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe with another number of epochs, and its milestones at the same shares of the run."""
+    optim = recipe.optim
+    milestones = tuple(max(round(each * epochs / optim.epochs), 1) for each in optim.milestones)
+    return replace(recipe, optim=replace(optim, epochs=epochs, milestones=milestones))
+
+
+class TimeBudget(Callback):
+    """Times the first steps, then sets the number of epochs to those that fit into `run.max_minutes`.
+
+    Only then does the run's folder get its recipe, with that number, so a resumed run is one of so many epochs. An
+    epoch takes its steps, whose cost `TaskModule.cost` foretells, and the validation, half a step for each batch.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.start = monotonic()
+        self.ends: list[float] = []  # of each batch
+
+    def on_train_start(self, trainer: Trainer, task: Module) -> None:
+        self.ends = [monotonic()]
+
+    def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
+        if self.folder.begun:
+            return
+        self.ends.append(monotonic())
+        steps = min(STEPS, ceil(task.steps_per_epoch / 4))  # a single epoch, too, has time to lower its learning rate
+        if index + 1 == steps * trainer.accumulate_grad_batches:
+            self._fit(trainer, task)
+
+    def _fit(self, trainer: Trainer, task: Module) -> None:
+        recipe = self.folder.recipe
+        seconds = median(end - start for start, end in zip(self.ends, self.ends[1:], strict=False))
+        cost = sum(task.cost((place + 0.5) / 100) for place in range(100)) / 100
+        every, minutes = recipe.run.validate_every, recipe.run.max_minutes or 0
+        validation = trainer.datamodule.val_batches * task.cost(1.0) / 2
+        epoch = seconds * (trainer.num_training_batches * cost + validation / every)
+        left = 60 * minutes - (self.ends[-1] - self.start) + seconds * (len(self.ends) - 1)
+        epochs = trainer.strategy.broadcast(max(int(left / epoch) // every, 1) * every)
+        if trainer.is_global_zero:
+            print(f"an epoch takes about {epoch:.3g} s: {epochs} of them in {minutes:g} minutes", flush=True)
+
+        recipe = with_epochs(recipe, epochs)
+        task.recipe = trainer.datamodule.recipe = recipe
+        trainer.fit_loop.max_epochs = epochs
+        (schedule,) = (config.scheduler for config in trainer.lr_scheduler_configs)
+        schedule.lr_lambdas = [schedule_factor(recipe.optim, task.steps_per_epoch)] * len(schedule.lr_lambdas)
+        self.folder.begin(trainer, recipe)

@@ -28,11 +28,13 @@ def example(plan: Plan, channels: int) -> torch.Tensor:
 @contextmanager
 def quiet() -> Iterator[None]:
     """The converters warn of internals."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def to_onnx(plan: Plan, channels: int, description: dict[str, Any]) -> bytes:

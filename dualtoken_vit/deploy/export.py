@@ -25,7 +25,7 @@ from dualtoken_vit.runtime.base import to_image
 from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.session import FORMAT, Arrays, ExportedModel
 
-CALIBRATION = 64  # images of a folder for int8
+CALIBRATION = 32  # images of a folder for int8
 PACKAGES = "torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
 
 

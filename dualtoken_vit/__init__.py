@@ -1,15 +1,19 @@
 """DualToken-ViT (arXiv 2309.12424). Importing this package registers its models with timm.
 
-The other public names are loaded when they are first used: the import needs torch and timm only.
+The other public names are loaded when they are first used: the import needs torch and timm only. Without these there
+are no models, and `load_predictor` opens exported files only.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from dualtoken_vit.models.dualtoken import DualTokenViT
-from dualtoken_vit.models.lightvit import LightViT
+if find_spec("torch") and find_spec("timm"):
+    from dualtoken_vit.models.dualtoken import DualTokenViT
+    from dualtoken_vit.models.lightvit import LightViT
 
 if TYPE_CHECKING:
+    from dualtoken_vit.deploy.export import export
     from dualtoken_vit.evaluation import evaluate
     from dualtoken_vit.models.detectors import create_detector
     from dualtoken_vit.models.segmenters import create_segmenter
@@ -26,6 +30,7 @@ __all__ = [
     "create_detector",
     "create_segmenter",
     "evaluate",
+    "export",
     "load_model",
     "load_predictor",
     "train",
@@ -36,8 +41,9 @@ _LAZY = {
     "create_detector": "models.detectors",
     "create_segmenter": "models.segmenters",
     "evaluate": "evaluation",
+    "export": "deploy.export",
     "load_model": "predictors",
-    "load_predictor": "predictors",
+    "load_predictor": "predictors" if find_spec("lightning") else "runtime.predictor",
     "train": "tasks.trainer",
 }
 

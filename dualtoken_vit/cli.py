@@ -15,19 +15,26 @@ from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
-from dualtoken_vit.recipes import ABOUT, RECIPES, Device, Recipe, flatten
 
 INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
 try:
     import tyro
     from rich.console import Console
     from rich.table import Table
-except ModuleNotFoundError as error:  # a bare install has the models only
-    sys.exit(f"dualtoken-vit: error: {error.name} is not installed; {INSTALL}")
+
+    from dualtoken_vit.recipes import ABOUT, RECIPES, Device, Recipe, flatten
+except ModuleNotFoundError as error:  # without the train extra, exported files can predict
+    hint = f"{error.name} is not installed; {INSTALL}"
+    try:
+        from dualtoken_vit.runtime.command import main as predict_exported
+    except ModuleNotFoundError:
+        sys.exit(f"dualtoken-vit: error: {hint}")
+    predict_exported(sys.argv[1:], hint)
 
 DEFAULT = "demo"
 PRETRAINED = "--model.pretrained"  # true, false or auto: no switch for tyro, which wants True, False or auto
 R = TypeVar("R", bound=Recipe)
+Runtime = Literal["onnxruntime", "openvino"] | None
 
 # Commands import what they need themselves: `--help` is quick, and works without another command's dependencies.
 
@@ -61,6 +68,8 @@ class Evaluate(Generic[D]):
     """auto: an accelerator if there is one, else the CPU."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of the forward pass."""
+    runtime: Runtime = None
+    """Of an exported file; by default onnxruntime."""
     out: Path | None = None
     """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
     json: bool = False
@@ -82,6 +91,40 @@ class Predict(Generic[O]):
     """Images in a forward pass; by default 32, in detection and segmentation 4."""
     device: Device = "auto"
     """auto: an accelerator if there is one, else the CPU."""
+    runtime: Runtime = None
+    """Of an exported file; by default onnxruntime."""
+
+
+@dataclass(frozen=True)
+class Export(Generic[D]):
+    data: D
+    out: Path | None = None
+    """The file; by default beside the checkpoint."""
+    format: Literal["onnx", "litert", "coreml"] = "onnx"
+    """onnx: for ONNX Runtime and OpenVINO. litert (.tflite), coreml (.mlpackage, not verified): one image of one size,
+    classifiers and segmenters."""
+    size: str | None = None
+    """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
+    up to multiples of 32; other files take any size."""
+    raw: bool = False
+    """RetinaNet: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the predictor of
+    the file chooses among them."""
+    attention: bool = False
+    """DualToken-ViT classifiers: also the attention maps of the last block, for the command attention."""
+    int8: Literal["dynamic", "static"] | None = None
+    """Weights of linear layers as int8. dynamic (also without a value) needs no data; static fixes the range of the
+    activations from --images."""
+    fp16: bool = False
+    """Weights as float16: half the size, not faster on a CPU."""
+    images: Path | None = None
+    """Folder of images to verify and calibrate with; by default noise."""
+    evaluate: bool = False
+    """Also evaluate checkpoint and file on the validation images (--data.*)."""
+
+
+def _runtime(chosen: Any) -> dict[str, Any]:
+    """The option of an exported file, if it is given; a checkpoint rejects it."""
+    return {} if chosen.runtime is None else {"runtime": chosen.runtime}
 
 
 def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str, list[str]]:
@@ -105,7 +148,7 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
 def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
     usage = f"{command} CHECKPOINT {more}"
-    about = f"{about} CHECKPOINT is the best.safetensors of a run.\n"
+    about = f"{about} CHECKPOINT is the best.safetensors of a run, or a file that export wrote.\n"
     if _help(
         args, usage, about, f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
     ):
@@ -141,6 +184,17 @@ def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], pro
     """
     kind = type(default)[type(part)]
     return tyro.cli(kind, default=default, args=_flags(args, values), prog=f"dualtoken-vit {prog}", description=about)
+
+
+def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str | None) -> tuple[Any, dict[str, Any]]:
+    """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
+    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
+    before = asdict(stored)
+    flags = {f"data.{key}": value for key, value in before.items()}
+    given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
+    chosen = _parse(default, stored, args, flags, prog, about)
+    found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
+    return chosen, found
 
 
 def _known(kind: str, name: str, names: Iterable[str]) -> str:
@@ -192,23 +246,19 @@ def train(args: list[str]) -> None:
 def evaluate(args: list[str]) -> None:
     """Evaluate a trained network on validation images."""
     checkpoint, args = _checkpoint(args, "evaluate", evaluate.__doc__, "[--data.field VALUE ...] [OPTIONS]")
-    from dualtoken_vit.checkpoint import read_checkpoint
     from dualtoken_vit.evaluation import evaluate as run
-    from dualtoken_vit.predictors import stored_recipe
+    from dualtoken_vit.predictors import read_header, stored_recipe
 
-    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
-    stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
-    before = asdict(stored)
-    flags = {f"data.{key}": value for key, value in before.items()}
-    given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
-    chosen = _parse(Evaluate(stored), stored, args, flags, f"evaluate {checkpoint}", evaluate.__doc__)
+    stored = stored_recipe(checkpoint, read_header(checkpoint)).data
+    chosen, data = _with_data(Evaluate(stored), stored, args, f"evaluate {checkpoint}", evaluate.__doc__)
     result = run(
         checkpoint,
-        data={key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]},
+        data=data,
         batch_size=chosen.batch_size,
         device=chosen.device,
         precision=chosen.precision,
         out=chosen.out,
+        **_runtime(chosen),
     )
     if chosen.json:
         print(json.dumps(result.metrics))
@@ -221,18 +271,36 @@ def evaluate(args: list[str]) -> None:
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
     checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER ... [--out FOLDER] [OPTIONS]")
-    from dualtoken_vit.checkpoint import read_checkpoint
     from dualtoken_vit.predict import predict as run
-    from dualtoken_vit.predictors import stored_recipe
-    from dualtoken_vit.tasks.registry import get_task
+    from dualtoken_vit.predictors import default_options
 
-    header = read_checkpoint(checkpoint, weights=False)
-    predictor = get_task(header.task).predictor
-    stored = predictor.stored_options(stored_recipe(checkpoint, header).data, header.preprocessing)
-    options = predictor.make_options(**stored)
+    options = default_options(checkpoint)
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
     common = chosen.out, chosen.json, chosen.batch_size, chosen.device
-    return run(checkpoint, chosen.images, *common, **asdict(chosen.options))
+    return run(checkpoint, chosen.images, *common, **_runtime(chosen) | asdict(chosen.options))
+
+
+def export(args: list[str]) -> None:
+    """Write a trained network as one file for ONNX Runtime or OpenVINO, verified against PyTorch."""
+    checkpoint, args = _checkpoint(args, "export", export.__doc__, "[--out FILE] [--int8 [static]] [OPTIONS]")
+    from dualtoken_vit.checkpoint import read_checkpoint
+    from dualtoken_vit.deploy.export import export as run
+    from dualtoken_vit.evaluation import evaluate as measure
+    from dualtoken_vit.predictors import stored_recipe
+
+    args = [part for arg, after in zip(args, [*args[1:], ""], strict=True) for part in _with_kind(arg, after)]
+    stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
+    chosen, data = _with_data(Export(stored), stored, args, f"export {checkpoint}", export.__doc__)
+    options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
+    file = run(checkpoint, **options)
+    if chosen.evaluate and chosen.format == "onnx":
+        for path in (checkpoint, file):
+            print(f"{path}: {measure(path, data=data).headline}")
+
+
+def _with_kind(arg: str, after: str) -> list[str]:
+    """`--int8` without a value as `--int8 dynamic`."""
+    return [arg, "dynamic"] if arg == "--int8" and after not in ("dynamic", "static") else [arg]
 
 
 def study(args: list[str]) -> None:
@@ -290,6 +358,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "export": export,
     "attention": _forward("attention", "Draw the attention maps of a trained classifier."),
     "localise": _forward("localise", "Measure how well the attention maps of trained classifiers localise objects."),
     "benchmark": _forward("benchmark", "Measure speed, memory and size of timm models side by side."),

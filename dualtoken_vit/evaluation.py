@@ -7,18 +7,43 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
-from dualtoken_vit.checkpoint import read_checkpoint
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import tune_cpu
-from dualtoken_vit.predictors import load_predictor, stored_recipe
+from dualtoken_vit.predictors import default_options, load_predictor, read_header, stored_recipe
+from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.tasks.base import Evaluation
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 from dualtoken_vit.tasks.run_folder import RUN
+
+
+class _InTorch:
+    """The predictor of an exported file, with tensors in and out."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, predictor: ExportedPredictor[Any]):
+        self.predictor = predictor
+        self.model = torch.nn.Identity()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.predictor, name)
+
+    def forward(self, batch: Any, **options: Any) -> Any:
+        return _to_tensors(self.predictor.forward([np.asarray(image) for image in batch], **options))
+
+
+def _to_tensors(value: Any) -> Any:
+    """The arrays in a list or dict as tensors."""
+    if isinstance(value, dict):
+        return {key: _to_tensors(each) for key, each in value.items()}
+    return [_to_tensors(each) for each in value] if isinstance(value, list) else torch.from_numpy(value)
 
 
 def evaluate(
@@ -29,8 +54,9 @@ def evaluate(
     device: str = "auto",
     precision: str = "32-true",
     out: Path | None = None,
+    runtime: str | None = None,
 ) -> Evaluation:
-    """Run a best.safetensors on its validation images, prepared as the file describes.
+    """Run a best.safetensors or an exported file on its validation images, prepared as the file describes.
 
     Args:
         data: fields of the recipe's data section that differ from the stored ones, for example root
@@ -38,6 +64,7 @@ def evaluate(
         checkpoint, device: as for `load_predictor`
         precision: Lightning's: 32-true, bf16-mixed, 16-mixed
         out: folder to write evaluation.json and the details into
+        runtime: of an exported file: onnxruntime (default) or openvino
 
     Raises:
         InputError: for a file or data that cannot be used.
@@ -48,7 +75,7 @@ def evaluate(
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     quiet()
     tune_cpu()
-    header = read_checkpoint(checkpoint, weights=False)
+    header = read_header(checkpoint)
     recipe, task, given = stored_recipe(checkpoint, header), get_task(header.task), data or {}
     known = {field.name for field in fields(recipe.data)}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
@@ -60,9 +87,14 @@ def evaluate(
             )
     recipe = replace(recipe, data=replace(recipe.data, **task.relocate(recipe, given) | given))
     check_bounds(recipe)
-    names = {field.name for field in fields(task.predictor.Options)} & known
-    options = {name: getattr(recipe.data, name) for name in names} | task.evaluation_options
-    predictor = load_predictor(checkpoint, device, **options)
+    own = vars(default_options(checkpoint)) | given  # a given option that the file does not have is rejected
+    names = {field.name for field in fields(task.predictor.Options)} & own.keys()
+    options = {name: getattr(recipe.data, name) for name in names & known} | task.evaluation_options
+    if runtime is not None:
+        options["runtime"] = runtime
+    predictor: Any = load_predictor(checkpoint, device, **options)
+    if isinstance(predictor, ExportedPredictor):
+        predictor = _InTorch(predictor)
     module, images = task.evaluation(predictor, recipe)
     for note in images.notes:
         print(note, file=sys.stderr)  # stdout may be one JSON object

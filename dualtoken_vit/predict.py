@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from dualtoken_vit.checkpoint import read_checkpoint
 from dualtoken_vit.data.folders import scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
-from dualtoken_vit.predictors import load_predictor
+from dualtoken_vit.predictors import load_predictor, read_header
 from dualtoken_vit.show.console import guard
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
 from dualtoken_vit.tasks.registry import get_task
@@ -51,7 +50,7 @@ def predict(
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
-    task = get_task(read_checkpoint(checkpoint, weights=False).task)
+    task = get_task(read_header(checkpoint).task)
     sources = find_images(images, out, suffixes=task.report.suffixes)
     predictor = load_predictor(checkpoint, device, **options)
     report = task.report(predictor)

@@ -1,9 +1,10 @@
-"""Trained networks from their files: as a predictor, or as a plain module.
+"""Trained networks from their files, checkpoints and exported files: as a predictor, or as a plain module.
 
 predictor = load_predictor("runs/photos/best.safetensors")
 result = predictor("image.jpg")             # or a PIL image, an array, a tensor, a folder, a list of these
 """
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from dualtoken_vit.checkpoint import Checkpoint, read_checkpoint
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.machine import pick_device
 from dualtoken_vit.recipes import Recipe, from_dict
-from dualtoken_vit.tasks.predictor import Predictor
+from dualtoken_vit.runtime import predictor as exported
+from dualtoken_vit.runtime.base import BasePredictor
+from dualtoken_vit.runtime.session import is_exported, read_description
 from dualtoken_vit.tasks.registry import get_task
 
-__all__ = ["load_model", "load_predictor", "stored_recipe"]
+__all__ = ["default_options", "load_model", "load_predictor", "read_header", "stored_recipe"]
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
@@ -38,21 +41,51 @@ def stored_recipe(path: str | Path, checkpoint: Checkpoint) -> Recipe:
         raise InputError(f"{path} was written by another version of dualtoken-vit: {error}") from error
 
 
-def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> Predictor[Any]:
-    """A trained network as a function of images, ready to call; see `Predictor` for what it accepts.
+def read_header(path: str | Path) -> Checkpoint:
+    """The description in a best.safetensors or an exported file, without weights.
+
+    Raises:
+        InputError: as `read_checkpoint` and `read_description`.
+    """
+    if not is_exported(path):
+        return read_checkpoint(path, weights=False)
+    found = read_description(path)
+    names = {field.name for field in fields(Checkpoint)} & found.keys()
+    header = Checkpoint(**{name: found[name] for name in names}, state_dict={})
+    return replace(header, class_names=tuple(header.class_names), category_ids=tuple(header.category_ids))
+
+
+def default_options(path: str | Path) -> Any:
+    """The options of `load_predictor` for a file, with the values of the validation of its training run."""
+    if is_exported(path):
+        found = read_description(path)
+        kind = exported.predictor_class(found)
+        return kind.make_options(**kind.stored_options(found))
+    header = read_header(path)
+    predictor = get_task(header.task).predictor
+    return predictor.make_options(**predictor.stored_options(stored_recipe(path, header).data, header.preprocessing))
+
+
+def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> BasePredictor[Any]:
+    """A trained network as a function of images, ready to call; see `BasePredictor` for what it accepts.
 
     It returns `results.Classes`, `results.Objects` or `results.LabelMap`, depending on the task.
 
     Args:
-        path: a best.safetensors
-        device: auto (an accelerator if there is one), cpu, cuda or mps
+        path: a best.safetensors, or a file that `dualtoken-vit export` wrote
+        device: auto (an accelerator if there is one), cpu, cuda or mps; exported files run on the CPU
         options: how to predict; by default as in the validation of the training run. Classification: image_size,
             crop_pct, interpolation, top_k (5). Detection: image_size, max_size, score (0.5). Segmentation: image_size,
-            mode, window, window_stride, scales, flip
+            mode, window, window_stride, scales, flip. Exported files: runtime (onnxruntime, openvino), threads; a
+            detector of fixed size has score only
 
     Raises:
         InputError: for a file, device or option that cannot be used.
     """
+    if is_exported(path):
+        if device not in ("auto", "cpu"):
+            raise InputError(f"--device {device}: exported files run on the CPU; leave it out")
+        return exported.load_predictor(path, **options)
     model, checkpoint = load_model(path)
     task = get_task(checkpoint.task)
     names, preprocessing, data = checkpoint.class_names, checkpoint.preprocessing, stored_recipe(path, checkpoint).data

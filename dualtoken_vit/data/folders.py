@@ -1,12 +1,12 @@
 """Which files are images, and the images in and below a folder: the same rules for every task."""
 
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from timm.utils.misc import natural_key
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
@@ -66,7 +66,8 @@ def scan(folder: str | Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _natural(path: str) -> tuple[list[str | int], str]:
-    return natural_key(path), path
+    parts = re.split(r"(\d+)", path.lower())
+    return [int(part) if part.isdecimal() else part for part in parts], path
 
 
 def image_files(folder: str | Path) -> list[str]:

@@ -19,6 +19,11 @@ REFUSALS = (AssertionError, RuntimeError, ValueError)  # by which timm's network
 ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # timm arguments that allow images of any size
 
 
+def ceil_div(side: int, stride: int) -> int:
+    """`side` / `stride`, rounded up. torch.export computes -(-side // stride) wrongly for dynamic sizes."""
+    return (side + stride - 1) // stride
+
+
 def constructor_arguments(network: type[nn.Module]) -> list[str]:
     """Names of a constructor's arguments, including those that it passes to its base classes as **kwargs."""
     parameters = [p for cls in network.__mro__ for p in inspect.signature(cls).parameters.values()]
@@ -82,8 +87,9 @@ class Backbone(FeatureGetterNet):
         if self.multiple == 1:
             return super().forward(x)
         height, width = x.shape[-2:]
-        maps = super().forward(F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple)))
-        return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, self.strides, strict=True)]
+        bottom, right = (ceil_div(side, self.multiple) * self.multiple - side for side in (height, width))
+        maps = super().forward(F.pad(x, (0, right, 0, bottom)))
+        return [m[..., : ceil_div(height, s), : ceil_div(width, s)] for m, s in zip(maps, self.strides, strict=True)]
 
 
 class OverBackbone(nn.Module):

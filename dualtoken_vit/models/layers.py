@@ -182,9 +182,9 @@ class BiDim(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         y = self.norm(x)
-        channel = self.act(self.channel_reduce(y.mean((1, 2), keepdim=True)))  # (B, 1, 1, C/4)
+        channel = self.act(self.channel_reduce(y.mean((1, 2))[:, None]))  # (B, 1, C/4): LiteRT has no product of rank 4
         spatial = self.act(self.spatial_reduce(y))  # (B, H, W, C/4)
         # spatial_select acts on [spatial, channel] concatenated; split in two, `channel` is not copied per position.
         w_spatial, w_channel = self.spatial_select.weight.chunk(2, dim=1)
-        gate = F.linear(spatial, w_spatial, self.spatial_select.bias) + F.linear(channel, w_channel)
-        return x * (self.channel_expand(channel).sigmoid() * gate.sigmoid())
+        gate = F.linear(spatial, w_spatial, self.spatial_select.bias) + F.linear(channel, w_channel)[:, None]
+        return x * (self.channel_expand(channel)[:, None].sigmoid() * gate.sigmoid())

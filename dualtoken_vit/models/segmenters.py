@@ -20,7 +20,16 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.backbone import Backbone, OverBackbone, create_body, pretrained_cfg, run_alike, statistics
+from dualtoken_vit.models.backbone import (
+    Backbone,
+    OverBackbone,
+    ceil_div,
+    create_body,
+    pretrained_cfg,
+    run_alike,
+    statistics,
+)
+from dualtoken_vit.models.layers import is_known
 from dualtoken_vit.recipes import SegmentationInput
 
 __all__ = ["SEGMENTERS", "Segmenter", "create_segmenter", "segment"]
@@ -32,7 +41,7 @@ LOGITS = 2**26  # maximum number of logits at image resolution held at once: 256
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    same = tuple(x.shape[-2:]) == tuple(size)
+    same = all(is_known(old == new) for old, new in zip(x.shape[-2:], size, strict=True))
     return x if same else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -42,7 +51,10 @@ def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
     The last cells of a map extend beyond an image whose sides are not multiples of the stride. Resizing the map to the
     size of the image would shift its predictions.
     """
-    inner = [max(round(side * factor), least) for side, least in zip(x.shape[-2:], size, strict=True)]
+    # Nearly always a whole factor, and sym_max: torch.export can neither round nor compare dynamic sizes.
+    whole: Any = int(factor) if factor == int(factor) else factor
+    grown = [side * whole if isinstance(whole, int) else round(side * whole) for side in x.shape[-2:]]
+    inner: Any = [torch.sym_max(side, least) for side, least in zip(grown, size, strict=True)]
     return resize(x, inner)[..., : size[0], : size[1]]
 
 
@@ -53,14 +65,34 @@ def atrous_pooling(channels: int, width: int) -> nn.Module:
     return pool
 
 
+class Bins(nn.AdaptiveAvgPool2d):
+    """Average pooling to parts x parts bins; in an exported graph by matrix products, which allow dynamic sizes."""
+
+    def __init__(self, parts: int):
+        super().__init__(parts)
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, parts, parts)
+        if not torch.compiler.is_exporting():
+            return super().forward(x)
+        rows, columns = (self.means(side, x) for side in x.shape[-2:])
+        return rows @ x @ columns.T
+
+    def means(self, side: int, like: Tensor) -> Tensor:
+        """(parts, side): the weights of the positions in the mean of each bin; bins start and end as in PyTorch."""
+        place, which = (torch.arange(count, device=like.device) for count in (side, self.parts))
+        start, end = which * side // self.parts, ((which + 1) * side + self.parts - 1) // self.parts
+        inside = (start[:, None] <= place) & (place < end[:, None])
+        return inside.to(like.dtype) / (end - start)[:, None]
+
+
 class PyramidPooling(nn.Module):
     """PSPNet's pyramid pooling (Zhao et al., arXiv 1612.01105): bins of 1x1, 2x2, 3x3 and 6x6, then a 3x3."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
         self.levels = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(parts), Conv2dNormActivation(channels, width, 1))
-            for parts in (1, 2, 3, 6)
+            nn.Sequential(Bins(parts), Conv2dNormActivation(channels, width, 1)) for parts in (1, 2, 3, 6)
         )
         self.project = Conv2dNormActivation(channels + 4 * width, width, 3)
 
@@ -134,7 +166,7 @@ class Segmenter(OverBackbone):
         middle, last = self.backbone(x)
         middle_stride, stride = self.backbone.strides
         if self.stride:
-            last = enlarge(last, stride / self.stride, [-(-side // self.stride) for side in size])
+            last = enlarge(last, stride / self.stride, [ceil_div(side, self.stride) for side in size])
             stride = self.stride
         out = enlarge(self.head(last).float(), stride, size)
         if not self.training:

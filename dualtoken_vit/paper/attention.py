@@ -36,6 +36,9 @@ from dualtoken_vit.models.dualtoken import Block, PositionAwareFusion
 from dualtoken_vit.models.layers import Attention
 from dualtoken_vit.predict import find_images, none_readable, tell_unreadable
 from dualtoken_vit.predictors import load_predictor
+from dualtoken_vit.runtime.predictor import ExportedPredictor
+from dualtoken_vit.runtime.predictor import load_predictor as load_exported
+from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 from dualtoken_vit.tasks.classification import ClassificationPredictor
@@ -242,13 +245,30 @@ def load_classifier(checkpoint: Path, device: str, image_size: int | None) -> Cl
     return predictor
 
 
-def _examine(
-    predictor: ClassificationPredictor, block: str, x: Tensor, token: tuple[int, int] | None
-) -> tuple[Seen, dict[str, Any]]:
+def _load_exported(file: Path, image_size: int | None, token: tuple[int, int] | None) -> ExportedPredictor[Any]:
+    """An exported classifier with attention maps; an InputError for another file, or without a token."""
+    options: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    predictor = load_exported(file, **options)
+    if "attention" not in predictor.export:
+        raise InputError(f"{file} has no attention maps; write it with dualtoken-vit export --attention")
+    if token is None:
+        raise InputError("--token ROW,COL is needed with an exported file: the key token is found in a checkpoint only")
+    return predictor
+
+
+def _examine(predictor: Any, block: str, x: Any, token: tuple[int, int] | None) -> tuple[Seen, dict[str, Any]]:
     """The attention in an input of the network (C, H, W), and its entry in the record; None: the key token."""
-    model, x = predictor.model, x.to(predictor.device)
-    with torch.inference_mode(), recording(model) as maps:
-        probability, best = predictor.forward(x[None]).softmax(-1).max(-1)
+    model = predictor.model
+    if isinstance(predictor, ExportedPredictor):
+        outputs = {key: torch.from_numpy(value) for key, value in model(x[None]).items()}
+        logits, maps = outputs["logits"], {block: outputs["attention"]}
+        x, mean, std = torch.from_numpy(x), torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    else:
+        x = x.to(predictor.device)
+        with torch.inference_mode(), recording(model) as maps:
+            logits = predictor.forward(x[None])
+        mean, std = (torch.tensor(predictor.preprocessing[key])[:, None, None] for key in ("mean", "std"))
+    probability, best = logits.softmax(-1).max(-1)
     name = predictor.class_names[int(best)]
     entry: dict[str, Any] = {"class": name, "probability": round(probability.item(), 6)}
     height, width = maps[block].shape[1:3]
@@ -264,7 +284,6 @@ def _examine(
         grid = f"{height}x{width} image tokens, 0,0 to {height - 1},{width - 1}"
         raise InputError(f"--token {token[0]},{token[1]}: {block} has {grid}")
     entry["token"] = token
-    mean, std = (torch.tensor(predictor.preprocessing[key])[:, None, None] for key in ("mean", "std"))
     pixels = (x.cpu() * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
     found = {key: value[0].cpu().numpy() for key, value in maps.items()}
     return Seen(pixels, f"{name} {probability.item():.0%}", token, found[block], found), entry
@@ -289,7 +308,8 @@ def attention(
     predicted class most. The table compares it with the estimate from the gradient.
 
     Args:
-        checkpoint: The best.safetensors of a classification run of a DualToken-ViT.
+        checkpoint: The best.safetensors of a classification run of a DualToken-ViT, or a file that export --attention
+            wrote, which has the last block only and needs --token.
         images: Image files, and folders to search for them, subfolders included.
         out: Folder for the drawings: a new one, or an output folder of this command.
         block: Index of the block, starting at 0; -1 is the last.
@@ -308,8 +328,13 @@ def attention(
     """
     place = _parse_token(token) if token is not None else None
     sources = find_images(images, out, RECORD)
-    predictor = load_classifier(checkpoint, device, image_size)
-    blocks = list(blocks_of(predictor.model))
+    predictor: Any
+    if is_exported(checkpoint):
+        predictor = _load_exported(checkpoint, image_size, place)
+        blocks = [predictor.export["attention"]]
+    else:
+        predictor = load_classifier(checkpoint, device, image_size)
+        blocks = list(blocks_of(predictor.model))
     if not -len(blocks) <= block < len(blocks):
         raise InputError(f"--block {block}: the network has blocks 0 to {len(blocks) - 1} (-1 is the last)")
     name = blocks[block]

@@ -36,10 +36,13 @@ from dualtoken_vit.machine import describe, pick_device, tune_cpu
 from dualtoken_vit.models.detectors import DETECTORS, create_detector
 from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
 from dualtoken_vit.paper.counting import Counts, count
+from dualtoken_vit.predictors import read_header
 from dualtoken_vit.recipes import Device, Optim
+from dualtoken_vit.runtime.session import RUNTIMES, ExportedModel, read_description
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_growth
 from dualtoken_vit.tasks.optim import build_optimizer
+from dualtoken_vit.tasks.registry import get_task
 
 __all__ = ["Result", "benchmark", "take_turns"]
 
@@ -111,11 +114,24 @@ def _segmenter(kind: str, name: str, size: tuple[int, int]) -> nn.Module:
     return create_segmenter(kind, name, 150)
 
 
+class ExportedNetwork(nn.Module):
+    """The network of an exported file, on the CPU."""
+
+    def __init__(self, runtime: str, file: str, size: tuple[int, int]):
+        super().__init__()
+        self.run = ExportedModel(file, runtime, torch.get_num_threads())
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> object:
+        return self.run(x.numpy())
+
+
 BUILDERS: dict[str, Callable[[str, tuple[int, int]], nn.Module]] = {
     "": _timm,
     **{kind: partial(_detector, kind) for kind in DETECTORS},
     **{kind: partial(_segmenter, kind) for kind in SEGMENTERS},
     "torchvision": _torchvision,
+    **{runtime: partial(ExportedNetwork, runtime) for runtime in RUNTIMES},
 }
 """KIND in KIND:NAME -> function that builds NAME for images of (height, width), with random weights."""
 
@@ -231,8 +247,13 @@ def _count(name: str, setting: Setting) -> Counts:
     Raises:
         InputError: for a model that does not accept images of this size.
     """
+    kind, _, inner = name.rpartition(":")
     try:
-        model = replace(setting, device=torch.device("cpu"), precision="float32", train=False).build(name)
+        if kind in RUNTIMES:
+            header = read_header(inner)
+            model = get_task(header.task).rebuild(header).eval()
+        else:
+            model = replace(setting, device=torch.device("cpu"), precision="float32", train=False).build(name)
         return count(model, (3, *setting.size), forward, device="cpu" if detects(model) else "meta")
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(f"{name} does not accept images of {setting} pixels: {first_line(e)}") from e
@@ -328,6 +349,11 @@ def _check_models(models: tuple[str, ...], train: bool) -> None:
         if colon and kind not in BUILDERS:
             kinds = ", ".join(filter(None, BUILDERS))
             raise InputError(f"models: {name}: {kind!r} is not a kind of model; use one of {kinds}, or a timm name")
+        if kind in RUNTIMES:
+            read_description(inner)
+            if train:
+                raise InputError(f"--train: {name} is an exported file, which cannot be trained; leave it out")
+            continue
         library = torchvision.models if kind == "torchvision" else timm
         names = library.list_models()
         if inner not in names and not (library is timm and timm.is_model(inner)):  # timm also accepts names with a tag
@@ -373,7 +399,8 @@ def benchmark(
 
     Args:
         models: timm names; retinanet:NAME and mask-rcnn:NAME for a detector over a timm model (80 classes),
-            deeplabv3:NAME and pspnet:NAME for a segmenter (150 classes); torchvision:NAME for a torchvision model.
+            deeplabv3:NAME and pspnet:NAME for a segmenter (150 classes); torchvision:NAME for a torchvision model;
+            onnxruntime:FILE and openvino:FILE for a file that export wrote.
             The first one is the reference for the ratios.
         input_sizes: image sizes in pixels, as 224 or 640x480 (width x height), the same for all models.
         batch_sizes: images per forward pass or training step.

@@ -1,0 +1,1 @@
+"""Export of trained networks to ONNX, LiteRT and Core ML."""

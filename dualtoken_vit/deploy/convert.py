@@ -1,0 +1,84 @@
+"""Conversion of a graph to ONNX."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dualtoken_vit.deploy.plans import Plan
+from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.runtime.session import KEY
+
+INSTALL = "pip install 'dualtoken-vit[export]'"
+
+
+class ConversionError(InputError):
+    """The converter does not take a graph."""
+
+
+def example(plan: Plan, channels: int) -> torch.Tensor:
+    """The input that a graph is traced with."""
+    return torch.rand(1 if plan.one else 2, channels, *(plan.size if plan.fixed else plan.trace))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The converters warn of internals."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def to_onnx(plan: Plan, channels: int, description: dict[str, Any]) -> bytes:
+    """The graph as an ONNX file without external data.
+
+    Raises:
+        ConversionError: if the graph cannot be converted.
+        InputError: if a package is missing.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(f"--format onnx needs {error.name}: {INSTALL}") from error
+    axes = {} if plan.one else {0: "batch"}
+    if not plan.fixed:
+        axes |= {2: "height", 3: "width"}
+    try:
+        with quiet(), torch.inference_mode():
+            program = torch.onnx.export(
+                plan.graph.eval(),
+                (example(plan, channels),),
+                dynamo=True,
+                dynamic_shapes=(axes,) if axes else None,
+                input_names=["image"],
+                output_names=list(plan.outputs),
+                verbose=False,
+            )
+    except Exception as error:  # of any kind, at any depth
+        cause = error.__cause__ or error
+        raise ConversionError(f"the network cannot be converted to ONNX: {first_line(cause)[:300]}") from error
+    assert program is not None
+    model = program.model_proto
+    strip(model)
+    model.metadata_props.append(onnx.StringStringEntryProto(key=KEY, value=json.dumps(description)))
+    model.producer_name, model.producer_version = KEY, description["versions"]["dualtoken-vit"]
+    return model.SerializeToString()
+
+
+def strip(message: Any) -> None:
+    """Remove documentation and metadata from an ONNX message and all in it: source paths and stack traces."""
+    for descriptor, value in message.ListFields():
+        if descriptor.name in ("metadata_props", "doc_string"):
+            message.ClearField(descriptor.name)
+        elif descriptor.message_type is not None:
+            for each in value if descriptor.is_repeated else (value,):
+                strip(each)

@@ -1,0 +1,193 @@
+"""The command `export`: a trained network as one file for other runtimes, verified against PyTorch."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import dualtoken_vit
+from dualtoken_vit import recipes
+from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
+from dualtoken_vit.deploy.mobile import TARGETS
+from dualtoken_vit.deploy.plans import Plan, Size, plan
+from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.predictors import load_model, stored_recipe
+from dualtoken_vit.runtime.base import to_image
+from dualtoken_vit.runtime.predictor import load_predictor as load_exported
+from dualtoken_vit.runtime.session import FORMAT, Arrays, ExportedModel
+
+CALIBRATION = 32  # images of a folder for int8
+PACKAGES = "torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
+
+
+def export(
+    checkpoint: Path,
+    out: Path | None = None,
+    *,
+    size: str | None = None,
+    raw: bool = False,
+    attention: bool = False,
+    images: Path | None = None,
+    int8: Literal["dynamic", "static"] | None = None,
+    fp16: bool = False,
+    format: Literal["onnx", "litert", "coreml"] = "onnx",
+) -> Path:
+    """Write a trained network as one file, verified against PyTorch; returns its path.
+
+    The input `image` is float32 (B, C, H, W), RGB or grey in [0, 1]. Outputs: classification `logits` (B, classes);
+    segmentation `logits` (B, classes, H, W); detection `boxes` (100, 4) in pixels, `scores`, `labels`, padded with -1,
+    and `masks` (100, 1, 28, 28) for Mask R-CNN. Detectors take one image of a fixed size, the others any size.
+
+    Args:
+        checkpoint: the best.safetensors of a run
+        others: as on the command line, `cli.Export`
+
+    Raises:
+        InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.
+    """
+    suffix = ".onnx" if format == "onnx" else TARGETS[format].suffix
+    out = out or checkpoint.with_name(f"model{suffix}")
+    if out.suffix.lower() != suffix:
+        raise InputError(f"--out {out}: name a file that ends with {suffix}")
+    if format != "onnx" and (raw or attention or int8 or fp16):
+        raise InputError(f"--format {format}: --raw, --attention, --int8 and --fp16 are for onnx; leave them out")
+    if int8 and fp16:
+        raise InputError("--int8, --fp16: give one of them")
+    if int8 == "static" and images is None:
+        raise InputError("--int8 static needs --images FOLDER, to measure the range of the activations")
+    model, about = load_model(checkpoint)
+    chosen = plan(model, about, parse_size(size) if size else None, raw, attention)
+    if format != "onnx":
+        return _mobile(format, out, chosen, about, checkpoint, images)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        try:
+            _convert(file, chosen, about, checkpoint, images)
+        except ConversionError as error:
+            if chosen.fixed or about.task != "classification":
+                raise
+            print(f"for any size, {error}; for one size:")
+            chosen = replace(chosen, fixed=True)
+            _convert(file, chosen, about, checkpoint, images)
+        if int8 or fp16:
+            file = _smaller(file, f"int8-{int8}" if int8 else "float16", images)
+        data = file.read_bytes()
+    with atomic_write(out) as target:
+        target.write(data)
+    height, width = chosen.size
+    takes = f"images of {width}x{height}" if chosen.fixed else "images of any size"
+    print(f"{printable(out)}: {len(data) / 1e6:.1f} MB, takes {takes}")
+    return out
+
+
+def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> Path:
+    """Write a LiteRT or Core ML file for one image of one size."""
+    if about.task == "detection":
+        raise InputError(f"--format {format}: for classifiers and segmenters; export a detector to onnx")
+    if out.exists() and out.is_dir():
+        raise InputError(f"--out {out}: exists; remove it or name another")
+    target, chosen = TARGETS[format], replace(chosen, fixed=True, one=True)
+    channels, description = about.preprocessing["input_size"][0], describe(chosen, about, checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # on the same disk, so that it can be renamed
+        file = Path(folder, out.name)
+        target.convert(chosen, channels, description, file)
+        if target.run is None:
+            print(f"not verified: {format} does not run here")
+        else:
+            _verify(partial(target.run, file, chosen.outputs), chosen, channels, images)
+        file.replace(out)
+    print(f"{printable(out)}: takes one image of {chosen.size[1]}x{chosen.size[0]}")
+    return out
+
+
+def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> None:
+    """Write the file; ConversionError if it cannot be made or differs from PyTorch."""
+    channels = about.preprocessing["input_size"][0]
+    file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
+    _verify(ExportedModel(file), chosen, channels, images)
+
+
+def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, channels: int, images: Path | None) -> None:
+    """Print the largest difference to PyTorch; ConversionError where it is above `TOLERANCE`."""
+    inputs = batches(chosen, channels, images)
+    worst = max(difference(expected(chosen, image), network(image), max(image.shape[2:])) for image in inputs)
+    shapes = ", ".join("x".join(map(str, image.shape)) for image in inputs)
+    report = f"largest difference to PyTorch {worst:.1e} of the largest output, at {shapes}"
+    if not worst <= TOLERANCE:
+        raise ConversionError(f"{report}: above {TOLERANCE:g}, the file is not kept")
+    print(report)
+
+
+def _smaller(file: Path, precision: Any, images: Path | None) -> Path:
+    """A smaller version of a file, beside it; prints how far its predictions agree."""
+    from dualtoken_vit.deploy.quantise import agreement, network_inputs, quantise
+
+    before = load_exported(file)
+    if images is not None:
+        some = load_images(images, before.channels, CALIBRATION)
+    else:
+        shape = (*(before.export["size"] or (256, 256)), 3)
+        noise = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
+        some = [to_image(each, before.channels) for each in noise]
+    smaller = file.with_name("smaller.onnx")
+    with quiet():
+        quantise(file, smaller, precision, network_inputs(before, some) if precision == "int8-static" else ())
+    agree = [agreement(*pair) for pair in zip(before(some), load_exported(smaller)(some), strict=True)]
+    sizes = " to ".join(f"{each.stat().st_size / 1e6:.1f}" for each in (file, smaller))
+    what = f"{len(some)} images" if images else f"{len(some)} images of noise; give --images FOLDER for real ones"
+    print(f"{precision}: {sizes} MB, predictions agree to {np.mean(agree):.2%} on {what}")
+    return smaller
+
+
+def parse_size(text: str) -> Size:
+    """Height and width from "224" or "640x480" (width x height)."""
+    width, cross, height = text.partition("x")
+    if not width.isdecimal() or (cross and not height.isdecimal()) or min(int(width), int(height or width)) < 32:
+        raise InputError(f"--size {text}: give pixels as 224, or WIDTHxHEIGHT as 640x480, at least 32")
+    return int(height or width), int(width)
+
+
+def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any]:
+    """The JSON in the file. Nothing in it names a place on this machine."""
+    recipe = stored_recipe(checkpoint, about)
+    free = recipes.free_on_resume(type(recipe))
+    default = type(recipe)()
+    data = {name: getattr(default.data, name) for name in vars(recipe.data) if f"data.{name}" in free}
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, **data),
+        model=replace(recipe.model, name=about.model, checkpoint=None),
+    )
+    preprocessing = dict(about.preprocessing)
+    if about.task == "classification":
+        preprocessing["input_size"] = (preprocessing["input_size"][0], *chosen.size)
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "format": FORMAT,
+        "task": about.task,
+        "model": about.model,
+        "model_args": about.model_args,
+        "class_names": about.class_names,
+        "category_ids": about.category_ids,
+        "preprocessing": preprocessing,
+        "recipe": recipes.to_dict(recipe),
+        "metrics": about.metrics,
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "export": {"size": chosen.size if chosen.fixed else None, "raw": False, "precision": "float32", **chosen.about},
+        "versions": {"dualtoken-vit": dualtoken_vit.__version__, **found},
+    }

@@ -1,0 +1,188 @@
+"""The networks as they are exported: one image tensor in, the arrays of one contract out.
+
+Input `image` (B, 3, H, W) is float32 RGB (or grey) in [0, 1]: normalisation is part of the graph. Outputs:
+
+    Classifier            logits (B, classes)
+    AttentiveClassifier   the same, and attention (B, H', W', h, w), see `paper.attention`
+    a Segmenter itself    logits (B, classes, H, W)
+    RetinaGraph           boxes (100, 4) in pixels of the input, scores (100,) and labels (100,), the best first, of one
+                          image of fixed size; unused rows are -1
+    MaskGraph             the same, and masks (100, 1, 28, 28), probabilities within each box
+    RawRetinaGraph        boxes (B, A, 4), scores (B, A, classes) of all A anchors, before non-maximum suppression
+
+The detectors compute what `models.detectors` does, without shapes that depend on the data.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import clip_boxes_to_image, nms, roi_align
+
+from dualtoken_vit.models.detectors import DETECTIONS, MaskRCNN, RetinaNet
+from dualtoken_vit.paper.attention import recording
+
+CANDIDATES = 4000
+"""Boxes of the box head that reach non-maximum suppression; models.detectors takes all above the score threshold."""
+
+
+class Normalised(nn.Module):
+    """Base of the graphs: normalises the image for its network."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.model = model
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+
+    def normalise(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class Classifier(Normalised):
+    """A timm classifier."""
+
+    def forward(self, image: Tensor) -> Any:
+        return self.model(self.normalise(image))
+
+
+class AttentiveClassifier(Classifier):
+    """A DualToken-ViT, with the attention maps of its last block."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        with recording(self.model) as maps:
+            logits = super().forward(image)
+        return logits, list(maps.values())[-1]
+
+
+class DetectorGraph(Normalised):
+    """What the detectors share."""
+
+    model: Any
+
+    def __init__(self, model: RetinaNet | MaskRCNN):
+        super().__init__(model, model.transform.image_mean, model.transform.image_std)
+
+    def features(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The levels of the pyramid and their anchors (A, 4)."""
+        levels = list(self.model.backbone(self.normalise(image)).values())
+        rpn = getattr(self.model, "rpn", self.model)
+        generator = rpn.anchor_generator
+        generator.set_cell_anchors(torch.float32, image.device)
+        sizes = [level.shape[-2:] for level in levels]
+        return levels, generator.grid_anchors(sizes, [(stride, stride) for stride in generator.strides])
+
+
+def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, least: float, count: int) -> Tensor:
+    """Non-maximum suppression within each group: indices (count,) of the best boxes, -1 where there are fewer.
+
+    Boxes (N, 4) whose score (N,) is not above `least` are not chosen. Groups (N,) are kept apart by an offset, as in
+    torchvision's `batched_nms`.
+    """
+    valid = scores > least
+    apart = boxes + (groups * (boxes.max() + 1))[:, None]
+    # All the others are one box outside, of which only the first is left: suppression is quadratic in what is left.
+    apart = torch.where(valid[:, None], apart, apart.new_tensor([-2.0, -2.0, -1.0, -1.0]))
+    keep = nms(apart, torch.where(valid, scores, least - 1), threshold)
+    found = torch.cat((keep, keep.new_zeros(count)))[torch.arange(count, device=keep.device)]
+    return torch.where((torch.arange(count, device=keep.device) < keep.shape[0]) & valid[found], found, -1)
+
+
+def take(values: Tensor, chosen: Tensor) -> Tensor:
+    """The rows of `values` that `suppress` has chosen; -1 for the others."""
+    there = (chosen >= 0).view(-1, *(1,) * (values.ndim - 1))
+    return torch.where(there, values[chosen.clamp(min=0)], -1)
+
+
+class RetinaGraph(DetectorGraph):
+    """A RetinaNet with its non-maximum suppression."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        model, size = self.model, (image.shape[2], image.shape[3])
+        levels, anchors = self.features(image)
+        out = model.head(levels)
+        counts = [len(each) for each in anchors]
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for logits, deltas, level in zip(
+            out["cls_logits"][0].split(counts), out["bbox_regression"][0].split(counts), anchors, strict=True
+        ):
+            scores, index = logits.sigmoid().flatten().topk(min(model.topk_candidates, logits.numel()))
+            anchor, label = index // logits.shape[1], index % logits.shape[1]
+            boxes = model.box_coder.decode_single(deltas[anchor], level[anchor])
+            found.append((clip_boxes_to_image(boxes, size), scores, label))
+        boxes, scores, labels = (torch.cat(each) for each in zip(*found, strict=True))
+        chosen = suppress(boxes, scores, labels, model.nms_thresh, model.score_thresh, DETECTIONS)
+        return take(boxes, chosen), take(scores, chosen), take(labels, chosen)
+
+
+class RawRetinaGraph(DetectorGraph):
+    """A RetinaNet before the choice of boxes, for images of any size."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        levels, anchors = self.features(image)
+        out = self.model.head(levels)
+        deltas = out["bbox_regression"]
+        boxes = self.model.box_coder.decode_single(deltas.flatten(0, 1), torch.cat(anchors).repeat(image.shape[0], 1))
+        return boxes.view(deltas.shape), out["cls_logits"].sigmoid()
+
+
+def pool(align: Any, levels: list[Tensor], boxes: Tensor) -> Tensor:
+    """RoIAlign of boxes (N, 4) on the level that each belongs to: on all levels, then chosen."""
+    which = align.map_levels([boxes])
+    rois = torch.cat((boxes.new_zeros(len(boxes), 1), boxes), 1)
+    pooled = boxes.new_zeros(())
+    for number, (level, scale) in enumerate(zip(levels, align.scales, strict=False)):
+        found = roi_align(level, rois, align.output_size, scale, align.sampling_ratio)
+        pooled = torch.where((which == number)[:, None, None, None], found, pooled)
+    return pooled
+
+
+class MaskGraph(DetectorGraph):
+    """A Mask R-CNN."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        levels, anchors = self.features(image)
+        size, heads = (image.shape[2], image.shape[3]), self.model.roi_heads
+        proposals, there = self.proposals(levels, anchors, size)
+
+        logits, deltas = heads.box_predictor(heads.box_head(pool(heads.box_roi_pool, levels, proposals)))
+        boxes = clip_boxes_to_image(heads.box_coder.decode(deltas, [proposals]), size)[:, 1:]  # without the background
+        scores = logits.softmax(-1)[:, 1:] * there[:, None] * large(boxes, 1e-2)
+        scores, index = scores.flatten().topk(min(CANDIDATES, scores.numel()))
+        boxes, labels = boxes.flatten(0, 1)[index], index % boxes.shape[1]
+        chosen = suppress(boxes, scores, labels, heads.nms_thresh, heads.score_thresh, DETECTIONS)
+
+        final = boxes[chosen.clamp(min=0)]
+        masks = heads.mask_predictor(heads.mask_head(pool(heads.mask_roi_pool, levels, final))).sigmoid()
+        place = (labels[chosen.clamp(min=0)] + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:])
+        return take(boxes, chosen), take(scores, chosen), take(labels, chosen), masks.gather(1, place)
+
+    def proposals(self, levels: list[Tensor], anchors: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The RPN's proposals (P, 4), and whether each of them is one (P,)."""
+        rpn = self.model.rpn
+        objectness, deltas = rpn.head(levels)
+        scores, deltas = concat_box_prediction_layers(objectness, deltas)
+        boxes = clip_boxes_to_image(rpn.box_coder.decode_single(deltas, torch.cat(anchors)), size)
+        most, counts = rpn.pre_nms_top_n(), [len(each) for each in anchors]
+        starts = [sum(counts[:level]) for level in range(len(counts))]
+        index = torch.cat(
+            [
+                each.topk(min(most, len(each))).indices + start
+                for each, start in zip(scores[:, 0].split(counts), starts, strict=True)
+            ]
+        )
+        level = torch.cat([torch.full((min(most, count),), number) for number, count in enumerate(counts)])
+        boxes, scores = boxes[index], scores[index, 0].sigmoid()
+        scores = torch.where(large(boxes, rpn.min_size), scores, -1)
+        chosen = suppress(boxes, scores, level, rpn.nms_thresh, -0.5, min(rpn.post_nms_top_n(), len(boxes)))
+        return boxes[chosen.clamp(min=0)], chosen >= 0
+
+
+def large(boxes: Tensor, least: float) -> Tensor:
+    """Whether both sides of boxes (..., 4) are at least `least`."""
+    return ((boxes[..., 2:] - boxes[..., :2]) >= least).all(-1)

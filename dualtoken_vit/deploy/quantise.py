@@ -1,0 +1,105 @@
+"""Smaller ONNX files: int8 weights, or float16, and how far their predictions agree with the float32 file.
+
+int8 applies to products with constant weights only: quantising everything else costs far more accuracy than it saves
+space. `static` also fixes the range of the activations, from images; `dynamic` computes it in each run.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from PIL import Image
+from torchvision.ops import box_iou
+
+from dualtoken_vit.results import Classes, LabelMap, Objects
+from dualtoken_vit.runtime.predictor import ExportedPredictor
+from dualtoken_vit.runtime.session import KEY
+
+Precision = Literal["float32", "float16", "int8-dynamic", "int8-static"]
+PRODUCTS = ["MatMul", "Gemm"]
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, inputs: Sequence[np.ndarray]):
+        self.inputs: Iterator[np.ndarray] = iter(inputs)
+
+    def get_next(self) -> Any:
+        image = next(self.inputs, None)
+        return None if image is None else {"image": image}
+
+
+def network_inputs(predictor: ExportedPredictor[Any], images: Sequence[Image.Image]) -> list[np.ndarray]:
+    """What the predictor gives its network for these images."""
+    network: Any = predictor.model
+    found: list[np.ndarray] = []
+
+    def record(image: np.ndarray) -> Any:
+        found.append(image)
+        return network(image)
+
+    predictor.model = record  # type: ignore[assignment]
+    for image in images:
+        predictor.forward([predictor.preprocess(image)])
+    predictor.model = network
+    return found
+
+
+def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[np.ndarray] = ()) -> None:
+    """Write a smaller version of a file.
+
+    Args:
+        inputs: of the network, for int8-static
+    """
+    if precision == "float16":
+        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+    elif precision == "int8-dynamic":
+        options = {"MatMulConstBOnly": True}
+        quantize_dynamic(source, target, PRODUCTS, per_channel=True, weight_type=QuantType.QInt8, extra_options=options)
+    else:
+        prepared = target.with_suffix(".prepared")
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        constants = {weight.name for weight in graph.initializer}
+        products = [node.name for node in graph.node if node.op_type in PRODUCTS and node.input[1] in constants]
+        quantize_static(
+            prepared,
+            target,
+            _Reader(inputs),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=products,
+            extra_options={"OpTypesToExcludeOutputQuantization": PRODUCTS},
+        )
+    model = onnx.load(target)
+    for entry in model.metadata_props:
+        if entry.key == KEY:
+            description = json.loads(entry.value)
+            description["export"]["precision"] = precision
+            entry.value = json.dumps(description)
+    onnx.save(model, target)
+
+
+def agreement(ours: Any, theirs: Any) -> float:
+    """The share of two results for an image that agrees: top class, labels of pixels, or objects.
+
+    Objects agree if they have the same class and an intersection over union of 0.5 or more.
+    """
+    if isinstance(ours, Classes):
+        return float(ours.labels[0] == theirs.labels[0])
+    if isinstance(ours, LabelMap):
+        return float((ours.labels == theirs.labels).mean())
+    assert isinstance(ours, Objects)
+    if not len(ours) + len(theirs):
+        return 1.0
+    overlap = box_iou(torch.from_numpy(ours.boxes), torch.from_numpy(theirs.boxes)).numpy()
+    same = (overlap >= 0.5) & (ours.labels[:, None] == theirs.labels)
+    return float(same.any(1).sum() + same.any(0).sum()) / (len(ours) + len(theirs))

@@ -1,0 +1,411 @@
+"""Predictors of exported files, without PyTorch: what `load_predictor` returns for them.
+
+predictor = load_predictor("model.onnx")
+result = predictor("image.jpg")             # or a PIL image, an array, a folder, a list of these
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import ceil, floor
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.results import Classes, LabelMap, Objects
+from dualtoken_vit.runtime.base import BasePredictor, Result
+from dualtoken_vit.runtime.session import Arrays, ExportedModel
+
+__all__ = ["ExportedPredictor", "load_predictor", "predictor_class"]
+
+LEAST_SIDE = 32  # of images, in pixels
+
+
+def load_predictor(
+    path: str | Path, runtime: str = "onnxruntime", threads: int | None = None, **options: Any
+) -> "ExportedPredictor[Any]":
+    """An exported file as a function of images, ready to call; see `BasePredictor` for what it accepts.
+
+    It returns `results.Classes`, `results.Objects` or `results.LabelMap`, depending on the task.
+
+    Args:
+        path: a file written by `dualtoken-vit export`
+        runtime: onnxruntime or openvino
+        threads: CPU threads; None: the runtime's default
+        options: how to predict; by default as in the validation of the training run. Classification: image_size,
+            crop_pct, interpolation, top_k (5). Detection: score (0.5), and for files of any size image_size, max_size.
+            Segmentation: image_size, mode, window, window_stride, scales, flip
+
+    Raises:
+        InputError: for a file, runtime or option that cannot be used.
+    """
+    model = ExportedModel(path, runtime, threads)
+    kind = predictor_class(model.description)
+    return kind(model, kind.make_options(**kind.stored_options(model.description) | options))
+
+
+def predictor_class(description: dict[str, Any]) -> type["ExportedPredictor[Any]"]:
+    """The class of predictor for a file of this description."""
+    task = description["task"]
+    if task == "detection":
+        return AnySizeDetector if description["export"]["raw"] else Detector
+    return Segmenter if task == "segmentation" else Classifier
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """An 8-bit PIL image as (C, H, W) uint8."""
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 as float32 in [0, 1]."""
+    return image.astype(np.float32) / np.float32(255)
+
+
+def shrink(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize (C, H, W) float32 bilinearly with antialiasing, as torch's interpolate, which follows Pillow."""
+    if image.shape[1:] == tuple(size):
+        return image
+    box = size[1], size[0]
+    return np.stack([np.asarray(Image.fromarray(each).resize(box, Image.Resampling.BILINEAR)) for each in image])
+
+
+def sample(x: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
+    """Linear interpolation of x along an axis at `places`, in units of its elements, constant outside."""
+    places = places.clip(0, x.shape[axis] - 1)
+    low = np.floor(places).astype(int)
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    weight = (places - low).astype(np.float32).reshape(shape)
+    high = np.minimum(low + 1, x.shape[axis] - 1)
+    return x.take(low, axis) * (1 - weight) + x.take(high, axis) * weight
+
+
+def resize(x: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize (..., H, W) bilinearly without antialiasing, as torch's interpolate does by default."""
+    for axis, new in zip((-2, -1), size, strict=True):
+        old = x.shape[axis]
+        if old != new:
+            x = sample(x, axis, (np.arange(new) + 0.5) * old / new - 0.5)
+    return x
+
+
+def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
+    shares = np.exp(logits - logits.max(axis, keepdims=True))
+    return shares / shares.sum(axis, keepdims=True)
+
+
+def check_finite(outputs: np.ndarray) -> np.ndarray:
+    if not np.isfinite(outputs).all():
+        raise InputError("the network produced NaN or Inf; use another checkpoint")
+    return outputs
+
+
+def require(holds: bool, name: str, value: Any, what: str) -> None:
+    if not holds:
+        raise InputError(f"--{name.replace('_', '-')} {value}: must be {what}")
+
+
+class ExportedPredictor(BasePredictor[Result]):
+    """The predictor of an exported file.
+
+    Args:
+        model: the network
+        options: of `Options`, checked
+    """
+
+    def __init__(self, model: ExportedModel, options: Any):
+        about = model.description
+        super().__init__(about["class_names"], about["preprocessing"], options)
+        self.model, self.export = model, about["export"]
+        self.category_ids = tuple(about["category_ids"])
+
+    @classmethod
+    def stored_options(cls, description: dict[str, Any]) -> dict[str, Any]:
+        """The options that the network was validated with."""
+        known = cls.Options.__dataclass_fields__  # type: ignore[attr-defined]
+        given = description["recipe"]["data"] | description["preprocessing"]
+        return {name: given[name] for name in known if name in given}
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:  # -> (C, H, W) uint8
+        return to_array(image)
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """How an exported classifier predicts."""
+
+    image_size: int = 224
+    """Side of the square input, in pixels."""
+    crop_pct: float = 0.875
+    """The short side is resized to image_size / crop_pct, and the centre is cropped."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Interpolation of resizing."""
+    top_k: int = 5
+    """Classes to report for each image (all of them, if there are fewer)."""
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= LEAST_SIDE, "image_size", self.image_size, f"at least {LEAST_SIDE}")
+        require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0 and at most 1")
+        require(self.interpolation in ("bicubic", "bilinear"), "interpolation", self.interpolation, "bicubic, bilinear")
+        require(self.top_k >= 1, "top_k", self.top_k, "at least 1")
+
+
+class Classifier(ExportedPredictor[Classes]):
+    """A classifier: returns the `top_k` most likely classes of each image."""
+
+    Options = ClassifierOptions
+
+    def __init__(self, model: ExportedModel, options: ClassifierOptions):
+        super().__init__(model, options)
+        fixed = self.export["size"]
+        if fixed and fixed[0] != options.image_size:
+            raise InputError(f"--image-size {options.image_size}: {model.path} has the fixed size {fixed[0]}")
+
+    @classmethod
+    def stored_options(cls, description: dict[str, Any]) -> dict[str, Any]:
+        return super().stored_options(description) | {"image_size": description["preprocessing"]["input_size"][-1]}
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:  # -> (C, S, S) float32
+        """timm's evaluation transform, without its normalisation."""
+        side, how = self.options.image_size, Image.Resampling[self.options.interpolation.upper()]
+        short, (width, height) = floor(side / self.options.crop_pct), image.size
+        if min(width, height) != short:  # torchvision's Resize keeps the long side's fraction off
+            width, height = (int(short * each / min(image.size)) for each in (width, height))
+            image = image.resize((width, height), how)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        return to_float(to_array(image.crop((left, top, left + side, top + side))))
+
+    def forward(self, batch: Sequence[np.ndarray]) -> np.ndarray:  # (C, S, S) each -> logits (B, classes)
+        return check_finite(self.model(np.stack(batch))["logits"])
+
+    def postprocess(self, outputs: np.ndarray) -> list[Classes]:
+        shares = softmax(outputs.astype(np.float32), -1)
+        best = np.argsort(-shares, -1, kind="stable")[:, : self.options.top_k]
+        return [
+            Classes(tuple(self.class_names[label] for label in row), row, each[row])
+            for row, each in zip(best, shares, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class SegmenterOptions:
+    """How an exported segmenter predicts."""
+
+    image_size: int | None = None
+    """Short side of the resized images, in pixels. None: original size."""
+    mode: Literal["whole", "slide"] = "whole"
+    """Whole images, or overlapping windows whose predictions are averaged."""
+    window: int = 512
+    """Side of the windows, in pixels."""
+    window_stride: int = 341
+    """Stride of the windows, in pixels."""
+    scales: tuple[float, ...] = (1.0,)
+    """Multi-scale prediction: sizes relative to image_size, whose probabilities are averaged."""
+    flip: bool = False
+    """Average with the prediction for the flipped image."""
+
+    def __post_init__(self) -> None:
+        require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "at least 1")
+        require(self.mode in ("whole", "slide"), "mode", self.mode, "whole or slide")
+        require(self.window >= LEAST_SIDE, "window", self.window, f"at least {LEAST_SIDE}")
+        require(1 <= self.window_stride <= self.window, "window_stride", self.window_stride, "at most the window")
+        require(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "one or more, above 0")
+
+
+class Segmenter(ExportedPredictor[LabelMap]):
+    """A segmenter: returns the class of every pixel of each image."""
+
+    Options = SegmenterOptions
+    batch_size = 4
+    ahead = 16
+
+    def forward(self, batch: Sequence[np.ndarray], check: bool = True) -> list[np.ndarray]:
+        """(C, H, W) uint8 each -> the class of every pixel (H, W) int64, as `models.segmenters.segment` does."""
+        return [self._classes(to_float(image)) for image in batch]
+
+    def _classes(self, image: np.ndarray) -> np.ndarray:
+        options, size = self.options, image.shape[1:]
+        base = options.image_size / min(size) if options.image_size else 1.0
+        total = np.zeros((), np.float32)
+        for scale in options.scales:
+            x = shrink(image, [max(LEAST_SIDE, round(side * base * scale)) for side in size])
+            scores = self._scores(x)
+            if options.flip:
+                scores = scores + self._scores(x[..., ::-1])[..., ::-1]
+            total = total + resize(scores, size)
+        return total.argmax(0)
+
+    def _scores(self, x: np.ndarray) -> np.ndarray:
+        """Logits (classes, H, W) at one scale and orientation; probabilities where several are averaged."""
+        logits = check_finite(self._slide(x) if self.options.mode == "slide" else self._logits(x))
+        return softmax(logits, 0) if self.options.flip or len(self.options.scales) > 1 else logits
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        return self.model(x[None])["logits"][0]
+
+    def _slide(self, x: np.ndarray) -> np.ndarray:
+        """Logits of windows, averaged where they overlap; the last windows are aligned with the image border."""
+        window, stride = self.options.window, self.options.window_stride
+        starts = [
+            sorted({min(start, max(side - window, 0)) for start in range(0, side, stride)}) for side in x.shape[1:]
+        ]
+        total = np.zeros((len(self.class_names), *x.shape[1:]), np.float32)
+        count = np.zeros(x.shape[1:], np.float32)
+        for top, left in product(*starts):
+            place = ..., slice(top, top + window), slice(left, left + window)
+            total[place] += self._logits(x[place])
+            count[place] += 1
+        return total / count
+
+    def postprocess(self, outputs: list[np.ndarray]) -> list[LabelMap]:
+        return [LabelMap(self.class_names, labels.astype(np.uint8)) for labels in outputs]
+
+
+@dataclass(frozen=True)
+class DetectorOptions:
+    """How an exported detector predicts."""
+
+    score: float = 0.5
+    """Lowest score of a reported object."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.score <= 1, "score", self.score, "from 0 to 1")
+
+
+class Detector(ExportedPredictor[Objects]):
+    """A detector of fixed size: the image is resized to fit, and padded at the right and bottom."""
+
+    Options: ClassVar[type] = DetectorOptions
+    batch_size = 4
+    ahead = 16
+
+    def __init__(self, model: ExportedModel, options: Any):
+        super().__init__(model, options)
+        least = self.export["score_threshold"]
+        if options.score < least:
+            raise InputError(f"--score {options.score}: the file has the objects above {least} only")
+        self.border = np.array(self.preprocessing["mean"], np.float32)[:, None, None]  # 0 after normalisation
+
+    def forward(self, batch: Sequence[np.ndarray]) -> list[Arrays]:
+        """(C, H, W) uint8 each -> boxes, labels, scores and masks (N, 1, H, W) in the image's pixels."""
+        return [self._detect(to_float(image)) for image in batch]
+
+    def _detect(self, image: np.ndarray) -> Arrays:
+        old, (new, frame) = image.shape[1:], self.fit(image.shape[1:])
+        x = np.broadcast_to(self.border, (len(image), *frame)).copy()
+        x[:, : new[0], : new[1]] = shrink(image, new)
+        found = self.choose(self.model(x[None]), new, frame)
+        check_finite(found["scores"])
+        keep = found["scores"] > self.options.score
+        found = {key: value[keep] for key, value in found.items()}
+        ratio = np.array([old[1] / new[1], old[0] / new[0]] * 2, np.float32)
+        if "masks" in found:
+            # torchvision crops target masks half a pixel too far right and down, see `models.detectors.Transform`
+            found["masks"] = paste(found["masks"][:, 0], (found["boxes"] + 0.5) * ratio, old)[:, None]
+        found["boxes"] = clip(found["boxes"], new) * ratio
+        return found
+
+    def fit(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of an image of this size after resizing, and of the padded input."""
+        frame = tuple(self.export["size"])
+        scale = min(frame[0] / size[0], frame[1] / size[1])
+        return (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), frame
+
+    def choose(self, outputs: Arrays, size: Sequence[int], frame: Sequence[int]) -> Arrays:
+        """The objects among the network's outputs."""
+        return {key: value[outputs["labels"] >= 0] for key, value in outputs.items()}
+
+    def postprocess(self, outputs: list[Arrays]) -> list[Objects]:
+        return [
+            Objects(
+                tuple(self.class_names[label] for label in found["labels"]),
+                found["labels"],
+                found["boxes"],
+                found["scores"],
+                found["masks"][:, 0] if "masks" in found else None,
+            )
+            for found in outputs
+        ]
+
+
+@dataclass(frozen=True)
+class AnySizeDetectorOptions(DetectorOptions):
+    """How an exported detector of any size predicts."""
+
+    image_size: int = 800
+    """Short side of the resized images, in pixels."""
+    max_size: int = 1333
+    """Maximum long side, in pixels; it takes precedence over image_size."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.image_size >= LEAST_SIDE, "image_size", self.image_size, f"at least {LEAST_SIDE}")
+        require(self.max_size >= LEAST_SIDE, "max_size", self.max_size, f"at least {LEAST_SIDE}")
+
+
+class AnySizeDetector(Detector):
+    """A RetinaNet of any size, whose non-maximum suppression is done here."""
+
+    Options = AnySizeDetectorOptions
+
+    def fit(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        options, multiple = self.options, self.export["multiple"]
+        scale = min(options.image_size / min(size), max(options.max_size, options.image_size) / max(size))
+        height, width = (max(1, round(side * scale)) for side in size)
+        return (height, width), (ceil(height / multiple) * multiple, ceil(width / multiple) * multiple)
+
+    def choose(self, outputs: Arrays, size: Sequence[int], frame: Sequence[int]) -> Arrays:
+        boxes, scores = clip(outputs["boxes"][0], size), outputs["scores"][0]
+        areas = [ceil(frame[0] / stride) * ceil(frame[1] / stride) for stride in self.export["strides"]]
+        ends = self.export["anchors"] * np.cumsum(areas)
+        best = []
+        for level in np.split(np.arange(len(scores)), ends[:-1]):
+            flat = scores[level].ravel()
+            above = np.flatnonzero(flat > self.options.score)
+            above = above[np.argsort(-flat[above], kind="stable")[: self.export["candidates"]]]
+            best.append(level[0] * scores.shape[1] + above)
+        index = np.concatenate(best)
+        anchors, labels = np.divmod(index, scores.shape[1])
+        found = {"boxes": boxes[anchors], "scores": scores[anchors, labels], "labels": labels}
+        keep = suppress(found["boxes"], found["scores"], labels, self.export["nms_threshold"])
+        return {key: value[keep[: self.export["detections"]]] for key, value in found.items()}
+
+
+def clip(boxes: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Boxes (N, 4) within an image of (height, width)."""
+    return boxes.clip(0, np.array([size[1], size[0]] * 2, np.float32))
+
+
+def suppress(boxes: np.ndarray, scores: np.ndarray, groups: np.ndarray, threshold: float) -> np.ndarray:
+    """Non-maximum suppression within each group: the indices of the boxes (N, 4) that are left, the best first."""
+    boxes = boxes + (groups * (boxes.max(initial=0) + 1))[:, None].astype(np.float32)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    order, keep = np.argsort(-scores, kind="stable"), []
+    while order.size:
+        best, rest = order[0], order[1:]
+        keep.append(best)
+        corner = np.maximum(boxes[rest, :2], boxes[best, :2])
+        shared = (np.minimum(boxes[rest, 2:], boxes[best, 2:]) - corner).clip(0).prod(1)
+        with np.errstate(invalid="ignore"):  # two empty boxes
+            order = rest[~(shared / (area[rest] + area[best] - shared) > threshold)]
+    return np.array(keep, dtype=int)
+
+
+def paste(masks: np.ndarray, boxes: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """The masks (N, M, M) of boxes (N, 4) in an image of (height, width), by `models.detectors.paste_mask`."""
+    height, width = size
+    canvas = np.zeros((len(masks), height, width), dtype=bool)
+    side = masks.shape[-1]
+    for place, mask, (x1, y1, x2, y2) in zip(canvas, np.pad(masks, ((0, 0), (1, 1), (1, 1))), boxes, strict=True):
+        left, right = max(floor(x1), 0), min(ceil(x2), width)
+        top, bottom = max(floor(y1), 0), min(ceil(y2), height)
+        if left < right and top < bottom:
+            rows = (np.arange(top, bottom) + 0.5 - y1) / (y2 - y1) * side + 0.5  # in the padded mask
+            columns = (np.arange(left, right) + 0.5 - x1) / (x2 - x1) * side + 0.5
+            place[top:bottom, left:right] = sample(sample(mask, 0, rows), 1, columns) >= 0.5
+    return canvas

@@ -1,0 +1,126 @@
+"""An exported file: its description, and its network in ONNX Runtime or OpenVINO."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualtoken_vit.errors import InputError, first_line
+
+KEY = "dualtoken-vit"  # of the description in the metadata of an ONNX file
+FORMAT = "dualtoken-vit export 1"
+Arrays = dict[str, np.ndarray]
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a file's name is that of an exported file, not of a checkpoint."""
+    return str(path).lower().endswith(".onnx")
+
+
+def _onnxruntime(path: Path, options: dict[str, Any], optimise: bool = True) -> Any:
+    """The file's ONNX Runtime session."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise InputError(f"onnxruntime is not installed: pip install onnxruntime, to use {path}") from error
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # errors are raised; do not print them too
+    settings.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if threads := options.get("threads"):
+        settings.intra_op_num_threads = threads
+    if not optimise:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def _run_onnxruntime(path: Path, options: dict[str, Any]) -> Callable[[np.ndarray], Arrays]:
+    session = _onnxruntime(path, options)
+    names = [output.name for output in session.get_outputs()]
+    return lambda image: dict(zip(names, session.run(names, {"image": image}), strict=True))
+
+
+def _run_openvino(path: Path, options: dict[str, Any]) -> Callable[[np.ndarray], Arrays]:
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise InputError("openvino is not installed: pip install openvino, or use --runtime onnxruntime") from error
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}  # else it computes in bfloat16 where the processor can
+    if threads := options.get("threads"):
+        settings["INFERENCE_NUM_THREADS"] = str(threads)
+    model = openvino.Core().compile_model(path, "CPU", settings)
+
+    def run(image: np.ndarray) -> Arrays:
+        return {name: value.copy() for output, value in model(image).items() for name in output.names}
+
+    return run
+
+
+RUNTIMES = {"onnxruntime": _run_onnxruntime, "openvino": _run_openvino}
+"""name -> function of a file and options that returns its network: `image` -> outputs by name."""
+
+
+def _load(path: Path, load: Callable[[], Any]) -> Any:
+    """What `load` returns; an InputError where it cannot read the file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return load()
+    except InputError:
+        raise
+    except Exception as error:  # each runtime has its own
+        if os.path.getsize(path) == 0 or "arse" in str(error) or "INVALID_PROTOBUF" in str(error):
+            raise InputError(
+                f"{path} cannot be read as an ONNX file: it is truncated, damaged or of another format"
+            ) from error
+        raise InputError(f"{path} does not run here: {first_line(error)[:200]}") from error
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """The JSON that describes an exported file: task, class_names, preprocessing, export, ...
+
+    Raises:
+        InputError: for a file that is missing, damaged, of another program, or of another version of this one.
+    """
+    path = Path(path)
+    session = _load(path, lambda: _onnxruntime(path, {"threads": 1}, optimise=False))
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    if text is None:
+        raise InputError(
+            f"{path} is an ONNX file of another program: it has no description of task, classes and preprocessing; "
+            "write it with dualtoken-vit export"
+        )
+    found = json.loads(text)
+    if found.get("format") != FORMAT:
+        raise InputError(f"{path} was written by another version of dualtoken-vit; export it again")
+    return found
+
+
+class ExportedModel:
+    """The network of an exported file; see `deploy.graphs` for its inputs and outputs.
+
+    Args:
+        path: the file
+        runtime: one of `RUNTIMES`
+        threads: CPU threads; None: the runtime's default
+
+    Raises:
+        InputError: as `read_description`, and for a runtime that is unknown or not installed.
+    """
+
+    def __init__(self, path: str | Path, runtime: str = "onnxruntime", threads: int | None = None):
+        if runtime not in RUNTIMES:
+            raise InputError(f"--runtime {runtime}: choose one of {', '.join(RUNTIMES)}")
+        self.path = Path(path)
+        self.description = read_description(path)
+        self._run = _load(self.path, lambda: RUNTIMES[runtime](self.path, {"threads": threads}))
+
+    def __call__(self, image: np.ndarray) -> Arrays:
+        """The outputs by name for images (B, C, H, W) float32 in [0, 1]."""
+        try:
+            return self._run(np.ascontiguousarray(image, dtype=np.float32))
+        except Exception as error:
+            size = "x".join(map(str, image.shape))
+            raise InputError(f"{self.path} fails on an input of {size}: {first_line(error)[:200]}") from error

@@ -1,0 +1,316 @@
+"""Exported files against PyTorch, timm and the checkpoints they come from."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from torch import nn
+
+from dualtoken_vit import create_detector, create_segmenter, load_predictor
+from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.cli import run
+from dualtoken_vit.deploy import graphs
+from dualtoken_vit.deploy.convert import to_onnx
+from dualtoken_vit.deploy.export import export, parse_size
+from dualtoken_vit.deploy.plans import Plan
+from dualtoken_vit.deploy.verify import difference
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.segmenters import Bins
+from dualtoken_vit.paper.attention import recording
+from dualtoken_vit.paper.benchmark import benchmark
+from dualtoken_vit.recipes import RECIPES, to_dict
+from dualtoken_vit.runtime.predictor import AnySizeDetector
+from dualtoken_vit.runtime.session import KEY, ExportedModel
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+SHALLOW = {"depths": (1, 1, 1)}
+ABOUT = {"versions": {"dualtoken-vit": "0"}, "format": "dualtoken-vit export 1"}
+
+
+def onnx_file(folder: Path, plan: Plan) -> ExportedModel:
+    (path := folder / "model.onnx").write_bytes(to_onnx(plan, 3, ABOUT))
+    return ExportedModel(path)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def detector(kind: str, **args):
+    """An untrained detector with scores that differ, so that the order of boxes is not chance."""
+    torch.manual_seed(0)
+    model = create_detector(kind, "dualtoken_vit_tiny", 3, **SHALLOW, **args).eval()
+    if kind == "retinanet":
+        nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.05)
+        nn.init.constant_(model.head.classification_head.cls_logits.bias, -2.0)
+    else:
+        nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "mask-rcnn"])
+@torch.inference_mode()
+def test_the_graph_of_a_detector_is_the_detector(kind):
+    model = detector(kind, image_size=64, max_size=96)
+    x = noise(1, 3, 64, 96)
+    (expected,) = model(list(x))
+    boxes, scores, labels, *masks = (graphs.MaskGraph if kind == "mask-rcnn" else graphs.RetinaGraph)(model)(x)
+    count = len(expected["boxes"])
+    assert count > 20
+    assert boxes.shape == (100, 4)
+    assert (labels[count:] == -1).all()
+    assert torch.equal(labels[:count], expected["labels"])
+    assert torch.allclose(boxes[:count], expected["boxes"], atol=1e-4)
+    assert torch.allclose(scores[:count], expected["scores"], atol=1e-6)
+    assert [mask.shape for mask in masks] == [(100, 1, 28, 28)] * (kind == "mask-rcnn")
+
+
+@torch.inference_mode()
+def test_the_predictor_chooses_among_all_anchors_as_the_detector():
+    model = detector("retinanet", image_size=64, max_size=96)
+    x = noise(1, 3, 64, 96)
+    (expected,) = model(list(x))
+    boxes, scores = graphs.RawRetinaGraph(model)(x)
+    predictor = object.__new__(AnySizeDetector)  # without a file
+    predictor.options = AnySizeDetector.Options(score=0.05)
+    predictor.export = {"anchors": 9, "strides": (8, 16, 32, 64, 128), "candidates": 1000, "detections": 100}
+    predictor.export["nms_threshold"] = 0.5
+    found = predictor.choose({"boxes": boxes.numpy(), "scores": scores.numpy()}, (64, 96), (64, 96))
+    assert found["labels"].tolist() == expected["labels"].tolist()
+    assert found["scores"] == pytest.approx(expected["scores"].numpy(), abs=1e-6)
+    assert found["boxes"] == pytest.approx(expected["boxes"].numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 6), (7, 11), (3, 4), (13, 12)])
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_bins_by_products_are_adaptive_pooling(parts, height, width):
+    pool, x = Bins(parts), noise(2, 3, height, width)
+    rows, columns = pool.means(height, x), pool.means(width, x)
+    assert torch.allclose(rows @ x @ columns.T, nn.functional.adaptive_avg_pool2d(x, parts), atol=1e-6)
+
+
+def test_differences_of_boxes():
+    ours = {
+        "boxes": np.float32([[0, 0, 10, 10], [5, 5, 9, 9], [-1] * 4]),
+        "scores": np.float32([0.9, 0.5, -1]),
+        "labels": np.array([1, 0, -1]),
+    }
+    swapped = {key: value[[1, 0, 2]] for key, value in ours.items()}
+    assert difference(ours, swapped, 100) == 0
+    moved = ours | {"boxes": ours["boxes"] + np.float32([[1], [0], [0]])}
+    assert difference(ours, moved, 100) == pytest.approx(0.01)
+    assert difference(ours, ours | {"labels": np.array([2, 0, -1])}, 100) == np.inf
+    missing = ours | {"labels": np.array([-1, 0, -1])}
+    assert difference(ours, missing, 100) == difference(missing, ours, 100) == np.inf
+    assert difference({"logits": np.float32([1, -4])}, {"logits": np.float32([1, -3])}, 1) == 0.25
+    assert difference({"logits": np.float32([1])}, {"logits": np.float32([[1]])}, 1) == np.inf
+
+
+SWITCHES = [
+    {"token_mlp": "mix"},
+    {"token_grid": 0},
+    {"token_grid": 5, "grid_resize": "antialias"},
+    {"global_tokens": "normal", "downsampling": "onestep"},
+    {"global_tokens": "normal_star", "local_attention": "window"},
+    "lightvit_tiny",
+    "mobilenetv2_100",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
+def test_every_switch_of_the_network_at_any_size(switch, tmp_path):
+    torch.manual_seed(0)
+    name, args = ("dualtoken_vit_tiny", SHALLOW | switch) if isinstance(switch, dict) else (switch, {})
+    args |= SHALLOW if name == "lightvit_tiny" else {}
+    model = timm.create_model(name, num_classes=5, **args).eval()
+    network = onnx_file(tmp_path, Plan(graphs.Classifier(model, MEAN, STD), ("logits",), (64, 64)))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    for shape in ((1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 160, 33)):
+        x = noise(*shape)
+        with torch.inference_mode():
+            expected = model((x - mean) / std).numpy()
+        assert np.abs(network(x.numpy())["logits"] - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "args"), [("deeplabv3", {}), ("pspnet", {}), ("deeplabv3", {"output_stride": 16})])
+def test_segmenters_at_any_size(kind, args, tmp_path):
+    torch.manual_seed(0)
+    model = create_segmenter(kind, "dualtoken_vit_tiny", 4, width=16, **SHALLOW, **args).eval()
+    network = onnx_file(tmp_path, Plan(model, ("logits",), (64, 96)))
+    for shape in ((2, 3, 64, 96), (1, 3, 97, 131), (3, 3, 33, 70)):
+        x = noise(*shape)
+        with torch.inference_mode():
+            expected = model(x).numpy()
+        found = network(x.numpy())["logits"]
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_all_anchors_at_any_size(tmp_path):
+    graph = graphs.RawRetinaGraph(detector("retinanet")).eval()
+    network = onnx_file(tmp_path, Plan(graph, ("boxes", "scores"), (64, 96), trace=(288, 416)))
+    for shape in ((1, 3, 64, 96), (2, 3, 160, 128), (1, 3, 97, 131)):
+        x = noise(*shape)
+        with torch.inference_mode():
+            boxes, scores = graph(x)
+        found = network(x.numpy())
+        assert found["boxes"] == pytest.approx(boxes.numpy(), abs=1e-3)
+        assert found["scores"] == pytest.approx(scores.numpy(), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained classifier as if of a run on this machine's files."""
+    torch.manual_seed(0)
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=3, **SHALLOW).eval()
+    recipe = to_dict(RECIPES["folder"])
+    recipe["data"] |= {"root": str(Path.cwd()), "image_size": 64}
+    recipe["model"] |= {"checkpoint": str(Path.home() / "best.safetensors")}
+    path = tmp_path_factory.mktemp("run") / "best.safetensors"
+    save_checkpoint(
+        path,
+        model,
+        task="classification",
+        class_names=("blue", "green", "red"),
+        preprocessing={
+            "input_size": (3, 64, 64),
+            "mean": MEAN,
+            "std": STD,
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+        },
+        recipe=recipe,
+        metrics={"top1": 0.5},
+        model_args=SHALLOW,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint):
+    return export(checkpoint, attention=True)
+
+
+@pytest.mark.slow
+def test_the_file_describes_itself_and_names_no_place(checkpoint, exported):
+    model = onnx.load(exported)
+    about = json.loads({entry.key: entry.value for entry in model.metadata_props}[KEY])
+    assert about["class_names"] == ["blue", "green", "red"]
+    assert about["metrics"] == {"top1": 0.5}
+    assert about["export"] | {"attention": ""} == {"size": None, "raw": False, "precision": "float32", "attention": ""}
+    assert (about["recipe"]["data"]["root"], about["recipe"]["model"]["checkpoint"]) == ("", None)
+    data = exported.read_bytes()
+    for place in (Path.cwd(), Path.home(), checkpoint.parent, Path(torch.__file__).parents[1]):
+        assert str(place).encode() not in data
+    onnx.checker.check_model(model)
+
+
+@pytest.mark.slow
+def test_attention_maps_are_those_of_pytorch(checkpoint, exported):
+    from dualtoken_vit import load_model
+
+    model, _ = load_model(checkpoint)
+    network = ExportedModel(exported)
+    for shape in ((1, 3, 64, 64), (2, 3, 97, 131)):
+        x = noise(*shape)
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+        with torch.inference_mode(), recording(model) as maps:
+            model((x - mean) / std)
+        expected = list(maps.values())[-1].numpy()
+        assert network(x.numpy())["attention"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_commands_take_the_file(checkpoint, exported, photos, capsys):
+    results = []
+    for path in (checkpoint, exported):
+        assert run(["evaluate", str(path), "--data.root", str(photos), "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[1] == pytest.approx(results[0], abs=1e-4)
+    before, after = (load_predictor(path)(photos / "val") for path in (checkpoint, exported))
+    assert [one.labels.tolist() for one in before] == [one.labels.tolist() for one in after]
+    assert run(["predict", str(exported), str(photos / "val"), "--json", "--runtime", "openvino"]) == 0
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    assert [one["classes"][0]["class"] for one in found] == [one.name for one in after]
+    shares = [one["classes"][0]["probability"] for one in found]
+    assert shares == pytest.approx([one.probability for one in after], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_attention_and_benchmark_take_the_file(checkpoint, exported, photos, tmp_path, capsys):
+    maps = []
+    for path in (checkpoint, exported):
+        out = tmp_path / path.suffix[1:]
+        image = str(photos / "val" / "red" / "0.jpg")
+        assert run(["attention", str(path), image, "--token", "1,0", "--out", str(out)]) == 0
+        maps.append(np.load(out / "0.jpg.npy"))
+    assert maps[1] == pytest.approx(maps[0], abs=1e-5)
+    with pytest.raises(InputError, match="--token ROW,COL is needed with an exported file"):
+        run(["attention", str(exported), image, "--out", str(tmp_path / "other")])
+    (result,) = benchmark(
+        (f"onnxruntime:{exported}",), input_sizes=("64",), batch_sizes=(2,), modes=("eager",), rounds=1, memory=False
+    )
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=3, **SHALLOW)
+    assert result.params == sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(InputError, match="--train: onnxruntime:"):
+        benchmark((f"onnxruntime:{exported}",), train=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [["--int8"], ["--int8", "static"], ["--fp16"]], ids=" ".join)
+def test_smaller_files(checkpoint, exported, photos, option, tmp_path, capsys):
+    images, out = str(photos / "val"), tmp_path / "small.onnx"
+    assert run(["export", str(checkpoint), "--out", str(out), "--images", images, *option]) == 0
+    assert "predictions agree to" in capsys.readouterr().out
+    assert out.stat().st_size < 0.65 * exported.stat().st_size
+    before, after = (load_predictor(path)(photos / "val") for path in (checkpoint, out))
+    gaps = [
+        np.abs(a.probabilities[np.argsort(a.labels)] - b.probabilities[np.argsort(b.labels)]).max()
+        for a, b in zip(before, after, strict=True)
+    ]
+    assert max(gaps) < 0.02
+    assert ExportedModel(out).description["export"]["precision"].startswith(("int8", "float16"))
+
+
+def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
+    other = tmp_path / "kept.onnx"
+    other.write_text("kept")
+    for options, message in (
+        ({"raw": True}, "--raw: only a RetinaNet"),
+        ({"size": "64x32"}, "--size 64x32: classifiers take square images"),
+        ({"size": "8"}, "--size 8: give pixels as 224"),
+        ({"int8": "static"}, "--int8 static needs --images FOLDER"),
+        ({"int8": "dynamic", "fp16": True}, "--int8, --fp16: give one of them"),
+        ({"out": tmp_path / "model.pb"}, "name a file that ends with .onnx"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(checkpoint, **({"out": other} | options))
+    with pytest.raises(InputError, match="no such checkpoint"):
+        export(tmp_path / "best.safetensors", other)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(InputError, match="--format onnx needs onnxscript: pip install"):
+        export(checkpoint, other)
+    assert other.read_text() == "kept"
+
+
+def test_sizes():
+    assert parse_size("224") == (224, 224)
+    assert parse_size("640x480") == (480, 640)
+
+
+def test_a_file_that_differs_is_not_kept(checkpoint, tmp_path, monkeypatch):
+    from dualtoken_vit.deploy import export as module
+
+    monkeypatch.setattr(module, "to_onnx", lambda *args: b"")
+    monkeypatch.setattr(module, "ExportedModel", lambda path: lambda image: {"logits": np.zeros((len(image), 3))})
+    with pytest.raises(InputError, match=r"above 0.0001, the file is not kept"):
+        export(checkpoint, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

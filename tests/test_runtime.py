@@ -1,0 +1,278 @@
+"""Predictors of exported files, against PyTorch's own: files here have hand-made graphs, which need no export."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+from torchvision.ops import batched_nms
+
+from dualtoken_vit import load_predictor
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.detectors import Transform, paste_mask
+from dualtoken_vit.models.segmenters import segment
+from dualtoken_vit.recipes import SegmentationInput
+from dualtoken_vit.runtime import predictor as runtime
+from dualtoken_vit.runtime.session import FORMAT, KEY
+
+NAMES = ["a", "b", "c"]
+WEIGHT = np.random.default_rng(0).normal(size=(3, 3, 3, 3)).astype(np.float32)
+
+
+def description(task, **export):
+    return {
+        "format": FORMAT,
+        "task": task,
+        "class_names": NAMES,
+        "category_ids": [1, 2, 3] if task == "detection" else [],
+        "preprocessing": {"input_size": (3, 64, 64), "mean": [0.5] * 3, "std": [1.0] * 3, "crop_pct": 0.875}
+        | {"interpolation": "bicubic"},
+        "recipe": {"data": {"image_size": None if task == "segmentation" else 64}},
+        "export": {"size": None, "raw": False, **export},
+    }
+
+
+def save(path, nodes, outputs, about, constants=None):
+    """An ONNX file of these nodes."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["b", 3, "h", "w"])],
+        [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in outputs],
+        [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    if about is not None:
+        model.metadata_props.append(onnx.StringStringEntryProto(key=KEY, value=json.dumps(about)))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """Logits: ten times the mean of each channel."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["image"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("Mul", ["flat", "ten"], ["logits"]),
+    ]
+    outputs, constants = [("logits", TensorProto.FLOAT, ["b", 3])], {"ten": np.float32(10)}
+    return save(tmp_path / "classifier.onnx", nodes, outputs, description("classification"), constants)
+
+
+@pytest.fixture
+def segmenter(tmp_path):
+    """A convolution 3x3 as in the fixture `network`."""
+    node = helper.make_node("Conv", ["image", "weight"], ["logits"], pads=[1, 1, 1, 1])
+    outputs = [("logits", TensorProto.FLOAT, ["b", 3, "h", "w"])]
+    return save(tmp_path / "segmenter.onnx", [node], outputs, description("segmentation"), {"weight": WEIGHT})
+
+
+@pytest.fixture
+def network():
+    net = nn.Conv2d(3, 3, 3, padding=1, bias=False).eval()
+    net.weight.data = torch.from_numpy(WEIGHT.copy())
+    net.num_classes = 3
+    return net
+
+
+@pytest.fixture
+def image():
+    """93x71 pixels, smooth enough that few pixels are close between two classes."""
+    noise = np.random.default_rng(1).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((93, 71), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(93, 71), (71, 93), (40, 300), (64, 64), (73, 73)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize(("crop", "how"), [(0.875, "bicubic"), (1.0, "bilinear")])
+def test_classification_preprocessing_is_timms_to_the_bit(classifier, image, size, crop, how):
+    predictor = runtime.load_predictor(classifier, crop_pct=crop, interpolation=how)
+    ours = predictor.preprocess(image.resize(size))
+    reference = create_transform(64, crop_pct=crop, interpolation=how, mean=(0, 0, 0), std=(1, 1, 1))
+    assert np.array_equal(ours, reference(image.resize(size)).numpy())
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_classifier(classifier, image, name):
+    result = runtime.load_predictor(classifier, name, top_k=2)(image)
+    cropped = create_transform(64, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))(image)
+    shares, labels = (10 * cropped.mean((1, 2))).softmax(0).topk(2)
+    assert result.labels.tolist() == labels.tolist()
+    assert result.names == tuple(NAMES[label] for label in labels)
+    assert result.probabilities == pytest.approx(shares.numpy(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"image_size": 50},
+        {"image_size": 100},
+        {"mode": "slide", "window": 40, "window_stride": 30},
+        {"scales": (0.75, 1.0, 1.25), "flip": True},
+    ],
+    ids=str,
+)
+def test_a_segmenter_predicts_as_in_pytorch(segmenter, network, image, options):
+    found = runtime.load_predictor(segmenter, **options)(image).labels
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    labels = segment(network, [x], SegmentationInput(**options))[0].numpy()
+    assert found.shape == labels.shape == (71, 93)
+    assert (found == labels).mean() > 0.999  # the others are ties but for rounding
+
+
+@pytest.mark.parametrize("size", [(30, 40), (70, 150), (71, 93)], ids="{0[0]}x{0[1]}".format)
+def test_resizing_is_torchs(image, size):
+    x = np.asarray(image, np.float32).transpose(2, 0, 1) / 255
+    tensor = torch.from_numpy(x)[None]
+    for ours, antialias in ((runtime.shrink, True), (runtime.resize, False)):
+        reference = F.interpolate(tensor, size, mode="bilinear", antialias=antialias)[0].numpy()
+        assert ours(x, size) == pytest.approx(reference, abs=1e-5)
+
+
+def test_suppression_is_torchvisions():
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 100, (300, 2))
+    boxes = np.concatenate((corner, corner + rng.uniform(1, 40, (300, 2))), 1).astype(np.float32)
+    scores, labels = rng.random(300, dtype=np.float32), rng.integers(0, 3, 300)
+    keep = batched_nms(*map(torch.from_numpy, (boxes, scores, labels)), 0.5)
+    assert 20 < len(keep) < 280
+    assert runtime.suppress(boxes, scores, labels, 0.5).tolist() == keep.tolist()
+
+
+def test_masks_are_pasted_as_in_pytorch():
+    rng = np.random.default_rng(0)
+    masks = rng.random((4, 28, 28), dtype=np.float32)
+    boxes = np.array([[3, 4, 30.5, 41], [-5, -3, 20, 20], [50, 30, 99, 88], [10, 10, 10.2, 40]], np.float32)
+    canvas = torch.zeros(4, 1, 60, 80, dtype=torch.bool)
+    for place, mask, box in zip(canvas, masks, boxes.tolist(), strict=True):
+        paste_mask(place, torch.from_numpy(mask)[None], box)
+    assert (runtime.paste(masks, boxes, (60, 80)) == canvas[:, 0].numpy()).mean() > 0.9999
+    assert canvas.any()
+
+
+def detections(boxes, scores, labels):
+    """Nodes whose outputs do not depend on the image."""
+    constants = {"boxes_": np.float32(boxes), "scores_": np.float32(scores), "labels_": np.int64(labels)}
+    nodes = [helper.make_node("Identity", [f"{name}_"], [name]) for name in ("boxes", "scores", "labels")]
+    nodes.append(helper.make_node("ReduceMean", ["image"], ["unused"]))
+    kinds = zip(("boxes", "scores", "labels"), (1, 1, 7), ([4, 4], [4], [4]), strict=True)
+    return nodes, list(kinds), constants
+
+
+def test_a_detector_of_fixed_size_returns_pixels_of_the_image(tmp_path):
+    """An image of 50x100 fills the left half of an input of 64x64 at scale 0.64."""
+    boxes = [[0, 0, 32, 64], [8, 8, 16, 16], [16, 16, 64, 64], [-1] * 4]
+    nodes, outputs, constants = detections(boxes, [0.9, 0.8, 0.3, -1], [2, 0, 1, -1])
+    about = description("detection", size=[64, 64], score_threshold=0.05)
+    path = save(tmp_path / "detector.onnx", nodes, outputs, about, constants)
+    result = load_predictor(path, score=0.2)(Image.new("RGB", (50, 100)))
+    assert result.names == ("c", "a", "b")
+    assert result.scores.tolist() == pytest.approx([0.9, 0.8, 0.3])
+    assert result.boxes.tolist() == [[0, 0, 50, 100], [12.5, 12.5, 25, 25], [25, 25, 50, 100]]
+    assert len(load_predictor(path)(Image.new("RGB", (50, 100)))) == 2
+    with pytest.raises(InputError, match=r"--score 0.01: the file has the objects above 0.05 only"):
+        load_predictor(path, score=0.01)
+    with pytest.raises(InputError, match="image_size: not an option of this predictor; there are score"):
+        load_predictor(path, image_size=100)
+
+
+def test_a_detector_of_any_size_resizes_as_in_pytorch(tmp_path):
+    about = description("detection", raw=True, score_threshold=0.05, multiple=32, nms_threshold=0.5)
+    nodes, outputs, constants = detections([[0] * 4] * 4, [0] * 4, [0] * 4)
+    path = save(tmp_path / "detector.onnx", nodes, outputs, about, constants)
+    predictor = load_predictor(path, image_size=200, max_size=300)
+    reference = Transform(200, 300, (), (0, 0, 0), (1, 1, 1))
+    for size in ((100, 120), (333, 90), (480, 640), (31, 1000)):
+        resized, frame = predictor.fit(size)
+        assert resized == reference.fit(size, 200)
+        assert frame == reference.padded(torch.zeros(3, *size))
+
+
+def test_a_batch_a_folder_and_an_unreadable_image(classifier, photos):
+    predictor = load_predictor(classifier)
+    results = predictor(photos / "val")
+    assert [result.name for result in results] == ["c"] * 6 + ["b"] * 6 + ["a"] * 6  # blue, green, red
+    (photos / "val" / "bad.jpg").write_text("no image")
+    predictions = list(predictor.stream([photos / "val" / "bad.jpg", photos / "val" / "red" / "0.jpg"]))
+    assert "cannot be read as an image" in str(predictions[0].error)
+    assert predictions[1].result.name == "a"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "it is truncated, damaged or of another format"),
+        (lambda path: path.write_text("weights"), "it is truncated, damaged or of another format"),
+        (lambda path: path.write_bytes(b""), "it is truncated, damaged or of another format"),
+        (lambda path: path.unlink(), "no such file"),
+        (
+            lambda path: save(path, [helper.make_node("Identity", ["image"], ["y"])], [("y", 1, None)], None),
+            "is an ONNX file of another program",
+        ),
+        (
+            lambda path: save(
+                path, [helper.make_node("Identity", ["image"], ["y"])], [("y", 1, None)], {"format": "2"}
+            ),
+            "was written by another version of dualtoken-vit; export it again",
+        ),
+    ],
+)
+def test_other_files_are_rejected_in_one_line(classifier, spoil, message):
+    spoil(classifier)
+    with pytest.raises(InputError, match=message) as caught:
+        load_predictor(classifier)
+    assert str(classifier) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_checked(classifier, segmenter, monkeypatch):
+    for path, options, message in (
+        (classifier, {"top_k": 0}, "--top-k 0: must be at least 1"),
+        (classifier, {"image_size": 8}, "--image-size 8: must be at least 32"),
+        (classifier, {"score": 1}, "score: not an option"),
+        (classifier, {"runtime": "tensorrt"}, "--runtime tensorrt: choose one of onnxruntime, openvino"),
+        (classifier, {"device": "cuda"}, "--device cuda: exported files run on the CPU"),
+        (segmenter, {"window": 40, "window_stride": 50}, "--window-stride 50: must be at most the window"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_predictor(path, **options)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InputError, match="openvino is not installed: pip install openvino"):
+        load_predictor(classifier, runtime="openvino")
+
+
+BLOCK = """
+import sys
+for name in ("torch", "timm", "torchvision", "lightning", "rich", "tyro", "annotated_types", "matplotlib", "scipy"):
+    sys.modules[name] = None
+"""
+
+
+def test_without_torch(classifier, image, tmp_path):
+    """In a process that cannot import torch: the same predictions, from Python and on the command line."""
+    image.save(tmp_path / "image.png")
+    code = (
+        f"{BLOCK}from dualtoken_vit import load_predictor\n"
+        f"result = load_predictor({str(classifier)!r})({str(tmp_path / 'image.png')!r})\n"
+        "print(result.labels.tolist(), result.probabilities.tolist())\n"
+        f"sys.argv = ['dualtoken-vit', 'predict', {str(classifier)!r}, {str(tmp_path / 'image.png')!r}, '--json']\n"
+        "from dualtoken_vit.cli import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stderr == ""
+    first, second = done.stdout.splitlines()
+    result = load_predictor(classifier)(tmp_path / "image.png")
+    assert first == f"{result.labels.tolist()} {result.probabilities.tolist()}"
+    (entry,) = json.loads(second)["predictions"]
+    assert [one["class"] for one in entry["classes"]] == list(result.names)
+    assert [one["probability"] for one in entry["classes"]] == result.probabilities.tolist()

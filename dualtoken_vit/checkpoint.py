@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import atomic_write
-from dualtoken_vit.models.backbone import pretrained_cfg
+from dualtoken_vit.models.backbone import layer_names, pretrained_cfg
 
 FORMAT = "dualtoken-vit checkpoint 1"
 
@@ -154,11 +154,6 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """timm's cfgs name one layer, several, or none."""
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
 def _network(found: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """The backbone's part of a detector's or segmenter's tensors; all tensors of other files."""
     first = next(iter(network.state_dict()))
@@ -196,8 +191,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
             model, class_names = network, ()
         found = _network(found, model)
     state_dict, own = dict(found), model.state_dict()
-    cfg = pretrained_cfg(model)
-    for name in _names(cfg.get("first_conv")):
+    for name in layer_names(model, "first_conv"):
         key = f"{name}.weight"
         if key in state_dict and key in own and state_dict[key].shape != own[key].shape and own[key].ndim == 4:
             in_chans = getattr(model, "in_chans", own[key].shape[1])
@@ -208,7 +202,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
         state_dict = filter_fn(state_dict, model)
 
     fitting = {key: value for key, value in state_dict.items() if key in own and value.shape == own[key].shape}
-    name = cfg["architecture"]
+    name = pretrained_cfg(model)["architecture"]
     source = metadata.get("model", name).partition(".")[0]  # without timm's tag of pretrained weights
     if 2 * len(fitting) < len(own):  # a few tensors of another network always fit by chance
         other = f" is a {source} and" if source != name else ""
@@ -219,7 +213,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
         )
     network = f"a {source}, not a {name}: only the tensors that both have are loaded" if source != name else ""
     theirs = metadata.get("class_names", class_names)
-    layers = getattr(model, "class_layers", None) or _names(cfg.get("classifier"))
+    layers = layer_names(model, "classifier")
     classifier = [key for key in fitting if key.rpartition(".")[0] in layers]
     classes = ""
     if class_names and theirs != class_names:

@@ -157,7 +157,8 @@ class Optim:
     """Optimiser and learning rate schedule, which is updated at every step and starts with a linear warm-up."""
 
     optimizer: str = "adamw"
-    """Name of a timm optimiser. The muon family leaves tokens, biases, norms, first and last layer to AdamW."""
+    """Name of a timm optimiser. The muon family leaves tokens, biases, norms, first convolution and classifier to AdamW
+    (nmuon and nadamuon: NAdamW)."""
     lr: Annotated[float, Interval(ge=1e-12, le=1000)] = 1e-3
     """Peak learning rate; it is not scaled with batch_size."""
     schedule: Literal["cosine", "flat-cosine", "step", "poly"] = "cosine"

@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.detectors import create_detector
+from dualtoken_vit.models.segmenters import create_segmenter
 from dualtoken_vit.recipes import Optim
 from dualtoken_vit.tasks.optim import build_optimizer, build_schedule, ema_update
 
@@ -141,3 +143,20 @@ def test_muon_for_the_matrices_alone(optimizer):
             or name.endswith("relative_position_bias_table")
         )
         assert built.state[parameter]["use_muon"] == (not exempt), name
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "place", "outputs"),
+    [
+        (create_detector, "retinanet", "backbone.body.model.", ["head.classification_head.cls_logits"]),
+        (create_segmenter, "pspnet", "backbone.model.", ["head.1.1", "aux_head.1.1"]),
+    ],
+)
+def test_muon_leaves_the_ends_of_other_tasks_to_adamw(build, kind, place, outputs):
+    model = build(kind, "dualtoken_vit_tiny", 5)
+    groups = groups_by_name(model, build_optimizer(model, Optim(optimizer="muon")))
+    left = {name for name, group in groups.items() if group.get("use_fallback")}
+    ends = [f"{place}stem.stride2.0.conv", *outputs]
+    expected = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in ends}
+    assert left == {*expected, f"{place}token_embed"}
+    assert all(f"{end}.weight" in left for end in ends)

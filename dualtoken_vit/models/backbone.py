@@ -125,6 +125,19 @@ class OverBackbone(nn.Module):
         place, network = self._inside()
         return {f"{place}.{name}" for name in getattr(network, "no_weight_decay", set)()}
 
+    def layer_names(self, kind: str) -> tuple[str, ...]:
+        """See the function `layer_names`."""
+        place, network = self._inside()
+        return self.class_layers if kind == "classifier" else tuple(f"{place}.{x}" for x in layer_names(network, kind))
+
+
+def layer_names(model: Any, kind: str) -> tuple[str, ...]:
+    """Names of the layers of a kind, "first_conv" or "classifier", of a network, a detector or a segmenter."""
+    if isinstance(model, OverBackbone):
+        return model.layer_names(kind)
+    names = getattr(model, "pretrained_cfg", {}).get(kind) or ()  # timm's cfgs name one layer, several, or none
+    return (names,) if isinstance(names, str) else tuple(names)
+
 
 def run_alike(
     run: Callable[[list[Tensor]], Sequence[T]], images: Sequence[Tensor], key: Callable[[Tensor], Hashable]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.backbone import layer_names
 from dualtoken_vit.recipes import Optim
 
 FLAT = 0.75  # share of the run after which schedule flat-cosine decays
@@ -20,16 +21,14 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """A timm optimiser for the parameters of a model.
 
     Biases, normalisation layers and the parameters in `model.no_weight_decay()` have no weight decay. The Muon family
-    leaves these, the first convolution and the classifier to its fallback, AdamW (or NAdamW). With `layer_decay`,
+    leaves these, the first convolution and the classifiers to its fallback, AdamW (or NAdamW). With `layer_decay`,
     groups follow `model.group_matcher()` and have peak learning rate lr * layer_decay ** (layers above).
 
     Raises:
         InputError: for an unknown optimiser.
     """
     options: dict[str, Any] = dict(lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
-    cfg = getattr(model, "pretrained_cfg", {})
-    ends = [cfg.get(key) or () for key in ("first_conv", "classifier")]
-    ends = [name for each in ends for name in ([each] if isinstance(each, str) else each)]
+    ends = [*layer_names(model, "first_conv"), *layer_names(model, "classifier")]
     try:
         if timm.optim.get_optimizer_info(optim.optimizer.rpartition("_")[2]).num_betas == 2:  # some have three
             options["betas"] = optim.betas

@@ -215,6 +215,11 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
             {"precision": ("bfloat16",)},
             "mask-rcnn:test_resnet does not run (eager, batch 1, bfloat16 on cpu)",
         ),
+        (
+            ("resnet10t",),
+            {"train": True},
+            "resnet10t does not run (eager, batch 1, float32 on cpu): Expected more than 1",
+        ),
         (("test_vit",), {"input_sizes": ("640*480",)}, "'640*480' is not a size"),
         ((), {}, "none given"),
         (("test_vit", "test_vit"), {}, "test_vit is given twice"),

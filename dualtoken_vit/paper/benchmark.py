@@ -303,7 +303,7 @@ def _measure(
         calls[setting, name] = call = setting.call(name, batch_size)
         try:
             call()  # compiles
-        except RuntimeError as e:
+        except (RuntimeError, ValueError) as e:  # ValueError: batch normalisation of a single value in training
             where = f"{setting.mode}, batch {batch_size}, {setting.precision} on {setting.device.type}"
             raise InputError(f"{name} does not run ({where}): {first_line(e)}") from e
         peaks[setting, name] = _peak_memory(name, batch_size, setting, call, before) if memory else None

@@ -137,6 +137,10 @@ def test_command(photos, tmp_path, small, capsys):
             ("--seeds", 2, "--optim.epochs", 2),
             r"--optim\.epochs is 1 in .*seed-0, not 2: .* share one budget",
         ),
+        (
+            ("--seeds", 2, "--distill.teacher", "best.safetensors"),
+            r"--distill\.teacher is None in .*seed-0, not best\.safetensors",
+        ),
         (("--seeds", 1), r"--seeds is 2 in .*study-mlp\.json, not 1"),
     ):
         with pytest.raises(InputError, match=message):

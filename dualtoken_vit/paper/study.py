@@ -171,10 +171,11 @@ def networks(name: str, base: Base) -> list[tuple[Published, Model]]:
 
 def _check_budget(stored: dict[str, Any], budget: dict[str, Any], where: Path) -> None:
     """Reject a budget that differs from a stored one, except for more seeds and what may change on resume."""
+    free = {"text", *free_on_resume(Classification)} - {"distill.teacher"}  # another teacher gives other results
     for key, value in budget.items():
         before = stored.get(key, value)
         differs = value < before if key == "seeds" else value != before
-        if differs and key not in ("text", *free_on_resume(Classification)):
+        if differs and key not in free:
             raise InputError(
                 f"--{key.replace('_', '-')} is {before} in {where}, not {value}: all runs of a study share one "
                 "budget; keep that value, or choose another --out"

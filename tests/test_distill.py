@@ -186,11 +186,12 @@ def test_a_taught_run_is_resumed_bit_by_bit(photos, tmp_path, monkeypatch):
     save(
         tmp_path / "other.safetensors", ("green", "blue", "red"), model=timm.create_model("test_resnet", num_classes=3)
     )
-    for teacher in (None, str(tmp_path / "other.safetensors")):
-        other = replace(made, distill=replace(made.distill, teacher=teacher))
-        with pytest.raises(
-            InputError, match=f"^--distill.teacher {teacher} is not the teacher that the run began with"
-        ):
+    for teacher, message in (
+        (None, "--distill.weight and --distill.temperature need --distill.teacher"),
+        (tmp_path / "other.safetensors", f"--distill.teacher {tmp_path}/other.safetensors is not the teacher that"),
+    ):
+        other = replace(made, distill=replace(made.distill, teacher=teacher and str(teacher)))
+        with pytest.raises(InputError, match=f"^{message}"):
             train(other, tmp_path / "run", resume=True)
     moved = shutil.move(tmp_path / "teacher.safetensors", tmp_path / "moved.safetensors")
     train(replace(made, distill=replace(made.distill, teacher=str(moved))), tmp_path / "run", resume=True)

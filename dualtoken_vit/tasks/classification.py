@@ -27,7 +27,7 @@ from dualtoken_vit.data.transforms import classification_eval, classification_tr
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import check_size, pretrained_cfg, statistics
-from dualtoken_vit.recipes import Classification, ClassificationInput, Model
+from dualtoken_vit.recipes import Classification, ClassificationInput, Distill, Model
 from dualtoken_vit.results import Classes
 from dualtoken_vit.show import plots
 from dualtoken_vit.show.drawing import SIDE, draw_card, fit
@@ -235,6 +235,8 @@ class ClassificationTask(Task[Classification]):
     check_data = staticmethod(data_check.check)
 
     def prepare(self, recipe: Classification, start: Model) -> Setup:
+        if recipe.distill.teacher is None and recipe.distill != Distill():
+            raise InputError("--distill.weight and --distill.temperature need --distill.teacher: give it, or neither")
         train, val = build_datasets(recipe.data, recipe.model.in_chans)
         names = train.class_names
         by_image = {

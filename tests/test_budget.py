@@ -98,10 +98,12 @@ def test_from_python(photos, tmp_path, clock):
         train(replace(recipe, run=replace(recipe.run, max_minutes=1.0)), tmp_path / "run", resume=True)
 
 
-def test_milestones_keep_their_share_of_the_run():
+def test_milestones_and_warm_up_fit_the_run():
     recipe = replace(RECIPES["coco-retinanet-1x"], optim=Optim(epochs=12, milestones=(8, 11)))
     assert with_epochs(recipe, 36).optim == Optim(epochs=36, milestones=(24, 33))
+    assert with_epochs(RECIPES["in1k-tiny-mix"], 6).optim.warmup_epochs == 3  # of 20
     assert with_epochs(with_epochs(recipe, 3), 3).optim == Optim(epochs=3, milestones=(2, 3))
+    assert with_epochs(recipe, 1).optim == Optim(epochs=1, milestones=(1, 1), warmup_epochs=0.5)
 
 
 def test_growing_images_cost_more():

@@ -6,6 +6,7 @@ from statistics import median
 from time import monotonic
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from dualtoken_vit.recipes import Recipe
@@ -16,10 +17,11 @@ STEPS = 20  # the most that are timed
 
 
 def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe with another number of epochs, and its milestones at the same shares of the run."""
+    """The recipe with another number of epochs, its milestones at the same shares of them, warm-up in half at most."""
     optim = recipe.optim
+    warmup = min(optim.warmup_epochs, epochs / 2)
     milestones = tuple(max(round(each * epochs / optim.epochs), 1) for each in optim.milestones)
-    return replace(recipe, optim=replace(optim, epochs=epochs, milestones=milestones))
+    return replace(recipe, optim=replace(optim, epochs=epochs, milestones=milestones, warmup_epochs=warmup))
 
 
 class TimeBudget(Callback):
@@ -34,13 +36,18 @@ class TimeBudget(Callback):
         self.start = monotonic()
         self.ends: list[float] = []  # of each batch
 
+    def _now(self, task: Module) -> float:
+        if task.device.type != "cpu":
+            torch.accelerator.synchronize()  # a step ends when the device has done it, not when it was queued
+        return monotonic()
+
     def on_train_start(self, trainer: Trainer, task: Module) -> None:
-        self.ends = [monotonic()]
+        self.ends = [self._now(task)]
 
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
         if self.folder.begun:
             return
-        self.ends.append(monotonic())
+        self.ends.append(self._now(task))
         steps = min(STEPS, ceil(task.steps_per_epoch / 4))  # a single epoch, too, has time to lower its learning rate
         if index + 1 == steps * trainer.accumulate_grad_batches:
             self._fit(trainer, task)

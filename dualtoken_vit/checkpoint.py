@@ -194,7 +194,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     for name in layer_names(model, "first_conv"):
         key = f"{name}.weight"
         if key in state_dict and key in own and state_dict[key].shape != own[key].shape and own[key].ndim == 4:
-            in_chans = getattr(model, "in_chans", own[key].shape[1])
+            in_chans = getattr(getattr(model, "network", model), "in_chans", own[key].shape[1])
             base_chans = state_dict[key].shape[1] * in_chans // own[key].shape[1]  # a stem may fold space into channels
             state_dict[key] = adapt_input_conv(in_chans, state_dict[key], base_chans)
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

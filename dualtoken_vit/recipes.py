@@ -213,9 +213,9 @@ class Run:
     """CPU threads of each process. None: OMP_NUM_THREADS if it is set, else the cores, shared by the processes. Next to
     other jobs, give 1."""
     max_minutes: Annotated[float | None, Interval(gt=0, le=1e6)] = None
-    """Train for about so long: times the first steps, then sets optim.epochs to the number of epochs that fits."""
+    """Approximate duration of the run: times the first steps, then sets optim.epochs to the number that fits."""
     patience: Annotated[int | None, Epochs, FREE] = None
-    """Stop after so many validations without a better epoch."""
+    """Stop after this many validations in a row without a better epoch."""
     save_every: Annotated[int, Count, FREE] = 200
     """Steps between saves of last.ckpt, which is also saved after every epoch."""
 

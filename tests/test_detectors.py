@@ -548,6 +548,16 @@ def test_backbone_from_a_classification_checkpoint(name, tmp_path):
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
 
 
+def test_a_colour_detector_into_a_grey_one(tmp_path):
+    source, target = create("retinanet"), create("retinanet", in_chans=1, mean=(0.25,), std=(0.5,))
+    weights = {key: value.contiguous() for key, value in source.state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    report = load_weights(target, tmp_path / "weights.safetensors")
+    assert (report.new, report.adapted) == ((), ("backbone.body.model.stem.stride2.0.conv.weight",))
+    first, grey = (model.network.stem.stride2[0].conv.weight for model in (source, target))
+    torch.testing.assert_close(grey, first.sum(1, keepdim=True))
+
+
 def test_what_is_not_decayed():
     detector = create("mask-rcnn")
     names = {id(p): name for name, p in detector.named_parameters()}

@@ -91,7 +91,7 @@ def _steps(order: list[int], size: int, groups: Sequence[int] | None) -> list[li
 
 
 def _weighted_order(weights: Sequence[float], generator: torch.Generator) -> list[int]:
-    """As many numbers as there are images, of which image i has weights[i] / mean(weights), rounded at random.
+    """As many numbers as there are images; image i gets weights[i] / mean(weights) of them, rounded at random.
 
     Systematic sampling: images are intervals of these lengths, side by side, and points at distance 1 with a random
     start draw them. Images of equal weight are neighbours, so that their total is off by one at most. The k-th number

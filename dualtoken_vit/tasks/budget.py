@@ -25,10 +25,10 @@ def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
 
 
 class TimeBudget(Callback):
-    """Times the first steps, then sets the number of epochs to those that fit into `run.max_minutes`.
+    """Times the first steps, then sets the number of epochs to what fits into `run.max_minutes`.
 
-    Only then does the run's folder get its recipe, with that number, so a resumed run is one of so many epochs. An
-    epoch takes its steps, whose cost `TaskModule.cost` foretells, and the validation, half a step for each batch.
+    Only then does the run's folder get its recipe, with that number, which a resumed run keeps. An epoch takes its
+    steps, whose cost `TaskModule.cost` estimates, and the validation, half a step for each batch.
     """
 
     def __init__(self, folder: RunFolder):

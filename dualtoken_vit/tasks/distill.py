@@ -32,11 +32,11 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Te
 class Teacher:
     """A trained classifier in evaluation mode, as a function of the images that another one is trained on.
 
-    It is no nn.Module, so that it is neither averaged, saved nor trained with the module that holds it.
+    Not an nn.Module: it is neither averaged, saved nor trained with the module that holds it.
 
     Args:
         model: the classifier
-        rows: its number of each class of the data
+        rows: the index of each class of the data among its classes
         own, given: mean and standard deviation, (C,) each, of its images and of those that it is called with
     """
 

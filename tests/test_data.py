@@ -560,6 +560,8 @@ def test_shards_by_their_names(shards, tmp_path):
         build_datasets(replace(named, val_split="val-{0000..0002}.tar"), 3)
     with pytest.raises(InputError, match=r"--data\.holdout"):
         build_datasets(replace(named, holdout=0.1), 3)
+    with pytest.raises(InputError, match=r"^--data\.exclude is not available for data that is read as a stream"):
+        build_datasets(replace(named, exclude=("0",)), 3)
 
 
 def test_options_that_need_the_number_of_an_image(shards):

@@ -11,7 +11,7 @@ BETA = 0.999  # of the effective numbers, in the middle of the values that the p
 
 
 def image_weights(classes: Sequence[Collection[int]], power: float) -> list[float]:
-    """How often to draw each image: f ** -power of its rarest class, of which a share f of the images contains objects.
+    """How often to draw each image: f ** -power, where f is the share of the images that contain its rarest class.
 
     With a power of 0.5, these are the repeat factors of LVIS (Gupta et al., arXiv 1908.03195) without their threshold.
 

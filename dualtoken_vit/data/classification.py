@@ -270,7 +270,7 @@ FORMATS: Formats[Images] = Formats(
 def _exclude(dataset: Images, classes: Sequence[str], required: bool) -> ImageDataset:
     """The dataset without these classes, which it must have if `required`."""
     if not isinstance(dataset, ImageDataset):
-        raise InputError("--data.exclude: the images are read as a stream, of which none can be left out")
+        raise InputError("--data.exclude is not available for data that is read as a stream")
     unknown = [name for name in classes if name not in dataset.class_names]
     if required and unknown:
         raise InputError(f"--data.exclude {unknown[0]}: no such class; the classes are {some(dataset.class_names)}")

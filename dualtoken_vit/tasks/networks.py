@@ -24,7 +24,7 @@ def own_weights(name: str) -> str | None:
 
 
 def choose_weights(recipe: Model) -> Model:
-    """The recipe with `pretrained` "auto" decided: True for the unmodified network of weights that come along."""
+    """The recipe, whose `pretrained` "auto" becomes True if the package has weights of this very network, else False."""
     if recipe.pretrained != "auto":
         return recipe
     return replace(recipe, pretrained=not (recipe.args or recipe.checkpoint) and own_weights(recipe.name) is not None)

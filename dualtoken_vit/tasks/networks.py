@@ -24,7 +24,7 @@ def own_weights(name: str) -> str | None:
 
 
 def choose_weights(recipe: Model) -> Model:
-    """The recipe, whose `pretrained` "auto" becomes True if the package has weights of this very network, else False."""
+    """The recipe, whose `pretrained` "auto" becomes True if the package has weights of this network, else False."""
     if recipe.pretrained != "auto":
         return recipe
     return replace(recipe, pretrained=not (recipe.args or recipe.checkpoint) and own_weights(recipe.name) is not None)

@@ -157,7 +157,7 @@ def test_segmenters(name):
 
 
 def test_every_detector_and_segmenter_is_a_kind():
-    assert set(module.BUILDERS) == {"", "torchvision", *DETECTORS, *SEGMENTERS}
+    assert set(module.BUILDERS) == {"", "torchvision", "onnxruntime", "openvino", *DETECTORS, *SEGMENTERS}
 
 
 @pytest.mark.parametrize("name", ["retinanet:dualtoken_vit_tiny_mix", "torchvision:retinanet_resnet50_fpn"])

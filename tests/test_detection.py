@@ -278,11 +278,14 @@ def test_predictions_are_a_coco_file(trained, scenes, tmp_path, capsys):
     left, top, right, bottom = expected["boxes"].unbind(1)
     boxes = torch.stack((left, top, right - left, bottom - top), dim=1)
     np.testing.assert_allclose([one["bbox"] for one in annotations], boxes.numpy(), atol=1e-2)
-    assert all(one["area"] > 0 and one["iscrowd"] == 0 for one in annotations)
+    assert not any(one["iscrowd"] for one in annotations)
     assert [one["category_id"] for one in annotations] == [info.category_ids[label] for label in expected["labels"]]
     if detector == "mask-rcnn":
         for one, mask in zip(annotations, expected["masks"], strict=True):
             assert np.mean(coco.annToMask(one) == mask[0].numpy()) > 0.99
+            assert one["area"] == coco.annToMask(one).sum()  # of a mask, which may be empty
+    else:
+        assert all(one["area"] == pytest.approx(one["bbox"][2] * one["bbox"][3]) for one in annotations)
     drawings = {path.name for path in (tmp_path / "out").rglob("*.png")}
     assert drawings == {"sheet.png"} | {f"{path.name}.png" for path in images.iterdir()}
 

@@ -240,6 +240,9 @@ def train(args: list[str]) -> None:
     stored = stored_recipe(out, named) if chosen.resume else None
     if stored is not None:
         chosen = parse(stored)
+    epochs = chosen.recipe.optim.epochs
+    if chosen.recipe.run.max_minutes is not None and epochs != (stored or RECIPES[name]).optim.epochs:
+        raise InputError(f"--optim.epochs {epochs}: --run.max-minutes sets the epochs; leave out one of the two")
     run(chosen.recipe, out, chosen.resume, named if stored is not None else name)
 
 

@@ -109,6 +109,8 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
             f"--run.validate-every {recipe.run.validate_every}: must divide --optim.epochs {recipe.optim.epochs}, "
             "so that the last epoch is validated"
         )
+    if recipe.model.pretrained == "auto" and recipe.model.args and own_weights(recipe.model.name):
+        print("--model.args makes another network than that of the pretrained weights: starting from scratch")
     recipe = replace(recipe, model=choose_weights(recipe.model))
     main = getattr(rank_zero_only, "rank", 0) == 0  # other processes run this too, after the first has begun to write
     with run_folder.in_use(out) if main else nullcontext():

@@ -80,13 +80,13 @@ class Evaluate(Generic[D]):
 @dataclass(frozen=True)
 class Predict(Generic[O]):
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders to search for them, subfolders included."""
+    """Image files, and folders to search for them, subfolders included; or one video, or the number of a camera."""
     options: Annotated[O, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of all
-    images, and predictions.json."""
+    images, and predictions.json. Of a video: the annotated video, with a .jsonl beside it."""
     json: bool = False
-    """Print one JSON object on stdout instead of the table, and nothing else there."""
+    """Print one JSON object on stdout instead of the table, and nothing else there; of a video, one for each frame."""
     batch_size: int | None = None
     """Images in a forward pass; by default 32, in detection and segmentation 4."""
     device: Device = "auto"
@@ -273,7 +273,7 @@ def evaluate(args: list[str]) -> None:
 
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
-    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER ... [--out FOLDER] [OPTIONS]")
+    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
     from dualtoken_vit.predict import predict as run
     from dualtoken_vit.predictors import default_options
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import atomic_write, printable
@@ -78,7 +78,7 @@ class Video:
 
 
 class VideoWriter:
-    """A context that writes images of equal size as an H.264 video, atomically. Its size is that of the first image.
+    """A context that writes images as an H.264 video of the size of the first, atomically.
 
     Args:
         path: .mp4, .mkv or .mov
@@ -112,8 +112,9 @@ class VideoWriter:
             self.stream.width, self.stream.height = (side + side % 2 for side in image.size)  # H.264 wants even sides
             self.stream.pix_fmt = "yuv420p"
             self.stream.codec_context.time_base = Fraction(1, 90_000)
-        size = self.stream.width, self.stream.height
-        frame = self.av.VideoFrame.from_image(ImageOps.pad(image.convert("RGB"), size))
+        page = Image.new("RGB", (self.stream.width, self.stream.height), "white")
+        page.paste(image)  # a drawing may have a longer legend than the first one, below the image
+        frame = self.av.VideoFrame.from_image(page)
         frame.time_base = Fraction(1, 90_000)
         frame.pts = round(seconds * 90_000)
         self.container.mux(self.stream.encode(frame))

@@ -14,18 +14,14 @@ from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
+from dualtoken_vit.data.coco import AnnotatedImages, decode_masks, encode_masks, read_coco, sift
 from dualtoken_vit.data.detection import (
     FORMATS,
-    AnnotatedImages,
     DetectionDataset,
     Packed,
     build_datasets,
-    decode_masks,
     draw_scenes,
-    encode_masks,
-    read_coco,
     save_scenes,
-    sift,
 )
 from dualtoken_vit.data.sampling import collate, loader
 from dualtoken_vit.data.transforms import detection_train

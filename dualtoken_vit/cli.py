@@ -124,14 +124,14 @@ class Export(Generic[D]):
 
 @dataclass(frozen=True)
 class Convert:
-    source: tyro.conf.Positional[Path]
-    """Folder of images and labels in COCO, YOLO, Pascal VOC or CSV form."""
-    target: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder of images and labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """The new folder. Images are copied into it."""
     to: Literal["coco", "yolo", "voc"]
     """Format of the new folder."""
     format: str = "auto"
-    """Format of the source: coco, yolo, voc or csv; auto: detect it."""
+    """Format of the source: coco, yolo, voc, csv or labelme; auto: detect it."""
 
 
 def _runtime(chosen: Any) -> dict[str, Any]:

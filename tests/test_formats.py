@@ -4,8 +4,10 @@ The common content: a.png of 40x20 pixels with a cat (left 4, top 2, right 24, b
 b.png of 20x20 without objects.
 """
 
+import base64
 import json
 from collections import Counter
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from dualtoken_vit.tasks.detection import TASK
 
 CAT, DOG = [4, 2, 20, 10], [10, 5, 20, 10]  # left, top, width, height
 LINES = "0 0.35 0.35 0.5 0.5\n1 0.5 0.5 0.5 0.5\n"  # the same for YOLO: centres (14, 7) and (20, 10), sizes 20x10
+A, B = (40, 20), (20, 20)
 TRIANGLE = [4, 2, 24, 2, 24, 12]
 
 
@@ -63,6 +66,19 @@ def voc(name="a.png", size=(40, 20), boxes=(("cat", CAT), ("dog", DOG)), extra="
         f"\t<size>\n\t\t<width>{size[0]}</width>\n\t\t<height>{size[1]}</height>\n\t\t<depth>3</depth>\n\t</size>\n"
         f"\t<segmented>0</segmented>\n{found}</annotation>\n"
     )
+
+
+def labelme(name="a.png", size=A, shapes=None):
+    """As LabelMe writes it; rectangles by default."""
+    corners = {"cat": [[4, 2], [24, 12]], "dog": [[30.0, 15.0], [10.0, 5.0]]}
+    shapes = [shape(label, points, "rectangle") for label, points in corners.items()] if shapes is None else shapes
+    image = {"imagePath": name, "imageData": None, "imageHeight": size[1], "imageWidth": size[0]}
+    return json.dumps({"version": "5.4.1", "flags": {}, "shapes": shapes, **image}, indent=2)
+
+
+def shape(label, points, kind="polygon", group=None, mask=None):
+    common = {"group_id": group, "description": "", "shape_type": kind, "flags": {}, "mask": mask}
+    return {"label": label, "points": points, **common}
 
 
 def roboflow_coco():
@@ -111,8 +127,6 @@ names:
 CVAT_YAML = "names:\n  0: cat\n  1: dog\npath: .\ntrain: train.txt\n"
 CSV = "filename,width,height,class,xmin,ymin,xmax,ymax\n"
 ROWS = "a.png,40,20,cat,4,2,24,12\na.png,40,20,dog,10,5,30,15\n"
-A, B = (40, 20), (20, 20)
-
 EXPORTS = {
     "yolo-roboflow": {
         "data.yaml": ROBOFLOW_YAML,
@@ -201,6 +215,15 @@ EXPORTS = {
         "a.png": A,
         "b.png": B,
     },
+    "labelme": {"a.json": labelme(), "a.png": A, "b.json": labelme("..\\me\\b.png", B, []), "b.png": B},
+    "labelme-splits": {
+        "train/a.json": labelme(),
+        "train/a.png": A,
+        "train/b.json": labelme("b.png", (None, None), []),
+        "train/b.png": B,
+        "val/a.json": labelme(),
+        "val/a.png": A,
+    },
     "csv-split": {
         "labels.csv": "image_path,split,x1,y1,x2,y2,label\nimages/a.png,train,4,2,24,12,cat\n"
         "images/a.png,train,10,5,30,15,dog\nimages/b.png,train,,,,,\nimages/c.png,valid,1,2,3.5,4,cat\n",
@@ -258,7 +281,7 @@ def test_yolo_polygons_as_pycocotools_draws_them(export):
     mask = build_datasets(DetectionData(root=str(root), val_split="train"), masks=True, channels=3)[1][0][1]["masks"]
     coded = reference.merge(reference.frPyObjects([list(map(float, TRIANGLE))], 20, 40))
     assert np.array_equal(mask[0].numpy(), reference.decode(coded))
-    with pytest.raises(InputError, match=r"\(val\): labels/val/a\.txt, line 2: has no segmentation: Mask R-CNN needs"):
+    with pytest.raises(InputError, match=r"\(val\): labels/val/a\.txt, line 2: has no segmentation, which Mask R-CNN"):
         build_val_dataset(DetectionData(root=str(root)), True, 3, ["cat", "dog"])
 
 
@@ -286,6 +309,34 @@ def test_voc_polygons_and_difficult_objects(export):
     assert train[0][1]["boxes"].tolist() == [[4, 2, 24, 12]]
     assert val[0][1]["crowd"].tolist() == [[4, 2, 24, 12]]
     assert len(val[0][1]["boxes"]) == 0
+
+
+def test_labelme_shapes(export):
+    """A polygon, a circle, two parts of one object, and a mask, whose box ends with its last pixel."""
+    pixels = np.zeros((5, 6), np.uint8)
+    pixels[1:, 2:] = 1
+    file = BytesIO()
+    Image.fromarray(pixels.astype(bool)).save(file, format="png")
+    shapes = [
+        shape("cat", [[4, 2], [24, 2], [24, 12]]),
+        shape("dog", [[20, 10], [20, 15]], "circle"),
+        shape("cat", [[0, 0], [2, 0], [2, 2]], group=1),
+        shape("cat", [[30, 10], [35, 10], [35, 15]], group=1),
+        shape("dog", [[10, 3], [15, 7]], "mask", mask=base64.b64encode(file.getvalue()).decode()),
+    ]
+    root = export("labelme-splits", files={"train/a.json": labelme(shapes=shapes), "train/b.json": None})
+    polygon, circle, parts, mask = read(str(root), "auto", "train").coco["annotations"]
+    assert polygon["segmentation"] == [TRIANGLE]
+    assert polygon["bbox"] == CAT
+    assert parts["segmentation"] == [[0, 0, 2, 0, 2, 2], [30, 10, 35, 10, 35, 15]]
+    assert parts["bbox"] == [0, 0, 35, 15]
+    assert circle["bbox"] == [15, 5, 10, 10]
+    corners = np.reshape(circle["segmentation"], (-1, 2))
+    assert np.allclose(np.hypot(*(corners - [20, 10]).T), 5)
+    assert mask["bbox"] == [10, 3, 6, 5]
+    whole = np.zeros((20, 40), np.uint8)
+    whole[3:8, 10:16] = pixels
+    assert np.array_equal(reference.decode(mask["segmentation"]), whole)
 
 
 def test_one_folder_is_split_the_same_way_every_time(export):
@@ -370,13 +421,33 @@ YOLO, VOC = "yolo-ultralytics", "voc-devkit"
             {"train/_annotations.csv": CSV + "../../../z,4,2,cat,4,2,3,1"},
             "line 2: the file name '../../../z'",
         ),
+        ("labelme", {"a.json": '{"shapes": '}, "a.json: cannot be read as JSON"),
+        ("labelme", {"a.json": labelme("z.png")}, "a.json: its image 'z.png' is not there"),
+        ("labelme", {"a.json": labelme("../../z.png")}, "a.json: its image '../../z.png' is not there"),
+        ("labelme", {"a.json": labelme(shapes=[shape("", [[1, 2], [3, 4], [5, 9]])])}, "a.json, shape 1: has no label"),
+        (
+            "labelme",
+            {"a.json": labelme(shapes=[shape("x", [[1, 2], [3, 4]], "line")])},
+            "shape 1: line of 2 points",
+        ),
+        ("labelme", {"a.json": labelme(shapes=[shape("x", [[1, "y"], [3, 4]])])}, "shape 1: 'y' is not a number"),
+        ("labelme", {"a.json": labelme(shapes=[shape("x", [1, 2, 3])])}, "shape 1: points must be a list of pairs"),
+        (
+            "labelme",
+            {"a.json": labelme(shapes=[shape("x", [[1, 2], [3, 4]], "mask", mask="?")])},
+            "a.json, shape 1: its mask cannot be read",
+        ),
         (
             "coco-roboflow",
             {"train/_annotations.coco.json": json.dumps(roboflow_coco()).replace("a.png", "../../a.png")},
             "the file name '../../a.png' leads out of",
         ),
         (YOLO, {"_annotations.csv": CSV}, "has labels in several formats: yolo, csv; choose one with --data.format"),
-        (YOLO, {"coco8.yaml": None}, "no labels of the format COCO json, YOLO data.yaml, Pascal VOC XML or CSV found"),
+        (
+            YOLO,
+            {"coco8.yaml": None},
+            "no labels of the format COCO json, YOLO data.yaml, Pascal VOC XML, CSV or LabelMe",
+        ),
     ],
 )
 def test_one_clear_error(export, kind, files, message):
@@ -392,7 +463,7 @@ def test_one_clear_error(export, kind, files, message):
 def test_wrong_flags(export):
     root = export(YOLO)
     with pytest.raises(
-        InputError, match=r"--data\.format xml: unknown format; choose from auto, coco, yolo, voc, csv$"
+        InputError, match=r"--data\.format xml: unknown format; choose from auto, coco, yolo, voc, csv, labelme$"
     ):
         read(str(root), "xml", "train")
     with pytest.raises(InputError, match=r"no labels of the format voc found"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ def _annotation_fault(annotation: dict, images: dict[int, dict], categories: dic
     if annotation.get("area") is not None and not _finite([annotation["area"]]):
         return f"area must be a number, not {annotation['area']!r:.50}"
     if masks and not annotation.get("segmentation"):
-        return "has no segmentation: Mask R-CNN needs one, RetinaNet does not"
+        return "has no segmentation, which Mask R-CNN and segmenters need; RetinaNet does not"
     return segmentation_fault(annotation["segmentation"], images[annotation["image_id"]]) if masks else ""
 
 
@@ -211,3 +212,20 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     columns = masks.cpu().numpy().astype(np.uint8).transpose(0, 2, 1)  # runs go down the columns
     found = [rle.encode(np.ascontiguousarray(one).T) for one in columns]
     return [{"size": list(one["size"]), "counts": one["counts"].decode("ascii")} for one in found]
+
+
+class Packed(Sequence):
+    """Pickled items in one array, which worker processes share: each would copy a list of Python objects."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
+        self.bounds = np.cumsum([0, *map(len, parts)])
+        self.bytes = np.frombuffer(b"".join(parts), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return pickle.loads(self.bytes[self.bounds[index] : self.bounds[index + 1]].data)

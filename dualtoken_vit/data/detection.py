@@ -2,15 +2,12 @@
 
 import json
 import os
-import pickle
-import random
 from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -20,6 +17,7 @@ from torchvision.transforms import v2
 from dualtoken_vit.data import formats
 from dualtoken_vit.data.coco import (
     AnnotatedImages,
+    Packed,
     clip,
     decode_masks,
     degenerate,
@@ -28,30 +26,13 @@ from dualtoken_vit.data.coco import (
     read_coco,
     size_fault,
 )
-from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_trained, held_out, some, split_name
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable
 from dualtoken_vit.recipes import DetectionData
-
-
-class Packed(Sequence):
-    """Pickled items in one array, which worker processes share: each would copy a list of Python objects."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
-        self.bounds = np.cumsum([0, *map(len, parts)])
-        self.bytes = np.frombuffer(b"".join(parts), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return pickle.loads(self.bytes[self.bounds[index] : self.bounds[index + 1]].data)
 
 
 class DetectionDataset(Dataset, ImageData):
@@ -271,12 +252,9 @@ def read_split(data: DetectionData, split: str) -> AnnotatedImages:
 
 
 def _hold_out(share: float, held: bool, images: list[dict]) -> list[dict]:
-    """`share` of the images if `held`, else the others: the same ones in every run."""
-    if len(images) < 2:
-        raise InputError(f"--data.holdout {share}: there are fewer than two images")
-    ordered = sorted(images, key=lambda image: image["file_name"])
-    chosen = {image["id"] for image in random.Random(0).sample(ordered, round(share * len(images)) or 1)}
-    return [image for image in images if (image["id"] in chosen) == held]
+    """`share` of the images if `held`, else the others."""
+    chosen = held_out([image["file_name"] for image in images], share)
+    return [image for index, image in enumerate(images) if (index in chosen) == held]
 
 
 def build_datasets(data: DetectionData, masks: bool, channels: int) -> tuple[DetectionDataset, DetectionDataset]:

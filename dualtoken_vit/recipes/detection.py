@@ -27,7 +27,7 @@ class DetectionData(DetectionInput, DataSection):
     root: Annotated[str, FREE] = ""
     """Folder of images with labels in any of the formats. It takes precedence over images and the json files."""
     format: str = "auto"
-    """Label format in root: coco (also as exported by Roboflow), yolo, voc or csv; auto: detect it."""
+    """Label format in root: coco (also as exported by Roboflow), yolo, voc, csv or labelme; auto: detect it."""
     train_split: str = "train"
     """Name of the training split in root."""
     val_split: str = "val"
@@ -109,7 +109,7 @@ register(
             ),
         ),
         "coco": (
-            "Detect your own objects: --data.root DIR with labels in COCO, YOLO, Pascal VOC or CSV form.",
+            "Detect your own objects: --data.root DIR with labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form.",
             Detection(
                 model=Model(name="dualtoken_vit_small", pretrained="auto"),
                 optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),

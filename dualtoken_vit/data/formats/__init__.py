@@ -4,12 +4,23 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_vit.data.coco import AnnotatedImages
-from dualtoken_vit.data.formats import coco, table, voc, yolo
+from dualtoken_vit.data.formats import coco, labelme, table, voc, yolo
 from dualtoken_vit.data.formats.base import ALL, SPLITS, Format
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 
-FORMATS: dict[str, Format] = {"coco": coco.FORMAT, "yolo": yolo.FORMAT, "voc": voc.FORMAT, "csv": table.FORMAT}
+FORMATS: dict[str, Format] = {
+    "coco": coco.FORMAT,
+    "yolo": yolo.FORMAT,
+    "voc": voc.FORMAT,
+    "csv": table.FORMAT,
+    "labelme": labelme.FORMAT,
+}
+
+
+def matching(root: Path) -> dict[str, dict[str, Any]]:
+    """The formats in which a folder has labels: name to splits."""
+    return {name: splits for name, each in FORMATS.items() if root.is_dir() and (splits := each.detect(root))}
 
 
 def detect(root: str | Path, format: str = "auto", flag: str = "--data.format") -> tuple[str, dict[str, Any]]:
@@ -23,12 +34,11 @@ def detect(root: str | Path, format: str = "auto", flag: str = "--data.format") 
         raise InputError(f"{flag} {format}: unknown format; choose from auto, {', '.join(FORMATS)}")
     if not root.is_dir():
         raise InputError(f"{name}: no such folder; give the one that contains images and labels")
-    chosen = FORMATS if format == "auto" else {format: FORMATS[format]}
-    found = {key: splits for key, each in chosen.items() if (splits := each.detect(root))}
+    found = matching(root) if format == "auto" else {format: FORMATS[format].detect(root)}
     if len(found) > 1:
         raise InputError(f"{name}: has labels in several formats: {', '.join(found)}; choose one with {flag}")
-    if not found:
-        known = "COCO json, YOLO data.yaml, Pascal VOC XML or CSV" if format == "auto" else format
+    if not any(found.values()):
+        known = "COCO json, YOLO data.yaml, Pascal VOC XML, CSV or LabelMe json" if format == "auto" else format
         raise InputError(f"{name}: no labels of the format {known} found in this folder")
     return next(iter(found.items()))
 

@@ -117,12 +117,12 @@ class Labels:
         name: str,
         corners: Sequence[float],
         where: str,
-        polygons: Sequence[Sequence[float]] = (),
+        shape: Sequence[Sequence[float]] | dict[str, Any] = (),
         crowd: bool = False,
     ) -> None:
         """An object of the last image: its class, its box as left, top, right, bottom, and where it stands.
 
-        Box and polygons (x, y, x, y, ...) are in pixels.
+        `shape` is its polygons (x, y, x, y, ...) or an RLE of its mask. Coordinates are in pixels.
         """
         left, top, right, bottom = corners
         annotation: dict[str, Any] = {
@@ -132,8 +132,10 @@ class Labels:
             "bbox": [round(value, DIGITS) for value in (left, top, right - left, bottom - top)],
             "where": where,
         }
-        if polygons:
-            annotation["segmentation"] = [[round(value, DIGITS) for value in polygon] for polygon in polygons]
+        if isinstance(shape, dict):
+            annotation["segmentation"] = shape
+        elif shape:
+            annotation["segmentation"] = [[round(value, DIGITS) for value in polygon] for polygon in shape]
         if crowd:
             annotation["iscrowd"] = 1
         self.annotations.append(annotation)

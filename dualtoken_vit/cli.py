@@ -122,6 +122,18 @@ class Export(Generic[D]):
     """Also evaluate checkpoint and file on the validation images (--data.*)."""
 
 
+@dataclass(frozen=True)
+class Convert:
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder of images and labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """The new folder. Images are copied into it."""
+    to: Literal["coco", "yolo", "voc"]
+    """Format of the new folder."""
+    format: str = "auto"
+    """Format of the source: coco, yolo, voc, csv or labelme; auto: detect it."""
+
+
 def _runtime(chosen: Any) -> dict[str, Any]:
     """The option of an exported file, if it is given; a checkpoint rejects it."""
     return {} if chosen.runtime is None else {"runtime": chosen.runtime}
@@ -345,6 +357,14 @@ def check_data(args: list[str]) -> bool:
     return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
 
 
+def convert(args: list[str]) -> None:
+    """Write images with boxes or polygons in another label format."""
+    chosen = tyro.cli(Convert, args=args, prog="dualtoken-vit convert", description=convert.__doc__)
+    from dualtoken_vit.data.convert import convert as run
+
+    run(chosen.source, chosen.target, chosen.to, chosen.format)
+
+
 def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
     """A command whose options are the parameters of the function of that name in `paper`."""
 
@@ -368,6 +388,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "study": study,
     "tables": _forward("tables", "Print the paper's tables next to the figures of this implementation."),
     "check-data": check_data,
+    "convert": convert,
 }
 
 

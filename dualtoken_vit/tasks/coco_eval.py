@@ -14,7 +14,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from dualtoken_vit.data.detection import encode_masks
+from dualtoken_vit.data.coco import encode_masks
 from dualtoken_vit.files import atomic_write
 
 KINDS = {"box": "bbox", "mask": "segmentation"}  # what is compared: its key in a result

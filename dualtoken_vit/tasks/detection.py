@@ -17,8 +17,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.balance import image_weights
 from dualtoken_vit.data.check import detection as data_check
+from dualtoken_vit.data.coco import MIN_SIDE
 from dualtoken_vit.data.contract import ImageData
-from dualtoken_vit.data.detection import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset
+from dualtoken_vit.data.detection import DetectionDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
@@ -201,7 +202,7 @@ class DetectionTask(Task[Detection]):
     recipe = Detection
     predictor = DetectionPredictor
     report = DetectionReport
-    data_flags = "--data.images DIR --data.val-json FILE"
+    data_flags = "--data.root DIR [--data.val-split NAME] | --data.images DIR --data.val-json FILE"
     check_data = staticmethod(data_check.check)
     evaluation_options = {"score": SCORE_THRESHOLD}  # noqa: RUF012
 
@@ -248,9 +249,10 @@ class DetectionTask(Task[Detection]):
         return DetectionModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:
-        if not given.keys() & {"images", "val_json"}:
+        if not given.keys() & {"root", "images", "val_json"}:
             return {}
-        follows: dict[str, Any] = {"dataset": "coco", "limit": None}
+        follows: dict[str, Any] = {"dataset": "coco", "limit": None, "holdout": 0.0}
+        follows |= {"format": "auto"} if "root" in given else {"root": ""}
         return follows | ({"val_images": None} if "images" in given else {})
 
 

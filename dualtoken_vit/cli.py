@@ -107,8 +107,8 @@ class Export(Generic[D]):
     """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
     up to multiples of 32; other files take any size."""
     raw: bool = False
-    """RetinaNet: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the predictor of
-    the file chooses among them."""
+    """RetinaNet, FCOS, SSDLite: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the
+    predictor of the file chooses among them."""
     attention: bool = False
     """DualToken-ViT classifiers: also the attention maps of the last block, for the command attention."""
     int8: Literal["dynamic", "static"] | None = None

@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some
 from dualtoken_vit.data.images import load_image
+from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError, reason
@@ -197,13 +198,6 @@ def decode_masks(annotations: Sequence[dict], image: dict) -> Tensor:
         return torch.zeros((0, height, width), dtype=torch.uint8)
     masks = rle.decode([rle.segmToRle(annotation["segmentation"], width, height) for annotation in annotations])
     return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1)))
-
-
-def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """COCO's compressed RLE of each mask of (N, H, W) bool: {"size": [H, W], "counts": string}."""
-    columns = masks.cpu().numpy().astype(np.uint8).transpose(0, 2, 1)  # runs go down the columns
-    found = [rle.encode(np.ascontiguousarray(one).T) for one in columns]
-    return [{"size": list(one["size"]), "counts": one["counts"].decode("ascii")} for one in found]
 
 
 class Packed(Sequence):
@@ -384,7 +378,7 @@ def draw_scenes(split: str, size: int, count: int | None = None) -> AnnotatedIma
                     "bbox": [left, top, right - left, bottom - top],
                     "area": int(shape.mask.sum()),
                     "iscrowd": 0,
-                    "segmentation": encode_masks(torch.from_numpy(shape.mask)[None])[0],
+                    "segmentation": encode_mask(shape.mask),
                 }
             )
     categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES, start=1)]

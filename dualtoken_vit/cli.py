@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
     hint = f"{error.name} is not installed; {INSTALL}"
     try:
-        from dualtoken_vit.runtime.command import main as predict_exported
+        from dualtoken_vit.cli_runtime import main as predict_exported
     except ModuleNotFoundError:
         sys.exit(f"dualtoken-vit: error: {hint}")
     predict_exported(sys.argv[1:], hint)
@@ -291,8 +291,8 @@ def predict(args: list[str]) -> bool:
 
     options = default_options(checkpoint)
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
-    common = chosen.out, chosen.json, chosen.batch_size, chosen.device
-    return run(checkpoint, chosen.images, *common, **_runtime(chosen) | asdict(chosen.options))
+    options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
+    return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 
 
 def export(args: list[str]) -> None:

@@ -200,7 +200,8 @@ def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], pro
 
 def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str | None) -> tuple[Any, dict[str, Any]]:
     """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
-    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
+    short = {"--data.split": "--data.val-split", "--tile": "--data.tile", "--overlap": "--data.overlap"}
+    args = [short.get(arg, arg) for arg in args]
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}

@@ -22,6 +22,7 @@ from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
 from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector
+from dualtoken_vit.models.tiles import detect_in_tiles
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
 from dualtoken_vit.runtime.report import ObjectsReport, to_results
@@ -49,7 +50,7 @@ class DetectionPredictor(Predictor[Objects]):
     batch_size = 4
     ahead = 16
     model: Any
-    memory_hint = "use smaller images, a smaller image_size or a higher score"
+    memory_hint = "use smaller images or tiles, a smaller image_size or a higher score"
 
     def preprocess(self, image: Image.Image) -> Tensor:  # -> (C, H, W) uint8
         return pil_to_tensor(image)
@@ -60,7 +61,11 @@ class DetectionPredictor(Predictor[Objects]):
         self.model.score_thresh = self.options.score
         self.model.transform.min_size = (self.options.image_size,)
         self.model.transform.max_size = max(self.options.max_size, self.options.image_size)
-        return self.model([image.to(self.device) / 255 for image in batch])
+        tile, overlap = self.options.tile, self.options.overlap
+        if tile is None:
+            return self.model([image.to(self.device) / 255 for image in batch])
+        images = (image.to(self.device) / 255 for image in batch)
+        return [detect_in_tiles(self.model, image, tile, overlap, self.batch_size) for image in images]
 
     def postprocess(self, outputs: list[dict[str, Tensor]]) -> list[Objects]:
         results = []

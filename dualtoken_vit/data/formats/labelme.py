@@ -15,8 +15,9 @@ from PIL import Image
 
 from dualtoken_vit.data.coco import AnnotatedImages, encode_masks
 from dualtoken_vit.data.folders import scan
-from dualtoken_vit.data.formats.base import ALL, Format, Labels, find, number, split_folders
+from dualtoken_vit.data.formats.base import Format, Labels, number
 from dualtoken_vit.data.images import image_size
+from dualtoken_vit.data.splits import ALL, find, split_folders
 from dualtoken_vit.errors import InputError, reason
 
 CIRCLE = 64  # corners of the polygon for a circle

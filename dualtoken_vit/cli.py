@@ -80,13 +80,13 @@ class Evaluate(Generic[D]):
 @dataclass(frozen=True)
 class Predict(Generic[O]):
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders to search for them, subfolders included."""
+    """Image files, and folders to search for them, subfolders included; or one video, or the number of a camera."""
     options: Annotated[O, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of all
-    images, and predictions.json."""
+    images, and predictions.json. Of a video: the annotated video, with a .jsonl beside it."""
     json: bool = False
-    """Print one JSON object on stdout instead of the table, and nothing else there."""
+    """Print one JSON object on stdout instead of the table, and nothing else there; of a video, one for each frame."""
     batch_size: int | None = None
     """Images in a forward pass; by default 32, in detection and segmentation 4."""
     device: Device = "auto"
@@ -107,8 +107,8 @@ class Export(Generic[D]):
     """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
     up to multiples of 32; other files take any size."""
     raw: bool = False
-    """RetinaNet: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the predictor of
-    the file chooses among them."""
+    """RetinaNet, FCOS, SSDLite: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the
+    predictor of the file chooses among them."""
     attention: bool = False
     """DualToken-ViT classifiers: also the attention maps of the last block, for the command attention."""
     int8: Literal["dynamic", "static"] | None = None
@@ -252,6 +252,9 @@ def train(args: list[str]) -> None:
     stored = stored_recipe(out, named) if chosen.resume else None
     if stored is not None:
         chosen = parse(stored)
+    epochs = chosen.recipe.optim.epochs
+    if chosen.recipe.run.max_minutes is not None and epochs != (stored or RECIPES[name]).optim.epochs:
+        raise InputError(f"--optim.epochs {epochs}: --run.max-minutes sets the epochs; leave out one of the two")
     run(chosen.recipe, out, chosen.resume, named if stored is not None else name)
 
 
@@ -282,7 +285,7 @@ def evaluate(args: list[str]) -> None:
 
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
-    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER ... [--out FOLDER] [OPTIONS]")
+    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
     from dualtoken_vit.predict import predict as run
     from dualtoken_vit.predictors import default_options
 

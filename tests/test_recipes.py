@@ -221,7 +221,7 @@ def test_the_device_of_early_versions(accelerator, device):
         ({"optimiser": {}}, "unknown field optimiser"),
         ({"optim": [1]}, r"optim is \[1\]: must be an object"),
         ({"task": "regression"}, "unknown task 'regression'"),
-        ({"task": "segmentation", "width": None}, "width is None: must be int"),
+        ({"task": "segmentation", "dropout": None}, "dropout is None: must be float"),
     ],
 )
 def test_wrong_json_is_rejected(values, message):

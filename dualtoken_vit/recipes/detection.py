@@ -66,8 +66,8 @@ class Detection(Recipe):
     """An object detection or instance segmentation run."""
 
     task: ClassVar[str] = "detection"
-    detector: Literal["retinanet", "mask-rcnn"] = "retinanet"
-    """retinanet: boxes; mask-rcnn: boxes and masks."""
+    detector: Literal["retinanet", "mask-rcnn", "fcos", "ssdlite"] = "retinanet"
+    """retinanet, fcos (lighter), ssdlite (lightest): boxes; mask-rcnn: boxes and masks."""
     roi_samples: Annotated[int, Interval(ge=4, le=100_000)] = 512
     """Mask R-CNN: proposals sampled per image to train its heads; fewer need less time and memory."""
     data: DetectionData = DetectionData()

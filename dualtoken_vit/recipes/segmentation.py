@@ -77,12 +77,13 @@ class Segmentation(Recipe):
     """A semantic segmentation run."""
 
     task: ClassVar[str] = "segmentation"
-    segmenter: Literal["deeplabv3", "pspnet"] = "deeplabv3"
-    """Head: deeplabv3 (atrous spatial pyramid pooling) or pspnet (pyramid pooling)."""
+    segmenter: Literal["deeplabv3", "pspnet", "lraspp"] = "deeplabv3"
+    """Head: deeplabv3 (atrous spatial pyramid pooling), pspnet (pyramid pooling) or lraspp (light)."""
     output_stride: Literal[8, 16] | None = None
-    """Dilate the backbone to this stride, if it can be dilated. None: resize its last feature map to stride 8."""
-    width: Annotated[int, Interval(ge=1, le=65536)] = 512
-    """Channels of the head."""
+    """Dilate the backbone to this stride, if it can be dilated. None: resize its last feature map to stride 8; lraspp
+    takes it as it is."""
+    width: Annotated[int | None, Interval(ge=1, le=65536)] = None
+    """Channels of the head. None: 512, or 128 for lraspp."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """Channel dropout before the classifiers."""
     class_weights: Literal["equal", "median-frequency", "log"] = "equal"

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from dualtoken_vit.data.coco import AnnotatedImages, entry_name, segmentation_fault, size_fault
 from dualtoken_vit.data.formats import FORMATS, detect
-from dualtoken_vit.data.formats.base import ALL, polygons_of, sizes
+from dualtoken_vit.data.formats.base import polygons_of, sizes
+from dualtoken_vit.data.splits import ALL
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_folder, printable
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.formats import coco, labelme, table, voc, yolo
-from dualtoken_vit.data.formats.base import ALL, SPLITS, Format
+from dualtoken_vit.data.formats.base import Format
+from dualtoken_vit.data.splits import ALL, SPLITS
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 

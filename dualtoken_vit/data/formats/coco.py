@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_vit.data.coco import AnnotatedImages, object_area, read_coco
-from dualtoken_vit.data.formats.base import ALL, Format, class_names, inside, labelled, split_folders, split_of
+from dualtoken_vit.data.formats.base import Format, class_names, labelled
+from dualtoken_vit.data.splits import ALL, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.folders import scan
-from dualtoken_vit.data.formats.base import ALL, Format, Labels, find, number, split_folders
+from dualtoken_vit.data.formats.base import Format, Labels, number
 from dualtoken_vit.data.images import image_size
 from dualtoken_vit.data.rle import encode_mask
+from dualtoken_vit.data.splits import ALL, find, split_folders
 from dualtoken_vit.errors import InputError, reason
 
 CIRCLE = 64  # corners of the polygon for a circle

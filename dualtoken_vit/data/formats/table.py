@@ -1,19 +1,18 @@
-"""CSV files with a row for each object, as Roboflow (TensorFlow, RetinaNet) and many notebooks write them."""
+"""CSV or Parquet files with a row for each object, as Roboflow exports them for TensorFlow and RetinaNet."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from dualtoken_vit.data.coco import AnnotatedImages
-from dualtoken_vit.data.folders import read_lines
-from dualtoken_vit.data.formats.base import ALL, Format, Labels, find, number, split_folders, split_of
+from dualtoken_vit.data.formats.base import Format, Labels, number
 from dualtoken_vit.data.images import image_size
+from dualtoken_vit.data.splits import find
+from dualtoken_vit.data.tables import CLASS, FILE, SPLIT, Part, cells, split_tables
 from dualtoken_vit.errors import InputError
 
 COLUMNS = {  # what a column may be called, in lower case
-    "file": ("filename", "file_name", "file", "image", "image_path", "path", "image_name"),
-    "class": ("class", "class_name", "label", "name", "category"),
+    "file": FILE,
+    "class": CLASS,
     "left": ("xmin", "x_min", "x1", "left"),
     "top": ("ymin", "y_min", "y1", "top"),
     "right": ("xmax", "x_max", "x2", "right"),
@@ -22,43 +21,19 @@ COLUMNS = {  # what a column may be called, in lower case
 OPTIONAL = {
     "width": ("width", "image_width"),
     "height": ("height", "image_height"),
-    "split": ("split", "subset", "set"),
+    "split": SPLIT,
 }
 KERAS = ("file", "left", "top", "right", "bottom", "class")  # keras-retinanet's columns, without a header
 BOX = ("left", "top", "right", "bottom")
 
 
-class _Part(NamedTuple):
-    """A split: a file, and the value of its column `split`, if it has one."""
-
-    path: Path
-    value: str | None = None
-
-
-def _detect(root: Path) -> dict[str, _Part]:
-    """ROOT/SPLIT/*.csv, ROOT/SPLIT[_labels].csv, or one file with or without a column `split`."""
-    folders = {split: _tables(path) for split, path in split_folders(root).items()}
-    found = {split: _Part(files[0]) for split, files in folders.items() if files}
-    files = [] if found else _tables(root)
-    for path in files:
-        if split := split_of(path.stem.removesuffix("labels").removesuffix("annotations")):
-            found[split] = _Part(path)
-    if files and not found:
-        values = dict.fromkeys(row.get("split", "") for _, row in _rows(files[0]))
-        found = {split: _Part(files[0], value) for value in values if (split := split_of(value))}
-        found = found or {ALL: _Part(files[0])}
-    return found
-
-
-def _tables(folder: Path) -> list[Path]:
-    """The CSV files of boxes in a folder."""
-    return [path for path in sorted(folder.glob("*.csv")) if _columns(path)]
+def _detect(root: Path) -> dict[str, Part]:
+    return split_tables(root, lambda path: bool(_columns(path)))
 
 
 def _columns(path: Path) -> list[str] | None:
     """What each column is ("" for others), with "+" in front if the first line is no header; None for other files."""
-    first = next(csv.reader(read_lines(path)[:1]), [])
-    names = [name.strip().lower() for name in first]
+    names = [str(name).strip().lower() for name in next(iter(cells(path)), [])]
     known = {each: key for key, synonyms in (COLUMNS | OPTIONAL).items() for each in synonyms}
     found = [known.get(name, "") for name in names]
     if set(COLUMNS) <= set(found):
@@ -71,13 +46,13 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Each row with its number in the file, by what its columns are."""
     columns = _columns(path) or []
     bare = columns[:1] == ["+"]
-    for line, row in enumerate(csv.reader(read_lines(path)), start=1):
+    for line, row in enumerate(cells(path), start=1):
         if any(row) and (bare or line > 1):
             pairs = zip(columns[bare:], row, strict=False)
-            yield line, {column: value.strip() for column, value in pairs if column}
+            yield line, {column: "" if value is None else str(value).strip() for column, value in pairs if column}
 
 
-def _read(root: Path, part: _Part) -> AnnotatedImages:
+def _read(root: Path, part: Part) -> AnnotatedImages:
     labels = Labels(root)
     of_image: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(part.path):

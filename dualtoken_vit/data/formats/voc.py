@@ -16,19 +16,8 @@ from defusedxml.ElementTree import parse
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.folders import read_lines, scan
-from dualtoken_vit.data.formats.base import (
-    ALL,
-    Format,
-    Labels,
-    find,
-    labelled,
-    number,
-    polygons_of,
-    sizes,
-    split_folders,
-    split_of,
-    text,
-)
+from dualtoken_vit.data.formats.base import Format, Labels, labelled, number, polygons_of, sizes, text
+from dualtoken_vit.data.splits import ALL, find, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
 

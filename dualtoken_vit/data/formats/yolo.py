@@ -14,21 +14,8 @@ import yaml
 
 from dualtoken_vit.data.coco import AnnotatedImages, clip
 from dualtoken_vit.data.folders import image_files, read_lines
-from dualtoken_vit.data.formats.base import (
-    ALL,
-    Format,
-    Labels,
-    class_names,
-    find,
-    inside,
-    labelled,
-    number,
-    polygons_of,
-    sizes,
-    split_folders,
-    split_of,
-    text,
-)
+from dualtoken_vit.data.formats.base import Format, Labels, class_names, labelled, number, polygons_of, sizes, text
+from dualtoken_vit.data.splits import ALL, find, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
 

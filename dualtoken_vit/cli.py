@@ -53,6 +53,9 @@ class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
     """Folder for labels.png, a contact sheet of images with their labels."""
+    suspects: tuple[Path, ...] = ()
+    """Classification: rank probably wrong labels by the networks of these runs, among the images that each of them held
+    out or validated on. Several runs with --data.holdout 0.2 and --data.fold 0, 1, 2, 3, 4 cover all images."""
 
 
 D = TypeVar("D")  # the data section of a recipe
@@ -355,7 +358,12 @@ def check_data(args: list[str]) -> bool:
     from dualtoken_vit.tasks.registry import get_task
 
     check_bounds(chosen.recipe)
-    return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
+    sound = get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
+    if chosen.suspects:
+        from dualtoken_vit import suspects
+
+        suspects.report(suspects.rank(chosen.recipe, chosen.suspects), chosen.out)
+    return sound
 
 
 def convert(args: list[str]) -> None:

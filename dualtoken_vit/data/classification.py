@@ -330,7 +330,7 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
             message = f"{_where(data, 'train')}: no images in class {some(empty)}; add some, or remove the class"
             raise InputError(message)
     if data.holdout:
-        return _hold_out(train, data.holdout)
+        return _hold_out(train, data.holdout, data.fold)
     return train, build_val_dataset(data, channels, train.class_names)
 
 
@@ -338,7 +338,7 @@ def build_val_dataset(data: ClassificationData, channels: int, class_names: Sequ
     """The validation images alone, with `class_names` in their order; absent classes are named in `notes`."""
     val = read_split(data, "train" if data.holdout else "val", channels)
     if data.holdout:
-        val = _hold_out(val, data.holdout)[1]
+        val = _hold_out(val, data.holdout, data.fold)[1]
     if class_names is not None:
         labels, named = {name: label for label, name in enumerate(class_names)}, val.class_names
         if data.dataset.startswith(("wds", "hfds")) and named == _numbers(range(len(named))):
@@ -357,18 +357,24 @@ def _empty(dataset: ImageDataset) -> list[str]:
     return [name for label, name in enumerate(dataset.class_names) if label not in filled]
 
 
-def _hold_out(dataset: Images, share: float) -> tuple[ImageDataset, ImageDataset]:
-    """(the rest, `share` of each class): the same images in every run, independent of its seed."""
+def _hold_out(dataset: Images, share: float, fold: int = 0) -> tuple[ImageDataset, ImageDataset]:
+    """(the rest, part `fold` of `share` of each class): the same images in every run, independent of its seed."""
     if not 0 < share <= 0.5:
         raise InputError(f"--data.holdout {share}: must be between 0 and 0.5")
     if isinstance(dataset, ImageStream):
         raise InputError("--data.holdout is not available for data that is read as a stream; name two splits instead")
-    held: set[int] = set()
+    folds, held = round(1 / share), set[int]()
+    if fold >= folds:
+        raise InputError(f"--data.fold {fold}: with --data.holdout {share} there are the folds 0 to {folds - 1}")
     for label, name in enumerate(dataset.class_names):
         members = [index for index, target in enumerate(dataset.targets) if target == label]
         if len(members) == 1:
             raise InputError(f"--data.holdout {share}: class {name!r} has only one image")
-        held.update(random.Random(0).sample(members, round(share * len(members)) or min(1, len(members))))
+        size = round(share * len(members)) or min(1, len(members))
+        first = random.Random(0).sample(members, size)
+        others = [index for index in members if index not in set(first)]
+        order = [*first, *random.Random(0).sample(others, len(others))]
+        held.update(order[fold * size : None if fold == folds - 1 else (fold + 1) * size])
     rest, val = dataset.keep([i for i in range(len(dataset)) if i not in held]), dataset.keep(sorted(held))
     val.notes, val.complete = (), False  # those of `rest`
     return rest, val

@@ -38,6 +38,8 @@ class ClassificationData(ClassificationInput, DataSection):
     holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
     """Fraction of each class's training images to validate on instead of the validation split. Use it for tuning, or
     where there is no validation split."""
+    fold: Annotated[int, Interval(ge=0, le=1000)] = 0
+    """Which share to hold out, from 0 to 1 / holdout - 1: together they are all training images (cross-validation)."""
     balanced: Share = 0.0
     """Class-balanced sampling: an epoch draws as many images as there are, n ** (1 - balanced) of a class of n images,
     up to a common factor. 0: every image once; 1: all classes equally often."""

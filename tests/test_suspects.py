@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from collections import Counter
 
 import pytest
 from test_training import recipe, trained  # noqa: F401  a fixture
@@ -25,6 +26,20 @@ def test_folds_partition_the_training_images(photos, share, folds):
     assert len(seen) == len(set(seen)) == 36
     with pytest.raises(InputError, match=rf"--data\.fold {folds}: with --data\.holdout {share} .* 0 to {folds - 1}"):
         build_datasets(recipe(photos, data={"holdout": share, "fold": folds}).data, 3)
+
+
+def test_images_of_each_class(photos):
+    """5 of 12 images, also among those that are left when some are held out, and the same ones for a larger number."""
+    found = {}
+    for number in (1, 5, 7, 50):
+        train, val = build_datasets(recipe(photos, data={"per_class": number}).data, 3)
+        assert Counter(train.targets) == {label: min(number, 12) for label in range(3)}
+        assert len(val) == 18
+        found[number] = set(train.image_names)
+    assert found[1] < found[5] < found[7] < found[50]
+    train, val = build_datasets(recipe(photos, data={"per_class": 5, "holdout": 0.5}).data, 3)
+    assert (len(train), len(val)) == (15, 18)
+    assert not set(train.image_names) & set(val.image_names)
 
 
 def test_changed_labels_come_first(trained, tmp_path, capsys):  # noqa: F811
@@ -57,7 +72,7 @@ def test_changed_labels_come_first(trained, tmp_path, capsys):  # noqa: F811
 
 
 def test_runs_must_fit(trained, photos):  # noqa: F811
-    with pytest.raises(InputError, match="another run held out .* too"):
+    with pytest.raises(InputError, match=r"another run held out .* too"):
         rank(recipe(photos), [trained[1], trained[1]])
     with pytest.raises(InputError, match="no such checkpoint"):
         rank(recipe(photos), [photos / "none"])

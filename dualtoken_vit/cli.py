@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
     hint = f"{error.name} is not installed; {INSTALL}"
     try:
-        from dualtoken_vit.runtime.command import main as predict_exported
+        from dualtoken_vit.cli_runtime import main as predict_exported
     except ModuleNotFoundError:
         sys.exit(f"dualtoken-vit: error: {hint}")
     predict_exported(sys.argv[1:], hint)
@@ -200,7 +200,8 @@ def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], pro
 
 def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str | None) -> tuple[Any, dict[str, Any]]:
     """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
-    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
+    short = {"--data.split": "--data.val-split", "--tile": "--data.tile", "--overlap": "--data.overlap"}
+    args = [short.get(arg, arg) for arg in args]
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
@@ -291,8 +292,8 @@ def predict(args: list[str]) -> bool:
 
     options = default_options(checkpoint)
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
-    common = chosen.out, chosen.json, chosen.batch_size, chosen.device
-    return run(checkpoint, chosen.images, *common, **_runtime(chosen) | asdict(chosen.options))
+    options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
+    return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 
 
 def export(args: list[str]) -> None:

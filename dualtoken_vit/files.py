@@ -4,13 +4,14 @@ import errno
 import json
 import os
 import shutil
+import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, first_line
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -78,6 +79,18 @@ def write_json(value: Any, path: str | Path) -> None:
     """Write plain data as a JSON file; see `atomic_write`."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
+
+
+@contextmanager
+def guard(path: Path) -> Iterator[None]:
+    """A context to make and write a drawing or report in: an error becomes one line on stderr and never ends a run."""
+    try:
+        yield
+    except InputError as error:  # names the file
+        print(f"warning: {printable(str(error))}", file=sys.stderr)
+    except Exception as error:
+        reason = printable(f"{type(error).__name__}: {first_line(error)}")
+        print(f"warning: cannot save {printable(path)}: {reason}", file=sys.stderr)
 
 
 def printable(name: str | os.PathLike[str]) -> str:

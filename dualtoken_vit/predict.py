@@ -1,9 +1,12 @@
-"""The command `predict`: run a trained network on image files, print and draw its predictions."""
+"""The command `predict`: run a trained network on image files, print and draw its predictions.
+
+Exported files need neither PyTorch nor the train extra.
+"""
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from json import dumps
 from math import ceil
@@ -11,17 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from rich.console import Console
 
+import dualtoken_vit
 from dualtoken_vit.data.folders import scan, skipped_note
-from dualtoken_vit.data.threads import track
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, write_json
-from dualtoken_vit.predictors import load_predictor, read_header
-from dualtoken_vit.show.console import guard
+from dualtoken_vit.files import atomic_write, guard, printable, write_json
+from dualtoken_vit.runtime.report import Report
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
 from dualtoken_vit.show.video import Video, VideoWriter, is_video
-from dualtoken_vit.tasks.registry import get_task
 
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
 
@@ -39,14 +39,13 @@ def predict(
     out: Path | None = None,
     json: bool = False,
     batch_size: int | None = None,
-    device: str = "auto",
     **options: Any,
 ) -> bool:
     """Print a table, or one JSON object, of a network's predictions for image files; draw them with `out`.
 
     Args:
         images, out, json, batch_size: as on the command line, `cli.Predict`
-        checkpoint, device, options: as for `load_predictor`
+        checkpoint, options: as for `load_predictor`
 
     Returns:
         Whether every image could be used; the others are named on stderr.
@@ -57,11 +56,10 @@ def predict(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if any(map(is_video, images)):
-        return _predict_video(checkpoint, images, out, json, batch_size, device, options)
-    task = get_task(read_header(checkpoint).task)
-    sources = find_images(images, out, suffixes=task.report.suffixes)
-    predictor = load_predictor(checkpoint, device, **options)
-    report = task.report(predictor)
+        return _predict_video(checkpoint, images, out, json, batch_size, options)
+    predictor = dualtoken_vit.load_predictor(checkpoint, **options)
+    report = predictor.report(predictor)
+    sources = find_images(images, out, suffixes=report.suffixes)
 
     record: dict[str, Any] = {"checkpoint": str(checkpoint), **report.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(sources) > 1 else None
@@ -93,7 +91,7 @@ def predict(
     if json:
         print(dumps(record))
     else:
-        Console().print(report.table)
+        print_table(report)
     return tell_unreadable(record["unreadable"], len(sources))
 
 
@@ -103,7 +101,6 @@ def _predict_video(
     out: Path | None,
     json: bool,
     batch_size: int | None,
-    device: str,
     options: dict[str, Any],
 ) -> bool:
     """Predict for each frame of a video; with `out`, draw the frames as a video, and write a line of JSON for each."""
@@ -112,8 +109,8 @@ def _predict_video(
     if out is not None and out.resolve() == videos[0].resolve():
         raise InputError(f"--out {out}: is the video that is read; name another file")
     video = Video(videos[0])
-    predictor = load_predictor(checkpoint, device, **options)
-    report = get_task(read_header(checkpoint).task).report(predictor)
+    predictor = dualtoken_vit.load_predictor(checkpoint, **options)
+    report = predictor.report(predictor)
     count, problems = 0, []
 
     def read() -> Iterator[tuple[float, Image.Image]]:
@@ -125,7 +122,11 @@ def _predict_video(
     with ExitStack() as stack:
         lines = stack.enter_context(atomic_write(out.with_suffix(".jsonl"), "w")) if out else None
         writer = stack.enter_context(VideoWriter(out, video.rate)) if out else None
-        frames = track(read(), video.frames, "predicting")
+        frames = read()
+        with suppress(ModuleNotFoundError):  # without the train extra, no progress bar
+            from dualtoken_vit.data.threads import track
+
+            frames = track(frames, video.frames, "predicting")
         try:
             while batch := list(islice(frames, 1 if video.camera else batch_size or predictor.batch_size)):
                 results = predictor([image for _, image in batch])
@@ -147,6 +148,29 @@ def _predict_video(
     if not json:
         print(f"{count} frames" + (f": {out}, {out.with_suffix('.jsonl')}" if out else ""))
     return not problems
+
+
+def print_table(report: Report[Any]) -> None:
+    """Print a report's table; without the train extra as plain lines."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ModuleNotFoundError:
+        for path, rows in report.table:
+            print(printable(path), *("  ".join(map(printable, ("", *row))) for row in rows), sep="\n")
+        return
+    table = Table("image", *report.columns, box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for path, rows in report.table:
+        for number, row in enumerate(rows):
+            style = ("dim" if number else "bold") if report.ranked else ""
+            table.add_row(Text("" if number else printable(path)), *(Text(printable(cell), style) for cell in row))
+        table.add_section()
+    Console().print(table)
 
 
 def none_readable(unreadable: list[dict[str, str]]) -> str:

@@ -207,13 +207,6 @@ def decode_masks(annotations: Sequence[dict], image: dict) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1)))
 
 
-def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """COCO's compressed RLE of each mask of (N, H, W) bool: {"size": [H, W], "counts": string}."""
-    columns = masks.cpu().numpy().astype(np.uint8).transpose(0, 2, 1)  # runs go down the columns
-    found = [rle.encode(np.ascontiguousarray(one).T) for one in columns]
-    return [{"size": list(one["size"]), "counts": one["counts"].decode("ascii")} for one in found]
-
-
 class Packed(Sequence):
     """Pickled items in one array, which worker processes share: each would copy a list of Python objects."""
 

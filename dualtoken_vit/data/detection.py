@@ -21,13 +21,13 @@ from dualtoken_vit.data.coco import (
     clip,
     decode_masks,
     degenerate,
-    encode_masks,
     object_area,
     read_coco,
     size_fault,
 )
 from dualtoken_vit.data.contract import Formats, ImageData, check_trained, held_out, some, split_name
 from dualtoken_vit.data.images import load_image
+from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError
@@ -191,7 +191,7 @@ def draw_scenes(split: str, size: int, count: int | None = None) -> AnnotatedIma
                     "bbox": [left, top, right - left, bottom - top],
                     "area": int(shape.mask.sum()),
                     "iscrowd": 0,
-                    "segmentation": encode_masks(torch.from_numpy(shape.mask)[None])[0],
+                    "segmentation": encode_mask(shape.mask),
                 }
             )
     categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES, start=1)]

@@ -16,6 +16,11 @@ class DetectionInput:
     """Short side of the resized images, in pixels."""
     max_size: Annotated[int, Side] = 1333
     """Maximum long side, in pixels; it takes precedence over image_size."""
+    tile: Annotated[int | None, Interval(ge=32, le=16384)] = None
+    """Large images: evaluate and predict in overlapping square tiles of this side in pixels, each resized as an image
+    would be, and merge their objects. None: whole images."""
+    overlap: Annotated[float, Interval(ge=0, le=0.9)] = 0.2
+    """Overlap of neighbouring tiles, as a share of their side; it should exceed most objects."""
 
 
 @dataclass(frozen=True)

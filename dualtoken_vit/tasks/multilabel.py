@@ -1,6 +1,5 @@
 """Multi-label classification: losses, average precision, a threshold for each class, prediction."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -9,8 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
-from PIL import Image
-from rich.text import Text
 from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
@@ -27,14 +24,12 @@ from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
 from dualtoken_vit.data.transforms import classification_train, train_size
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import ClassificationInput, Model, MultiLabel
 from dualtoken_vit.results import Labels
-from dualtoken_vit.show.drawing import SIDE, draw_card, fit
+from dualtoken_vit.runtime.report import LabelsReport
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.classification import ImagePredictor, data_config
 from dualtoken_vit.tasks.networks import create_model
-from dualtoken_vit.tasks.predictor import Caption, Report
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,7 @@ class MultiLabelPredictor(ImagePredictor[Labels]):
     """A multi-label classifier: returns the labels of each image whose probability reaches their threshold."""
 
     Options = MultiLabelOptions
+    report = LabelsReport
 
     @property
     def thresholds(self) -> Tensor:
@@ -67,29 +63,6 @@ class MultiLabelPredictor(ImagePredictor[Labels]):
             names = tuple(self.class_names[label] for label in labels.tolist())
             results.append(Labels(names, labels.numpy(), shares[labels].numpy(), shares.numpy()))
         return results
-
-
-def _pairs(result: Labels) -> list[tuple[str, float]]:
-    return list(zip(result.names, result.probabilities.tolist(), strict=True))
-
-
-class MultiLabelReport(Report[Labels]):
-    """The labels of each image with their probabilities."""
-
-    columns = "label", ""
-
-    def entry(self, result: Labels) -> dict[str, Any]:
-        return {"labels": [{"label": name, "probability": share} for name, share in _pairs(result)]}
-
-    def rows(self, result: Labels) -> Iterator[tuple[Text, Text]]:
-        for name, share in _pairs(result):
-            yield Text(printable(name)), Text(f"{share:.1%}", justify="right")
-        if not result.names:
-            yield Text("nothing"), Text("")
-
-    def draw(self, title: str, image: Image.Image, result: Labels) -> tuple[Image.Image, Image.Image, Caption]:
-        small = fit(image, SIDE)
-        return draw_card(small, title, _pairs(result)), small, (", ".join(result.names) or "nothing", None)
 
 
 class MultiLabelModule(TaskModule):
@@ -195,7 +168,6 @@ class MultiLabelTask(Task[MultiLabel]):
     name = "multilabel"
     recipe = MultiLabel
     predictor = MultiLabelPredictor
-    report = MultiLabelReport
     data_flags = "--data.root DIR [--data.val-split NAME]"
     check_data = staticmethod(data_check.check)
 

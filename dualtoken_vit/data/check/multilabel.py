@@ -27,9 +27,7 @@ def check(recipe: MultiLabel, out: Path) -> bool:
     for role, dataset in datasets.items():
         none, most = sum(not labels for labels in dataset.labels), max(map(len, dataset.labels))
         mean = sum(map(len, dataset.labels)) / len(dataset)
-        lines.append(
-            f"{role}: {len(dataset)} images, {none} without labels; labels per image: {mean:.2f}, up to {most}"
-        )
+        lines.append(f"{role}: {len(dataset)} images, {none} without labels; {mean:.2f} labels per image, up to {most}")
     train = datasets["train"]
     sound = spread([index for index, fact in enumerate(facts["train"]) if not fact.problem])
     scenes = ([(facts["train"][index].label or "no label", train.image(index), None)] for index in sound)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from dualtoken_vit.data.coco import AnnotatedImages, encode_masks
+from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.folders import scan
 from dualtoken_vit.data.formats.base import Format, Labels, number
 from dualtoken_vit.data.images import image_size
+from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.splits import ALL, find, split_folders
 from dualtoken_vit.errors import InputError, reason
 
@@ -142,9 +142,9 @@ def _part(shape: dict[str, Any], width: int, height: int) -> list[float] | dict[
     left, top = (round(value) for value in outline[0])
     if mask.ndim != 2 or min(left, top) < 0 or top + mask.shape[0] > height or left + mask.shape[1] > width:
         raise ValueError("its mask is not within the image")
-    whole = torch.zeros((1, height, width), dtype=torch.bool)
-    whole[0, top : top + mask.shape[0], left : left + mask.shape[1]] = torch.from_numpy(mask)
-    return encode_masks(whole)[0]
+    whole = np.zeros((height, width), dtype=bool)
+    whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    return encode_mask(whole)
 
 
 FORMAT = Format(_detect, _read)

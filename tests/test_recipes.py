@@ -248,7 +248,8 @@ def test_flatten():
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_inference_fields_are_declared_once(kind):
-    inputs = {"classification": ClassificationInput, "detection": DetectionInput, "segmentation": SegmentationInput}
+    inputs = {"detection": DetectionInput, "segmentation": SegmentationInput}
+    inputs |= {"classification": ClassificationInput, "multilabel": ClassificationInput}
     base, data = inputs[kind.task], type(kind().data)
     assert issubclass(data, base)
     assert {field.name for field in fields(base)}.isdisjoint(get_annotations(data))

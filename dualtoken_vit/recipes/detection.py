@@ -111,7 +111,7 @@ register(
                 detector="ssdlite",
                 model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
                 data=DetectionData(image_size=320, max_size=512),
-                optim=Optim(lr=5e-4, batch_size=8, epochs=60, clip_grad=10.0),
+                optim=Optim(lr=1e-3, batch_size=8, epochs=60, clip_grad=10.0),
             ),
         ),
         "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP.", COCO),

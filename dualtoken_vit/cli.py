@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
     hint = f"{error.name} is not installed; {INSTALL}"
     try:
-        from dualtoken_vit.runtime.command import main as predict_exported
+        from dualtoken_vit.cli_runtime import main as predict_exported
     except ModuleNotFoundError:
         sys.exit(f"dualtoken-vit: error: {hint}")
     predict_exported(sys.argv[1:], hint)
@@ -80,13 +80,13 @@ class Evaluate(Generic[D]):
 @dataclass(frozen=True)
 class Predict(Generic[O]):
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders to search for them, subfolders included."""
+    """Image files, and folders to search for them, subfolders included; or one video, or the number of a camera."""
     options: Annotated[O, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of all
-    images, and predictions.json."""
+    images, and predictions.json. Of a video: the annotated video, with a .jsonl beside it."""
     json: bool = False
-    """Print one JSON object on stdout instead of the table, and nothing else there."""
+    """Print one JSON object on stdout instead of the table, and nothing else there; of a video, one for each frame."""
     batch_size: int | None = None
     """Images in a forward pass; by default 32, in detection and segmentation 4."""
     device: Device = "auto"
@@ -120,6 +120,18 @@ class Export(Generic[D]):
     """Folder of images to verify and calibrate with; by default noise."""
     evaluate: bool = False
     """Also evaluate checkpoint and file on the validation images (--data.*)."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder of images and labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """The new folder. Images are copied into it."""
+    to: Literal["coco", "yolo", "voc"]
+    """Format of the new folder."""
+    format: str = "auto"
+    """Format of the source: coco, yolo, voc, csv or labelme; auto: detect it."""
 
 
 def _runtime(chosen: Any) -> dict[str, Any]:
@@ -188,7 +200,8 @@ def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], pro
 
 def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str | None) -> tuple[Any, dict[str, Any]]:
     """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
-    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
+    short = {"--data.split": "--data.val-split", "--tile": "--data.tile", "--overlap": "--data.overlap"}
+    args = [short.get(arg, arg) for arg in args]
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
@@ -240,6 +253,9 @@ def train(args: list[str]) -> None:
     stored = stored_recipe(out, named) if chosen.resume else None
     if stored is not None:
         chosen = parse(stored)
+    epochs = chosen.recipe.optim.epochs
+    if chosen.recipe.run.max_minutes is not None and epochs != (stored or RECIPES[name]).optim.epochs:
+        raise InputError(f"--optim.epochs {epochs}: --run.max-minutes sets the epochs; leave out one of the two")
     run(chosen.recipe, out, chosen.resume, named if stored is not None else name)
 
 
@@ -270,14 +286,14 @@ def evaluate(args: list[str]) -> None:
 
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
-    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER ... [--out FOLDER] [OPTIONS]")
+    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
     from dualtoken_vit.predict import predict as run
     from dualtoken_vit.predictors import default_options
 
     options = default_options(checkpoint)
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
-    common = chosen.out, chosen.json, chosen.batch_size, chosen.device
-    return run(checkpoint, chosen.images, *common, **_runtime(chosen) | asdict(chosen.options))
+    options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
+    return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 
 
 def export(args: list[str]) -> None:
@@ -342,6 +358,14 @@ def check_data(args: list[str]) -> bool:
     return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
 
 
+def convert(args: list[str]) -> None:
+    """Write images with boxes or polygons in another label format."""
+    chosen = tyro.cli(Convert, args=args, prog="dualtoken-vit convert", description=convert.__doc__)
+    from dualtoken_vit.data.convert import convert as run
+
+    run(chosen.source, chosen.target, chosen.to, chosen.format)
+
+
 def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
     """A command whose options are the parameters of the function of that name in `paper`."""
 
@@ -365,6 +389,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "study": study,
     "tables": _forward("tables", "Print the paper's tables next to the figures of this implementation."),
     "check-data": check_data,
+    "convert": convert,
 }
 
 

@@ -24,7 +24,7 @@ from dualtoken_vit.tasks.run_folder import RUN
 
 
 class _InTorch:
-    """The predictor of an exported file, with tensors in and out."""
+    """The predictor of an exported file for the modules of the tasks: logits and label maps are tensors."""
 
     device = torch.device("cpu")
 
@@ -36,14 +36,10 @@ class _InTorch:
         return getattr(self.predictor, name)
 
     def forward(self, batch: Any, **options: Any) -> Any:
-        return _to_tensors(self.predictor.forward([np.asarray(image) for image in batch], **options))
-
-
-def _to_tensors(value: Any) -> Any:
-    """The arrays in a list or dict as tensors."""
-    if isinstance(value, dict):
-        return {key: _to_tensors(each) for key, each in value.items()}
-    return [_to_tensors(each) for each in value] if isinstance(value, list) else torch.from_numpy(value)
+        found = self.predictor.forward([np.asarray(image) for image in batch], **options)
+        if isinstance(found, np.ndarray):
+            return torch.from_numpy(found)
+        return [each if isinstance(each, dict) else torch.from_numpy(each) for each in found]
 
 
 def evaluate(

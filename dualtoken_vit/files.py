@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import shutil
+import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, first_line
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -51,10 +53,44 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             temporary.unlink()
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `path` only when all of it is written; nothing is left otherwise.
+
+    Raises:
+        InputError: if `path` exists and is not an empty folder, or where the system refuses.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{printable(path)}: is not empty; name a new folder")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {printable(path)}: {error.strerror}; nothing was written") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_json(value: Any, path: str | Path) -> None:
     """Write plain data as a JSON file; see `atomic_write`."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
+
+
+@contextmanager
+def guard(path: Path) -> Iterator[None]:
+    """A context to make and write a drawing or report in: an error becomes one line on stderr and never ends a run."""
+    try:
+        yield
+    except InputError as error:  # names the file
+        print(f"warning: {printable(str(error))}", file=sys.stderr)
+    except Exception as error:
+        reason = printable(f"{type(error).__name__}: {first_line(error)}")
+        print(f"warning: cannot save {printable(path)}: {reason}", file=sys.stderr)
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -1,21 +1,27 @@
-"""The command `predict`: run a trained network on image files, print and draw its predictions."""
+"""The command `predict`: run a trained network on image files, print and draw its predictions.
+
+Exported files need neither PyTorch nor the train extra.
+"""
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from itertools import islice
 from json import dumps
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
+from PIL import Image
 
+import dualtoken_vit
 from dualtoken_vit.data.folders import scan, skipped_note
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, write_json
-from dualtoken_vit.predictors import load_predictor, read_header
-from dualtoken_vit.show.console import guard
+from dualtoken_vit.files import atomic_write, guard, printable, write_json
+from dualtoken_vit.runtime.report import Report
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
-from dualtoken_vit.tasks.registry import get_task
+from dualtoken_vit.show.video import Video, VideoWriter, is_video
 
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
 
@@ -33,14 +39,13 @@ def predict(
     out: Path | None = None,
     json: bool = False,
     batch_size: int | None = None,
-    device: str = "auto",
     **options: Any,
 ) -> bool:
     """Print a table, or one JSON object, of a network's predictions for image files; draw them with `out`.
 
     Args:
         images, out, json, batch_size: as on the command line, `cli.Predict`
-        checkpoint, device, options: as for `load_predictor`
+        checkpoint, options: as for `load_predictor`
 
     Returns:
         Whether every image could be used; the others are named on stderr.
@@ -50,10 +55,11 @@ def predict(
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
-    task = get_task(read_header(checkpoint).task)
-    sources = find_images(images, out, suffixes=task.report.suffixes)
-    predictor = load_predictor(checkpoint, device, **options)
-    report = task.report(predictor)
+    if any(map(is_video, images)):
+        return _predict_video(checkpoint, images, out, json, batch_size, options)
+    predictor = dualtoken_vit.load_predictor(checkpoint, **options)
+    report = predictor.report(predictor)
+    sources = find_images(images, out, suffixes=report.suffixes)
 
     record: dict[str, Any] = {"checkpoint": str(checkpoint), **report.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(sources) > 1 else None
@@ -85,8 +91,86 @@ def predict(
     if json:
         print(dumps(record))
     else:
-        Console().print(report.table)
+        print_table(report)
     return tell_unreadable(record["unreadable"], len(sources))
+
+
+def _predict_video(
+    checkpoint: Path,
+    videos: tuple[Path, ...],
+    out: Path | None,
+    json: bool,
+    batch_size: int | None,
+    options: dict[str, Any],
+) -> bool:
+    """Predict for each frame of a video; with `out`, draw the frames as a video, and write a line of JSON for each."""
+    if len(videos) > 1:
+        raise InputError(f"{videos[0]} and {videos[1]}: give one video or camera, and no images beside it")
+    if out is not None and out.resolve() == videos[0].resolve():
+        raise InputError(f"--out {out}: is the video that is read; name another file")
+    video = Video(videos[0])
+    predictor = dualtoken_vit.load_predictor(checkpoint, **options)
+    report = predictor.report(predictor)
+    count, problems = 0, []
+
+    def read() -> Iterator[tuple[float, Image.Image]]:
+        try:
+            yield from video
+        except InputError as error:  # raised here, it would lose the frames of the batch
+            problems.append(error)
+
+    with ExitStack() as stack:
+        lines = stack.enter_context(atomic_write(out.with_suffix(".jsonl"), "w")) if out else None
+        writer = stack.enter_context(VideoWriter(out, video.rate)) if out else None
+        frames = read()
+        with suppress(ModuleNotFoundError):  # without the train extra, no progress bar
+            from dualtoken_vit.data.threads import track
+
+            frames = track(frames, video.frames, "predicting")
+        try:
+            while batch := list(islice(frames, 1 if video.camera else batch_size or predictor.batch_size)):
+                results = predictor([image for _, image in batch])
+                for (seconds, image), result in zip(batch, results, strict=True):
+                    line = dumps({"frame": count, "seconds": round(seconds, 6), **report.entry(result)})
+                    if lines:
+                        lines.write(f"{line}\n")
+                    if json:
+                        print(line, flush=video.camera)
+                    if writer:
+                        writer.add(seconds, report.draw(f"{seconds:.2f} s", image, result)[0])
+                    count += 1
+        except KeyboardInterrupt:  # how a camera ends
+            print(f"stopped after {count} frames", file=sys.stderr)
+        if problems and not count:
+            raise problems[0]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not json:
+        print(f"{count} frames" + (f": {out}, {out.with_suffix('.jsonl')}" if out else ""))
+    return not problems
+
+
+def print_table(report: Report[Any]) -> None:
+    """Print a report's table; without the train extra as plain lines."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ModuleNotFoundError:
+        for path, rows in report.table:
+            print(printable(path), *("  ".join(map(printable, ("", *row))) for row in rows), sep="\n")
+        return
+    table = Table("image", *report.columns, box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for path, rows in report.table:
+        for number, row in enumerate(rows):
+            style = ("dim" if number else "bold") if report.ranked else ""
+            table.add_row(Text("" if number else printable(path)), *(Text(printable(cell), style) for cell in row))
+        table.add_section()
+    Console().print(table)
 
 
 def none_readable(unreadable: list[dict[str, str]]) -> str:

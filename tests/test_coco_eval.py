@@ -15,8 +15,11 @@ from pycocotools import mask as reference
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dualtoken_vit.data.detection import DetectionDataset, clip, decode_masks, read_coco, save_scenes
-from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, evaluate, save_results, to_results
+from dualtoken_vit.data.coco import clip, decode_masks, read_coco
+from dualtoken_vit.data.detection import DetectionDataset, save_scenes
+from dualtoken_vit.results import Objects
+from dualtoken_vit.runtime import report
+from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, evaluate, save_results
 from dualtoken_vit.tasks.distributed import gather
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -44,6 +47,13 @@ def perturbed(data):
             detections["masks"] = decode_masks(objects, image).roll((shift, 1), (1, 2)).bool()[:, None]
         found[image["id"]] = to_results(image["id"], detections, data.category_ids)
     return found
+
+
+def to_results(image_id, detections, category_ids):
+    arrays = {key: value.numpy() for key, value in detections.items()}
+    if "masks" in arrays:
+        arrays["masks"] = arrays["masks"][:, 0]
+    return report.to_results(image_id, Objects(names=(), **arrays), category_ids)
 
 
 def pycocotools(truth, results, kind):

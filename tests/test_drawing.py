@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, fontManager
 from PIL import Image
 
+from dualtoken_vit.files import guard
 from dualtoken_vit.show import drawing, plots, text
-from dualtoken_vit.show.console import guard, table_text
+from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, draw_card, draw_objects, draw_scene, save_image
 
 ODD = {

@@ -210,7 +210,7 @@ def test_a_run_that_was_cut_short_can_be_repeated(constant, tmp_path, monkeypatc
 
     image, out = solid(tmp_path / "x.png"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("dualtoken_vit.tasks.classification.draw_card", fail)
+        patch.setattr("dualtoken_vit.runtime.report.draw_card", fail)
         with pytest.raises(KeyboardInterrupt):
             predict(constant, (image,), out)
     assert predict(constant, (image,), out)

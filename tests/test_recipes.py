@@ -234,7 +234,7 @@ def test_fields_that_may_differ_on_resume():
     assert free_on_resume(Classification) == run | {"data.root", "data.workers", "distill.teacher"}
     assert free_on_resume(Segmentation) == run | {"data.root", "data.classes", "data.workers"}
     files = {"data.images", "data.val_images", "data.train_json", "data.val_json"}
-    assert free_on_resume(Detection) == run | files | {"data.workers"}
+    assert free_on_resume(Detection) == run | files | {"data.root", "data.workers"}
     for kind in KINDS.values():
         assert free_on_resume(kind) <= flatten(kind()).keys()
 

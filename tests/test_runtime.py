@@ -16,13 +16,14 @@ from timm.data import create_transform
 from torch import nn
 from torchvision.ops import batched_nms
 
-from dualtoken_vit import load_predictor
+from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.detectors import Transform, paste_mask
+from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
 from dualtoken_vit.recipes import SegmentationInput
 from dualtoken_vit.runtime import predictor as runtime
 from dualtoken_vit.runtime.session import FORMAT, KEY
+from dualtoken_vit.show.drawing import MARGIN, SIDE
 
 NAMES = ["a", "b", "c"]
 WEIGHT = np.random.default_rng(0).normal(size=(3, 3, 3, 3)).astype(np.float32)
@@ -258,14 +259,15 @@ for name in ("torch", "timm", "torchvision", "lightning", "rich", "tyro", "annot
 """
 
 
-def test_without_torch(classifier, image, tmp_path):
-    """In a process that cannot import torch: the same predictions, from Python and on the command line."""
+def test_without_torch(classifier, image, tmp_path, capsys):
+    """In a process that cannot import torch: the same predictions and drawings, from Python and on the command line."""
     image.save(tmp_path / "image.png")
+    args = ["predict", str(classifier), str(tmp_path / "image.png"), "--json"]
     code = (
         f"{BLOCK}from dualtoken_vit import load_predictor\n"
         f"result = load_predictor({str(classifier)!r})({str(tmp_path / 'image.png')!r})\n"
         "print(result.labels.tolist(), result.probabilities.tolist())\n"
-        f"sys.argv = ['dualtoken-vit', 'predict', {str(classifier)!r}, {str(tmp_path / 'image.png')!r}, '--json']\n"
+        f"sys.argv = {['dualtoken-vit', *args, '--out', str(tmp_path / 'bare')]!r}\n"
         "from dualtoken_vit.cli import main\nmain()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
@@ -273,6 +275,8 @@ def test_without_torch(classifier, image, tmp_path):
     first, second = done.stdout.splitlines()
     result = load_predictor(classifier)(tmp_path / "image.png")
     assert first == f"{result.labels.tolist()} {result.probabilities.tolist()}"
-    (entry,) = json.loads(second)["predictions"]
-    assert [one["class"] for one in entry["classes"]] == list(result.names)
-    assert [one["probability"] for one in entry["classes"]] == result.probabilities.tolist()
+    assert cli.run([*args, "--out", str(tmp_path / "full")]) == 0
+    assert second == capsys.readouterr().out.strip()
+    bare, full = (np.asarray(Image.open(tmp_path / name / "image.png.png")) for name in ("bare", "full"))
+    assert bare.shape == full.shape
+    assert np.array_equal(bare[:, : SIDE + MARGIN], full[:, : SIDE + MARGIN])  # beside it there is text, in other fonts

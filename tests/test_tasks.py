@@ -29,8 +29,9 @@ from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import FREE, DataSection, Model, Optim, Recipe, Run
+from dualtoken_vit.runtime.report import Report
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
-from dualtoken_vit.tasks.predictor import Predictor, Report
+from dualtoken_vit.tasks.predictor import Predictor
 from dualtoken_vit.tasks.registry import get_task, register
 
 COUNTS = {"train": 24, "val": 8}
@@ -91,8 +92,22 @@ class Network(nn.Module):
         return self.line(x.mean((1, 2, 3))[:, None])[:, 0]
 
 
+class BrightnessReport(Report[float]):
+    columns = ("brightness",)
+
+    def entry(self, result: float) -> dict[str, Any]:
+        return {"brightness": result}
+
+    def rows(self, result: float) -> list[tuple[str]]:
+        return [(f"{result}",)]
+
+    def draw(self, title, image, result):
+        return image, image, (title, result)
+
+
 class BrightnessPredictor(Predictor[float]):
     Options = BrightnessOptions
+    report = BrightnessReport
 
     def preprocess(self, image: Image.Image) -> Tensor:
         return pil_to_tensor(image) / 255
@@ -105,19 +120,6 @@ class BrightnessPredictor(Predictor[float]):
 
     def postprocess(self, outputs: Tensor) -> list[float]:
         return [round(value, self.options.digits) for value in outputs.tolist()]
-
-
-class BrightnessReport(Report[float]):
-    columns = ("brightness",)
-
-    def entry(self, result: float) -> dict[str, Any]:
-        return {"brightness": result}
-
-    def rows(self, result: float) -> list[tuple[str]]:
-        return [(f"{result}",)]
-
-    def draw(self, title, image, result):
-        return image, image, (title, result)
 
 
 class BrightnessModule(TaskModule):
@@ -150,7 +152,6 @@ class BrightnessTask(Task[Brightness]):
     name = "brightness"
     recipe = Brightness
     predictor = BrightnessPredictor
-    report = BrightnessReport
     data_flags = "--data.root DIR"
 
     def prepare(self, recipe: Brightness, start: Model) -> Setup:

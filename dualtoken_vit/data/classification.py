@@ -24,6 +24,7 @@ from dualtoken_vit.data.images import MODES, load_image
 from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
 from dualtoken_vit.data.streams import ImageStream, Record, Shards, TensorFlowDataset, unreadable
+from dualtoken_vit.data.tables import Labelled, read_labels
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
@@ -128,10 +129,16 @@ def _where(data: ClassificationData, split: str) -> str:
 
 
 def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset:
-    """ROOT/SPLIT/CLASS/**, with classes in natural order, including empty ones."""
+    """ROOT/SPLIT/CLASS/**, with classes in natural order, including empty ones; or a table of files and classes."""
     if not data.root:
         raise InputError("--data.root is missing: give the folder that contains train/CLASS/*.jpg and val/CLASS/*.jpg")
     folder = Path(data.root, split_name(data, split))
+    if not any(each.is_dir() and not each.name.startswith(".") for each in folder.glob("*")):
+        found = read_labels(Path(data.root), folder.name, separator=None)
+        if found is not None:
+            return _labelled(found, channels)
+        if data.holdout and split == "train" and not folder.is_dir():  # one folder without splits
+            folder = Path(data.root)
     for path in (Path(data.root), folder):
         if not path.is_dir():
             holdout = "; without a val folder give --data.holdout 0.1" if path == folder and split == "val" else ""
@@ -162,6 +169,17 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
     if skipped:
         dataset.notes += (skipped_note(skipped, "images in a class folder"),)
     return dataset
+
+
+def _labelled(found: Labelled, channels: int) -> ImageDataset:
+    """The images of a table, each of one class."""
+    for file, names in zip(found.files, found.labels, strict=True):
+        if len(names) != 1:
+            fault = f"has {len(names)} classes, but classification needs one; for several, see the recipe multilabel"
+            raise InputError(f"{printable(found.table)}: {printable(file)} {fault}")
+    numbers = {name: label for label, name in enumerate(found.class_names)}
+    targets = [numbers[name] for (name,) in found.labels]
+    return ImageDataset(found.files, targets, found.class_names, found.files, channels, str(found.table.parent))
 
 
 def _shapes(data: ClassificationData, split: str, channels: int) -> ImageDataset:

@@ -128,6 +128,9 @@ class Run:
     """Approximate duration of the run: times the first steps, then sets optim.epochs to the number that fits."""
     patience: Annotated[int | None, Epochs, FREE] = None
     """Stop after this many validations in a row without a better epoch."""
+    logger: Annotated[Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"], FREE] = "tensorboard"
+    """Tracker of losses and metrics. wandb, mlflow and trackio are extras of their names, and follow their own
+    environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID)."""
     save_every: Annotated[int, Count, FREE] = 200
     """Steps between saves of last.ckpt, which is also saved after every epoch."""
 

@@ -26,10 +26,11 @@ class ClassificationData(ClassificationInput, DataSection):
     """The images."""
 
     dataset: str = "folder"
-    """folder: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg; shapes: generated images; imagenette: downloaded by
-    torchvision; or a timm dataset: wds/..., hfds/..., tfds/... (install the package that reads it)."""
+    """folder: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, with holdout also ROOT/CLASS/*.jpg, or a CSV or Parquet
+    table of files and classes in ROOT; shapes: generated images; imagenette: downloaded by torchvision; or a timm
+    dataset: wds/..., hfds/..., tfds/... (install the package that reads it)."""
     root: Annotated[str, FREE] = ""
-    """Dataset folder."""
+    """Dataset folder, or one table."""
     train_split: str = "train"
     """Name of the training split or folder."""
     val_split: str = "val"

@@ -16,6 +16,11 @@ class DetectionInput:
     """Short side of the resized images, in pixels."""
     max_size: Annotated[int, Side] = 1333
     """Maximum long side, in pixels; it takes precedence over image_size."""
+    tile: Annotated[int | None, Interval(ge=32, le=16384)] = None
+    """Large images: evaluate and predict in overlapping square tiles of this side in pixels, each resized as an image
+    would be, and merge their objects. None: whole images."""
+    overlap: Annotated[float, Interval(ge=0, le=0.9)] = 0.2
+    """Overlap of neighbouring tiles, as a share of their side; it should exceed most objects."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,17 @@ class DetectionData(DetectionInput, DataSection):
     """The images and their objects."""
 
     dataset: str = "coco"
-    """coco: images and COCO json files; shapes: generated images with boxes and masks."""
+    """coco: images and labels in files; shapes: generated images with boxes and masks."""
+    root: Annotated[str, FREE] = ""
+    """Folder of images with labels in any of the formats. It takes precedence over images and the json files."""
+    format: str = "auto"
+    """Label format in root: coco (also as exported by Roboflow), yolo, voc, csv or labelme; auto: detect it."""
+    train_split: str = "train"
+    """Name of the training split in root."""
+    val_split: str = "val"
+    """Name of the validation split in root."""
+    holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
+    """Fraction of the training images to validate on, instead of a validation split."""
     images: Annotated[str, FREE] = ""
     """Folder of the images that the json files name."""
     val_images: Annotated[str | None, FREE] = None
@@ -99,7 +114,7 @@ register(
             ),
         ),
         "coco": (
-            "Detect your own objects: --data.images DIR --data.train-json FILE --data.val-json FILE.",
+            "Detect your own objects: --data.root DIR with labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form.",
             Detection(
                 model=Model(name="dualtoken_vit_small", pretrained="auto"),
                 optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),

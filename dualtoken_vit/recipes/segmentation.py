@@ -32,16 +32,22 @@ class SegmentationData(SegmentationInput, DataSection):
     """The images and their masks."""
 
     dataset: str = "masks"
-    """masks: ROOT/images/SPLIT/**/NAME.jpg and ROOT/annotations/SPLIT/**/NAME.png; shapes: generated images."""
+    """masks: images and labels in files; shapes: generated images."""
     root: Annotated[str, FREE] = ""
     """Dataset folder."""
+    format: str = "auto"
+    """Format of the labels. masks: ROOT/images/SPLIT/**/NAME.jpg and ROOT/annotations/SPLIT/**/NAME.png, or the layout
+    of Pascal VOC; coco, yolo, voc, labelme: polygons or masks of objects, drawn on a class background; auto: detect it.
+    """
     train_split: str = "train"
     """Folder name of the training split."""
     val_split: str = "val"
     """Folder name of the validation split."""
+    holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
+    """Fraction of the training images to validate on, instead of a validation split."""
     classes: Annotated[str | None, FREE] = None
-    """File of class names, one per line in label order, or as LABEL<TAB>NAME. None: ROOT/classes.txt or
-    ROOT/objectInfo150.txt if it exists, otherwise the label numbers."""
+    """File of class names, one per line in label order, or as LABEL<TAB>NAME; for coloured masks, as NAME,R,G,B. None:
+    ROOT/classes.txt, objectInfo150.txt, labelmap.txt or class_dict.csv if it exists, otherwise the label numbers."""
     ignore_index: Annotated[int, Interval(ge=0, le=65535)] = 255
     """Label of ignored pixels."""
     reduce_zero_label: bool = False

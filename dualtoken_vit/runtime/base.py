@@ -15,6 +15,7 @@ from dualtoken_vit.data.folders import image_files
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
+from dualtoken_vit.runtime.report import Report
 
 Result = TypeVar("Result")
 ImageLike = Any
@@ -48,6 +49,7 @@ class BasePredictor(ABC, Generic[Result]):
     """
 
     Options: ClassVar[type]  # dataclass of what a call of `load_predictor`, or the command line, may choose
+    report: ClassVar[type[Report[Any]]]  # records, tabulates and draws results for the command line
     batch_size: ClassVar[int] = 32  # images in a batch unless a call chooses it
     ahead: ClassVar[int] = 256  # images that may wait in memory
     memory_hint: ClassVar[str] = "use a smaller image_size"  # what helps where an image does not fit into memory

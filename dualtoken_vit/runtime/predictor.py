@@ -17,6 +17,7 @@ from PIL import Image
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.results import Classes, LabelMap, Objects
 from dualtoken_vit.runtime.base import BasePredictor, Result
+from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, ObjectsReport
 from dualtoken_vit.runtime.session import Arrays, ExportedModel
 
 __all__ = ["ExportedPredictor", "load_predictor", "predictor_class"]
@@ -159,6 +160,7 @@ class Classifier(ExportedPredictor[Classes]):
     """A classifier: returns the `top_k` most likely classes of each image."""
 
     Options = ClassifierOptions
+    report = ClassesReport
 
     def __init__(self, model: ExportedModel, options: ClassifierOptions):
         super().__init__(model, options)
@@ -221,6 +223,7 @@ class Segmenter(ExportedPredictor[LabelMap]):
     """A segmenter: returns the class of every pixel of each image."""
 
     Options = SegmenterOptions
+    report = LabelMapReport
     batch_size = 4
     ahead = 16
 
@@ -281,6 +284,7 @@ class Detector(ExportedPredictor[Objects]):
     """A detector of fixed size: the image is resized to fit, and padded at the right and bottom."""
 
     Options: ClassVar[type] = DetectorOptions
+    report = ObjectsReport
     batch_size = 4
     ahead = 16
 

@@ -1,16 +1,12 @@
-"""Tables as text, for the terminal and for Markdown files, and warnings."""
+"""Tables as text, for the terminal and for Markdown files."""
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import printable
 
 
@@ -32,15 +28,3 @@ def table_text(columns: Sequence[str], groups: Iterable[Iterable[Sequence[str]]]
     with console.capture() as captured:
         console.print(table)
     return "\n".join(map(str.rstrip, captured.get().splitlines())).strip("\n")
-
-
-@contextmanager
-def guard(path: Path) -> Iterator[None]:
-    """A context to make and write a drawing or report in: an error becomes one line on stderr and never ends a run."""
-    try:
-        yield
-    except InputError as error:  # names the file
-        print(f"warning: {printable(str(error))}", file=sys.stderr)
-    except Exception as error:
-        reason = printable(f"{type(error).__name__}: {first_line(error)}")
-        print(f"warning: cannot save {printable(path)}: {reason}", file=sys.stderr)

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
-from torch import Tensor
 
-from dualtoken_vit.files import atomic_write
-from dualtoken_vit.show.console import guard
+from dualtoken_vit.files import atomic_write, guard
 from dualtoken_vit.show.text import fit_text
 
 Top = list[tuple[str, float]]  # class names and their probabilities, most likely first
@@ -90,14 +88,15 @@ def palette(num_classes: int) -> list[int]:
     return [part for label in range(num_classes) for part in color_of(label)]
 
 
-def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Sequence[str]) -> Image.Image:
+def draw_objects(image: Image.Image, objects: dict[str, Any], class_names: Sequence[str]) -> Image.Image:
     """An image with its objects: boxes in the colour of the class, with names, scores and masks if available.
 
     With a single class, each object has its own colour and no name.
 
     Args:
         image: the image; the drawing's long side is between 800 and 1600 pixels
-        objects: boxes (N, 4) XYXY in pixels of the image, labels (N,); optionally scores (N,), masks (N, [1,] H, W)
+        objects: arrays or tensors: boxes (N, 4) XYXY in pixels of the image, labels (N,); optionally scores (N,) and
+            masks (N, [1,] H, W)
         class_names: by label
     """
     long = max(image.size)
@@ -109,7 +108,9 @@ def draw_objects(image: Image.Image, objects: dict[str, Tensor], class_names: Se
     colors = [color_of(index if single else label) for index, label in enumerate(labels)]
     if len(objects.get("masks", ())):
         for mask, color in zip(objects["masks"].reshape(-1, image.height, image.width), colors, strict=True):
-            shape = Image.fromarray(255 * mask.numpy().astype(np.uint8)).resize(canvas.size, Image.Resampling.NEAREST)
+            shape = Image.fromarray(255 * np.asarray(mask, dtype=np.uint8)).resize(
+                canvas.size, Image.Resampling.NEAREST
+            )
             inside = shape.filter(ImageFilter.MinFilter(5)).point(lambda value: round(0.55 * value))
             canvas.paste(color, mask=ImageChops.subtract(shape, inside))  # opaque outline, 45 % inside
     width, size = max(2, round(max(canvas.size) / 350)), max(14, round(max(canvas.size) / 65))

@@ -19,8 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 
-from dualtoken_vit.files import atomic_write, printable
-from dualtoken_vit.show.console import guard
+from dualtoken_vit.files import atomic_write, guard, printable
 from dualtoken_vit.show.text import literal, shorten
 
 

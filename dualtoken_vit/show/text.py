@@ -4,16 +4,21 @@ from collections.abc import Callable
 from functools import cache
 from math import inf
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-from matplotlib.font_manager import fontManager
-from matplotlib.ft2font import FaceFlags, FT2Font
 from PIL import ImageFont
 
 from dualtoken_vit.files import printable
 
-_BUNDLED = Path(matplotlib.get_data_path(), "fonts", "ttf")
-REGULAR, BOLD = (str(_BUNDLED / f"DejaVuSans{style}.ttf") for style in ("", "-Bold"))
+try:
+    import matplotlib
+    from matplotlib.font_manager import fontManager
+    from matplotlib.ft2font import FaceFlags, FT2Font
+
+    _BUNDLED = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    REGULAR, BOLD = (str(_BUNDLED / f"DejaVuSans{style}.ttf") for style in ("", "-Bold"))
+except ModuleNotFoundError:  # without the train extra: Pillow's own font
+    REGULAR = BOLD = ""
 _ASCII = frozenset(range(32, 127))
 
 
@@ -44,8 +49,10 @@ def literal(text: str, bold: bool = False) -> tuple[str, str]:
 
     Returns:
         The text, and the font file to draw it with: DejaVu Sans, which comes with matplotlib, or the installed font
-        that has the most of the characters.
+        that has the most of the characters. "" without matplotlib: Pillow's own font, which has ASCII.
     """
+    if not REGULAR:
+        return text.encode("ascii", "backslashreplace").decode(), ""
     wanted = frozenset(map(ord, text)) - {ord("\n")}
 
     def known(file: str) -> int:
@@ -73,8 +80,8 @@ def shorten(text: str, width: float, measure: Callable[[str], float] = len) -> s
 
 
 @cache
-def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(file, size)
+def _font(file: str, size: int) -> Any:
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
 
 
 def fit_text(text: str, size: int, width: float = inf, bold: bool = False) -> tuple[str, ImageFont.FreeTypeFont]:

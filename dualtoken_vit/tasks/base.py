@@ -22,7 +22,7 @@ from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
 from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
-from dualtoken_vit.tasks.predictor import OutOfMemory, Predictor, Report, naming_memory
+from dualtoken_vit.tasks.predictor import OutOfMemory, Predictor, naming_memory
 
 R = TypeVar("R", bound=Recipe)
 
@@ -138,7 +138,6 @@ class Task(ABC, Generic[R]):
     name: ClassVar[str]  # as stored in recipes and checkpoints
     recipe: ClassVar[type[Recipe]]
     predictor: ClassVar[type[Predictor[Any]]]
-    report: ClassVar[type[Report[Any]]]  # draws and tabulates predictions for the command line
     data_flags: ClassVar[str]  # the flags that name a dataset, for messages
     evaluation_options: ClassVar[dict[str, Any]] = {}  # of the predictor, where they differ from those of prediction
 

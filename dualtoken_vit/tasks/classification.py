@@ -1,6 +1,5 @@
 """Image classification: loss, mixing of images, metrics, prediction."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from PIL import Image
-from rich.text import Text
 from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
@@ -25,16 +23,15 @@ from dualtoken_vit.data.classification import ImageDataset, build_datasets, buil
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.transforms import classification_eval, classification_train, train_size
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import check_size, pretrained_cfg, statistics
 from dualtoken_vit.recipes import Classification, ClassificationInput, Distill, Model
 from dualtoken_vit.results import Classes
+from dualtoken_vit.runtime.report import ClassesReport
 from dualtoken_vit.show import plots
-from dualtoken_vit.show.drawing import SIDE, draw_card, fit
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.distill import Teacher, distillation_loss, load_teacher
 from dualtoken_vit.tasks.networks import create_model
-from dualtoken_vit.tasks.predictor import Caption, Predictor, Report
+from dualtoken_vit.tasks.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class ClassificationPredictor(Predictor[Classes]):
     """A classifier: returns the `top_k` most likely classes of each image."""
 
     Options = ClassificationOptions
+    report = ClassesReport
 
     def __init__(self, model: nn.Module, class_names: Any, preprocessing: dict[str, Any], options: Any):
         super().__init__(model, class_names, preprocessing, options)
@@ -80,28 +78,6 @@ class ClassificationPredictor(Predictor[Classes]):
             Classes(tuple(self.class_names[label] for label in row.tolist()), row.numpy(), shares.numpy())
             for row, shares in zip(labels, top, strict=True)
         ]
-
-
-def _pairs(result: Classes) -> list[tuple[str, float]]:
-    return list(zip(result.names, result.probabilities.tolist(), strict=True))
-
-
-class ClassificationReport(Report[Classes]):
-    """The classes of each image with their probabilities."""
-
-    columns = "class", ""
-
-    def entry(self, result: Classes) -> dict[str, Any]:
-        return {"classes": [{"class": name, "probability": share} for name, share in _pairs(result)]}
-
-    def rows(self, result: Classes) -> Iterator[tuple[Text, Text]]:
-        for rank, (name, share) in enumerate(_pairs(result)):
-            style = "dim" if rank else "bold"
-            yield Text(printable(name), style), Text(f"{share:.1%}", style, justify="right")
-
-    def draw(self, title: str, image: Image.Image, result: Classes) -> tuple[Image.Image, Image.Image, Caption]:
-        small, top = fit(image, SIDE), _pairs(result)
-        return draw_card(small, title, top), small, top[0]
 
 
 class ClassificationModule(TaskModule):
@@ -230,7 +206,6 @@ class ClassificationTask(Task[Classification]):
     name = "classification"
     recipe = Classification
     predictor = ClassificationPredictor
-    report = ClassificationReport
     data_flags = "--data.root DIR [--data.val-split NAME]"
     check_data = staticmethod(data_check.check)
 

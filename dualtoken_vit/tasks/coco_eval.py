@@ -4,17 +4,13 @@ Detections are collected as COCO results, one list per image, in the form of the
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
-from torch import Tensor
-from torchvision.ops import box_convert
 
-from dualtoken_vit.data.detection import encode_masks
 from dualtoken_vit.files import atomic_write
 
 KINDS = {"box": "bbox", "mask": "segmentation"}  # what is compared: its key in a result
@@ -29,23 +25,6 @@ class Score:
     figures: dict[str, float]  # FIGURES, 0 to 1: AP over IoU 0.5 to 0.95, by size of object; AR with N detections
     per_class: dict[str, float]  # AP of each class
     precision: np.ndarray  # (IoUs of CURVES, classes, 101): the best precision at recall 0, 0.01, ..., 1 or above
-
-
-def to_results(image_id: int, detections: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The detections of one image as COCO results; `category_ids` has the json's id of each class index.
-
-    `detections` are boxes (N, 4) XYXY in pixels of the original image, labels (N,) class indices, scores (N,), and
-    optionally masks (N, 1, H, W).
-    """
-    boxes = box_convert(detections["boxes"].double(), "xyxy", "xywh").tolist()
-    results = [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for box, label, score in zip(boxes, detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
-    ]
-    if "masks" in detections:
-        for result, mask in zip(results, encode_masks(detections["masks"].flatten(0, 1)), strict=True):
-            result["segmentation"] = mask
-    return results
 
 
 def evaluate(truth: dict[str, list[dict]], found: dict[int, list[dict]], masks: bool) -> dict[str, Score]:

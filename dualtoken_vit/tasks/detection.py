@@ -1,6 +1,5 @@
 """Object detection and instance segmentation: losses, COCO's average precision, prediction."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,31 +8,30 @@ import numpy as np
 import torch
 from annotated_types import Interval
 from PIL import Image
-from rich.text import Text
 from torch import Tensor, nn
-from torchvision.ops import box_area
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.balance import image_weights
 from dualtoken_vit.data.check import detection as data_check
+from dualtoken_vit.data.coco import MIN_SIDE
 from dualtoken_vit.data.contract import ImageData
-from dualtoken_vit.data.detection import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset
+from dualtoken_vit.data.detection import DetectionDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
 from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector
+from dualtoken_vit.models.tiles import detect_in_tiles
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
+from dualtoken_vit.runtime.report import ObjectsReport, to_results
 from dualtoken_vit.show import plots
-from dualtoken_vit.show.drawing import draw_objects
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
-from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results, to_results
+from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results
 from dualtoken_vit.tasks.distributed import gather
 from dualtoken_vit.tasks.networks import create_network
-from dualtoken_vit.tasks.predictor import Caption, Predictor, Report
+from dualtoken_vit.tasks.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,11 @@ class DetectionPredictor(Predictor[Objects]):
     """A detector: returns the objects of each image whose score is above `score`."""
 
     Options = DetectionOptions
+    report = ObjectsReport
     batch_size = 4
     ahead = 16
     model: Any
-    memory_hint = "use smaller images, a smaller image_size or a higher score"
+    memory_hint = "use smaller images or tiles, a smaller image_size or a higher score"
 
     def preprocess(self, image: Image.Image) -> Tensor:  # -> (C, H, W) uint8
         return pil_to_tensor(image)
@@ -62,7 +61,11 @@ class DetectionPredictor(Predictor[Objects]):
         self.model.score_thresh = self.options.score
         self.model.transform.min_size = (self.options.image_size,)
         self.model.transform.max_size = max(self.options.max_size, self.options.image_size)
-        return self.model([image.to(self.device) / 255 for image in batch])
+        tile, overlap = self.options.tile, self.options.overlap
+        if tile is None:
+            return self.model([image.to(self.device) / 255 for image in batch])
+        images = (image.to(self.device) / 255 for image in batch)
+        return [detect_in_tiles(self.model, image, tile, overlap, self.batch_size) for image in images]
 
     def postprocess(self, outputs: list[dict[str, Tensor]]) -> list[Objects]:
         results = []
@@ -72,52 +75,6 @@ class DetectionPredictor(Predictor[Objects]):
             masks = found["masks"][:, 0] if "masks" in found else None
             results.append(Objects(names, found["labels"], found["boxes"], found["scores"], masks))
         return results
-
-
-def _detections(result: Objects) -> dict[str, Tensor]:
-    """A result as `detectors` returns it."""
-    arrays = {"boxes": result.boxes, "labels": result.labels, "scores": result.scores}
-    if result.masks is not None:
-        arrays["masks"] = result.masks[:, None]
-    return {key: torch.from_numpy(array) for key, array in arrays.items()}
-
-
-class DetectionReport(Report[Objects]):
-    """The objects of each image; the record is a COCO file with scores."""
-
-    columns = "class", "objects", "best"
-
-    def __init__(self, predictor: DetectionPredictor):
-        super().__init__(predictor)
-        self.category_ids = predictor.category_ids or tuple(range(1, len(predictor.class_names) + 1))
-        categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, predictor.class_names, strict=True)]
-        self.coco: dict[str, list[dict[str, Any]]] = {"images": [], "categories": categories, "annotations": []}
-
-    def add(self, path: Path, image: Image.Image, result: Objects) -> None:
-        super().add(path, image, result)
-        images, annotations = self.coco["images"], self.coco["annotations"]
-        width, height = image.size
-        images.append({"id": len(images) + 1, "file_name": str(path), "width": width, "height": height})
-        found = _detections(result)
-        areas = found["masks"].flatten(1).sum(1) if "masks" in found else box_area(found["boxes"])
-        for one, area in zip(to_results(len(images), found, self.category_ids), areas.tolist(), strict=True):
-            annotations.append({"id": len(annotations) + 1, **one, "area": area, "iscrowd": 0})
-
-    def record(self) -> dict[str, Any]:
-        return self.coco
-
-    def rows(self, result: Objects) -> Iterator[tuple[Text, str, str]]:
-        scores: dict[str, list[float]] = {}
-        for name, score in zip(result.names, result.scores.tolist(), strict=True):
-            scores.setdefault(name, []).append(score)
-        for name, found in scores.items():
-            yield Text(printable(name)), str(len(found)), f"{max(found):.1%}"
-        if not scores:
-            yield Text("nothing"), "", ""
-
-    def draw(self, title: str, image: Image.Image, result: Objects) -> tuple[Image.Image, Image.Image, Caption]:
-        drawing = draw_objects(image, _detections(result), self.predictor.class_names)
-        return drawing, drawing, (f"{len(result)} object{'s' * (len(result) != 1)}", None)
 
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -151,7 +108,7 @@ class DetectionModule(TaskModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        for target, found in zip(targets, self.predict(images, batch_idx), strict=True):
+        for target, found in zip(targets, self.predictor.postprocess(self.predict(images, batch_idx)), strict=True):
             self.found[target["image_id"]] = to_results(target["image_id"], found, self.val.category_ids)
 
     def evaluate(self) -> Evaluation:
@@ -200,8 +157,7 @@ class DetectionTask(Task[Detection]):
     name = "detection"
     recipe = Detection
     predictor = DetectionPredictor
-    report = DetectionReport
-    data_flags = "--data.images DIR --data.val-json FILE"
+    data_flags = "--data.root DIR [--data.val-split NAME] | --data.images DIR --data.val-json FILE"
     check_data = staticmethod(data_check.check)
     evaluation_options = {"score": SCORE_THRESHOLD}  # noqa: RUF012
 
@@ -248,9 +204,10 @@ class DetectionTask(Task[Detection]):
         return DetectionModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:
-        if not given.keys() & {"images", "val_json"}:
+        if not given.keys() & {"root", "images", "val_json"}:
             return {}
-        follows: dict[str, Any] = {"dataset": "coco", "limit": None}
+        follows: dict[str, Any] = {"dataset": "coco", "limit": None, "holdout": 0.0}
+        follows |= {"format": "auto"} if "root" in given else {"root": ""}
         return follows | ({"val_images": None} if "images" in given else {})
 
 

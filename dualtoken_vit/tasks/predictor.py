@@ -1,26 +1,18 @@
-"""A trained network as a function of images: what every task's predictor shares, and how its results are shown."""
+"""A trained network as a function of images: what every task's predictor shares."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from PIL import Image
-from rich import box
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.errors import InputError, first_line
-from dualtoken_vit.files import printable
 from dualtoken_vit.runtime.base import BasePredictor
 
 Result = TypeVar("Result")
-Caption = tuple[str, float | None]  # text and share
 
 
 class Predictor(BasePredictor[Result]):
@@ -88,44 +80,3 @@ def naming_memory(hint: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
             raise OutOfMemory(f"out of memory ({first_line(error)[:80]}): {hint}") from error
         raise
-
-
-class Report(ABC, Generic[Result]):
-    """Collects predictions for the command line: a record for JSON, a table, drawings."""
-
-    columns: ClassVar[tuple[str, ...]]
-    """Headings of the table, after "image"."""
-    suffixes: ClassVar[tuple[str, ...]] = (".png",)  # of the files for an image: the drawing, and those of `files`
-
-    def __init__(self, predictor: Any):
-        self.predictor = predictor
-        self.predictions: list[dict[str, Any]] = []
-        self.table = Table("image", *self.columns, box=box.SIMPLE_HEAD)  # all predictions, for the terminal
-        self.table.columns[0].overflow = "fold"
-
-    def add(self, path: Path, image: Image.Image, result: Result) -> None:
-        """Add the prediction for an image file to the record and the table."""
-        self.predictions.append({"image": str(path), **self.entry(result)})
-        for number, cells in enumerate(self.rows(result)):
-            self.table.add_row(Text("" if number else printable(path)), *cells)
-        self.table.add_section()
-
-    def record(self) -> dict[str, Any]:
-        """All predictions, for JSON."""
-        return {"predictions": self.predictions}
-
-    def entry(self, result: Result) -> dict[str, Any]:
-        """An image's entry in `predictions`, besides its path."""
-        return {}
-
-    @abstractmethod
-    def rows(self, result: Result) -> Iterable[Sequence[str | Text]]:
-        """An image's rows in the table, one or more: the cells of `columns`."""
-
-    @abstractmethod
-    def draw(self, title: str, image: Image.Image, result: Result) -> tuple[Image.Image, Image.Image, Caption]:
-        """A drawing of a prediction, a smaller one for the contact sheet, and its caption there."""
-
-    def files(self, result: Result) -> dict[str, Image.Image]:
-        """Other images to keep beside the drawing, by suffix."""
-        return {}

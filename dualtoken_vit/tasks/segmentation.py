@@ -1,6 +1,5 @@
 """Semantic segmentation: losses, metrics of one confusion matrix, prediction."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
-from rich.text import Text
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -22,17 +20,17 @@ from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import guard, printable
 from dualtoken_vit.models import segmenters
 from dualtoken_vit.recipes import Model, Segmentation, SegmentationInput, model_kwargs
 from dualtoken_vit.results import LabelMap
+from dualtoken_vit.runtime.report import LabelMapReport
 from dualtoken_vit.show import plots
-from dualtoken_vit.show.console import guard
-from dualtoken_vit.show.drawing import draw_scene, palette, save_image
+from dualtoken_vit.show.drawing import draw_scene, save_image
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.distributed import gather, mean_over_processes
 from dualtoken_vit.tasks.networks import create_network
-from dualtoken_vit.tasks.predictor import Caption, Predictor, Report
+from dualtoken_vit.tasks.predictor import Predictor
 
 
 class SegmentationPredictor(Predictor[LabelMap]):
@@ -40,6 +38,7 @@ class SegmentationPredictor(Predictor[LabelMap]):
 
     model: segmenters.Segmenter
     Options = SegmentationInput
+    report = LabelMapReport
     batch_size = 4
     ahead = 16
     memory_hint = "use mode slide, or a smaller image_size"
@@ -56,32 +55,6 @@ class SegmentationPredictor(Predictor[LabelMap]):
 
     def postprocess(self, outputs: list[Tensor]) -> list[LabelMap]:
         return [LabelMap(self.class_names, labels.byte().cpu().numpy()) for labels in outputs]
-
-
-class SegmentationReport(Report[LabelMap]):
-    """The classes of each image with their share of its pixels; label maps as palette PNGs."""
-
-    columns = "class", "share of the pixels"
-    suffixes = ".png", ".labels.png"
-
-    def entry(self, result: LabelMap) -> dict[str, Any]:
-        return {"classes": [{"class": name, "share": share} for name, share in result.shares().items()]}
-
-    def rows(self, result: LabelMap) -> Iterator[tuple[Text, Text]]:
-        for name, share in result.shares().items():
-            yield Text(printable(name)), Text(f"{share:.1%}", justify="right")
-
-    def draw(self, title: str, image: Image.Image, result: LabelMap) -> tuple[Image.Image, Image.Image, Caption]:
-        drawing = draw_scene([("", image, result.labels)], result.class_names)
-        return drawing, drawing, (title, None)
-
-    def files(self, result: LabelMap) -> dict[str, Image.Image]:
-        labels = Image.fromarray(result.labels)
-        labels.putpalette(palette(len(result.class_names)))
-        return {self.suffixes[1]: labels}
-
-    def record(self) -> dict[str, Any]:
-        return {"classes": list(self.predictor.class_names), **super().record()}
 
 
 AUX_WEIGHT = 0.4
@@ -220,7 +193,6 @@ class SegmentationTask(Task[Segmentation]):
     name = "segmentation"
     recipe = Segmentation
     predictor = SegmentationPredictor
-    report = SegmentationReport
     data_flags = "--data.root DIR [--data.val-split NAME]"
     check_data = staticmethod(data_check.check)
 
@@ -254,7 +226,7 @@ class SegmentationTask(Task[Segmentation]):
     def relocate(self, recipe: Segmentation, given: dict[str, Any]) -> dict[str, Any]:
         if "root" not in given:
             return {}
-        follows: dict[str, Any] = {"dataset": "masks", "limit": None}
+        follows: dict[str, Any] = {"dataset": "masks", "format": "auto", "limit": None, "holdout": 0.0}
         if recipe.data.classes and not Path(recipe.data.classes).is_file():
             follows["classes"] = None  # it stayed with the training images; the checkpoint has the names
         return follows

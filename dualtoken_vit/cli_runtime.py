@@ -1,0 +1,54 @@
+"""`dualtoken-vit predict FILE.onnx` where only the runtime extra is installed."""
+
+import sys
+from argparse import ArgumentParser
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
+from dualtoken_vit.predict import predict
+from dualtoken_vit.runtime.predictor import predictor_class
+from dualtoken_vit.runtime.session import RUNTIMES, is_exported, read_description
+
+
+def main(args: list[str], hint: str) -> NoReturn:
+    """Run the command and exit; `hint` is the message for every other command."""
+    if args[:1] != ["predict"] or len(args) < 2 or not is_exported(args[1]):
+        sys.exit(f"dualtoken-vit: error: {hint}")
+    try:
+        sys.exit(0 if predict(Path(args[1]), **parse(Path(args[1]), args[2:])) else 1)
+    except InputError as error:
+        print(f"dualtoken-vit: error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(path: Path, args: list[str]) -> dict[str, Any]:
+    """The arguments of `predict` for an exported file, whose options depend on its task."""
+    parser = ArgumentParser(
+        prog=f"dualtoken-vit predict {path}",
+        description="Print and draw the predictions of an exported file for images.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders of them")
+    parser.add_argument("--out", type=Path, help="folder for a drawing of each image, and predictions.json")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--batch-size", type=int, help="images in a forward pass")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="onnxruntime")
+    description = read_description(path)
+    kind = predictor_class(description)
+    stored = kind.make_options(**kind.stored_options(description))
+    for field in fields(kind.Options):
+        default = getattr(stored, field.name)
+        how: dict[str, Any] = {"type": type(default)}
+        if isinstance(default, bool):
+            how = {"action": "store_true"}
+        elif isinstance(default, tuple):
+            how = {"type": float, "nargs": "+"}
+        elif default is None:
+            how = {"type": int}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=f"default: {default}", **how)
+    return vars(parser.parse_args(args))

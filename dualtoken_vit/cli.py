@@ -307,7 +307,8 @@ def export(args: list[str]) -> None:
     from dualtoken_vit.evaluation import evaluate as measure
     from dualtoken_vit.predictors import stored_recipe
 
-    args = [part for arg, after in zip(args, [*args[1:], ""], strict=True) for part in _with_kind(arg, after)]
+    if "--int8" in args and args[args.index("--int8") + 1 :][:1] not in (["dynamic"], ["static"]):
+        args.insert(args.index("--int8") + 1, "dynamic")
     stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
     chosen, data = _with_data(Export(stored), stored, args, f"export {checkpoint}", export.__doc__)
     options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
@@ -315,11 +316,6 @@ def export(args: list[str]) -> None:
     if chosen.evaluate and chosen.format == "onnx":
         for path in (checkpoint, file):
             print(f"{path}: {measure(path, data=data).headline}")
-
-
-def _with_kind(arg: str, after: str) -> list[str]:
-    """`--int8` without a value as `--int8 dynamic`."""
-    return [arg, "dynamic"] if arg == "--int8" and after not in ("dynamic", "static") else [arg]
 
 
 def study(args: list[str]) -> None:

@@ -121,6 +121,20 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
     return Checkpoint(**metadata, state_dict=state_dict)
 
 
+def store_preprocessing(path: str | Path, **values: Any) -> None:
+    """Set entries of `preprocessing` in a best.safetensors, which is replaced atomically.
+
+    Raises:
+        InputError: as `read_checkpoint`, or where the file cannot be written.
+    """
+    checkpoint = read_checkpoint(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    metadata["preprocessing"] = json.dumps(checkpoint.preprocessing | values)
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(checkpoint.state_dict, metadata))
+
+
 def _metadata(path: Path) -> dict[str, Any]:
     """The fields of `Checkpoint` in a safetensors file's metadata; empty for files of other programs."""
     with safetensors.safe_open(path, framework="pt") as file:

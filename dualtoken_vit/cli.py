@@ -73,11 +73,13 @@ class Evaluate(Generic[D]):
     """Precision of the forward pass."""
     runtime: Runtime = None
     """Of an exported file; by default onnxruntime."""
+    calibrate: bool = False
+    """Classification: fit the temperature of the probabilities on these images, and store it in the checkpoint."""
     out: Path | None = None
     """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
     json: bool = False
-    """Print one JSON object, and nothing else. Classification: top1, top5, loss, images; detection: box, mask, images;
-    segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are between 0 and 1."""
+    """Print one JSON object, and nothing else. Classification: top1, top5, loss, ece, images; detection: box, mask,
+    images; segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are between 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,7 @@ def evaluate(args: list[str]) -> None:
         device=chosen.device,
         precision=chosen.precision,
         out=chosen.out,
+        calibrate=chosen.calibrate,
         **_runtime(chosen),
     )
     if chosen.json:

@@ -12,12 +12,15 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
+from dualtoken_vit.checkpoint import store_preprocessing
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.predictors import default_options, load_predictor, read_header, stored_recipe
 from dualtoken_vit.runtime.predictor import ExportedPredictor
+from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.tasks.base import Evaluation
+from dualtoken_vit.tasks.calibration import fit_temperature
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 from dualtoken_vit.tasks.run_folder import RUN
@@ -42,6 +45,19 @@ class _InTorch:
         return [each if isinstance(each, dict) else torch.from_numpy(each) for each in found]
 
 
+def _calibrate(module: Any, checkpoint: str | Path, before: Evaluation) -> Evaluation:
+    """Store the best temperature for the validation just done by a classifier's module; returns its metrics with it."""
+    logits, targets = map(torch.cat, zip(*module.kept or [], strict=True))
+    logits = logits * module.predictor.temperature  # as the network computes them
+    temperature = fit_temperature(logits, targets)
+    store_preprocessing(checkpoint, temperature=temperature)
+    module.add(logits / temperature, targets)
+    after = module.evaluate()
+    change = f"{before.metrics['ece']:.2%} to {after.metrics['ece']:.2%}"
+    print(f"temperature {temperature:.3f}, stored in {checkpoint}: calibration error from {change}", file=sys.stderr)
+    return after
+
+
 def evaluate(
     checkpoint: str | Path,
     *,
@@ -51,6 +67,7 @@ def evaluate(
     precision: str = "32-true",
     out: Path | None = None,
     runtime: str | None = None,
+    calibrate: bool = False,
 ) -> Evaluation:
     """Run a best.safetensors or an exported file on its validation images, prepared as the file describes.
 
@@ -61,6 +78,8 @@ def evaluate(
         precision: Lightning's: 32-true, bf16-mixed, 16-mixed
         out: folder to write evaluation.json and the details into
         runtime: of an exported file: onnxruntime (default) or openvino
+        calibrate: classification: fit the temperature of the probabilities on these images, and store it in the
+            checkpoint (Guo et al., arXiv 1706.04599); the metrics are those after it
 
     Raises:
         InputError: for a file or data that cannot be used.
@@ -73,6 +92,8 @@ def evaluate(
     tune_cpu()
     header = read_header(checkpoint)
     recipe, task, given = stored_recipe(checkpoint, header), get_task(header.task), data or {}
+    if calibrate and (is_exported(checkpoint) or task.name != "classification"):
+        raise InputError(f"--calibrate: {checkpoint} is not the best.safetensors of a classifier; leave it out")
     known = {field.name for field in fields(recipe.data)}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     for name in given:
@@ -92,6 +113,8 @@ def evaluate(
     if isinstance(predictor, ExportedPredictor):
         predictor = _InTorch(predictor)
     module, images = task.evaluation(predictor, recipe)
+    if calibrate:
+        module.kept = []  # type: ignore[assignment]
     for note in images.notes:
         print(note, file=sys.stderr)  # stdout may be one JSON object
     try:
@@ -115,6 +138,8 @@ def evaluate(
     )
     trainer.validate(module, batches, verbose=False)
     evaluation = module.evaluate()
+    if calibrate:
+        evaluation = _calibrate(module, checkpoint, evaluation)
     if not all(map(math.isfinite, evaluation.scores.values())):
         raise InputError("the network produced NaN or Inf; use another checkpoint or --precision 32-true")
     if out is not None:

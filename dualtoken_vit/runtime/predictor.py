@@ -183,7 +183,8 @@ class Classifier(ExportedPredictor[Classes]):
         return to_float(to_array(image.crop((left, top, left + side, top + side))))
 
     def forward(self, batch: Sequence[np.ndarray]) -> np.ndarray:  # (C, S, S) each -> logits (B, classes)
-        return check_finite(self.model(np.stack(batch))["logits"])
+        logits = check_finite(self.model(np.stack(batch))["logits"])
+        return logits / np.float32(self.preprocessing.get("temperature", 1.0))
 
     def postprocess(self, outputs: np.ndarray) -> list[Classes]:
         shares = softmax(outputs.astype(np.float32), -1)

@@ -90,6 +90,25 @@ def save_precision_recall(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], tit
             axes.legend(lines, list(map(_name, curves)), fontsize=8)
 
 
+def save_reliability(images: np.ndarray, bins: int, ece: float, path: Path) -> None:
+    """Plot the accuracy of the images in each bin of the predicted class's probability, and their number.
+
+    `images` (2, N) are these probabilities, and 1 for each prediction that is right.
+    """
+    with guard(path), _axes(path, 9, 4, 2) as (axes, beside):
+        confidence, right = images
+        which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+        counts = np.bincount(which, minlength=bins)
+        accuracy = np.bincount(which, right, bins) / np.maximum(counts, 1)
+        places = (np.arange(bins) + 0.5) / bins
+        axes.bar(places, accuracy, 1 / bins, edgecolor="white", label="accuracy")
+        axes.plot((0, 1), (0, 1), "--", color="0.4", label="well calibrated")
+        axes.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1), title=f"expected calibration error {ece:.1%}")
+        axes.legend(fontsize=8)
+        beside.bar(places, counts, 1 / bins, edgecolor="white", color="0.6")
+        beside.set(xlabel="probability of the predicted class", ylabel="images", xlim=(0, 1))
+
+
 def save_confusion_csv(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Write a confusion matrix (classes, classes) as CSV, with the class names in the first row and column."""
     names = list(map(printable, class_names))

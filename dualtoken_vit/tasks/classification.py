@@ -10,11 +10,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from timm.data import Mixup
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.functional.classification import binary_calibration_error
 
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.balance import class_weights, image_weights
@@ -29,6 +31,7 @@ from dualtoken_vit.results import Classes
 from dualtoken_vit.runtime.report import ClassesReport
 from dualtoken_vit.show import plots
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.calibration import BINS
 from dualtoken_vit.tasks.distill import Teacher, distillation_loss, load_teacher
 from dualtoken_vit.tasks.networks import create_model
 from dualtoken_vit.tasks.predictor import Predictor, Result
@@ -73,6 +76,14 @@ class ClassificationPredictor(ImagePredictor[Classes]):
     Options = ClassificationOptions
     report = ClassesReport
 
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by, see `evaluation.evaluate`."""
+        return self.preprocessing.get("temperature", 1.0)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return super().forward(batch) / self.temperature
+
     def postprocess(self, outputs: Tensor) -> list[Classes]:
         probabilities = outputs.softmax(-1).cpu()
         if probabilities.isnan().any():
@@ -116,6 +127,11 @@ class ClassificationModule(TaskModule):
             compute_groups=False,
         )
         self.loss = MeanMetric(nan_strategy="disable")  # NaN must stop the run
+        self.confidence, self.right = CatMetric(nan_strategy="disable"), CatMetric(nan_strategy="disable")
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        """Logits and targets of each validation batch; None: they are not kept."""
+        self.reliability = np.zeros((2, 0))
+        """(2, images): probability of the predicted class, and whether it was right, of the last validation."""
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
         """(classes, classes): images by true class (row) and predicted class (column), of the last validation."""
 
@@ -141,9 +157,17 @@ class ClassificationModule(TaskModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, target = batch
-        logits = self.predict(x, batch_idx)
+        self.add(self.predict(x, batch_idx), target)
+
+    def add(self, logits: Tensor, target: Tensor) -> None:
+        """Include a batch in the next `evaluate`."""
         self.metrics.update(logits, target)
         self.loss.update(F.cross_entropy(logits, target, reduction="none"))
+        confidence, label = logits.softmax(-1).max(-1)
+        self.confidence.update(confidence)
+        self.right.update(label == target)
+        if self.kept is not None:
+            self.kept.append((logits, target))
 
     def weigh(self, train: ImageData) -> None:
         if not isinstance(train, ImageDataset):
@@ -168,16 +192,19 @@ class ClassificationModule(TaskModule):
     def evaluate(self) -> Evaluation:
         found = {**self.metrics.compute(), "loss": self.loss.compute()}
         self.confusion = found.pop("confusion").cpu().numpy()
-        self.metrics.reset()
-        self.loss.reset()
+        confidence, right = self.confidence.compute(), self.right.compute()
+        self.reliability = torch.stack((confidence, right)).cpu().numpy()
+        ece = binary_calibration_error(confidence, right.int(), BINS).item()
+        for metric in (self.metrics, self.loss, self.confidence, self.right):
+            metric.reset()
         scores = {name: round(value.item(), 6) for name, value in found.items()}
         top1, top5, loss = (scores[name] for name in ("top1", "top5", "loss"))
         counts = self.confusion.sum(1)
-        right = (self.confusion.diagonal() / np.maximum(counts, 1)).tolist()
-        per_class = dict(zip(self.predictor.class_names, zip(right, counts.tolist(), strict=True), strict=True))
+        accuracies = (self.confusion.diagonal() / np.maximum(counts, 1)).tolist()
+        per_class = dict(zip(self.predictor.class_names, zip(accuracies, counts.tolist(), strict=True), strict=True))
         return Evaluation(
             scores=scores,
-            metrics={"top1": top1, "top5": top5, "loss": loss, "images": int(counts.sum())},
+            metrics={"top1": top1, "top5": top5, "loss": loss, "ece": round(ece, 6), "images": int(counts.sum())},
             headline=f"val loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}",
             columns=("class", "images", "top-1"),
             classes=[
@@ -189,11 +216,13 @@ class ClassificationModule(TaskModule):
         )
 
     def save_details(self, out: Path, evaluation: Evaluation) -> None:
-        """evaluation.json, and the confusion matrix as confusion.csv and confusion.png."""
+        """evaluation.json, the confusion matrix as confusion.{csv,png}, and after training calibration.png."""
         super().save_details(out, evaluation)
         names = self.predictor.class_names
         plots.save_confusion_csv(self.confusion, names, out / "confusion.csv")
         plots.save_confusion(self.confusion, names, out / "confusion.png")
+        if self.trainer.state.fn != TrainerFn.FITTING:  # a run has enough to draw after each epoch
+            plots.save_reliability(self.reliability, BINS, evaluation.metrics["ece"], out / "calibration.png")
 
 
 def prepare_epoch(

@@ -1,0 +1,115 @@
+"""Calibration of probabilities, against torchmetrics' metric and second computations in NumPy."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import recipe, trained  # noqa: F401  a fixture
+from torchmetrics.classification import MulticlassCalibrationError
+
+from dualtoken_vit import cli, load_model, load_predictor
+from dualtoken_vit.checkpoint import read_checkpoint
+from dualtoken_vit.data.transforms import classification_eval
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.tasks.calibration import fit_temperature
+
+
+def cross_entropy(logits, targets, temperature):
+    scaled = logits / temperature
+    scaled -= scaled.max(1, keepdims=True)
+    return (np.log(np.exp(scaled).sum(1)) - scaled[np.arange(len(targets)), targets]).mean()
+
+
+@pytest.mark.parametrize("true", [0.4, 1.0, 3.0])
+def test_the_temperature_is_the_best(true):
+    """Labels drawn from the probabilities of logits / true."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(4000, 5)) * 3
+    shares = np.exp(logits / true)
+    shares /= shares.sum(1, keepdims=True)
+    targets = (shares.cumsum(1) > generator.random((4000, 1))).argmax(1)
+    found = fit_temperature(torch.from_numpy(logits), torch.from_numpy(targets))
+    assert found == pytest.approx(true, rel=0.06)
+    grid = np.geomspace(0.3, 4, 200)
+    losses = [cross_entropy(logits, targets, one) for one in grid]
+    assert cross_entropy(logits, targets, found) <= min(losses) + 1e-9
+
+
+@pytest.fixture
+def copied(trained, tmp_path):  # noqa: F811
+    photos, out = trained
+    return photos, shutil.copytree(out, tmp_path / "run")
+
+
+def logits_of(photos, out):
+    """By hand, from the plain network."""
+    model, checkpoint = load_model(out / "best.safetensors")
+    config = checkpoint.preprocessing
+    transform = classification_eval(
+        recipe(photos, data={"crop_pct": 0.9}).data, tuple(config["mean"]), tuple(config["std"])
+    )
+    logits, targets = [], []
+    for label, name in enumerate(checkpoint.class_names):
+        for path in sorted((photos / "val" / name).iterdir()):
+            with torch.inference_mode():
+                logits.append(model(transform(Image.open(path).convert("RGB"))[None])[0])
+            targets.append(label)
+    return torch.stack(logits), torch.tensor(targets)
+
+
+def test_evaluate_reports_and_stores_it(copied, tmp_path, capsys):
+    photos, out = copied
+    best = str(out / "best.safetensors")
+    logits, targets = logits_of(photos, out)
+
+    def expected(temperature):
+        metric = MulticlassCalibrationError(3, n_bins=15, norm="l1")
+        return metric((logits / temperature).softmax(-1), targets).item()
+
+    before = read_checkpoint(best)
+    assert cli.run(["evaluate", best, "--json", "--out", str(tmp_path / "plain")]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["ece"] == pytest.approx(expected(1.0), abs=1e-5)
+    assert (tmp_path / "plain" / "calibration.png").stat().st_size > 1000
+
+    assert cli.run(["evaluate", best, "--json", "--calibrate"]) == 0
+    said = capsys.readouterr()
+    calibrated = json.loads(said.out)
+    after = read_checkpoint(best)
+    temperature = after.preprocessing["temperature"]
+    assert temperature == pytest.approx(fit_temperature(logits, targets), rel=1e-3)
+    assert f"temperature {temperature:.3f}, stored in {best}" in said.err
+    assert calibrated["ece"] == pytest.approx(expected(temperature), abs=1e-5)
+    assert calibrated["loss"] == pytest.approx(cross_entropy(logits.numpy(), targets.numpy(), temperature), abs=1e-5)
+    assert calibrated["loss"] <= plain["loss"]
+    assert (calibrated["top1"], calibrated["top5"]) == (plain["top1"], plain["top5"])
+    assert after.metrics == before.metrics
+    assert all(torch.equal(value, before.state_dict[key]) for key, value in after.state_dict.items())
+
+    # what is stored is used from now on, and a second fit changes nothing
+    image = next((photos / "val" / "blue").iterdir())
+    index = [path for name in after.class_names for path in sorted((photos / "val" / name).iterdir())].index(image)
+    result = load_predictor(best)(image)
+    shares = dict(zip(result.names, result.probabilities.tolist(), strict=True))
+    wanted = (logits[index] / temperature).softmax(-1)
+    assert [shares[name] for name in after.class_names] == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert cli.run(["evaluate", best, "--json", "--calibrate"]) == 0
+    assert json.loads(capsys.readouterr().out)["ece"] == pytest.approx(calibrated["ece"], abs=1e-3)
+    assert read_checkpoint(best).preprocessing["temperature"] == pytest.approx(temperature, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_exported_file_has_it(copied, tmp_path):
+    photos, out = copied
+    best, file = out / "best.safetensors", tmp_path / "model.onnx"
+    assert cli.run(["evaluate", str(best), "--calibrate"]) == 0
+    assert cli.run(["export", str(best), "--out", str(file)]) == 0
+    image = next((photos / "val" / "red").iterdir())
+    one, other = (load_predictor(path)(image) for path in (best, file))
+    assert one.names == other.names
+    np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+    with pytest.raises(InputError, match=r"--calibrate: .* is not the best\.safetensors of a classifier"):
+        cli.run(["evaluate", str(file), "--calibrate"])

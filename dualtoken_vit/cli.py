@@ -53,6 +53,9 @@ class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
     """Folder for labels.png, a contact sheet of images with their labels."""
+    suspects: tuple[Path, ...] = ()
+    """Classification: rank probably wrong labels by the networks of these runs, among the images that each of them held
+    out or validated on. Several runs with --data.holdout 0.2 and --data.fold 0, 1, 2, 3, 4 cover all images."""
 
 
 D = TypeVar("D")  # the data section of a recipe
@@ -80,13 +83,13 @@ class Evaluate(Generic[D]):
 @dataclass(frozen=True)
 class Predict(Generic[O]):
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders to search for them, subfolders included."""
+    """Image files, and folders to search for them, subfolders included; or one video, or the number of a camera."""
     options: Annotated[O, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of all
-    images, and predictions.json."""
+    images, and predictions.json. Of a video: the annotated video, with a .jsonl beside it."""
     json: bool = False
-    """Print one JSON object on stdout instead of the table, and nothing else there."""
+    """Print one JSON object on stdout instead of the table, and nothing else there; of a video, one for each frame."""
     batch_size: int | None = None
     """Images in a forward pass; by default 32, in detection and segmentation 4."""
     device: Device = "auto"
@@ -107,8 +110,8 @@ class Export(Generic[D]):
     """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
     up to multiples of 32; other files take any size."""
     raw: bool = False
-    """RetinaNet: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the predictor of
-    the file chooses among them."""
+    """RetinaNet, FCOS, SSDLite: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the
+    predictor of the file chooses among them."""
     attention: bool = False
     """DualToken-ViT classifiers: also the attention maps of the last block, for the command attention."""
     int8: Literal["dynamic", "static"] | None = None
@@ -120,6 +123,18 @@ class Export(Generic[D]):
     """Folder of images to verify and calibrate with; by default noise."""
     evaluate: bool = False
     """Also evaluate checkpoint and file on the validation images (--data.*)."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder of images and labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """The new folder. Images are copied into it."""
+    to: Literal["coco", "yolo", "voc"]
+    """Format of the new folder."""
+    format: str = "auto"
+    """Format of the source: coco, yolo, voc, csv or labelme; auto: detect it."""
 
 
 def _runtime(chosen: Any) -> dict[str, Any]:
@@ -188,7 +203,8 @@ def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], pro
 
 def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str | None) -> tuple[Any, dict[str, Any]]:
     """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
-    args = ["--data.val-split" if arg == "--data.split" else arg for arg in args]  # its shorter name
+    short = {"--data.split": "--data.val-split", "--tile": "--data.tile", "--overlap": "--data.overlap"}
+    args = [short.get(arg, arg) for arg in args]
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
@@ -240,6 +256,9 @@ def train(args: list[str]) -> None:
     stored = stored_recipe(out, named) if chosen.resume else None
     if stored is not None:
         chosen = parse(stored)
+    epochs = chosen.recipe.optim.epochs
+    if chosen.recipe.run.max_minutes is not None and epochs != (stored or RECIPES[name]).optim.epochs:
+        raise InputError(f"--optim.epochs {epochs}: --run.max-minutes sets the epochs; leave out one of the two")
     run(chosen.recipe, out, chosen.resume, named if stored is not None else name)
 
 
@@ -270,7 +289,7 @@ def evaluate(args: list[str]) -> None:
 
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
-    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER ... [--out FOLDER] [OPTIONS]")
+    checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
     from dualtoken_vit.predict import predict as run
     from dualtoken_vit.predictors import default_options
 
@@ -335,7 +354,20 @@ def check_data(args: list[str]) -> bool:
     from dualtoken_vit.tasks.registry import get_task
 
     check_bounds(chosen.recipe)
-    return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
+    sound = get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
+    if chosen.suspects:
+        from dualtoken_vit import suspects
+
+        suspects.report(suspects.rank(chosen.recipe, chosen.suspects), chosen.out)
+    return sound
+
+
+def convert(args: list[str]) -> None:
+    """Write images with boxes or polygons in another label format."""
+    chosen = tyro.cli(Convert, args=args, prog="dualtoken-vit convert", description=convert.__doc__)
+    from dualtoken_vit.data.convert import convert as run
+
+    run(chosen.source, chosen.target, chosen.to, chosen.format)
 
 
 def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
@@ -361,6 +393,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "study": study,
     "tables": _forward("tables", "Print the paper's tables next to the figures of this implementation."),
     "check-data": check_data,
+    "convert": convert,
 }
 
 

@@ -5,10 +5,15 @@ Exported files need neither PyTorch nor the train extra.
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from itertools import islice
 from json import dumps
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 import dualtoken_vit
 from dualtoken_vit.data.folders import scan, skipped_note
@@ -16,6 +21,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, guard, printable, write_json
 from dualtoken_vit.runtime.report import Report
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
+from dualtoken_vit.show.video import Video, VideoWriter, is_video
 
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
 
@@ -49,6 +55,8 @@ def predict(
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
+    if any(map(is_video, images)):
+        return _predict_video(checkpoint, images, out, json, batch_size, options)
     predictor = dualtoken_vit.load_predictor(checkpoint, **options)
     report = predictor.report(predictor)
     sources = find_images(images, out, suffixes=report.suffixes)
@@ -85,6 +93,61 @@ def predict(
     else:
         print_table(report)
     return tell_unreadable(record["unreadable"], len(sources))
+
+
+def _predict_video(
+    checkpoint: Path,
+    videos: tuple[Path, ...],
+    out: Path | None,
+    json: bool,
+    batch_size: int | None,
+    options: dict[str, Any],
+) -> bool:
+    """Predict for each frame of a video; with `out`, draw the frames as a video, and write a line of JSON for each."""
+    if len(videos) > 1:
+        raise InputError(f"{videos[0]} and {videos[1]}: give one video or camera, and no images beside it")
+    if out is not None and out.resolve() == videos[0].resolve():
+        raise InputError(f"--out {out}: is the video that is read; name another file")
+    video = Video(videos[0])
+    predictor = dualtoken_vit.load_predictor(checkpoint, **options)
+    report = predictor.report(predictor)
+    count, problems = 0, []
+
+    def read() -> Iterator[tuple[float, Image.Image]]:
+        try:
+            yield from video
+        except InputError as error:  # raised here, it would lose the frames of the batch
+            problems.append(error)
+
+    with ExitStack() as stack:
+        lines = stack.enter_context(atomic_write(out.with_suffix(".jsonl"), "w")) if out else None
+        writer = stack.enter_context(VideoWriter(out, video.rate)) if out else None
+        frames = read()
+        with suppress(ModuleNotFoundError):  # without the train extra, no progress bar
+            from dualtoken_vit.data.threads import track
+
+            frames = track(frames, video.frames, "predicting")
+        try:
+            while batch := list(islice(frames, 1 if video.camera else batch_size or predictor.batch_size)):
+                results = predictor([image for _, image in batch])
+                for (seconds, image), result in zip(batch, results, strict=True):
+                    line = dumps({"frame": count, "seconds": round(seconds, 6), **report.entry(result)})
+                    if lines:
+                        lines.write(f"{line}\n")
+                    if json:
+                        print(line, flush=video.camera)
+                    if writer:
+                        writer.add(seconds, report.draw(f"{seconds:.2f} s", image, result)[0])
+                    count += 1
+        except KeyboardInterrupt:  # how a camera ends
+            print(f"stopped after {count} frames", file=sys.stderr)
+        if problems and not count:
+            raise problems[0]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not json:
+        print(f"{count} frames" + (f": {out}, {out.with_suffix('.jsonl')}" if out else ""))
+    return not problems
 
 
 def print_table(report: Report[Any]) -> None:

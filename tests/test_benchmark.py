@@ -149,18 +149,27 @@ def test_size_is_passed_to_models_built_for_a_fixed_size():
     assert not model.training
 
 
-@pytest.mark.parametrize("name", ["deeplabv3:test_resnet", "pspnet:dualtoken_vit_tiny_mix"])
+@pytest.mark.parametrize("name", ["deeplabv3:test_resnet", "lraspp:dualtoken_vit_tiny_mix"])
 def test_segmenters(name):
     setting = Setting((64, 96), torch.device("cpu"), "bfloat16")
     with torch.inference_mode():
         assert module.forward(setting.build(name), setting.images(2)).shape == (2, 150, 64, 96)
 
 
+def test_torchvisions_segmenters_have_as_many_classes():
+    setting = Setting((64, 96), torch.device("cpu"), "float32")
+    with torch.inference_mode():
+        found = setting.build("torchvision:lraspp_mobilenet_v3_large")(setting.images(1))
+    assert found["out"].shape == (1, 150, 64, 96)
+
+
 def test_every_detector_and_segmenter_is_a_kind():
     assert set(module.BUILDERS) == {"", "torchvision", "onnxruntime", "openvino", *DETECTORS, *SEGMENTERS}
 
 
-@pytest.mark.parametrize("name", ["retinanet:dualtoken_vit_tiny_mix", "torchvision:retinanet_resnet50_fpn"])
+@pytest.mark.parametrize(
+    "name", ["retinanet:dualtoken_vit_tiny_mix", "ssdlite:test_resnet", "torchvision:retinanet_resnet50_fpn"]
+)
 def test_detectors_take_a_list_of_images(name):
     setting = Setting((64, 96), torch.device("cpu"), "float32")
     model = setting.build(name)
@@ -168,6 +177,19 @@ def test_detectors_take_a_list_of_images(name):
         assert [set(found) for found in module.forward(model, setting.images(2))] == [{"boxes", "labels", "scores"}] * 2
     assert model.transform.min_size[-1] == 64
     assert model.transform.max_size == 96
+
+
+def test_detectors_that_resize_their_images():
+    setting = Setting((96, 128), torch.device("cpu"), "float32")
+    model = setting.build("ssdlite:test_resnet@48")
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    with torch.inference_mode():
+        module.forward(model, setting.images(1))
+        fixed = setting.build("torchvision:ssdlite320_mobilenet_v3_large")
+        fixed.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+        module.forward(fixed, setting.images(1))
+    assert seen == [(1, 3, 64, 64), (1, 3, 320, 320)]  # 48x64, padded
 
 
 def test_sizes_and_the_plot_of_growth(tmp_path):
@@ -220,6 +242,7 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
             {"train": True},
             "resnet10t does not run (eager, batch 1, float32 on cpu): Expected more than 1",
         ),
+        (("fcos:test_resnet@small",), {}, "fcos:test_resnet@small: give the short side of resized images as @320"),
         (("test_vit",), {"input_sizes": ("640*480",)}, "'640*480' is not a size"),
         ((), {}, "none given"),
         (("test_vit", "test_vit"), {}, "test_vit is given twice"),

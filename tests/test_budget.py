@@ -14,6 +14,8 @@ from dualtoken_vit.recipes import ClassificationData, Optim
 from dualtoken_vit.tasks import budget, run_folder
 from dualtoken_vit.tasks.budget import with_epochs
 from dualtoken_vit.tasks.classification import ClassificationModule
+from dualtoken_vit.tasks.detection import DetectionModule
+from dualtoken_vit.tasks.segmentation import SegmentationModule
 
 SMALL = ("--model.args", "depths=(1,1,1)", "dims=(8,16,32)", "num_heads=(1,2,4)", "head_hidden_size=64")
 SETTINGS = (*SMALL, "--data.image-size", "32", "--data.workers", "0", "--optim.batch-size", "4", "--run.device", "cpu")
@@ -104,6 +106,39 @@ def test_milestones_and_warm_up_fit_the_run():
     assert with_epochs(RECIPES["in1k-tiny-mix"], 6).optim.warmup_epochs == 3  # of 20
     assert with_epochs(with_epochs(recipe, 3), 3).optim == Optim(epochs=3, milestones=(2, 3))
     assert with_epochs(recipe, 1).optim == Optim(epochs=1, milestones=(1, 1), warmup_epochs=0.5)
+    steps = replace(recipe, optim=Optim(epochs=12, warmup_steps=500))
+    assert [with_epochs(steps, n).optim.warmup_steps for n in (3, 12, 36)] == [125, 500, 500]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo-detect", "demo-segment"])
+def test_other_tasks(tmp_path, monkeypatch, capsys, name):
+    """Steps of 10 s, which no machine needs: 4 images in batches of 2, 2 steps and the validation of 4 images."""
+    recipe = RECIPES[name]
+    cls = {"detection": DetectionModule, "segmentation": SegmentationModule}[recipe.task]
+    now, step = [0.0], cls.training_step
+
+    def training_step(self, *args):
+        now[0] += 10
+        return step(self, *args)
+
+    monkeypatch.setattr(budget, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cls, "training_step", training_step)
+    settings = "--data.limit", 4, "--data.workers", 0, "--optim.batch-size", 2, "--run.device", "cpu"
+    args = ["train", name, *settings, "--run.max-minutes", 1.4, "--out", tmp_path / "run"]
+    assert cli.run(list(map(str, args))) == 0
+    epoch = 10 * (2 + 2 / 2)  # a batch of validation has the images of one of training
+    assert [int(row["epoch"]) for row in rows(tmp_path / "run")] == list(range(1, int(60 * 1.4 // epoch) + 1))
+    assert f"an epoch takes about {epoch:g} s: 2 of them in 1.4 minutes" in capsys.readouterr().out
+
+
+def test_epochs_and_minutes_exclude_each_other(photos, tmp_path, clock):
+    args = "--data.root", photos, *SETTINGS, "--out", tmp_path / "run"
+    with pytest.raises(InputError, match=r"--optim\.epochs 4: --run\.max-minutes sets the epochs"):
+        call(*args, "--run.max-minutes", 0.4, "--optim.epochs", 4)
+    assert call(*args, "--run.max-minutes", 0.4) == 0
+    with pytest.raises(InputError, match=r"--optim\.epochs 2: --run\.max-minutes sets the epochs"):
+        call(*args, "--resume", "--optim.epochs", 2)
 
 
 def test_growing_images_cost_more():

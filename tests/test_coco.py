@@ -14,17 +14,13 @@ from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
+from dualtoken_vit.data.coco import AnnotatedImages, Packed, decode_masks, read_coco, sift
 from dualtoken_vit.data.detection import (
     FORMATS,
-    AnnotatedImages,
     DetectionDataset,
-    Packed,
     build_datasets,
-    decode_masks,
     draw_scenes,
-    read_coco,
     save_scenes,
-    sift,
 )
 from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.sampling import collate, loader
@@ -262,7 +258,7 @@ def copy(kind):
         (change("annotations", 1, area="big"), "annotation 2: area must be a number, not 'big'"),
         (
             change("annotations", 1, segmentation=[]),
-            "annotation 2: has no segmentation: Mask R-CNN needs one",
+            "annotation 2: has no segmentation, which Mask R-CNN and segmenters need",
         ),
         (lambda coco: coco["annotations"][1].pop("segmentation"), "annotation 2: has no segmentation"),
         (change("annotations", 1, segmentation="x"), "annotation 2: its segmentation is neither polygons nor an RLE"),

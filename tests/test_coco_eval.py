@@ -15,7 +15,8 @@ from pycocotools import mask as reference
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dualtoken_vit.data.detection import DetectionDataset, clip, decode_masks, read_coco, save_scenes
+from dualtoken_vit.data.coco import clip, decode_masks, read_coco
+from dualtoken_vit.data.detection import DetectionDataset, save_scenes
 from dualtoken_vit.results import Objects
 from dualtoken_vit.runtime import report
 from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, evaluate, save_results

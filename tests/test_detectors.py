@@ -1,6 +1,4 @@
-"""RetinaNet and Mask R-CNN: structure, counts, targets, losses and detections."""
-
-from functools import partial
+"""Detectors: structure, counts, targets, losses and detections."""
 
 import pytest
 import timm
@@ -9,6 +7,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection import fcos, retinanet, ssd
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import FeaturePyramidNetwork
@@ -16,12 +16,13 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dualtoken_vit.checkpoint import load_weights
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.detectors import RetinaNet, Transform, create_detector, in_crowd
+from dualtoken_vit.models.detectors import DETECTORS, RetinaNet, Transform, create_detector, in_crowd
+from dualtoken_vit.models.one_stage import BatchNorm
 from dualtoken_vit.paper.counting import RULES
 from dualtoken_vit.recipes import Optim
 from dualtoken_vit.tasks.optim import build_optimizer
 
-KINDS = ("retinanet", "mask-rcnn")
+KINDS = tuple(DETECTORS)
 
 
 def create(kind, name="dualtoken_vit_tiny_mix", num_classes=3, **kwargs):
@@ -225,18 +226,133 @@ def test_anchors_in_a_crowd_are_ignored():
     assert torch.equal(mask_rcnn.roi_heads.outside_crowd(ANCHORS, CROWD | target(100, 100)), ANCHORS[[4, 5, 6]])
 
 
-def test_ignored_anchors_have_no_loss():
-    """The same loss whatever the head says about what lies in the crowd, another for what lies outside."""
-    detector = create("retinanet")
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "ssdlite"])
+def test_ignored_anchors_have_no_loss(kind):
+    """The same loss whatever the head predicts for what lies in the crowd, another for what lies outside."""
+    detector = create(kind)
     crowd, outside = in_crowd(ANCHORS, CROWD), torch.tensor([6])
     outputs = dict(cls_logits=torch.zeros(1, 8, 3), bbox_regression=torch.zeros(1, 8, 4))
-    loss = partial(detector.compute_loss, [CROWD], anchors=[ANCHORS])
-    base = loss(outputs)["classification"]
+    more = []
+    if kind == "fcos":
+        outputs["bbox_ctrness"] = torch.zeros(1, 8, 1)
+        more = [[8]]  # anchors of each level
+    if kind == "ssdlite":
+        outputs["cls_logits"] = torch.zeros(1, 8, 4)
+        more = [[torch.tensor([0, 0, -1, -1, -1, -1, -1, -1])]]  # matches
+    loss = lambda: detector.compute_loss([CROWD], outputs, [ANCHORS], *more)["classification"]  # noqa: E731
+    base = loss()
     ignored = crowd & (torch.arange(8) >= 2)
-    outputs["cls_logits"][:, ignored] = 5
-    assert loss(outputs)["classification"] == base
-    outputs["cls_logits"][:, outside] = 5
-    assert loss(outputs)["classification"] > base + 1
+    outputs["cls_logits"][:, ignored, -1] = 5
+    assert loss() == base
+    outputs["cls_logits"][:, outside, -1] = 5
+    assert loss() > base + 1
+
+
+TWINS = {
+    "retinanet": (retinanet.RetinaNet, 3, {}),
+    "fcos": (fcos.FCOS, 3, {"nms_thresh": 0.6}),
+    "ssdlite": (ssd.SSD, 4, {"nms_thresh": 0.55}),
+}
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_losses_and_detections_are_torchvisions(kind):
+    """With the same head on the same feature maps, of an image that is a multiple of all strides."""
+    detector = confident(kind, image_size=128).train()
+    detector.topk_candidates = 10_000
+    cls, classes, args = TWINS[kind]
+    args = {**args, "head": detector.head, "score_thresh": 0.05, "detections_per_img": 100, "topk_candidates": 10_000}
+    if kind == "ssdlite":
+        boxes = DefaultBoxGenerator([[2, 3]] * 6, scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05])
+        twin = cls(detector.backbone, boxes, (128, 128), classes, **args)
+    else:
+        twin = cls(detector.backbone, classes, 128, 128, **args)
+    images = [torch.rand(3, 128, 128) for _ in range(2)]
+    targets = [
+        target(128, 128, [[4, 8, 36, 40], [40, 20, 110, 90]], [2, 0]),
+        target(128, 128, [[10, 50, 40, 128]], [1]),
+    ]
+    shift = classes - 3
+    with torch.no_grad():
+        losses = detector(images, targets)
+        expected = twin(images, [{**t, "labels": t["labels"] + shift} for t in targets])
+        assert losses.keys() == expected.keys()
+        for name, loss in losses.items():
+            torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=1e-6)
+        for found, wanted in zip(detector.eval()(images), twin.eval()(images), strict=True):
+            assert len(found["boxes"]) == 100
+            assert torch.equal(found["labels"], wanted["labels"] - shift)
+            torch.testing.assert_close(found["scores"], wanted["scores"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["boxes"], wanted["boxes"], rtol=1e-4, atol=1e-3)
+
+
+def test_ssdlite_learns_from_images_without_objects():
+    """Their three hardest anchors, by the number of positives in the batch."""
+    detector = create("ssdlite")
+    anchors = detector.anchor_generator.grid((64, 64), [torch.empty(1, 1, 64 // s, 64 // s) for s in (8, 16, 32)] * 2)
+    count = len(anchors[0])
+    outputs = dict(cls_logits=torch.randn(2, count, 4), bbox_regression=torch.zeros(2, count, 4))
+    matches = [torch.full((count,), -1), torch.full((count,), -1)]
+    matches[0][:5] = 0
+    first = target(64, 64, [[8, 8, 40, 40]], [1])
+    losses = detector.compute_loss([first, target(64, 64)], outputs, anchors * 2, matches)["classification"]
+    alone = {key: value[:1] for key, value in outputs.items()}
+    expected = ssd.SSD.compute_loss(detector, [first], alone, anchors, matches[:1])["classification"]
+    background = F.cross_entropy(outputs["cls_logits"][1], torch.zeros(count, dtype=torch.int64), reduction="none")
+    expected = expected + background.sort().values[-3:].sum() / 5
+    torch.testing.assert_close(losses, expected)
+
+
+@torch.no_grad()
+def test_levels_of_ssdlite():
+    levels = create("ssdlite").backbone.eval()
+    assert levels.out_channels == [48, 96, 192, 512, 256, 256]
+    x = torch.rand(1, 3, 96, 160)
+    found = list(levels(x).values())
+    sizes = [
+        (c, -(-96 // s), -(-160 // s)) for c, s in zip(levels.out_channels, (8, 16, 32, 64, 128, 256), strict=True)
+    ]
+    assert [tuple(m.shape[1:]) for m in found] == sizes
+    for ours, theirs in zip(found[:3], levels.body(x), strict=True):
+        assert torch.equal(ours, theirs)
+    for block, before, after in zip(levels.extra, found[2:], found[3:], strict=False):
+        torch.testing.assert_close(block(before), after)
+
+
+def test_default_boxes_have_the_same_sizes_in_any_image():
+    boxes = create("ssdlite").anchor_generator
+    maps = [torch.empty(1, 1, -(-96 // s), -(-160 // s)) for s in (8, 16, 32, 64, 128, 256)]
+    (found,) = boxes.grid((96, 160), maps)
+    start = 0
+    scales = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
+    for index, m in enumerate(maps):
+        height, width = m.shape[-2:]
+        level = found[start : start + 6 * height * width].reshape(height, width, 6, 4)
+        start += 6 * height * width
+        centres, sides = (level[..., :2] + level[..., 2:]) / 2, level[..., 2:] - level[..., :2]
+        x, y = (torch.arange(width) + 0.5) * 160 / width, (torch.arange(height) + 0.5) * 96 / height
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[:, :, None].expand(-1, -1, 6, -1)
+        torch.testing.assert_close(centres, grid)
+        scale, middle = scales[index], (scales[index] * scales[index + 1]) ** 0.5
+        pairs = [(scale, scale), (middle, middle)]
+        for ratio in (2**0.5, 3**0.5):
+            pairs += [(scale * ratio, scale / ratio), (scale / ratio, scale * ratio)]
+        expected = 64 * torch.tensor(pairs).clamp(max=1)
+        torch.testing.assert_close(sides, expected.expand(height, width, 6, 2))
+    assert start == len(found)
+
+
+def test_a_single_position_is_normalised_by_the_running_statistics():
+    norm = BatchNorm(4)
+    norm.running_mean.uniform_(), norm.running_var.uniform_(1, 2)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    x = torch.randn(1, 4, 1, 1)
+    torch.testing.assert_close(norm(x)[0, :, 0, 0], (x[0, :, 0, 0] - mean) / (var + norm.eps).sqrt())
+    assert torch.equal(norm.running_mean, mean)
+    norm(torch.randn(2, 4, 1, 1))
+    assert not torch.equal(norm.running_mean, mean)
+    losses = create("ssdlite", image_size=32)([torch.rand(3, 32, 32)], [target(32, 32, [[4, 4, 20, 20]], [0])])
+    assert sum(losses.values()) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -437,10 +553,10 @@ def test_layer_decay_reaches_into_the_backbone():
 def confident(kind, **kwargs):
     """A detector as initialised, but for scores above the threshold and few detections."""
     detector = create(kind, **kwargs).eval()
-    for parameter in detector.head.parameters() if kind == "retinanet" else detector.rpn.head.parameters():
+    for name, parameter in (detector.rpn if kind == "mask-rcnn" else detector).head.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        else:
+        elif name.endswith("bias"):
             nn.init.zeros_(parameter)
     return detector
 
@@ -508,7 +624,9 @@ def test_bfloat16(kind):
         assert loss > 0
         torch.testing.assert_close(loss, expected[name], rtol=0.1, atol=1e-2)
     # The layers of the heads, where gradients begin; deeper down bfloat16's rounding adds up.
-    heads = ("head.", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
+    # SSDLite may choose other negatives.
+    heads = ("head.regression_head" if kind == "ssdlite" else "head.", "rpn.head", "roi_heads.box_predictor")
+    heads += ("roi_heads.mask_predictor",)
     for name, gradient in gradients.items():
         assert gradient.isfinite().all(), name
         if name.startswith(heads) and wanted[name].norm() > 1e-3:
@@ -558,6 +676,19 @@ def test_a_colour_detector_into_a_grey_one(tmp_path):
     torch.testing.assert_close(grey, first.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("kind", ["fcos", "ssdlite"])
+def test_a_detector_of_other_classes(kind, tmp_path):
+    """Everything is loaded but the classifiers."""
+    source, other = create(kind), create(kind, num_classes=2)
+    weights = {key: value.contiguous() for key, value in source.state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    before = {name: other.get_parameter(f"{name}.weight").clone() for name in other.class_layers}
+    report = load_weights(other, tmp_path / "weights.safetensors", ("a", "b"))
+    assert set(report.new) == {f"{name}.{part}" for name in other.class_layers for part in ("weight", "bias")}
+    assert all(torch.equal(other.get_parameter(f"{name}.weight"), value) for name, value in before.items())
+    assert all(torch.equal(other.state_dict()[key], weights[key]) for key in report.loaded)
+
+
 def test_what_is_not_decayed():
     detector = create("mask-rcnn")
     names = {id(p): name for name, p in detector.named_parameters()}
@@ -577,7 +708,7 @@ def test_pretrained_cfg_says_how_to_normalise():
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("yolo", "resnet18"), "--detector yolo: choose one of retinanet, mask-rcnn"),
+        (("yolo", "resnet18"), "--detector yolo: choose one of retinanet, mask-rcnn, fcos, ssdlite"),
         (("retinanet", "nosuchnet"), "--model.name nosuchnet: "),
         (("retinanet", "test_vit"), "--model.name test_vit: has no feature maps of strides 8, 16 and 32"),
         (("retinanet", "swin_tiny_patch4_window7_224"), "fails on an image of 64x96 pixels"),

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from dualtoken_vit import create_detector, create_segmenter, load_model, load_predictor
-from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.checkpoint import Checkpoint, save_checkpoint
 from dualtoken_vit.cli import run
 from dualtoken_vit.deploy import graphs
 from dualtoken_vit.deploy.convert import to_onnx
 from dualtoken_vit.deploy.export import export, parse_size
 from dualtoken_vit.deploy.mobile import run_litert, to_litert
-from dualtoken_vit.deploy.plans import Plan
+from dualtoken_vit.deploy.plans import Plan, plan
 from dualtoken_vit.deploy.verify import difference, expected
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.models.segmenters import Bins
 from dualtoken_vit.paper.attention import recording
 from dualtoken_vit.paper.benchmark import benchmark
@@ -47,21 +48,23 @@ def detector(kind: str, **args):
     """An untrained detector with scores that differ, so that the order of boxes is not chance."""
     torch.manual_seed(0)
     model = create_detector(kind, "dualtoken_vit_tiny", 3, **SHALLOW, **args).eval()
-    if kind == "retinanet":
-        nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.05)
-        nn.init.constant_(model.head.classification_head.cls_logits.bias, -2.0)
-    else:
-        nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.05)
+    for name in model.class_layers:
+        layer = model.get_submodule(name)
+        if kind == "ssdlite" or "box_predictor.cls_score" in name:
+            nn.init.normal_(layer.weight, std=0.5 if kind == "ssdlite" else 0.05)
+        elif kind != "mask-rcnn":
+            nn.init.normal_(layer.weight, std=0.05)
+            nn.init.constant_(layer.bias, -2.0)
     return model
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "mask-rcnn"])
+@pytest.mark.parametrize("kind", DETECTORS)
 @torch.inference_mode()
 def test_the_graph_of_a_detector_is_the_detector(kind):
     model = detector(kind, image_size=64, max_size=96)
     x = noise(1, 3, 64, 96)
     (expected,) = model(list(x))
-    boxes, scores, labels, *masks = (graphs.MaskGraph if kind == "mask-rcnn" else graphs.RetinaGraph)(model)(x)
+    boxes, scores, labels, *masks = (graphs.MaskGraph if kind == "mask-rcnn" else graphs.DenseGraph)(model)(x)
     count = len(expected["boxes"])
     assert count > 20
     assert boxes.shape == (100, 4)
@@ -72,16 +75,25 @@ def test_the_graph_of_a_detector_is_the_detector(kind):
     assert [mask.shape for mask in masks] == [(100, 1, 28, 28)] * (kind == "mask-rcnn")
 
 
+ONE_STAGE = ["retinanet", "fcos", "ssdlite"]
+
+
+def raw_plan(model) -> Plan:
+    """The plan of --raw, by which the file's predictor chooses, too."""
+    about = Checkpoint("detection", "", {}, (), {"input_size": (3, 64, 96)}, {}, {}, state_dict={})
+    return plan(model, about, None, raw=True, attention=False)
+
+
+@pytest.mark.parametrize("kind", ONE_STAGE)
 @torch.inference_mode()
-def test_the_predictor_chooses_among_all_anchors_as_the_detector():
-    model = detector("retinanet", image_size=64, max_size=96)
+def test_the_predictor_chooses_among_all_anchors_as_the_detector(kind):
+    model = detector(kind, image_size=64, max_size=96)
     x = noise(1, 3, 64, 96)
     (expected,) = model(list(x))
-    boxes, scores = graphs.RawRetinaGraph(model)(x)
+    boxes, scores = raw_plan(model).graph(x)
     predictor = object.__new__(AnySizeDetector)  # without a file
     predictor.options = AnySizeDetector.Options(score=0.05)
-    predictor.export = {"anchors": 9, "strides": (8, 16, 32, 64, 128), "candidates": 1000, "detections": 100}
-    predictor.export["nms_threshold"] = 0.5
+    predictor.export = raw_plan(model).about
     found = predictor.choose({"boxes": boxes.numpy(), "scores": scores.numpy()}, (64, 96), (64, 96))
     assert found["labels"].tolist() == expected["labels"].tolist()
     assert found["scores"] == pytest.approx(expected["scores"].numpy(), abs=1e-6)
@@ -141,7 +153,9 @@ def test_every_switch_of_the_network_at_any_size(switch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "args"), [("deeplabv3", {}), ("pspnet", {}), ("deeplabv3", {"output_stride": 16})])
+@pytest.mark.parametrize(
+    ("kind", "args"), [("deeplabv3", {}), ("pspnet", {}), ("lraspp", {}), ("deeplabv3", {"output_stride": 16})]
+)
 def test_segmenters_at_any_size(kind, args, tmp_path):
     torch.manual_seed(0)
     model = create_segmenter(kind, "dualtoken_vit_tiny", 4, width=16, **SHALLOW, **args).eval()
@@ -156,9 +170,10 @@ def test_segmenters_at_any_size(kind, args, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_anchors_at_any_size(tmp_path):
-    graph = graphs.RawRetinaGraph(detector("retinanet")).eval()
-    network = onnx_file(tmp_path, Plan(graph, ("boxes", "scores"), (64, 96), trace=(288, 416)))
+@pytest.mark.parametrize("kind", ONE_STAGE)
+def test_all_anchors_at_any_size(kind, tmp_path):
+    chosen = raw_plan(detector(kind, image_size=64))
+    graph, network = chosen.graph.eval(), onnx_file(tmp_path, chosen)
     for shape in ((1, 3, 64, 96), (2, 3, 160, 128), (1, 3, 97, 131)):
         x = noise(*shape)
         with torch.inference_mode():
@@ -335,7 +350,7 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
     other = tmp_path / "kept.onnx"
     other.write_text("kept")
     for options, message in (
-        ({"raw": True}, "--raw: only a RetinaNet"),
+        ({"raw": True}, "--raw: only RetinaNet, FCOS and SSDLite"),
         ({"size": "64x32"}, "--size 64x32: classifiers take square images"),
         ({"size": "8"}, "--size 8: give pixels as 224"),
         ({"int8": "static"}, "--int8 static needs --images FOLDER"),

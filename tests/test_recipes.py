@@ -221,7 +221,7 @@ def test_the_device_of_early_versions(accelerator, device):
         ({"optimiser": {}}, "unknown field optimiser"),
         ({"optim": [1]}, r"optim is \[1\]: must be an object"),
         ({"task": "regression"}, "unknown task 'regression'"),
-        ({"task": "segmentation", "width": None}, "width is None: must be int"),
+        ({"task": "segmentation", "dropout": None}, "dropout is None: must be float"),
     ],
 )
 def test_wrong_json_is_rejected(values, message):
@@ -230,11 +230,11 @@ def test_wrong_json_is_rejected(values, message):
 
 
 def test_fields_that_may_differ_on_resume():
-    run = {"run.threads", "run.patience", "run.device", "run.devices", "run.nodes", "run.save_every"}
+    run = {"run.threads", "run.patience", "run.logger", "run.device", "run.devices", "run.nodes", "run.save_every"}
     assert free_on_resume(Classification) == run | {"data.root", "data.workers", "distill.teacher"}
     assert free_on_resume(Segmentation) == run | {"data.root", "data.classes", "data.workers"}
     files = {"data.images", "data.val_images", "data.train_json", "data.val_json"}
-    assert free_on_resume(Detection) == run | files | {"data.workers"}
+    assert free_on_resume(Detection) == run | files | {"data.root", "data.workers"}
     for kind in KINDS.values():
         assert free_on_resume(kind) <= flatten(kind()).keys()
 
@@ -248,7 +248,8 @@ def test_flatten():
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_inference_fields_are_declared_once(kind):
-    inputs = {"classification": ClassificationInput, "detection": DetectionInput, "segmentation": SegmentationInput}
+    inputs = {"detection": DetectionInput, "segmentation": SegmentationInput}
+    inputs |= {"classification": ClassificationInput, "multilabel": ClassificationInput}
     base, data = inputs[kind.task], type(kind().data)
     assert issubclass(data, base)
     assert {field.name for field in fields(base)}.isdisjoint(get_annotations(data))

@@ -21,7 +21,7 @@ from torchvision.ops import batched_nms
 
 from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.detectors import Transform, paste_mask
+from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
 from dualtoken_vit.recipes import SegmentationInput
 from dualtoken_vit.runtime import predictor as runtime
@@ -261,9 +261,7 @@ def test_options_are_checked(classifier, segmenter, monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             load_predictor(path, **options)
-    with pytest.raises(
-        InputError, match="--runtime openvino: for files that dualtoken-vit export wrote"
-    ):
+    with pytest.raises(InputError, match="--runtime openvino: for files that dualtoken-vit export wrote"):
         load_predictor("best.safetensors", runtime="openvino")
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(InputError, match="openvino is not installed: pip install openvino"):

@@ -57,10 +57,13 @@ def arguments(scenes, out, *more, segmenter="deeplabv3", **settings):
     return ["train", "masks", "--segmenter", segmenter, *network, *crop, *given, "--out", str(out), *more]
 
 
-AVERAGED = {"deeplabv3": {}, "pspnet": {"optim__ema_decay": 0.5}}  # one of them with averaged weights
+AVERAGED = {  # one of them with averaged weights
+    "deeplabv3": {},
+    "lraspp": {"optim__ema_decay": 0.5, "optim__lr": 2e-2, "optim__epochs": 8, "width": 32},
+}
 
 
-@pytest.fixture(scope="module", params=["deeplabv3", "pspnet"])
+@pytest.fixture(scope="module", params=["deeplabv3", "lraspp"])
 def trained(request, scenes, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "run"
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""DeepLabv3 and PSPNet: structure, counts, and the ways of looking at an image."""
+"""DeepLabv3, PSPNet and LR-ASPP: structure, counts, and the inference settings."""
 
 import pytest
 import timm
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.segmentation import LRASPP
 
 from dualtoken_vit.checkpoint import load_weights, save_checkpoint
 from dualtoken_vit.errors import InputError
@@ -19,7 +20,7 @@ from dualtoken_vit.recipes import Optim
 from dualtoken_vit.recipes import SegmentationInput as View
 from dualtoken_vit.tasks.optim import build_optimizer
 
-KINDS = ("deeplabv3", "pspnet")
+KINDS = ("deeplabv3", "pspnet", "lraspp")
 
 
 def create(kind="deeplabv3", name="dualtoken_vit_tiny_mix", num_classes=3, **kwargs):
@@ -54,7 +55,7 @@ def convolution(inside, outside, kernel, places):
     return inside * outside * kernel * kernel * places
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["deeplabv3", "pspnet"])
 def test_the_head_s_macs_in_closed_form(kind):
     segmenter = create_segmenter(kind, "dualtoken_vit_small", 150).eval()
     with FlopCounterMode(display=False) as counter:
@@ -69,6 +70,40 @@ def test_the_head_s_macs_in_closed_form(kind):
 
 
 # Structure
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "stages"),
+    [
+        ("dualtoken_vit_tiny_mix", {}, [(16, 8), (32, 16), (32, 32)]),
+        ("mobilenetv3_small_100", {}, [(24, 8), (48, 16), (576, 32)]),
+        ("resnet18", {"output_stride": 16}, [(128, 8), (256, 16), (512, 16)]),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True}, [(192, 16)] * 3),
+    ],
+)
+@torch.no_grad()
+def test_lraspp_is_torchvisions(name, args, stages):
+    segmenter = create("lraspp", name, width=24, **args).eval()
+    assert list(zip(segmenter.backbone.feature_info.channels(), segmenter.backbone.strides, strict=True)) == stages
+
+    class Maps(nn.Module):
+        def forward(self, x):
+            low, *_, high = segmenter.backbone((x - segmenter.mean) / segmenter.std)
+            return {"low": low, "high": high}
+
+    twin = LRASPP(Maps(), stages[0][0], stages[-1][0], 3, 24).eval()
+    twin.classifier.load_state_dict(segmenter.head.state_dict())
+    x = torch.rand(2, 3, 64, 96)
+    torch.testing.assert_close(segmenter(x), twin(x)["out"], rtol=1e-4, atol=1e-4)
+
+
+def test_lraspp_drops_channels_after_its_gate():
+    segmenter = create("lraspp", dropout=0.5)
+    seen = []
+    segmenter.head.high_classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    segmenter(torch.rand(2, 3, 64, 64))
+    zero = (seen[0] == 0).all(dim=(2, 3))
+    assert 4 < zero.sum() < 28  # of 32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,10 +146,15 @@ class Places(nn.Module):
         ]
 
 
+class Ones(nn.Module):
+    def forward(self, x):
+        return torch.ones(len(x), 1, 1, 1)
+
+
 @pytest.mark.parametrize("width", [512, 481, 683, 100])
 @pytest.mark.parametrize("output_stride", [None, 16])
 @torch.no_grad()
-def test_what_a_map_says_stays_at_its_place(width, output_stride):
+def test_what_a_map_predicts_stays_at_its_place(width, output_stride):
     segmenter = create(name="resnet18", output_stride=output_stride).train()
     segmenter.backbone = Places((16, output_stride or 32))
     segmenter.head = segmenter.aux_head = nn.Identity()
@@ -123,6 +163,18 @@ def test_what_a_map_says_stays_at_its_place(width, output_stride):
         inside = slice(24, width - 40)  # where there are places at both sides
         expected = torch.arange(width).float()[inside].expand(70, -1)
         torch.testing.assert_close(logits[0, 0, :, inside], expected, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_both_maps_of_lraspp_stay_at_their_places():
+    segmenter = create("lraspp").eval()
+    segmenter.backbone = Places((8, 16, 32))
+    head = segmenter.head
+    head.cbr = head.low_classifier = head.high_classifier = nn.Identity()
+    head.scale = Ones()
+    found = segmenter(torch.rand(1, 3, 70, 483))[0, 0, :, 32:440]
+    expected = 2.0 * torch.arange(32, 440).expand(70, -1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -186,8 +238,9 @@ def test_pspnet_s_context_is_the_whole_image():
     torch.testing.assert_close(seen[0], torch.cat(expected, 1))
 
 
-def test_every_parameter_learns_and_tokens_are_not_decayed():
-    segmenter = create(name="dualtoken_vit_tiny")
+@pytest.mark.parametrize("kind", ["deeplabv3", "lraspp"])
+def test_every_parameter_learns_and_tokens_are_not_decayed(kind):
+    segmenter = create(kind, "dualtoken_vit_tiny")
     out = segmenter(torch.rand(2, 3, 64, 64))
     (out["out"].square().mean() + out["aux"].square().mean()).backward()
     assert [name for name, p in segmenter.named_parameters() if p.grad is None] == []
@@ -206,7 +259,7 @@ def test_grey_images():
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("unet", "resnet18", "--segmenter unet: choose one of deeplabv3, pspnet"),
+        ("unet", "resnet18", "--segmenter unet: choose one of deeplabv3, pspnet, lraspp"),
         (
             "pspnet",
             "deit_tiny_patch16_224",
@@ -238,23 +291,27 @@ def test_constructor_arguments_include_those_of_base_classes(name, inherited):
     assert not {"args", "kwargs", "make_block"} & set(found)
 
 
-def test_starting_from_other_files(tmp_path):
-    source = create()
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("deeplabv3", ("head.1.1",)), ("lraspp", ("head.low_classifier", "head.high_classifier"))],
+)
+def test_starting_from_other_files(tmp_path, kind, layers):
+    source = create(kind)
     args = dict(dims=(16, 32, 32), depths=(1, 1, 1))
     about = dict(preprocessing={"input_size": (3, 32, 32)}, recipe={}, metrics={})
-    made = {**args, "segmenter": "deeplabv3", "width": 16}
+    made = {**args, "segmenter": kind, "width": 16}
     save_checkpoint(
         tmp_path / "a.safetensors", source, task="segmentation", class_names=("a", "b", "c"), model_args=made, **about
     )
-    same = create()
+    same = create(kind)
     for p in same.parameters():
         nn.init.zeros_(p)
     report = load_weights(same, tmp_path / "a.safetensors", ("a", "b", "c"))
     assert not report.new
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), source.parameters(), strict=True))
-    report = load_weights(create(num_classes=2), tmp_path / "a.safetensors", ("a", "d"))
-    layers = "head.1.1", "aux_head.1.1"
-    assert set(report.new) == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    report = load_weights(create(kind, num_classes=2), tmp_path / "a.safetensors", ("a", "d"))
+    new = {f"{layer}.{part}" for layer in (*layers, "aux_head.1.1") for part in ("weight", "bias")}
+    assert set(report.new) == new
 
 
 @pytest.mark.parametrize("detector", ["retinanet", "mask-rcnn"])

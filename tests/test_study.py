@@ -1,6 +1,7 @@
 """Studies: verdicts on results computed by hand, and the command with real runs of small networks."""
 
 import asyncio
+import csv
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from dualtoken_vit.tasks.run_folder import in_use
 
 def result(name, published, *top1):
     counts = Counts(params=1, macs=1, flops=1)
-    return Result(Published("Table 0", name, name, "1", "1", str(published)), name, Model(), counts, top1)
+    return Result(Published("Table 0", name, name, "1", "1", str(published)), name, Model(), 1e-3, counts, top1)
 
 
 def test_spread():
@@ -149,6 +150,33 @@ def test_command(photos, tmp_path, small, capsys):
     with pytest.raises(InputError, match=r"runs used other images \(see data\.json\)"):
         run(photos, out, "--seeds", 2)
     assert (out / "study-mlp.json").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_search_of_the_learning_rate(photos, tmp_path, small, capsys):
+    out = tmp_path / "study"
+    rates = 1e-9, 1e-2
+    assert run(photos, out, "--seeds", 1, "--search-lr", *rates) == 0
+    record = json.loads((out / "study-mlp.json").read_text())
+    assert "the best of 1e-09, 0.01" in record["budget"]["text"]
+    for network in record["networks"]:
+        (folder,) = (out / "search").glob(f"{network['model']['name']}-depths*")
+        score = {}
+        for lr in rates:
+            recipe = json.loads((folder / f"lr-{lr:g}" / "recipe.json").read_text())
+            assert recipe["data"]["holdout"] == 0.1
+            assert recipe["optim"]["lr"] == lr
+            assert "33 training and 3 validation images" in (folder / f"lr-{lr:g}" / "train.log").read_text()
+            *_, last = csv.DictReader((folder / f"lr-{lr:g}" / "metrics.csv").read_text().splitlines())
+            score[lr] = float(last["val_top1"]), -float(last["val_loss"])
+        (chosen,) = (out / "runs").glob(f"{folder.name}/seed-0/recipe.json")
+        chosen = json.loads(chosen.read_text())
+        assert chosen["optim"]["lr"] == network["lr"] == max(rates, key=score.get)
+        assert chosen["data"]["holdout"] == 0
+    with pytest.raises(InputError, match=r"--search-lr 0\.0: must be at least 1e-12"):
+        run(photos, out, "--search-lr", 0.0)
+    with pytest.raises(InputError, match=r"--search-lr is \[1e-09, 0\.01\] in .*study-mlp\.json"):
+        run(photos, out, "--seeds", 1, "--search-lr", 1e-9)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What training and evaluation need from a dataset, and the choice of its format by `--data.dataset`."""
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -60,6 +61,14 @@ class Formats(dict[str, Callable[..., Split]]):
 def split_name(data: Any, split: str) -> str:
     """The name that a recipe's data section gives to the train or val split."""
     return {"train": data.train_split, "val": data.val_split}[split]
+
+
+def held_out(names: Sequence[str], share: float) -> set[int]:
+    """The positions of `share` of the images of these names, for `--data.holdout`: the same ones in every run."""
+    if len(names) < 2:
+        raise InputError(f"--data.holdout {share}: there are fewer than two images")
+    ordered = sorted(range(len(names)), key=lambda index: names[index])
+    return set(random.Random(0).sample(ordered, round(share * len(names)) or 1))
 
 
 def check_trained(names: Iterable[str], trained: Sequence[str], where: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
@@ -37,6 +37,16 @@ def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, n
         with suppress(Exception):  # a damaged EXIF block raises any error, often only after the pixels were rotated
             ImageOps.exif_transpose(image, in_place=True)
         return _to_8_bit(image, MODES[channels])
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of an image file after its EXIF rotation, without decoding it; an InputError for other files."""
+    with naming(path), Image.open(path) as image:
+        width, height = image.size
+        turned = False
+        with suppress(Exception):  # as in `load_image`
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if turned else (width, height)
 
 
 @contextmanager

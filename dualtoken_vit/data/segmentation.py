@@ -1,6 +1,7 @@
 """Images with a mask each, in the formats of `FORMATS`."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some, split_name
+from dualtoken_vit.data import formats
+from dualtoken_vit.data.coco import AnnotatedImages, Packed, decode_masks, object_area
+from dualtoken_vit.data.contract import Formats, ImageData, check_trained, held_out, some, split_name
 from dualtoken_vit.data.folders import read_lines, scan, skipped_note
 from dualtoken_vit.data.images import load_image, naming
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
@@ -27,8 +30,12 @@ from dualtoken_vit.recipes import SegmentationData
 IGNORE = 255  # label of ignored pixels in targets, whatever it is in files
 BEYOND = 254  # of labels outside the classes
 MAX_CLASSES = 254
-CLASS_FILES = ("classes.txt", "objectInfo150.txt")  # the second is ADE20K's
+CLASS_FILES = ("classes.txt", "objectInfo150.txt", "labelmap.txt", "class_dict.csv")  # ADE20K's, CVAT's, CamVid's
+BACKGROUND = "background"  # name of the class of pixels without an object
 SCENE_CLASSES = ("ground", *CLASSES)
+
+COLOUR = re.compile(r"(.+?)\s*[:,]\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*(?::.*)?")  # a line of a colour table
+LISTS = Path("ImageSets", "Segmentation")  # of the names of the images of each split
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's, of mask files
 STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow scales 2-bit and 4-bit greyscale to 0 ... 255
@@ -46,14 +53,28 @@ def read_mask(path: str | Path) -> np.ndarray:
         labels, mode = np.asarray(mask), mask.mode
     if mode not in MODES:
         raise InputError(
-            f"{name}: a mask of mode {mode}, but masks need one label per pixel. To convert it with numpy, with the "
-            "classes' (R, G, B) in a list colours: hit = (np.asarray(mask.convert('RGB'))[:, :, None] == colours)"
-            ".all(-1), then labels = np.where(hit.any(-1), hit.argmax(-1), 255), and Image.fromarray("
-            "labels.astype('uint8')).save(NAME.png); pixels of other colours get the label 255 and are ignored"
+            f"{name}: a mask of mode {mode}, but masks need one label per pixel, or a class file (--data.classes) with "
+            "the colour of each class in a line NAME,R,G,B; other colours are then ignored"
         )
     if stored in STRETCHED:
         labels = labels // STRETCHED[stored]
     return labels.astype(np.uint8 if mode in ("L", "P", "1") else np.int32)
+
+
+def read_coloured(path: str | Path, colours: np.ndarray, first: int, other: int) -> np.ndarray:
+    """The labels of a mask whose colours stand for classes: row i of `colours` (N, 3) for label `first` + i.
+
+    All other colours become the label `other`. A greyscale mask has labels already.
+    """
+    with naming(path), Image.open(path) as mask:
+        if mask.mode not in ("P", "RGB", "RGBA") or mask.format == "JPEG":
+            return read_mask(path)
+        pixels = np.asarray(mask.convert("RGB"))
+    keys, found = (each.astype(np.int32) @ (65536, 256, 1) for each in (colours, pixels))
+    order = np.argsort(keys)
+    place = np.searchsorted(keys, found, sorter=order).clip(max=len(keys) - 1)
+    label = order[place]
+    return np.where(keys[label] == found, label + first, other).astype(np.int32)
 
 
 def label_table(classes: Sequence[int], ignore_index: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
@@ -97,7 +118,8 @@ class MaskedImages(NamedTuple):
     class_names: tuple[str, ...] | None  # in the order of the labels; None: they have no names
     alone: tuple[list[str], list[str]] = ([], [])  # images without a mask, masks without an image
     notes: tuple[str, ...] = ()
-    draw: Callable[[int], tuple[Image.Image, np.ndarray]] | None = None  # makes an image and its labels
+    draw: Callable[[int], tuple[str | Image.Image, np.ndarray]] | None = None  # makes what `sources` returns
+    problems: tuple[str, ...] = ()  # lines on what the reader could not use
 
     def sources(self, index: int) -> tuple[str | Image.Image, np.ndarray]:
         """What `load_image` takes, and the labels (H, W), of pair `index`."""
@@ -105,6 +127,15 @@ class MaskedImages(NamedTuple):
             return self.draw(index)
         image, mask = self.pairs[index]
         return image, read_mask(mask)
+
+    def keep(self, indices: Sequence[int]) -> "MaskedImages":
+        """The split with these pairs only."""
+        draw = partial(_picked, self.draw, indices) if self.draw else None
+        return self._replace(pairs=[self.pairs[index] for index in indices], draw=draw)
+
+
+def _picked(draw: Callable[[int], Any], indices: Sequence[int], index: int) -> Any:
+    return draw(indices[index])
 
 
 class SegmentationDataset(Dataset, ImageData):
@@ -195,18 +226,26 @@ def _by_stem(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     return found, (skipped_note(others),) if others else ()
 
 
+def class_file(data: SegmentationData) -> Path | None:
+    """The class file, or None without one; an InputError for one that is named but does not exist."""
+    files = [Path(data.classes)] if data.classes else [Path(data.root, name) for name in CLASS_FILES]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None and data.classes:
+        raise InputError(f"--data.classes {printable(data.classes)}: no such file")
+    return path
+
+
 def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
     """The names in the class file, or None without one; an InputError for a file that cannot be used."""
     if data.ignore_index == 0 and not data.reduce_zero_label:
         fault = "0 is the label of the first class; if the classes begin at 1, give --data.reduce-zero-label instead"
         raise InputError(f"--data.ignore-index 0: {fault}")
-    files = [Path(data.classes)] if data.classes else [Path(data.root, name) for name in CLASS_FILES]
-    path = next((path for path in files if path.is_file()), None)
-    if path is None and data.classes:
-        raise InputError(f"--data.classes {printable(data.classes)}: no such file")
+    path = class_file(data)
     if path is None:
         return None
     file = printable(path)
+    if coloured := read_colours(path):
+        return _checked(tuple(coloured), file, data)
     names: tuple[str, ...] = ()
     for place, line in enumerate(read_lines(path), start=1):
         number, *columns = line.strip().split("\t")
@@ -221,15 +260,42 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
                 start = "1 (--data.reduce-zero-label)" if data.reduce_zero_label else "0"
                 raise InputError(f"{file}, line {place}: label {number}, but labels must count up from {start}")
         names += (columns[-1].strip() if columns else number,)
+    return _checked(names, file, data)
+
+
+def read_colours(path: Path) -> dict[str, tuple[int, ...]]:
+    """The classes of a colour table in their order, with their colours; empty for a file of names alone.
+
+    Its lines are NAME,R,G,B as in CamVid's class_dict.csv, or NAME:R,G,B:... as in CVAT's labelmap.txt.
+    """
+    file = printable(path)
+    found: dict[str, tuple[int, ...]] = {}
+    for place, line in enumerate(read_lines(path), start=1):
+        if not line.strip() or line.startswith("#") or (place == 1 and line.lower().startswith("name,")):
+            continue
+        match = COLOUR.fullmatch(line.strip())
+        if match is None and not found:
+            return {}
+        colour = tuple(map(int, match.groups()[1:])) if match else (256,)
+        if match is None or max(colour) > 255:
+            raise InputError(f"{file}, line {place}: {line.strip()!r:.100} is not NAME,R,G,B with colours up to 255")
+        if match[1] in found or colour in found.values():
+            raise InputError(f"{file}, line {place}: the name or the colour of {match[1]!r} is listed twice")
+        found[match[1]] = colour
+    return found
+
+
+def _checked(names: tuple[str, ...], source: str, data: SegmentationData) -> tuple[str, ...]:
+    """The names of the classes, if they can be those of labels; else an InputError."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"{file}: the class {twice!r} is listed twice")
+        raise InputError(f"{source}: the class {twice!r} is listed twice")
     if not 2 <= len(names) <= MAX_CLASSES:
-        raise InputError(f"{file}: {len(names)} classes, but 2 to {MAX_CLASSES} are supported")
+        raise InputError(f"{source}: {len(names)} classes, but 2 to {MAX_CLASSES} are supported")
     ignored = data.ignore_index - data.reduce_zero_label
     if 0 <= ignored < len(names):
         raise InputError(
-            f"--data.ignore-index {data.ignore_index} is the label of {names[ignored]!r} in {file}: remove the class "
+            f"--data.ignore-index {data.ignore_index} is the label of {names[ignored]!r} in {source}: remove the class "
             "there, and let the other labels count up without it"
         )
     return names
@@ -265,23 +331,85 @@ def number_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, .
     return tuple(map(str, range(count)))
 
 
-def _masks(data: SegmentationData, split: str) -> MaskedImages:
-    """ROOT/{images,annotations}/SPLIT/**, paired by name."""
+def _files(data: SegmentationData, split: str) -> MaskedImages:
+    """Mask files, or labels of objects, which are drawn as masks."""
     if not data.root:
         raise InputError("--data.root is missing: give the folder that contains images/train, annotations/train, ...")
-    folders = [Path(data.root, kind, split_name(data, split)) for kind in ("images", "annotations")]
+    root, name = Path(data.root), split_name(data, split)
+    if data.format == "auto":
+        masks = (root / "annotations" / name).is_dir() or (root / LISTS).is_dir() or not formats.matching(root)
+    else:
+        masks = data.format == "masks"
+    return _masks(data, name) if masks else _objects(data, name)
+
+
+def _masks(data: SegmentationData, name: str) -> MaskedImages:
+    """ROOT/{images,annotations}/SPLIT/**, or the files in {JPEGImages,SegmentationClass} that a list of VOC's names.
+
+    They are paired by name.
+    """
+    listed = Path(data.root, LISTS, f"{name}.txt")
+    whole = Path(data.root, LISTS).is_dir()
+    kinds = ("JPEGImages", "SegmentationClass") if whole else (f"images/{name}", f"annotations/{name}")
+    folders = [Path(data.root, kind) for kind in kinds]
     for folder in folders:
         if not folder.is_dir():
             layout = f"{printable(folders[0])}/NAME.jpg and {printable(folders[1])}/NAME.png"
             flags = "see --data.train-split, --data.val-split"
             raise InputError(f"{printable(folder)}: no such folder; expected {layout}; {flags}")
     (images, skipped), (masks, others) = map(_by_stem, folders)
+    if whole:
+        names = [line.strip() for line in read_lines(listed) if line.strip()]
+        if missing := [each for each in names if each not in images]:
+            raise InputError(f"{printable(listed)}: {printable(missing[0])}: no such image in {printable(folders[0])}")
+        images = {each: images[each] for each in names}
+        masks = {each: path for each, path in masks.items() if each in images}
     if not images:
         raise InputError(f"{printable(folders[0])}: no images in this folder")
     pairs = [(path, masks[name]) for name, path in images.items() if name in masks]
     alone = [path for name, path in images.items() if name not in masks]
     orphans = [path for name, path in masks.items() if name not in images]
-    return MaskedImages(pairs, read_class_names(data), (alone, orphans), skipped + others)
+    found = MaskedImages(pairs, read_class_names(data), (alone, orphans), skipped + others)
+    path = class_file(data)
+    if path and (coloured := read_colours(path)):
+        found = found._replace(draw=partial(_decode, pairs, np.array(list(coloured.values())), data))
+    return found
+
+
+def _decode(pairs: list[tuple[str, str]], colours: np.ndarray, data: SegmentationData, index: int) -> Any:
+    image, mask = pairs[index]
+    return image, read_coloured(mask, colours, int(data.reduce_zero_label), data.ignore_index)
+
+
+def _objects(data: SegmentationData, name: str) -> MaskedImages:
+    """Polygons and masks of objects in any label format. Label 0 is the background, label i class i - 1.
+
+    With `reduce_zero_label`, the background is ignored.
+    """
+    split = formats.read(data.root, data.format, name)
+    coco, problems = split.sift(masks=True)
+    categories = sorted(coco["categories"], key=lambda one: one["id"])
+    names = (*((BACKGROUND,) if not data.reduce_zero_label else ()), *(one["name"] for one in categories))
+    names = _checked(names, printable(split.name), data)
+    labels = {one["id"]: label for label, one in enumerate(categories, start=1)}
+    of_image: dict[int, list[dict]] = {image["id"]: [] for image in coco["images"]}
+    for one in coco["annotations"]:
+        label = data.ignore_index if one.get("iscrowd") else labels[one["category_id"]]
+        of_image[one["image_id"]].append(one | {"label": label})
+    pairs = [(split.path(image), f"{split.name}: {image['file_name']}") for image in coco["images"]]
+    draw = partial(_render, split, coco["images"], Packed(list(of_image.values())))
+    return MaskedImages(pairs, names, notes=split.notes, draw=draw, problems=tuple(problems))
+
+
+def _render(
+    split: AnnotatedImages, images: list[dict], objects: Packed, index: int
+) -> tuple[str | Image.Image, np.ndarray]:
+    """An image and its labels (H, W): small objects cover large ones, and all of them crowds."""
+    image = images[index]
+    labels = np.zeros((image["height"], image["width"]), dtype=np.int32)
+    for one in sorted(objects[index], key=lambda one: (not one.get("iscrowd"), -object_area(one, image))):
+        labels[decode_masks([one], image)[0].numpy() > 0] = one["label"]
+    return split.source(image), labels
 
 
 def _shapes(data: SegmentationData, split: str) -> MaskedImages:
@@ -290,7 +418,16 @@ def _shapes(data: SegmentationData, split: str) -> MaskedImages:
     return draw_scenes(split, max(data.crop_size))
 
 
-FORMATS: Formats[MaskedImages] = Formats(masks=_masks, shapes=_shapes)
+FORMATS: Formats[MaskedImages] = Formats(masks=_files, shapes=_shapes)
+
+
+def read_split(data: SegmentationData, split: str) -> MaskedImages:
+    """The train or val split, not yet checked."""
+    found = FORMATS.read(data, "train" if data.holdout else split)
+    if data.holdout:
+        held = held_out([image for image, _ in found.pairs], data.holdout)
+        found = found.keep([index for index in range(len(found.pairs)) if (index in held) == (split == "val")])
+    return found
 
 
 def build_dataset(
@@ -301,7 +438,10 @@ def build_dataset(
     Raises:
         InputError: for a missing folder, an image without a mask, classes that are not among `class_names`, ...
     """
-    found = FORMATS.read(data, split)
+    found = read_split(data, split)
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more: check-data lists all)" if len(found.problems) > 1 else ""
+        raise InputError(f"{printable(data.root)}: {found.problems[0]}{more}")
     if found.alone[0]:
         more = f" (and {len(found.alone[0]) - 1} more images)" if len(found.alone[0]) > 1 else ""
         raise InputError(f"{printable(found.alone[0][0])}: no mask for this image{more}; see check-data")

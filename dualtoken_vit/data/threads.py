@@ -1,7 +1,6 @@
 """Process many files in threads, with a progress bar."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from itertools import chain, islice
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
@@ -38,13 +37,16 @@ def in_threads(
     if len(first) < 2:
         yield from map(function, chain(first, items))
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
-    with ThreadPool(min(cores(), len(first))) as pool, ExitStack() as stack:
+    with ThreadPool(min(cores(), len(first))) as pool:
         results: Iterable[Result] = chain.from_iterable(pool.imap(function, chunk) for chunk in chain([first], chunks))
-        if title:
-            bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-            results = bar.track(results, total, description=title)
-        yield from results
+        yield from track(results, total, title) if title else results
+
+
+def track(items: Iterable[Item], total: int | None, title: str) -> Iterator[Item]:
+    """The items, with a progress bar on stderr; `total` is their number, if known."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield from bar.track(items, total, description=title)
 
 
 def verify_each(

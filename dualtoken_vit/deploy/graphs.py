@@ -5,10 +5,10 @@ Input `image` (B, 3, H, W) is float32 RGB (or grey) in [0, 1]: normalisation is 
     Classifier            logits (B, classes)
     AttentiveClassifier   the same, and attention (B, H', W', h, w), see `paper.attention`
     a Segmenter itself    logits (B, classes, H, W)
-    RetinaGraph           boxes (100, 4) in pixels of the input, scores (100,) and labels (100,), the best first, of one
+    DenseGraph            boxes (100, 4) in pixels of the input, scores (100,) and labels (100,), the best first, of one
                           image of fixed size; unused rows are -1
     MaskGraph             the same, and masks (100, 1, 28, 28), probabilities within each box
-    RawRetinaGraph        boxes (B, A, 4), scores (B, A, classes) of all A anchors, before non-maximum suppression
+    RawGraph              boxes (B, A, 4), scores (B, A, classes) of all A anchors, before non-maximum suppression
 
 The detectors compute what `models.detectors` does, with outputs of a fixed shape.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
-from dualtoken_vit.models.detectors import DETECTIONS, MaskRCNN, RetinaNet
+from dualtoken_vit.models.detectors import DETECTIONS, Detector
 from dualtoken_vit.paper.attention import recording
 
 CANDIDATES = 4000
@@ -65,17 +65,14 @@ class DetectorGraph(Normalised):
 
     model: Any
 
-    def __init__(self, model: RetinaNet | MaskRCNN):
+    def __init__(self, model: Detector):
         super().__init__(model, model.transform.image_mean, model.transform.image_std)
 
     def features(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The levels of the pyramid and their anchors (A, 4)."""
+        """The feature maps and their anchors (A, 4), or the anchors of all of them as one (SSDLite)."""
         levels = list(self.model.backbone(self.normalise(image)).values())
         rpn = getattr(self.model, "rpn", self.model)
-        generator = rpn.anchor_generator
-        generator.set_cell_anchors(torch.float32, image.device)
-        sizes = [level.shape[-2:] for level in levels]
-        return levels, generator.grid_anchors(sizes, [(stride, stride) for stride in generator.strides])
+        return levels, rpn.anchor_generator.grid(image.shape[-2:], levels)
 
 
 def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, least: float, count: int) -> Tensor:
@@ -99,8 +96,8 @@ def take(values: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(there, values[chosen.clamp(min=0)], -1)
 
 
-class RetinaGraph(DetectorGraph):
-    """A RetinaNet with its non-maximum suppression."""
+class DenseGraph(DetectorGraph):
+    """A detector of one stage with its non-maximum suppression."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         model, size = self.model, (image.shape[2], image.shape[3])
@@ -108,27 +105,27 @@ class RetinaGraph(DetectorGraph):
         out = model.head(levels)
         counts = [len(each) for each in anchors]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for logits, deltas, level in zip(
-            out["cls_logits"][0].split(counts), out["bbox_regression"][0].split(counts), anchors, strict=True
+        for each, deltas, level in zip(
+            model.scores(out)[0].split(counts), out["bbox_regression"][0].split(counts), anchors, strict=True
         ):
-            scores, index = logits.sigmoid().flatten().topk(min(model.topk_candidates, logits.numel()))
-            anchor, label = index // logits.shape[1], index % logits.shape[1]
-            boxes = model.box_coder.decode_single(deltas[anchor], level[anchor])
+            scores, index = each.flatten().topk(min(model.topk_candidates, each.numel()))
+            anchor, label = index // each.shape[1], index % each.shape[1]
+            boxes = model.decode(deltas[anchor], level[anchor])
             found.append((clip_boxes_to_image(boxes, size), scores, label))
         boxes, scores, labels = (torch.cat(each) for each in zip(*found, strict=True))
         chosen = suppress(boxes, scores, labels, model.nms_thresh, model.score_thresh, DETECTIONS)
         return take(boxes, chosen), take(scores, chosen), take(labels, chosen)
 
 
-class RawRetinaGraph(DetectorGraph):
-    """A RetinaNet before the choice of boxes, for images of any size."""
+class RawGraph(DetectorGraph):
+    """A detector of one stage before the choice of boxes, for images of any size."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         levels, anchors = self.features(image)
         out = self.model.head(levels)
         deltas = out["bbox_regression"]
-        boxes = self.model.box_coder.decode_single(deltas.flatten(0, 1), torch.cat(anchors).repeat(image.shape[0], 1))
-        return boxes.view(deltas.shape), out["cls_logits"].sigmoid()
+        boxes = self.model.decode(deltas.flatten(0, 1), torch.cat(anchors).repeat(image.shape[0], 1))
+        return boxes.view(deltas.shape), self.model.scores(out)
 
 
 def indices(there: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dualtoken_vit.deploy import graphs
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import ceil_div, check_size, pretrained_cfg
 from dualtoken_vit.models.detectors import DETECTIONS, MaskRCNN
+from dualtoken_vit.models.one_stage import Dense
 from dualtoken_vit.paper.attention import blocks_of
 
 Size = tuple[int, int]  # height, width
@@ -38,14 +39,16 @@ def plan(model: nn.Module, checkpoint: Checkpoint, size: Size | None, raw: bool,
 
     Args:
         size: height and width of the images; None: as in training
-        raw: RetinaNet: before the choice of boxes
+        raw: RetinaNet, FCOS, SSDLite: before the choice of boxes
         attention: DualToken-ViT classifiers: with the attention maps of the last block
 
     Raises:
         InputError: for a switch or size that the network does not have.
     """
-    if raw and (checkpoint.task != "detection" or isinstance(model, MaskRCNN)):
-        raise InputError("--raw: only a RetinaNet has boxes of all anchors as its output; leave it out")
+    if raw and not isinstance(model, Dense):
+        raise InputError(
+            "--raw: only RetinaNet, FCOS and SSDLite have boxes of all anchors as their output; leave it out"
+        )
     if attention and checkpoint.task != "classification":
         raise InputError(f"--attention: for classifiers, but this is {checkpoint.task}; leave it out")
     if checkpoint.task not in PLANS:
@@ -88,13 +91,13 @@ def _detector(model: Any, checkpoint: Checkpoint, size: Size | None, raw: bool, 
             nms_threshold=model.nms_thresh,
             detections=DETECTIONS,
         )
-        return Plan(graphs.RawRetinaGraph(model), ("boxes", "scores"), (height, width), trace=(288, 416), about=about)
+        return Plan(graphs.RawGraph(model), ("boxes", "scores"), (height, width), trace=(288, 416), about=about)
     about = {"score_threshold": model.score_thresh}
     if isinstance(model, MaskRCNN):
         graph: nn.Module = graphs.MaskGraph(model)
         outputs: tuple[str, ...] = ("boxes", "scores", "labels", "masks")
     else:
-        graph, outputs = graphs.RetinaGraph(model), ("boxes", "scores", "labels")
+        graph, outputs = graphs.DenseGraph(model), ("boxes", "scores", "labels")
     return Plan(graph, outputs, (height, width), fixed=True, one=True, about=about)
 
 

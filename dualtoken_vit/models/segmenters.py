@@ -1,4 +1,4 @@
-"""DeepLabv3 and PSPNet with any timm backbone, built from torchvision layers (section 4.3 of the paper).
+"""DeepLabv3, PSPNet (section 4.3 of the paper) and LR-ASPP with any timm backbone, built from torchvision's layers.
 
     segmenter = create_segmenter("deeplabv3", "dualtoken_vit_small", num_classes=150)
     logits = segmenter(images)                  # in training {"out": ..., "aux": ...}
@@ -11,12 +11,13 @@ Images are (B, C, H, W) in [0, 1], of any size from 32x32; the segmenter normali
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.models.segmentation.lraspp import LRASPPHead
 from torchvision.ops import Conv2dNormActivation
 
 from dualtoken_vit.errors import InputError
@@ -34,7 +35,7 @@ from dualtoken_vit.recipes import SegmentationInput
 
 __all__ = ["SEGMENTERS", "Segmenter", "create_segmenter", "segment"]
 
-STRIDE = 8  # to which the last feature map is resized
+STRIDE = 8  # to which the last feature map is resized, and that of the finest one that a head takes
 AUX_WIDTH = 256
 LEAST_SIDE = 32  # of images, in pixels
 LOGITS = 2**26  # maximum number of logits at image resolution held at once: 256 MiB, plus a copy
@@ -58,11 +59,12 @@ def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
     return resize(x, inner)[..., : size[0], : size[1]]
 
 
-def atrous_pooling(channels: int, width: int) -> nn.Module:
+class AtrousPooling(ASPP):
     """DeepLabv3's ASPP (Chen et al., arXiv 1706.05587): rates 1, 12, 24, 36 and image pooling, then a 3x3."""
-    pool = ASPP(channels, (12, 24, 36), width)
-    pool.project = Conv2dNormActivation(5 * width, width, 3)
-    return pool
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, (12, 24, 36), width)
+        self.project = Conv2dNormActivation(5 * width, width, 3)
 
 
 class Bins(nn.AdaptiveAvgPool2d):
@@ -100,26 +102,76 @@ class PyramidPooling(nn.Module):
         return self.project(torch.cat([x, *(resize(level(x), x.shape[-2:]) for level in self.levels)], dim=1))
 
 
-SEGMENTERS: dict[str, Callable[[int, int], nn.Module]] = {"deeplabv3": atrous_pooling, "pspnet": PyramidPooling}
-"""Context modules (B, channels, H, W) -> (B, width, H, W), given channels and width."""
-
-
 def classifier(width: int, num_classes: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1))
 
 
+class ContextHead(nn.Sequential):
+    """A context module on the last feature map, resized to stride 8, then a classifier."""
+
+    context: ClassVar[type[AtrousPooling] | type[PyramidPooling]]  # (B, channels, H, W) -> (B, width, H, W)
+    width = 512
+    class_layers = ("1.1",)
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int, num_classes: int, dropout: float):
+        super().__init__(self.context(channels[-1], width), classifier(width, num_classes, dropout))
+
+
+class DeepLabHead(ContextHead):
+    context = AtrousPooling
+
+
+class PSPHead(ContextHead):
+    context = PyramidPooling
+
+
+class LiteHead(LRASPPHead):
+    """LR-ASPP (Howard et al., arXiv 1905.02244): the last feature map as it is, gated by its mean, and a finer one.
+
+    torchvision's, with dropout, and without the shift by which it resizes a map that extends beyond the image.
+
+    Args:
+        channels, strides: of the backbone's feature maps; the first and the last one are used
+        width: channels of the last feature map after its projection
+        num_classes: number of pixel classes
+        dropout: channel dropout rate after the gate
+    """
+
+    width = 128
+    class_layers = ("low_classifier", "high_classifier")
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int, num_classes: int, dropout: float):
+        super().__init__(channels[0], channels[-1], num_classes, width)
+        self.factor = strides[-1] / strides[0]
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:  # -> (B, num_classes, H, W) of the low map
+        # Classified before it is resized, which is the same and needs fewer operations.
+        logits = self.high_classifier(self.dropout(self.cbr(high) * self.scale(high)))
+        return self.low_classifier(low) + enlarge(logits, self.factor, low.shape[-2:])
+
+
+SEGMENTERS: dict[str, type[ContextHead] | type[LiteHead]] = {
+    "deeplabv3": DeepLabHead,
+    "pspnet": PSPHead,
+    "lraspp": LiteHead,
+}
+
+
 class Segmenter(OverBackbone):
-    """A head on the last feature map of a timm network and an auxiliary head on the one before.
+    """A head on the last feature map of a timm network, and an auxiliary head on the one before.
+
+    LR-ASPP also takes the finest feature map of stride 8 or more.
 
     In training mode at first; see the module for its inputs and outputs.
 
     Args:
-        segmenter: "deeplabv3" or "pspnet"
+        segmenter: "deeplabv3", "pspnet" or "lraspp"
         model: network from timm.create_model
         num_classes: number of pixel classes
         output_stride: 8 or 16 if the network was created with this output stride: the head uses its last feature map as
-            it is. None: the map is resized to stride 8, as in the paper
-        width: channels of the head
+            it is. None: the map is resized to stride 8, as in the paper, except for LR-ASPP
+        width: channels of the head; None: 512, for LR-ASPP 128
         dropout: channel dropout rate before the classifiers
         in_chans: image channels
 
@@ -127,7 +179,6 @@ class Segmenter(OverBackbone):
         InputError: for an unknown segmenter, or a network with fewer than two feature maps or a fixed image size.
     """
 
-    class_layers = ("head.1.1", "aux_head.1.1")
     mean: Tensor
     std: Tensor
 
@@ -138,7 +189,7 @@ class Segmenter(OverBackbone):
         num_classes: int,
         *,
         output_stride: int | None = None,
-        width: int = 512,
+        width: int | None = None,
         dropout: float = 0.1,
         in_chans: int = 3,
     ):
@@ -149,12 +200,17 @@ class Segmenter(OverBackbone):
         if not hasattr(model, "forward_intermediates") or len(info) < 2:
             name = cfg["architecture"]
             raise InputError(f"--model.name {name}: returns no feature maps; a segmenter needs those of two stages")
-        self.backbone = Backbone(model, (len(info) - 2, len(info) - 1), "a segmenter", (70, 99), in_chans)
-        self.stride, self.num_classes = None if output_stride else STRIDE, num_classes
-        middle, last = self.backbone.feature_info.channels()
-        self.head = nn.Sequential(SEGMENTERS[segmenter](last, width), classifier(width, num_classes, dropout))
+        kind, indices = SEGMENTERS[segmenter], {len(info) - 2, len(info) - 1}
+        self.lite = issubclass(kind, LiteHead)
+        if self.lite:
+            indices.add(next((i for i, stage in enumerate(info) if stage["reduction"] >= STRIDE), len(info) - 1))
+        self.backbone = Backbone(model, sorted(indices), "a segmenter", (70, 99), in_chans)
+        self.stride, self.num_classes = None if output_stride or self.lite else STRIDE, num_classes
+        channels = self.backbone.feature_info.channels()
+        self.head = kind(channels, self.backbone.strides, width or kind.width, num_classes, dropout)
+        self.class_layers = (*(f"head.{name}" for name in kind.class_layers), "aux_head.1.1")
         self.aux_head = nn.Sequential(
-            Conv2dNormActivation(middle, AUX_WIDTH, 3), classifier(AUX_WIDTH, num_classes, dropout)
+            Conv2dNormActivation(channels[-2], AUX_WIDTH, 3), classifier(AUX_WIDTH, num_classes, dropout)
         )
         for key, values in statistics(cfg, in_chans).items():  # saved: timm's values for a name may change
             self.register_buffer(key, torch.tensor(values).view(1, -1, 1, 1))
@@ -163,15 +219,19 @@ class Segmenter(OverBackbone):
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:  # (B, C, H, W)
         size = x.shape[-2:]
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        middle, last = self.backbone(x)
-        middle_stride, stride = self.backbone.strides
-        if self.stride:
-            last = enlarge(last, stride / self.stride, [ceil_div(side, self.stride) for side in size])
-            stride = self.stride
-        out = enlarge(self.head(last).float(), stride, size)
+        maps, strides = self.backbone(x), self.backbone.strides
+        stride, last = strides[-1], maps[-1]
+        if self.lite:
+            stride, out = strides[0], self.head(maps[0], last)
+        else:
+            if self.stride:
+                last = enlarge(last, stride / self.stride, [ceil_div(side, self.stride) for side in size])
+                stride = self.stride
+            out = self.head(last)
+        out = enlarge(out.float(), stride, size)
         if not self.training:
             return out
-        return {"out": out, "aux": enlarge(self.aux_head(middle).float(), middle_stride, size)}
+        return {"out": out, "aux": enlarge(self.aux_head(maps[-2]).float(), strides[-2], size)}
 
 
 def dilated(create: Callable[..., nn.Module], output_stride: int | None) -> nn.Module:

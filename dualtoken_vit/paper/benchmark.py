@@ -9,8 +9,6 @@ import os
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
-from functools import partial
 from itertools import product
 from json import dumps
 from multiprocessing import get_context
@@ -20,25 +18,20 @@ from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.retinanet import RetinaNet
 
-import dualtoken_vit  # noqa: F401  registers the models
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import describe, pick_device, tune_cpu
-from dualtoken_vit.models.detectors import DETECTORS, create_detector
-from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
+from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.paper.counting import Counts, count
+from dualtoken_vit.paper.named import BUILDERS, TORCHVISION_DETECTORS, check_models, detects
 from dualtoken_vit.predictors import read_header
 from dualtoken_vit.recipes import Device, Optim
-from dualtoken_vit.runtime.session import RUNTIMES, ExportedModel, read_description
+from dualtoken_vit.runtime.session import RUNTIMES
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_growth
 from dualtoken_vit.tasks.optim import build_optimizer
@@ -90,50 +83,6 @@ class Result:
     params: int
     macs: int
     """Multiply-accumulates for one image."""
-
-
-TORCHVISION_DETECTORS = torchvision.models.list_models(module=torchvision.models.detection)
-
-
-def _timm(name: str, size: tuple[int, int]) -> nn.Module:
-    cfg = timm.get_pretrained_cfg(name)
-    kwargs: dict[str, Any] = {"img_size": size} if cfg and cfg.fixed_input_size else {}
-    return timm.create_model(name, **kwargs)
-
-
-def _torchvision(name: str, size: tuple[int, int]) -> nn.Module:
-    kwargs = {"min_size": min(size), "max_size": max(size)} if name in TORCHVISION_DETECTORS else {}
-    return torchvision.models.get_model(name, weights=None, weights_backbone=None, **kwargs)
-
-
-def _detector(kind: str, name: str, size: tuple[int, int]) -> nn.Module:
-    return create_detector(kind, name, 80, image_size=min(size), max_size=max(size))
-
-
-def _segmenter(kind: str, name: str, size: tuple[int, int]) -> nn.Module:
-    return create_segmenter(kind, name, 150)
-
-
-class ExportedNetwork(nn.Module):
-    """The network of an exported file, on the CPU."""
-
-    def __init__(self, runtime: str, file: str, size: tuple[int, int]):
-        super().__init__()
-        self.run = ExportedModel(file, runtime, torch.get_num_threads())
-
-    @torch.compiler.disable
-    def forward(self, x: Tensor) -> object:
-        return self.run(x.numpy())
-
-
-BUILDERS: dict[str, Callable[[str, tuple[int, int]], nn.Module]] = {
-    "": _timm,
-    **{kind: partial(_detector, kind) for kind in DETECTORS},
-    **{kind: partial(_segmenter, kind) for kind in SEGMENTERS},
-    "torchvision": _torchvision,
-    **{runtime: partial(ExportedNetwork, runtime) for runtime in RUNTIMES},
-}
-"""KIND in KIND:NAME -> function that builds NAME for images of (height, width), with random weights."""
 
 
 @dataclass(frozen=True)
@@ -199,11 +148,6 @@ class Setting:
 def forward(model: nn.Module, x: Tensor) -> object:
     """The model's output for a batch; a detector takes a list of images."""
     return model(list(x)) if detects(model) else model(x)
-
-
-def detects(model: nn.Module) -> bool:
-    """Whether this is a detector, compiled or not."""
-    return isinstance(getattr(model, "_orig_mod", model), (GeneralizedRCNN, RetinaNet, *DETECTORS.values()))
 
 
 def take_turns(
@@ -341,31 +285,6 @@ def _measure(
     return results
 
 
-def _check_models(models: tuple[str, ...], train: bool) -> None:
-    if not models:
-        raise InputError("models: none given; name one or more timm models")
-    for name in models:
-        kind, colon, inner = name.rpartition(":")
-        if colon and kind not in BUILDERS:
-            kinds = ", ".join(filter(None, BUILDERS))
-            raise InputError(f"models: {name}: {kind!r} is not a kind of model; use one of {kinds}, or a timm name")
-        if kind in RUNTIMES:
-            read_description(inner)
-            if train:
-                raise InputError(f"--train: {name} is an exported file, which cannot be trained; leave it out")
-            continue
-        library = torchvision.models if kind == "torchvision" else timm
-        names = library.list_models()
-        if inner not in names and not (library is timm and timm.is_model(inner)):  # timm also accepts names with a tag
-            near = get_close_matches(inner, names)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"{library.__name__}.list_models() lists them"
-            raise InputError(f"models: {kind or 'timm'} has no model {inner!r}; {hint}")
-        if train and kind:
-            raise InputError(f"models: {name}: only timm names can be trained; remove it, or leave out train")
-        if models.count(name) > 1:
-            raise InputError(f"models: {name} is given twice; give it once")
-
-
 def _size(text: str) -> tuple[int, int]:
     """Height and width from "224" or "640x480" (width x height)."""
     width, cross, height = text.partition("x")
@@ -398,9 +317,10 @@ def benchmark(
     Flushes denormals to zero and keeps freed memory; these settings and the number of threads persist in the process.
 
     Args:
-        models: timm names; retinanet:NAME and mask-rcnn:NAME for a detector over a timm model (80 classes),
-            deeplabv3:NAME and pspnet:NAME for a segmenter (150 classes); torchvision:NAME for a torchvision model;
-            onnxruntime:FILE and openvino:FILE for a file that export wrote.
+        models: timm names; retinanet:NAME, mask-rcnn:NAME, fcos:NAME and ssdlite:NAME for a detector over a timm model
+            (80 classes), with @320 after NAME for one that resizes images to this short side; deeplabv3:NAME,
+            pspnet:NAME and lraspp:NAME for a segmenter (150 classes); torchvision:NAME for a torchvision model
+            (segmenters with 150 classes); onnxruntime:FILE and openvino:FILE for a file that export wrote.
             The first one is the reference for the ratios.
         input_sizes: image sizes in pixels, as 224 or 640x480 (width x height), the same for all models.
         batch_sizes: images per forward pass or training step.
@@ -422,7 +342,7 @@ def benchmark(
     Raises:
         InputError: for an unknown model, a model that does not accept this size, or an unavailable device.
     """
-    _check_models(models, train)
+    check_models(models, train)
     least = {"batch_sizes": min(batch_sizes, default=0), "rounds": rounds, "threads": min(threads, default=1)}
     for name, value in least.items():
         if value < 1:

@@ -24,7 +24,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from dualtoken_vit.data.detection import DetectionDataset, draw_scenes, read_coco
+from dualtoken_vit.data.coco import read_coco
+from dualtoken_vit.data.detection import DetectionDataset, draw_scenes
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable

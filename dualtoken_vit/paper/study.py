@@ -30,6 +30,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from annotated_types import Interval
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -71,13 +72,16 @@ class Study:
     """The options of a study: the recipe of every network, whose own network is replaced, and the runs."""
 
     recipe: Annotated[Classification, tyro.conf.arg(name="")]
-    preset: Literal["cpu", "gpu"] = "cpu"
-    """Budget that the other options start from: two cores for 30 minutes, or one GPU."""
+    preset: Literal["cpu", "equal", "gpu"] = "cpu"
+    """Budget that the other options start from: two cores for 30 minutes, two cores for a night, or one GPU."""
     base: Base = "small"
     """The DualToken-ViT of an ablation: small as in the paper, or tiny. Does not apply to peers."""
-    seeds: int = 3
+    seeds: Annotated[int, Interval(ge=1, le=1000)] = 3
     """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
-    jobs: int = 1
+    search_lr: Annotated[tuple[float, ...], Interval(ge=1e-12, le=1000)] = ()
+    """Learning rates to choose from, for each network: first, one run with each of them, validated on a held-out tenth
+    of the training images. Empty: optim.lr for all networks."""
+    jobs: Annotated[int, Interval(ge=1, le=1024)] = 1
     """Parallel runs; they share the CPU's cores, or the GPU."""
     out: Path = Path("runs", "study")
     """Folder of the runs, which studies share, and of study-NAME.json, .md, .png; the same command resumes there."""
@@ -93,6 +97,12 @@ _CPU = replace(
     optim=replace(_FOLDER.optim, epochs=1, warmup_epochs=0.2),
     run=Run(device="cpu"),
 )
+_EQUAL = replace(
+    _FOLDER,
+    data=replace(_FOLDER.data, image_size=96, workers=1),
+    optim=replace(_FOLDER.optim, optimizer="muon", schedule="flat-cosine", epochs=5),
+    run=Run(device="cpu", precision="bf16-mixed"),
+)
 _GPU = replace(
     _FOLDER,
     data=replace(_FOLDER.data, image_size=112, workers=4),
@@ -103,6 +113,10 @@ PRESETS: dict[str, tuple[str, Study]] = {
     "cpu": (
         "one epoch at 64 pixels, two seeds: at most 30 minutes per study for 10,000 images on two CPU cores",
         Study(_CPU, "cpu", base="tiny", seeds=2, jobs=2),
+    ),
+    "equal": (
+        "five epochs at 96 pixels in bfloat16, three seeds, the better of two learning rates for each network: days",
+        Study(_EQUAL, "equal", base="tiny", seeds=3, search_lr=(1e-3, 3e-3), jobs=2),
     ),
     "gpu": ("20 epochs at 112 pixels, three seeds, on one GPU", Study(_GPU, "gpu", base="small", seeds=3, jobs=4)),
 }
@@ -115,6 +129,7 @@ class Result:
     published: Published
     name: str  # the paper's name, or that of the smaller network in its place
     model: Model
+    lr: float
     counts: Counts  # at the image size and number of classes of the study
     top1: tuple[float, ...]  # accuracy after the last epoch for each seed, between 0 and 1
 
@@ -156,6 +171,11 @@ class _Job:
         """Accuracy after the last completed epoch."""
         return float(self.history[-1]["val_top1"])
 
+    @property
+    def score(self) -> tuple[float, float]:
+        """The accuracy, and for equal ones the loss, negated."""
+        return self.top1, -float(self.history[-1]["val_loss"])
+
 
 def networks(name: str, base: Base) -> list[tuple[Published, Model]]:
     """The networks of a study in the paper's order; in ablations `base` replaces DualToken-ViT-S."""
@@ -182,18 +202,45 @@ def _check_budget(stored: dict[str, Any], budget: dict[str, Any], where: Path) -
             )
 
 
-def _plan(name: str, recipe: Classification, base: Base, seeds: int, out: Path) -> list[_Job]:
+def _job(key: str, recipe: Classification, parent: Path, label: str) -> _Job:
+    """A run in parent/NETWORK/label. Rejects a run of another budget there."""
+    job = _Job(key, recipe, parent / "-".join((recipe.model.name, *recipe.model.args)) / label)
+    stored = stored_recipe(job.folder) if job.epochs or (job.folder / LAST).exists() else None
+    if stored is not None:
+        _check_budget(flatten(stored), flatten(recipe), job.folder)
+    return job
+
+
+def _plan(recipes: dict[str, Classification], seeds: int, out: Path) -> list[_Job]:
     """All runs of a study: every network with the first seed, then with the next. Rejects runs of another budget."""
-    jobs = []
-    for seed in range(recipe.run.seed, recipe.run.seed + seeds):
-        for row, model in networks(name, base):
-            own = replace(_with(recipe, model), run=replace(recipe.run, seed=seed))
-            job = _Job(row.key, own, out / "runs" / "-".join((model.name, *model.args)) / f"seed-{seed}")
-            stored = stored_recipe(job.folder) if job.epochs or (job.folder / LAST).exists() else None
-            if stored is not None:
-                _check_budget(flatten(stored), flatten(own), job.folder)
-            jobs.append(job)
-    return jobs
+    return [
+        _job(
+            key,
+            replace(recipe, run=replace(recipe.run, seed=recipe.run.seed + n)),
+            out / "runs",
+            f"seed-{recipe.run.seed + n}",
+        )
+        for n in range(seeds)
+        for key, recipe in recipes.items()
+    ]
+
+
+def _search(recipes: dict[str, Classification], rates: Sequence[float], out: Path) -> list[_Job]:
+    """A run of every network with each learning rate, on a held-out tenth of the training images."""
+    return [
+        _job(
+            key,
+            replace(
+                recipe,
+                data=replace(recipe.data, holdout=recipe.data.holdout or 0.1),
+                optim=replace(recipe.optim, lr=lr),
+            ),
+            out / "search",
+            f"lr-{lr:g}",
+        )
+        for lr in rates
+        for key, recipe in recipes.items()
+    ]
 
 
 def _with(recipe: Classification, model: Model) -> Classification:
@@ -275,6 +322,18 @@ async def _train_all(todo: Sequence[_Job], parallel: int) -> list[str]:
     return problems
 
 
+def _run(plan: Sequence[_Job], parallel: int) -> None:
+    """Train what is not done; an InputError after all other runs have ended if some failed."""
+    todo = [job for job in plan if not job.done]
+    try:
+        problems = asyncio.run(_train_all(todo, parallel)) if todo else []
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{more}; fix this, then repeat the command to resume")
+
+
 def verdict(results: Sequence[Result]) -> list[str]:
     """Whether the measured ranking agrees with the paper's, in sentences.
 
@@ -316,15 +375,16 @@ def verdict(results: Sequence[Result]) -> list[str]:
     return [*lines, "This budget is too small to confirm or refute the paper's ranking."]
 
 
-def _text(recipe: Classification, base: Base, seeds: int, data: dict[str, Any]) -> str:
+def _text(recipe: Classification, base: Base, seeds: int, search: Sequence[float], data: dict[str, Any]) -> str:
     """The budget in one line."""
     optim = recipe.optim
     where = Path(recipe.data.root).resolve().name if recipe.data.root else recipe.data.dataset
     epochs = f"{optim.epochs} epoch{'s' * (optim.epochs > 1)} of {data['training']:,} images"
     over = ", ablations of T instead of S" if base == "tiny" else ""
+    rates = f"the best of {', '.join(f'{lr:g}' for lr in search)}" if search else f"{optim.lr:g}"
     return (
         f"{where}, {recipe.data.image_size} pixels, {epochs}, {seeds} seed{'s' * (seeds > 1)}, {optim.optimizer} "
-        f"{optim.lr:g}, batch size {optim.batch_size}, {data['validation']:,} validation images, last epoch{over}"
+        f"{rates}, batch size {optim.batch_size}, {data['validation']:,} validation images, last epoch{over}"
     )
 
 
@@ -348,12 +408,12 @@ def draw(results: Sequence[Result], title: str) -> Figure:
 
 
 def _table(results: Sequence[Result], markdown: bool) -> str:
-    columns = ("<network", "<model", "params M", "MACs G", "top-1 %", "std", "seeds", "published %")
+    columns = ("<network", "<model", "params M", "MACs G", "lr", "top-1 %", "std", "seeds", "published %")
     cells = []
     for result in results:
         std = "" if result.spread is None else f"{100 * result.spread:.2f}"
         seeds = " ".join(f"{100 * top1:.1f}" for top1 in result.top1)
-        sizes = (f"{result.counts.params / 1e6:.2f}", f"{result.counts.macs / 1e9:.3f}")
+        sizes = (f"{result.counts.params / 1e6:.2f}", f"{result.counts.macs / 1e9:.3f}", f"{result.lr:g}")
         model = " ".join((result.model.name, *result.model.args))
         cells.append((result.name, model, *sizes, f"{100 * result.mean:.2f}", std, seeds, result.published.score))
     return table_text(columns, [cells], markdown)
@@ -369,7 +429,7 @@ def study(name: str, options: Study) -> None:
             ended, for runs that failed.
     """
     quiet()
-    recipe, seeds, out = options.recipe, options.seeds, options.out
+    recipe, seeds, search, out = options.recipe, options.seeds, options.search_lr, options.out
     base: Base = "small" if name == "peers" else options.base  # peers are unaffected
     for key in ("name", "args", "checkpoint", "pretrained"):
         if getattr(recipe.model, key) != getattr(_FOLDER.model, key):
@@ -377,17 +437,16 @@ def study(name: str, options: Study) -> None:
     for key in ("max_minutes", "patience"):
         if getattr(recipe.run, key) is not None:
             raise InputError(f"--run.{key.replace('_', '-')}: all runs of a study have the same epochs; remove it")
-    for key, value in (("seeds", seeds), ("jobs", options.jobs)):
-        if value < 1:
-            raise InputError(f"--{key} {value}: must be at least 1")
     check_bounds(recipe)
-    plan = _plan(name, recipe, base, seeds, out)
+    check_bounds(options)
+    recipes = {row.key: _with(recipe, model) for row, model in networks(name, base)}
+    plan = [] if search else _plan(recipes, seeds, out)  # with a search, the learning rates are not known yet
     data = _fingerprint(*build_datasets(recipe.data, recipe.model.in_chans), recipe.data.root)
-    counts = {row.key: _counts(_with(recipe, model), len(data["classes"])) for row, model in networks(name, base)}
+    counts = {key: _counts(own, len(data["classes"])) for key, own in recipes.items()}
     table, _ = STUDIES[name]
-    text = _text(recipe, base, seeds, data)
+    text = _text(recipe, base, seeds, search, data)
     settings = json.loads(json.dumps(flatten(recipe))) | {"data.root": Path(recipe.data.root).name}
-    budget = {"text": text, "base": base, "seeds": seeds} | settings
+    budget = {"text": text, "base": base, "seeds": seeds, "search_lr": list(search)} | settings
     stem = out / f"study-{name}"
     if (path := stem.with_suffix(".json")).exists():
         _check_budget(json.loads(path.read_text(encoding="utf-8"))["budget"], budget, path)
@@ -396,20 +455,20 @@ def study(name: str, options: Study) -> None:
         if (path := out / "runs" / "data.json").exists() and json.loads(path.read_text(encoding="utf-8")) != data:
             raise InputError(f"the runs in {path.parent} used other images (see {path.name}); choose another --out")
         write_json(data, path)
-        todo = [job for job in plan if not job.done]
-        try:
-            problems = asyncio.run(_train_all(todo, options.jobs)) if todo else []
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"{problems[0]}{more}; fix this, then repeat the command to resume")
+        if search:
+            tried = _search(recipes, search, out)
+            _run(tried, options.jobs)
+            for key, own in recipes.items():
+                best = max((job for job in tried if job.key == key), key=lambda job: job.score)
+                recipes[key] = replace(own, optim=best.recipe.optim)
+            plan = _plan(recipes, seeds, out)
+        _run(plan, options.jobs)
 
     results = []
     for row, model in networks(name, base):
         called = row.network.replace("ViT-S", "ViT-T") if base == "tiny" else row.network
         top1 = tuple(job.top1 for job in plan if job.key == row.key)
-        results.append(Result(row, called, model, counts[row.key], top1))
+        results.append(Result(row, called, model, recipes[row.key].optim.lr, counts[row.key], top1))
     lines = verdict(results)
     machines = dict.fromkeys((job.folder / MACHINE).read_text(encoding="utf-8") for job in plan)
     record: dict[str, Any] = {
@@ -417,7 +476,13 @@ def study(name: str, options: Study) -> None:
         "table": table,
         "budget": budget,
         "networks": [
-            {"key": r.published.key, "network": r.name, "model": asdict(r.model), "counts": asdict(r.counts)}
+            {
+                "key": r.published.key,
+                "network": r.name,
+                "model": asdict(r.model),
+                "counts": asdict(r.counts),
+                "lr": r.lr,
+            }
             | {"top1": r.top1, "mean": round(r.mean, 6), "spread": r.spread, "published": r.published.score}
             for r in results
         ],

@@ -361,7 +361,7 @@ class AnySizeDetectorOptions(DetectorOptions):
 
 
 class AnySizeDetector(Detector):
-    """A RetinaNet of any size, whose non-maximum suppression is done here."""
+    """A detector of any size, whose non-maximum suppression is done here."""
 
     Options = AnySizeDetectorOptions
 

@@ -17,11 +17,19 @@ STEPS = 20  # the most that are timed
 
 
 def with_epochs(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe with another number of epochs, its milestones at the same shares of them, warm-up in half at most."""
-    optim = recipe.optim
-    warmup = min(optim.warmup_epochs, epochs / 2)
-    milestones = tuple(max(round(each * epochs / optim.epochs), 1) for each in optim.milestones)
-    return replace(recipe, optim=replace(optim, epochs=epochs, milestones=milestones, warmup_epochs=warmup))
+    """The recipe with another number of epochs, its milestones at the same shares of them, warm-up in half at most.
+
+    A warm-up in steps becomes shorter with the run.
+    """
+    optim, share = recipe.optim, epochs / recipe.optim.epochs
+    changed = replace(
+        optim,
+        epochs=epochs,
+        milestones=tuple(max(round(each * share), 1) for each in optim.milestones),
+        warmup_epochs=min(optim.warmup_epochs, epochs / 2),
+        warmup_steps=optim.warmup_steps and ceil(optim.warmup_steps * min(share, 1)),
+    )
+    return replace(recipe, optim=changed)
 
 
 class TimeBudget(Callback):

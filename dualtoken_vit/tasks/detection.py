@@ -14,13 +14,15 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.balance import image_weights
 from dualtoken_vit.data.check import detection as data_check
+from dualtoken_vit.data.coco import MIN_SIDE
 from dualtoken_vit.data.contract import ImageData
-from dualtoken_vit.data.detection import MIN_SIDE, DetectionDataset, build_datasets, build_val_dataset
+from dualtoken_vit.data.detection import DetectionDataset, build_datasets, build_val_dataset
 from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
 from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector
+from dualtoken_vit.models.tiles import detect_in_tiles
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
 from dualtoken_vit.runtime.report import ObjectsReport, to_results
@@ -48,7 +50,7 @@ class DetectionPredictor(Predictor[Objects]):
     batch_size = 4
     ahead = 16
     model: Any
-    memory_hint = "use smaller images, a smaller image_size or a higher score"
+    memory_hint = "use smaller images or tiles, a smaller image_size or a higher score"
 
     def preprocess(self, image: Image.Image) -> Tensor:  # -> (C, H, W) uint8
         return pil_to_tensor(image)
@@ -59,7 +61,11 @@ class DetectionPredictor(Predictor[Objects]):
         self.model.score_thresh = self.options.score
         self.model.transform.min_size = (self.options.image_size,)
         self.model.transform.max_size = max(self.options.max_size, self.options.image_size)
-        return self.model([image.to(self.device) / 255 for image in batch])
+        tile, overlap = self.options.tile, self.options.overlap
+        if tile is None:
+            return self.model([image.to(self.device) / 255 for image in batch])
+        images = (image.to(self.device) / 255 for image in batch)
+        return [detect_in_tiles(self.model, image, tile, overlap, self.batch_size) for image in images]
 
     def postprocess(self, outputs: list[dict[str, Tensor]]) -> list[Objects]:
         results = []
@@ -151,7 +157,7 @@ class DetectionTask(Task[Detection]):
     name = "detection"
     recipe = Detection
     predictor = DetectionPredictor
-    data_flags = "--data.images DIR --data.val-json FILE"
+    data_flags = "--data.root DIR [--data.val-split NAME] | --data.images DIR --data.val-json FILE"
     check_data = staticmethod(data_check.check)
     evaluation_options = {"score": SCORE_THRESHOLD}  # noqa: RUF012
 
@@ -198,9 +204,10 @@ class DetectionTask(Task[Detection]):
         return DetectionModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:
-        if not given.keys() & {"images", "val_json"}:
+        if not given.keys() & {"root", "images", "val_json"}:
             return {}
-        follows: dict[str, Any] = {"dataset": "coco", "limit": None}
+        follows: dict[str, Any] = {"dataset": "coco", "limit": None, "holdout": 0.0}
+        follows |= {"format": "auto"} if "root" in given else {"root": ""}
         return follows | ({"val_images": None} if "images" in given else {})
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: its files, what they hold, and the callbacks that write them.
 
-recipe.json, metrics.csv, curves.png, tensorboard/, last.ckpt (to resume), best.safetensors (to use), and the details
-that the task writes for the best epoch.
+recipe.json, metrics.csv, curves.png, the logs of a tracker, last.ckpt (to resume), best.safetensors (to use), and the
+details that the task writes for the best epoch.
 """
 
 import csv
@@ -17,7 +17,6 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.contract import some
@@ -25,6 +24,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.recipes import RECIPES, Recipe, flatten, free_on_resume, from_dict, to_dict
 from dualtoken_vit.show import plots
+from dualtoken_vit.tasks.loggers import Tracker
 from dualtoken_vit.tasks.registry import get_task
 
 RUN = RECIPE, LAST, BEST = "recipe.json", "last.ckpt", "best.safetensors"  # files that mark a folder as a run's
@@ -144,6 +144,7 @@ class RunFolder(Callback):
         self.batches = 0
         self.bad_step: Any = 0  # the first whose loss was not finite
         self.begun = begun  # whether the folder has the recipe
+        self.tracked: dict[str, str | None] = {}  # the run's name in each tracker
 
     def on_save_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {
@@ -152,11 +153,13 @@ class RunFolder(Callback):
             "batches": self.batches,
             "images": trainer.datamodule.images,
             "class_names": list(task.predictor.class_names),
+            "tracked": self.tracked | {trainer.logger.name: trainer.logger.version},
         }
 
     def on_load_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["run"]
         self.history, self.loss_sum, self.batches = run["history"], run["loss_sum"], run["batches"]
+        self.tracked = run.get("tracked", {})
         images = trainer.datamodule.images
         if run["images"] != images:
             raise InputError(
@@ -172,8 +175,8 @@ class RunFolder(Callback):
             train, val = trainer.datamodule.images
             print(f"{train} training and {val} validation images, {task.steps_per_epoch} steps an epoch", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
-        # TensorBoard drops what a stopped run had logged from this step on: it is logged again.
-        trainer.logger = TensorBoardLogger(self.out, name="", version="tensorboard", purge_step=trainer.global_step)
+        kind, before = self.recipe.run.logger, self.tracked.get(self.recipe.run.logger)
+        trainer.logger = Tracker(kind, self.out, trainer.global_step, before, flatten(self.recipe))
         for row in self.history:
             if row["step"] == trainer.global_step:
                 self._log(trainer, row)

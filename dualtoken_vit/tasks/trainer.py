@@ -26,6 +26,7 @@ from dualtoken_vit.tasks import run_folder
 from dualtoken_vit.tasks.budget import TimeBudget, with_epochs
 from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 from dualtoken_vit.tasks.loaders import Loaders
+from dualtoken_vit.tasks.loggers import check_logger
 from dualtoken_vit.tasks.networks import choose_weights, own_weights
 from dualtoken_vit.tasks.optim import build_optimizer, ema_update
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
@@ -109,7 +110,10 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
             f"--run.validate-every {recipe.run.validate_every}: must divide --optim.epochs {recipe.optim.epochs}, "
             "so that the last epoch is validated"
         )
+    if recipe.model.pretrained == "auto" and recipe.model.args and own_weights(recipe.model.name):
+        print("--model.args makes another network than that of the pretrained weights: starting from scratch")
     recipe = replace(recipe, model=choose_weights(recipe.model))
+    check_logger(recipe.run.logger)
     main = getattr(rank_zero_only, "rank", 0) == 0  # other processes run this too, after the first has begun to write
     with run_folder.in_use(out) if main else nullcontext():
         _train(recipe, out, resume, name, main)

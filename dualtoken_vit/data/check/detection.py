@@ -9,8 +9,18 @@ import torch
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
-from dualtoken_vit.data import detection
 from dualtoken_vit.data.check import report
+from dualtoken_vit.data.coco import (
+    MIN_SIDE,
+    AnnotatedImages,
+    clip,
+    decode_masks,
+    degenerate,
+    entry_name,
+    segmentation_fault,
+    size_fault,
+)
+from dualtoken_vit.data.detection import read_split
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.recipes import Detection
@@ -22,7 +32,7 @@ _SLACK = 2.0  # pixels by which boxes may exceed the image, and masks their box:
 class _Checked(NamedTuple):
     """A split after reading its annotations and images."""
 
-    split: detection.AnnotatedImages  # with its valid entries only
+    split: AnnotatedImages  # with its valid entries only
     broken: list[str]  # a line on each other entry
     facts: list[report.Facts]  # on each valid image
     odd: dict[str, list[str]]  # what is odd about valid annotations: kind to lines
@@ -44,7 +54,7 @@ def check(recipe: Detection, out: Path) -> bool:
     images in both splits. Objects per class and size, crowds, images without objects or rotated by EXIF, and copies are
     only reported. An InputError if the files are not named, or are not COCO files.
     """
-    splits = {name: detection.FORMATS.read(recipe.data, name) for name in ("train", "val")}
+    splits = {name: read_split(recipe.data, name) for name in ("train", "val")}
     found = {name: _read(name, split, recipe) for name, split in splits.items()}
     facts = {name: one.facts for name, one in found.items()}
     class_names = {name: [each["name"] for each in one.split.coco["categories"]] for name, one in found.items()}
@@ -58,23 +68,23 @@ def check(recipe: Detection, out: Path) -> bool:
     return report.print_report(table, facts, lines, notes, problems, many, "boxes and masks")
 
 
-def _read(name: str, split: detection.AnnotatedImages, recipe: Detection) -> _Checked:
-    coco, broken = detection.sift(split.coco, recipe.detector == "mask-rcnn")
-    split = split._replace(coco=detection.first_images(coco, recipe.data.limit))
+def _read(name: str, split: AnnotatedImages, recipe: Detection) -> _Checked:
+    coco, broken = split.sift(recipe.detector == "mask-rcnn", recipe.data.limit)
+    split = split._replace(coco=coco)
     images = {image["id"]: image for image in split.coco["images"]}
 
     def look(image: dict) -> report.Facts:
         facts = report.read_facts(split.path(image), split.source(image))
-        fault = facts.problem or detection.size_fault(facts.name, facts.size, image, split.name)
+        fault = facts.problem or size_fault(facts.name, facts.size, image, split.name)
         return facts._replace(problem=fault)
 
     facts = list(in_threads(look, images.values(), len(images), f"reading {name}"))
     annotations, odd = split.coco["annotations"], defaultdict(list)
     for annotation in annotations:
         for kind, text in _oddities(annotation, images[annotation["image_id"]]):
-            odd[kind].append(f"{kind}: {split.name}: annotation {annotation['id']} {text}")
+            odd[kind].append(f"{kind}: {split.name}: {entry_name('annotations', annotation)} {text}")
     objects = [one for one in annotations if not one.get("iscrowd")]
-    tiny = [one for one in annotations if detection.degenerate(one, images[one["image_id"]])]
+    tiny = [one for one in annotations if degenerate(one, images[one["image_id"]])]
     return _Checked(split, [f"{split.name}: {line}" for line in broken], facts, odd, objects, tiny)
 
 
@@ -88,14 +98,14 @@ def _oddities(annotation: dict, image: dict) -> Iterator[tuple[str, str]]:
         return
     if outside > _SLACK:
         yield "box outside the image", f"is {place}"
-    elif detection.degenerate(annotation, image):  # reported with the counts
+    elif degenerate(annotation, image):  # reported with the counts
         return
     if annotation.get("area") is not None and annotation["area"] <= 0:
         yield "no area", f"has area {annotation['area']}"
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return
-    if fault := detection.segmentation_fault(segmentation, image):
+    if fault := segmentation_fault(segmentation, image):
         yield "broken segmentation", f"cannot be drawn: {fault}"
         return
     mask = rle.segmToRle(segmentation, image["width"], image["height"])
@@ -119,12 +129,13 @@ def _summary(name: str, checked: _Checked) -> Iterator[str]:
 
 
 def _notes(name: str, checked: _Checked) -> Iterator[str]:
+    yield from checked.split.notes
     classes, tiny = len(checked.split.coco["categories"]), checked.tiny
     if unused := classes - len(checked.counts()):
         yield f"{unused} of the {classes} categories of {name} have no object"
     if tiny:
-        ids = ", ".join(str(one["id"]) for one in tiny[:5]) + (", ..." if len(tiny) > 5 else "")
-        yield f"{name}: not trained on, below {detection.MIN_SIDE:g} px in the image: {len(tiny)} annotations ({ids})"
+        ids = ", ".join(str(one.get("where") or one["id"]) for one in tiny[:5]) + (", ..." if len(tiny) > 5 else "")
+        yield f"{name}: not trained on, below {MIN_SIDE:g} px in the image: {len(tiny)} annotations ({ids})"
 
 
 def _idle(name: str, checked: _Checked) -> Iterator[str]:
@@ -149,10 +160,10 @@ def _drawings(checked: _Checked) -> Iterator[Image.Image]:
         ones, blank = of_image[image["id"]], {"size": [image["height"], image["width"]]}
         blank["counts"] = [image["height"] * image["width"]]
         shapes = [one.get("segmentation") or blank for one in ones]
-        shapes = [blank if detection.segmentation_fault(shape, image) else shape for shape in shapes]
+        shapes = [blank if segmentation_fault(shape, image) else shape for shape in shapes]
         objects = {
-            "boxes": torch.tensor([detection.clip(one, image) for one in ones]),
+            "boxes": torch.tensor([clip(one, image) for one in ones]),
             "labels": torch.tensor([len(names) if one.get("iscrowd") else labels[one["category_id"]] for one in ones]),
-            "masks": detection.decode_masks([{"segmentation": shape} for shape in shapes], image),
+            "masks": decode_masks([{"segmentation": shape} for shape in shapes], image),
         }
         yield draw_objects(load_image(split.source(image)), objects, (*names.values(), "(crowd)"))

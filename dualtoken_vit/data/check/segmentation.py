@@ -30,15 +30,17 @@ class _Pair(NamedTuple):
 def check(recipe: Segmentation, out: Path) -> bool:
     """Read every image and mask once, print a report, and draw some images with their labels as OUT/labels.png.
 
-    Returns whether there is no problem. Problems are: everything that stops training (missing, unreadable or coloured
+    Returns whether there is no problem. Problems are: everything that stops training (missing or unreadable
     masks, sizes that differ, labels outside the classes), masks without an image, classes that are in no training mask,
     and images in both splits. The share of each class and copies are only reported. An InputError for a dataset that
     does not exist, or has no usable mask.
     """
     data = recipe.data
-    splits = {split_name(data, role): segmentation.FORMATS.read(data, role) for role in ("train", "val")}
+    roles = {role if data.holdout else split_name(data, role): role for role in ("train", "val")}
+    splits = {name: segmentation.read_split(data, role) for name, role in roles.items()}
     splits = {name: split._replace(pairs=split.pairs[: data.limit]) for name, split in splits.items()}
-    train = splits[data.train_split]
+    first = next(iter(splits))
+    train = splits[first]
     names = train.class_names or segmentation.number_classes([mask for _, mask in train.pairs], data)
     table = segmentation.label_table(range(len(names)), data.ignore_index, data.reduce_zero_label)
     found = {name: _read(name, split, table) for name, split in splits.items()}
@@ -48,20 +50,23 @@ def check(recipe: Segmentation, out: Path) -> bool:
     for name, count in counts.items():
         ignored = count[segmentation.IGNORE] / max(count.sum(), 1)
         lines.append(f"{name}: {len(facts[name])} images with a mask; {ignored:.1%} of the pixels are ignored")
-    sound = [i for i, pair in enumerate(found[data.train_split]) if not (pair.problem or pair.facts.problem)]
+    sound = [i for i, pair in enumerate(found[first]) if not (pair.problem or pair.facts.problem)]
     sources = map(train.sources, spread(sound))
     scenes = ([("", load_image(image), segmentation.to_classes(labels, table))] for image, labels in sources)
     lines.append(report.contact_sheet((draw_scene(scene, names) for scene in scenes), out / "labels.png"))
     notes = [note for split in splits.values() for note in split.notes]
-    sides = [min(fact.size) for fact in facts[data.train_split] if not fact.problem]
+    sides = [min(fact.size) for fact in facts[first] if not fact.problem]
     if data.image_size is None and sides and median(sides) > 2 * max(data.crop_size):
         notes.append("most images are more than twice the crop: --data.image-size makes training faster")
-    seen = counts[data.train_split][: len(names)]
-    missing = [f"class in no mask: {data.train_split}/{name}" for name, n in zip(names, seen, strict=True) if not n]
+    seen = counts[first][: len(names)]
+    missing = [f"class in no mask: {first}/{name}" for name, n in zip(names, seen, strict=True) if not n]
     alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
     orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
+    broken = [f"{data.root}: {line}" for split in splits.values() for line in split.problems]
     masks = [pair.problem for pairs in found.values() for pair in pairs if pair.problem]
-    return report.print_report(_shares(names, counts), facts, lines, notes, missing, [alone, orphans, masks], "masks")
+    return report.print_report(
+        _shares(names, counts), facts, lines, notes, missing, [broken, alone, orphans, masks], "masks"
+    )
 
 
 def _read(name: str, split: segmentation.MaskedImages, table: np.ndarray) -> list[_Pair]:

@@ -1,0 +1,76 @@
+"""COCO json files in a folder with their images: COCO's own layout, and those of Roboflow, CVAT and Label Studio."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dualtoken_vit.data.coco import AnnotatedImages, object_area, read_coco
+from dualtoken_vit.data.formats.base import Format, class_names, labelled
+from dualtoken_vit.data.splits import ALL, inside, split_folders, split_of
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
+
+ROBOFLOW = "_annotations.coco.json"
+WHOLE = (ROBOFLOW, "result.json", "labels.json", "annotations.json")  # of datasets without splits
+
+
+def _detect(root: Path) -> dict[str, Path]:
+    """ROOT/SPLIT/_annotations.coco.json, ROOT[/annotations]/[instances_]SPLIT.json, or one of `WHOLE`."""
+    found = {split: path / ROBOFLOW for split, path in split_folders(root).items() if (path / ROBOFLOW).is_file()}
+    for path in () if found else sorted([*root.glob("annotations/*.json"), *root.glob("*.json")]):
+        if split := split_of(path.stem.removeprefix("instances_")):
+            found[split] = path
+    whole = next((root / name for name in WHOLE if (root / name).is_file()), None)
+    return {ALL: whole} if whole and not found else found
+
+
+def _read(root: Path, path: Path) -> AnnotatedImages:
+    split = read_coco(path)
+    names = [one["file_name"] for one in split.coco["images"] if isinstance(one, dict) and "file_name" in one]
+    named = path.stem.removeprefix("instances_")
+    inner = [name for name in (named, split_of(named)) if name]
+    folders = [path.parent, root, *(root / "images" / name for name in inner), *(root / name for name in inner)]
+    folders += [root / "images", root / "data"]
+    tried = (each for each in folders if any((each / str(name)).is_file() for name in names[:20]))
+    folder = next(tried, root / "images")
+    for name in names:
+        if not inside(root, folder / str(name)):
+            raise InputError(f"{printable(path)}: the file name {name!r:.200} leads out of {printable(root)}")
+    return split._replace(folder=str(folder), coco=_without_root(split.coco))
+
+
+def _without_root(coco: dict[str, list]) -> dict[str, list]:
+    """Without the category that Roboflow puts above the others: it has no object and is their supercategory."""
+    categories = [one for one in coco["categories"] if isinstance(one, dict)]
+    used = [one.get("category_id") for one in coco["annotations"] if isinstance(one, dict)]
+    for one in categories:
+        others = [each for each in categories if each is not one]
+        above = others and all(each.get("supercategory") == one.get("name") for each in others)
+        if above and one.get("supercategory") == "none" and one.get("id") not in used:
+            return coco | {"categories": [each for each in coco["categories"] if each is not one]}
+    return coco
+
+
+def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
+    """TARGET/images/SPLIT/NAME and TARGET/annotations/instances_SPLIT.json, with one list of categories."""
+    ids = {name: number for number, name in enumerate(class_names(splits), start=1)}
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    (target / "annotations").mkdir()
+    for name, split in splits.items():
+        annotations: list[dict[str, Any]] = []
+        for image, objects in labelled(split):
+            path = target / "images" / name / image["file_name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(split.path(image), path)
+            for category, one in objects:
+                entry = {key: value for key, value in one.items() if key != "where"}
+                filled = {"category_id": ids[category], "area": object_area(one, image)}
+                annotations.append({"iscrowd": 0} | entry | filled)
+        coco = {"images": split.coco["images"], "categories": categories, "annotations": annotations}
+        (target / "annotations" / f"instances_{name}.json").write_text(json.dumps(coco), encoding="utf-8")
+    return []
+
+
+FORMAT = Format(_detect, _read, _write)

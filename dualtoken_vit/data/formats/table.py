@@ -1,0 +1,88 @@
+"""CSV or Parquet files with a row for each object, as Roboflow exports them for TensorFlow and RetinaNet."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dualtoken_vit.data.coco import AnnotatedImages
+from dualtoken_vit.data.formats.base import Format, Labels, number
+from dualtoken_vit.data.images import image_size
+from dualtoken_vit.data.splits import find
+from dualtoken_vit.data.tables import CLASS, FILE, SPLIT, Part, cells, split_tables
+from dualtoken_vit.errors import InputError
+
+COLUMNS = {  # what a column may be called, in lower case
+    "file": FILE,
+    "class": CLASS,
+    "left": ("xmin", "x_min", "x1", "left"),
+    "top": ("ymin", "y_min", "y1", "top"),
+    "right": ("xmax", "x_max", "x2", "right"),
+    "bottom": ("ymax", "y_max", "y2", "bottom"),
+}
+OPTIONAL = {
+    "width": ("width", "image_width"),
+    "height": ("height", "image_height"),
+    "split": SPLIT,
+}
+KERAS = ("file", "left", "top", "right", "bottom", "class")  # keras-retinanet's columns, without a header
+BOX = ("left", "top", "right", "bottom")
+
+
+def _detect(root: Path) -> dict[str, Part]:
+    return split_tables(root, lambda path: bool(_columns(path)))
+
+
+def _columns(path: Path) -> list[str] | None:
+    """What each column is ("" for others), with "+" in front if the first line is no header; None for other files."""
+    names = [str(name).strip().lower() for name in next(iter(cells(path)), [])]
+    known = {each: key for key, synonyms in (COLUMNS | OPTIONAL).items() for each in synonyms}
+    found = [known.get(name, "") for name in names]
+    if set(COLUMNS) <= set(found):
+        return found
+    boxes = [name.replace(".", "").isdecimal() for name in names[1:5]]
+    return ["+", *KERAS] if len(names) == len(KERAS) and (all(boxes) or not any(names[1:])) else None
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Each row with its number in the file, by what its columns are."""
+    columns = _columns(path) or []
+    bare = columns[:1] == ["+"]
+    for line, row in enumerate(cells(path), start=1):
+        if any(row) and (bare or line > 1):
+            pairs = zip(columns[bare:], row, strict=False)
+            yield line, {column: "" if value is None else str(value).strip() for column, value in pairs if column}
+
+
+def _read(root: Path, part: Part) -> AnnotatedImages:
+    labels = Labels(root)
+    of_image: dict[str, list[tuple[int, dict[str, str]]]] = {}
+    for line, row in _rows(part.path):
+        if part.value is None or row.get("split") == part.value:
+            of_image.setdefault(row.get("file", ""), []).append((line, row))
+    folders = [part.path.parent, root, part.path.parent / "images", root / "images"]
+    for name, rows in of_image.items():
+        line, row = rows[0]
+        try:
+            path = find(root, name, folders) if name else None
+            if path is None:
+                raise InputError(f"image {name!r:.200} is not in {folders[0].name} or images")
+            stated = [row.get(key, "") for key in ("width", "height")]
+            known = all(value.isdecimal() and int(value) for value in stated)
+            labels.add_image(path, (int(stated[0]), int(stated[1])) if known else image_size(path))
+        except InputError as error:
+            labels.problems.append(f"{labels.place(part.path, f'line {line}')}: {error}")
+            continue
+        for line, row in rows:
+            box = [row.get(key, "") for key in BOX]
+            if not any(box) and not row.get("class"):  # an image without objects
+                continue
+            where = labels.place(part.path, f"line {line}")
+            try:
+                if not row.get("class"):
+                    raise ValueError("has no class")
+                labels.add(row["class"], list(map(number, box)), where)
+            except ValueError as error:
+                labels.problems.append(f"{where}: {error}")
+    return labels.collect()
+
+
+FORMAT = Format(_detect, _read)

@@ -1,0 +1,196 @@
+"""Pascal VOC: an XML file per image, in the devkit's layout or that of LabelImg, Roboflow and CVAT.
+
+Coordinates are taken as they are: of the edges of the box, from 0 at the left and the top, as LabelImg, CVAT and
+Roboflow write them. Objects marked as difficult are regions that neither training nor evaluation counts, as in VOC's
+own evaluation. `polygon` elements of x1, y1, x2, y2, ... are Roboflow's.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, indent
+
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import parse
+
+from dualtoken_vit.data.coco import AnnotatedImages
+from dualtoken_vit.data.folders import read_lines, scan
+from dualtoken_vit.data.formats.base import Format, Labels, labelled, number, polygons_of, sizes, text
+from dualtoken_vit.data.splits import ALL, find, split_folders, split_of
+from dualtoken_vit.errors import InputError, reason
+from dualtoken_vit.files import printable
+
+EDGES = ("xmin", "ymin", "xmax", "ymax")
+LISTS = Path("ImageSets", "Main")  # of the names of the images of each split
+
+
+def _detect(root: Path) -> dict[str, list[Path]]:
+    """The XML files of each split: in ROOT/ImageSets/Main/SPLIT.txt, in ROOT[/Annotations]/SPLIT, or all."""
+    lists = {split_of(path.stem): path for path in sorted((root / LISTS).glob("*.txt"))}
+    found = {split: _listed(root, path) for split, path in lists.items() if split}
+    if {"train", "val"} <= found.keys():
+        found.pop("trainval", None)
+    for parent in (root, root / "Annotations", root / "annotations"):
+        if not found and parent.is_dir():
+            folders = {split: _xml_files(path) for split, path in split_folders(parent).items()}
+            found = {split: files for split, files in folders.items() if files}
+    if not found and (files := _xml_files(root)):
+        found = {ALL: files}
+    first = next((files[0] for files in found.values() if files), None)
+    return found if first and _is_voc(first) else {}
+
+
+def _listed(root: Path, path: Path) -> list[Path]:
+    """The XML files of a list of names."""
+    names = [line.split()[0] for line in read_lines(path) if line.strip()]
+    try:
+        found = [find(root, f"{name}.xml", [root / "Annotations"]) for name in names]
+    except InputError as error:
+        raise InputError(f"{printable(path)}: {error}") from None
+    missing = [name for name, file in zip(names, found, strict=True) if file is None]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(f"{printable(path)}: {printable(missing[0])}: no such XML file in Annotations{more}")
+    return [file for file in found if file]
+
+
+def _xml_files(folder: Path) -> list[Path]:
+    return [Path(path) for path in scan(folder)[1] if path.lower().endswith(".xml")]
+
+
+def _is_voc(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<annotation" in file.read(1000) and b"<annotations" not in path.read_bytes()[:1000]
+
+
+def _read(root: Path, files: list[Path]) -> AnnotatedImages:
+    labels = Labels(root)
+    found: list[tuple[Path, Element, Path]] = []
+    for file in files:
+        try:
+            tree = _parse(file)
+            found.append((file, tree, _image(root, file, tree)))
+        except (ValueError, InputError) as error:
+            labels.problems.append(f"{labels.place(file)}: {error}")
+    unsized = [path for _, tree, path in found if not _size(tree)]
+    measured = dict(zip(unsized, sizes(unsized, "reading the sizes of the images"), strict=True))
+    for file, tree, path in found:
+        size = _size(tree) or measured[path]
+        if isinstance(size, str):
+            labels.problems.append(size)
+            continue
+        labels.add_image(path, size)
+        for index, one in enumerate(tree.findall("object"), start=1):
+            where = labels.place(file, f"object {index}")
+            try:
+                name = (one.findtext("name") or "").strip()
+                if not name:
+                    raise ValueError("has no name")
+                corners, crowd = _corners(one), (one.findtext("difficult") or "").strip() == "1"
+                labels.add(name, corners, where, list(map(_points, one.findall("polygon"))), crowd)
+            except ValueError as error:
+                labels.problems.append(f"{where}: {error}")
+    return labels.collect()
+
+
+def _parse(file: Path) -> Element:
+    try:
+        return parse(file, forbid_dtd=True).getroot()
+    except DefusedXmlException:
+        raise ValueError("has a document type or entities, which are not read; remove them") from None
+    except (OSError, ParseError, ValueError) as error:
+        raise ValueError(f"cannot be read as XML ({reason(error)})") from None
+
+
+def _image(root: Path, file: Path, tree: Element) -> Path:
+    """The image: its file name is relative to the XML file, to JPEGImages or to images."""
+    name = (tree.findtext("filename") or "").strip()
+    if not name:
+        raise ValueError("has no filename")
+    folders = [file.parent, root / "JPEGImages", root / "images", root]
+    folders += [parent / file.parent.name for parent in folders[1:3]]
+    path = find(root, name, folders) or find(root, Path(name).name, folders)
+    if path is None:
+        raise ValueError(f"its image {name!r:.200} is neither beside it nor in JPEGImages or images")
+    return path
+
+
+def _size(tree: Element) -> tuple[int, int] | None:
+    """Width and height as the file states them, None where it does not."""
+    values = [(tree.findtext(f"size/{key}") or "").strip() for key in ("width", "height")]
+    if not all(value.isdecimal() and int(value) for value in values):
+        return None
+    return int(values[0]), int(values[1])
+
+
+def _corners(one: Element) -> list[float]:
+    values = {edge: one.findtext(f"bndbox/{edge}") for edge in EDGES}
+    for edge, value in values.items():
+        if value is None:
+            raise ValueError(f"its bndbox has no {edge}")
+    return list(map(number, values.values()))
+
+
+def _points(polygon: Element) -> list[float]:
+    """x1, y1, x2, y2, ... of an element."""
+    values = {child.tag: child.text for child in polygon}
+    keys = [f"{axis}{index}" for index in range(1, len(values) // 2 + 1) for axis in "xy"]
+    if len(keys) < 6 or set(keys) != set(values):
+        raise ValueError("its polygon must have x1, y1, x2, y2, ... of 3 or more points")
+    return [number(values[key]) for key in keys]
+
+
+def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
+    """TARGET/JPEGImages/NAME, TARGET/Annotations/NAME.xml and TARGET/ImageSets/Main/SPLIT.txt.
+
+    Where two splits have an image of the same name, the images of each split are in a folder of its name.
+    """
+    stems = [Path(image["file_name"]).with_suffix("") for split in splits.values() for image in split.coco["images"]]
+    apart = len(set(stems)) < len(stems)
+    masks = 0
+    (target / LISTS).mkdir(parents=True)
+    for name, split in splits.items():
+        written: list[str] = []
+        for image, objects in labelled(split):
+            relative = Path(name if apart else "", image["file_name"])
+            path, file = target / "JPEGImages" / relative, target / "Annotations" / relative.with_suffix(".xml")
+            if file.exists():
+                raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
+            for each in (path, file):
+                each.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(split.path(image), path)
+            tree = Element("annotation")
+            _fill(tree, {"folder": "JPEGImages", "filename": relative.as_posix()})
+            _fill(SubElement(tree, "size"), {"width": image["width"], "height": image["height"], "depth": 3})
+            _fill(tree, {"segmented": int(any(polygons_of(one) for _, one in objects))})
+            for category, one in objects:
+                masks += bool(one.get("segmentation")) and not polygons_of(one)
+                _add_object(tree, category, one)
+            indent(tree)
+            ElementTree(tree).write(file, encoding="utf-8")
+            written.append(relative.with_suffix("").as_posix())
+        (target / LISTS / f"{name}.txt").write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
+    return [f"{masks} masks left out: VOC's XML files have polygons only"] if masks else []
+
+
+def _add_object(tree: Element, category: str, annotation: dict) -> None:
+    one, (left, top, width, height) = SubElement(tree, "object"), annotation["bbox"]
+    difficult = int(annotation.get("iscrowd", 0))
+    _fill(one, {"name": category, "pose": "Unspecified", "truncated": 0, "difficult": difficult})
+    edges = (left, top, left + width, top + height)
+    _fill(SubElement(one, "bndbox"), dict(zip(EDGES, map(text, edges), strict=True)))
+    for polygon in polygons_of(annotation):
+        _fill(SubElement(one, "polygon"), dict(_named_points(polygon)))
+
+
+def _named_points(polygon: list[float]) -> Iterator[tuple[str, str]]:
+    return ((f"{'xy'[index % 2]}{index // 2 + 1}", text(value)) for index, value in enumerate(polygon))
+
+
+def _fill(parent: Element, values: Mapping[str, Any]) -> None:
+    for tag, value in values.items():
+        SubElement(parent, tag).text = str(value)
+
+
+FORMAT = Format(_detect, _read, _write)

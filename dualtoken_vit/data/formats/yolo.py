@@ -1,0 +1,237 @@
+"""YOLO: data.yaml and one text file per image, as Ultralytics reads them and Roboflow, CVAT and LabelImg export them.
+
+A line is `CLASS X Y WIDTH HEIGHT`, a box by its centre, or `CLASS X Y X Y X Y ...`, a polygon, all as fractions of the
+image's width and height. An image without a text file has no objects.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dualtoken_vit.data.coco import AnnotatedImages, clip
+from dualtoken_vit.data.folders import image_files, read_lines
+from dualtoken_vit.data.formats.base import Format, Labels, class_names, labelled, number, polygons_of, sizes, text
+from dualtoken_vit.data.splits import ALL, find, inside, split_folders, split_of
+from dualtoken_vit.errors import InputError, reason
+from dualtoken_vit.files import printable
+
+PIXELS = 2.0  # larger coordinates are no fractions; smaller ones, beyond the image, are for check-data to report
+
+
+def _detect(root: Path) -> dict[str, list[str]]:
+    """The images of the splits of data.yaml (or another YAML file with names), as it names them.
+
+    Without one, those in ROOT/images beside ROOT/labels and ROOT/classes.txt, or in ROOT beside text files and
+    classes.txt.
+    """
+    path = _yaml(root)
+    if path:
+        entries = {split_of(str(key)): value for key, value in _load(path).items()}
+        found = {str(split): value if isinstance(value, list) else [value] for split, value in entries.items() if split}
+        return {split: list(map(str, values)) for split, values in found.items() if any(values)}
+    if not (root / "classes.txt").is_file():
+        return {}
+    if (root / "labels").is_dir() and (root / "images").is_dir():
+        splits = split_folders(root / "images")
+        return {split: [f"images/{each.name}"] for split, each in splits.items()} or {ALL: ["images"]}
+    beside = any(path.with_suffix(".txt").is_file() for path in map(Path, image_files(root)))
+    return {ALL: ["."]} if beside else {}
+
+
+def _yaml(root: Path) -> Path | None:
+    """The YAML file with the names of the classes; data.yaml if there are several."""
+    paths = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda path: (path.stem != "data", path.name))
+    return next((path for path in paths if b"names" in path.read_bytes() and "names" in _load(path)), None)
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{printable(path)}: cannot be read as YAML ({reason(error)})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _names(root: Path) -> list[str]:
+    """The classes, by number."""
+    path = _yaml(root)
+    if path is None:
+        return [line.strip() for line in read_lines(root / "classes.txt") if line.strip()]
+    content, file = _load(path), printable(path)
+    names = content["names"]
+    if isinstance(names, dict):
+        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+            raise InputError(f"{file}: names: its keys must be the numbers from 0 to {len(names) - 1}")
+        names = [value for _, value in sorted(names.items(), key=lambda item: int(item[0]))]
+    if not isinstance(names, list) or not names:
+        raise InputError(f"{file}: names must be the list of the classes, or NUMBER: NAME")
+    for index, name in enumerate(names):
+        if not isinstance(name, str | int | float) or isinstance(name, bool):
+            raise InputError(f"{file}: names: class {index} is {name!r}; put the name in quotes")
+    if len(set(map(str, names))) < len(names):
+        raise InputError(f"{file}: names: a class is listed twice; name each once")
+    if content.get("nc", len(names)) != len(names):
+        raise InputError(f"{file}: nc is {content['nc']}, but there are {len(names)} names; correct one of them")
+    if "kpt_shape" in content:
+        raise InputError(f"{file}: kpt_shape: keypoints are not supported; export boxes or polygons")
+    return list(map(str, names))
+
+
+def _images(root: Path, entries: list[str]) -> list[Path]:
+    """The images of a split: those in folders, and those in lists of files."""
+    path = _yaml(root)
+    file, base = printable(path or root), root
+    if path and isinstance(stated := _load(path).get("path"), str):  # often that of the machine of the export
+        base = _inside(root, root, stated) or root
+    images: list[Path] = []
+    for entry in entries:
+        place = _inside(root, base, entry)
+        if place is None:
+            raise InputError(f"{file}: {entry}: is not in {printable(root)}; correct it, relative to this folder")
+        if place.is_dir():
+            images += map(Path, image_files(place))
+            continue
+        for line, name in enumerate(read_lines(place), start=1):
+            if not name.strip():
+                continue
+            where = f"{printable(place)}, line {line}"
+            try:
+                image = find(root, name.strip(), [place.parent, base])
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            if image is None:
+                raise InputError(f"{where}: {printable(name.strip())}: no such file in {printable(root)}")
+            images.append(image)
+    return images
+
+
+def _inside(root: Path, base: Path, entry: str) -> Path | None:
+    """A file or folder of data.yaml, if it is in `root`. Roboflow writes ../train/images for ROOT/train/images."""
+    for name in (entry, entry.removeprefix("../")):
+        path = Path(os.path.normpath(base / name))
+        if path.exists() and inside(root, path):
+            return path
+    return None
+
+
+def _label_file(image: Path) -> Path:
+    """Ultralytics' rule: the last folder `images` of the path becomes `labels`, and the extension .txt."""
+    parts = list(image.with_suffix(".txt").parts)
+    if "images" in parts[:-1]:
+        parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
+    return Path(*parts)
+
+
+def _read(root: Path, entries: list[str]) -> AnnotatedImages:
+    names = _names(root)
+    labels, paths = Labels(root, names), _images(root, entries)
+    labelled = 0
+    for path, size in zip(paths, sizes(paths, "reading the sizes of the images"), strict=True):
+        if isinstance(size, str):
+            labels.problems.append(size)
+            continue
+        labels.add_image(path, size)
+        file = _label_file(path)
+        if not file.is_file():
+            continue
+        labelled += 1
+        for line, content in enumerate(read_lines(file), start=1):
+            if not content.strip():
+                continue
+            where = labels.place(file, f"line {line}")
+            try:
+                label, corners, polygons = _parse(content, size, len(names))
+            except ValueError as error:
+                labels.problems.append(f"{where}: {error}")
+            else:
+                labels.add(names[label], corners, where, polygons)
+    if paths and not labelled and not labels.problems:
+        example = f"{printable(_label_file(paths[0]))} for {printable(paths[0])}"
+        raise InputError(f"{printable(root)}: none of the {len(paths)} images has a label file; expected {example}")
+    return labels.collect()
+
+
+def _parse(line: str, size: tuple[int, int], classes: int) -> tuple[int, list[float], list[list[float]]]:
+    """Class, corners of the box and polygons in pixels of a line; a ValueError for what it must be instead."""
+    first, *rest = line.split()
+    if not first.isdecimal() or int(first) >= classes:
+        raise ValueError(f"class {first!r:.50} must be a number from 0 to {classes - 1}")
+    values = list(map(number, rest))
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise ValueError(f"{len(values)} numbers after the class, but a box has 4 and a polygon 3 or more pairs")
+    if max(map(abs, values)) > PIXELS:
+        raise ValueError(f"{max(values, key=abs):g} must be a fraction of the image's width or height, not pixels")
+    width, height = size
+    if len(values) == 4:
+        x, y, across, down = values
+        corners = [(x - across / 2) * width, (y - down / 2) * height, (x + across / 2) * width, (y + down / 2) * height]
+        return int(first), corners, []
+    xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
+    polygon = [value for point in zip(xs, ys, strict=True) for value in point]
+    return int(first), [min(xs), min(ys), max(xs), max(ys)], [polygon]
+
+
+def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
+    """TARGET/images/SPLIT/NAME, TARGET/labels/SPLIT/NAME.txt and TARGET/data.yaml.
+
+    A dataset has boxes or polygons, not both, as Ultralytics requires: polygons if all objects have them.
+    """
+    names = class_names(splits)
+    objects = [one for split in splits.values() for one in split.coco["annotations"] if not one.get("iscrowd")]
+    drawn = sum(bool(polygons_of(one)) for one in objects)
+    polygons = bool(objects) and drawn == len(objects)
+    clipped = 0
+    for name, split in splits.items():
+        written: set[Path] = set()
+        for image, ones in labelled(split):
+            path = target / "images" / name / image["file_name"]
+            file = target / "labels" / name / Path(image["file_name"]).with_suffix(".txt")
+            if file in written:
+                raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
+            written.add(file)
+            lines = []
+            for category, one in ones:
+                if one.get("iscrowd"):
+                    continue
+                values = _polygon(one) if polygons else _centre(clip(one, image))
+                left, top, width, height = one["bbox"]
+                clipped += not polygons and clip(one, image) != (left, top, left + width, top + height)
+                sides = (image["width"], image["height"]) * (len(values) // 2)
+                shares = [text(value / side) for value, side in zip(values, sides, strict=True)]
+                lines.append(" ".join([str(names.index(category)), *shares]))
+            for each in (path, file):
+                each.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(split.path(image), path)
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    folders = {name: f"images/{name}" for name in splits}
+    content = {**folders, "names": dict(enumerate(names))}  # without `path`: Ultralytics then takes the file's folder
+    (target / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    crowds = sum(bool(one.get("iscrowd")) for split in splits.values() for one in split.coco["annotations"])
+    lost = {
+        f"{crowds} crowd regions left out: YOLO has none": crowds,
+        f"{drawn} polygons left out: {len(objects) - drawn} objects have none": drawn and not polygons,
+        f"{clipped} boxes clipped to their image": clipped,
+    }
+    return [line for line, count in lost.items() if count]
+
+
+def _centre(corners: tuple[float, ...]) -> list[float]:
+    left, top, right, bottom = corners
+    return [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+
+
+def _polygon(annotation: dict) -> list[float]:
+    """The polygons of an annotation as one: several are joined by lines that are passed in both directions."""
+    first, *others = polygons_of(annotation)
+    if not others:
+        return first
+    closed = [polygon + polygon[:2] for polygon in (first, *others)]
+    back = [value for polygon in (first, *others[:-1])[::-1] for value in polygon[:2]]
+    return [value for polygon in closed for value in polygon] + back
+
+
+FORMAT = Format(_detect, _read, _write)

@@ -1,0 +1,49 @@
+"""The splits of a dataset by the names of files and folders, and the files in it that labels name."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from dualtoken_vit.data.folders import contains
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
+
+ALL = "all"  # name of the only split of a dataset without splits
+SPLITS = {name: name for name in ("train", "val", "test", "trainval")} | {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "testing": "test",
+    "default": ALL,  # CVAT's name
+    ALL: ALL,
+}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file or folder name stands for: "valid" and "val2017" are "val"; None for other names."""
+    return SPLITS.get(re.sub(r"(19|20)\d\d$", "", name.lower()).rstrip("_-"))
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders in `root` that are named after a split."""
+    named = [(split_of(path.name), path) for path in sorted(root.iterdir()) if path.is_dir()]
+    return {split: path for split, path in named if split}
+
+
+def inside(root: str | Path, path: str | Path) -> bool:
+    """Whether a path is `root` or below it, by its name: symbolic links may lead elsewhere."""
+    return contains(os.path.abspath(root), os.path.abspath(path))
+
+
+def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:
+    """The file of that relative name in the first of the folders that has it, in `root`; None if there is none.
+
+    Raises:
+        InputError: for a name that leads out of `root`.
+    """
+    paths = [Path(os.path.normpath(folder / name.replace("\\", "/"))) for folder in folders]
+    paths = [path for path in paths if inside(root, path)]
+    if not paths:
+        raise InputError(f"the file name {name!r:.200} leads out of {printable(root)}")
+    return next((path for path in paths if path.is_file()), None)

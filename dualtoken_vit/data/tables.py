@@ -1,0 +1,146 @@
+"""CSV and Parquet files with a row per label: where they are, their columns, and the labels of whole images in them."""
+
+import csv
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dualtoken_vit.data.folders import read_lines
+from dualtoken_vit.data.splits import ALL, SPLITS, find, split_folders, split_of
+from dualtoken_vit.errors import InputError, reason
+from dualtoken_vit.files import printable
+
+FILE = ("filename", "file_name", "file", "image", "image_path", "path", "image_name", "filepath")
+CLASS = ("class", "class_name", "label", "name", "category", "labels", "tags", "classes")
+SPLIT = ("split", "subset", "set")
+
+
+class Part(NamedTuple):
+    """A split: a table, or its rows with a value in the column `SPLIT`."""
+
+    path: Path
+    value: str | None = None
+
+
+def cells(path: Path) -> list[list[Any]]:
+    """The rows of a table, the first one its header; an InputError for a file that cannot be read."""
+    if path.suffix.lower() != ".parquet":
+        return list(csv.reader(read_lines(path)))
+    if importlib.util.find_spec("pyarrow") is None:
+        raise InputError(f"{printable(path)}: Parquet files need the package pyarrow: pip install pyarrow")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        table = read_table(path)
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{printable(path)}: cannot be read as Parquet ({reason(error)})") from None
+    return [table.column_names, *map(list, zip(*(column.to_pylist() for column in table.columns), strict=True))]
+
+
+def column(header: Sequence[Any], names: Sequence[str]) -> int | None:
+    """The place of the first column with one of these names."""
+    lower = [str(name).strip().lower() for name in header]
+    return next((lower.index(name) for name in names if name in lower), None)
+
+
+def split_tables(root: Path, fits: Callable[[Path], bool]) -> dict[str, Part]:
+    """The splits of a folder whose tables are those that `fits` accepts; or those of one table, `root`.
+
+    They are ROOT/SPLIT/*, ROOT/SPLIT[_labels].*, or the values of a column `SPLIT`; else all of the first table.
+    """
+    folders = split_folders(root) if root.is_dir() else {}
+    within = {split: _tables(path, fits) for split, path in folders.items()}
+    found = {split: Part(tables[0]) for split, tables in within.items() if tables}
+    tables = [] if found else _tables(root, fits)
+    for path in tables if root.is_dir() else []:
+        if split := split_of(path.stem.removesuffix("labels").removesuffix("annotations")):
+            found[split] = Part(path)
+    if tables and not found:
+        header, *rows = cells(tables[0])
+        place = column(header, SPLIT)
+        values = dict.fromkeys(str(row[place]) for row in rows if len(row) > place) if place is not None else ()
+        found = {split: Part(tables[0], value) for value in values if (split := split_of(value.strip()))}
+        found = found or {ALL: Part(tables[0])}
+    return found
+
+
+def _tables(place: Path, fits: Callable[[Path], bool]) -> list[Path]:
+    files = [place] if place.is_file() else [*sorted(place.glob("*.csv")), *sorted(place.glob("*.parquet"))]
+    return [path for path in files if fits(path)]
+
+
+class Labelled(NamedTuple):
+    """The images of a split with the names of their classes."""
+
+    table: Path
+    files: list[str]
+    labels: list[tuple[str, ...]]  # of each image
+    class_names: tuple[str, ...]  # in the order of their columns, or sorted
+
+
+def has_labels(path: Path) -> bool:
+    """Whether a table has the columns of `read_labels`."""
+    rows = cells(path)
+    if not rows or column(rows[0], FILE) is None:
+        return False
+    return column(rows[0], CLASS) is not None or bool(_one_hot(rows))
+
+
+def _one_hot(rows: list[list[Any]]) -> list[int]:
+    """The columns of classes, of 0 and 1; none if any other column has other values."""
+    header, *body = rows
+    places = [place for place in range(len(header)) if place not in (column(header, FILE), column(header, SPLIT))]
+    values = {str(row[place]).strip() for row in body for place in places if len(row) > place}
+    return places if values and values <= {"0", "1", "0.0", "1.0", "True", "False"} else []
+
+
+def read_labels(root: Path, split: str, separator: str | None) -> Labelled | None:
+    """The images of a split and their classes, from a table in `root`; None if there is none.
+
+    A table has a column of file names, and one of class names or one of 0 and 1 for each class. `separator` stands
+    between the names in one cell; None: a cell has one name. Rows of the same file add up.
+
+    Raises:
+        InputError: for a split that is not there, a missing image, a file name that leads out of the folder, ...
+    """
+    parts = split_tables(root, has_labels)
+    if not parts:
+        return None
+    wanted = SPLITS.get(split.lower(), split)
+    wanted = ALL if wanted == "train" and set(parts) == {ALL} else wanted
+    if wanted not in parts:
+        there = ", ".join(parts)
+        raise InputError(
+            f"{printable(root)}: no table for the split {split!r}; there is {there}: give --data.holdout 0.1"
+        )
+    path, value = parts[wanted]
+    rows = cells(path)
+    header, *body = rows
+    file, label, part = (column(header, names) for names in (FILE, CLASS, SPLIT))
+    hot = [] if label is not None else _one_hot(rows)
+    found: dict[str, list[str]] = {}
+    folders = [path.parent, path.parent / "images", path.parent / split, path.parent / "images" / split]
+    for line, row in enumerate(body, start=2):
+        if not any(str(cell).strip() for cell in row) or (value is not None and str(row[part or 0]) != value):
+            continue
+        where = f"{printable(path)}, line {line}"
+        if len(row) != len(header):
+            raise InputError(f"{where}: {len(row)} cells, but the header has {len(header)}")
+        try:
+            image = find(path.parent, str(row[file or 0]).strip(), folders)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if image is None:
+            raise InputError(f"{where}: {printable(row[file or 0])}: no such image beside the table or in images")
+        names = [str(header[place]).strip() for place in hot if str(row[place]).strip()[:1] in ("1", "T")]
+        if label is not None:
+            cell = row[label]
+            several = cell if isinstance(cell, list) else [cell] if separator is None else str(cell).split(separator)
+            names = [name for each in several if each is not None and (name := str(each).strip())]
+        found.setdefault(str(image), []).extend(name for name in names)
+    named = [str(header[place]).strip() for place in hot] or sorted(
+        {name for names in found.values() for name in names}
+    )
+    return Labelled(path, list(found), [tuple(dict.fromkeys(names)) for names in found.values()], tuple(named))

@@ -1,0 +1,70 @@
+"""Recipes: every experiment as plain data, with the paper's among them. A module for each task, on `base`."""
+
+from dualtoken_vit.recipes.base import (
+    ABOUT,
+    FREE,
+    KINDS,
+    RECIPES,
+    DataSection,
+    Device,
+    Model,
+    Optim,
+    Recipe,
+    Run,
+    flatten,
+    free_on_resume,
+    from_dict,
+    model_kwargs,
+    register,
+    to_dict,
+)
+from dualtoken_vit.recipes.classification import (
+    Classification,
+    ClassificationAugment,
+    ClassificationData,
+    ClassificationInput,
+    Distill,
+)
+from dualtoken_vit.recipes.detection import Detection, DetectionAugment, DetectionData, DetectionInput
+from dualtoken_vit.recipes.multilabel import MultiLabel, MultiLabelAugment, MultiLabelData
+from dualtoken_vit.recipes.segmentation import (
+    Segmentation,
+    SegmentationAugment,
+    SegmentationData,
+    SegmentationInput,
+)
+
+__all__ = [
+    "ABOUT",
+    "FREE",
+    "KINDS",
+    "RECIPES",
+    "Classification",
+    "ClassificationAugment",
+    "ClassificationData",
+    "ClassificationInput",
+    "DataSection",
+    "Detection",
+    "DetectionAugment",
+    "DetectionData",
+    "DetectionInput",
+    "Device",
+    "Distill",
+    "Model",
+    "MultiLabel",
+    "MultiLabelAugment",
+    "MultiLabelData",
+    "Optim",
+    "Recipe",
+    "Run",
+    "Segmentation",
+    "SegmentationAugment",
+    "SegmentationData",
+    "SegmentationInput",
+    "flatten",
+    "free_on_resume",
+    "from_dict",
+    "model_kwargs",
+    "register",
+    "to_dict",
+]

@@ -1,0 +1,143 @@
+"""Recipes of object detection and instance segmentation, the paper's Tables 3 and 4 among them."""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Interval
+
+from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Recipe, Share, Side, register
+
+
+@dataclass(frozen=True)
+class DetectionInput:
+    """How images are prepared in evaluation and prediction."""
+
+    image_size: Annotated[int, Side] = 800
+    """Short side of the resized images, in pixels."""
+    max_size: Annotated[int, Side] = 1333
+    """Maximum long side, in pixels; it takes precedence over image_size."""
+    tile: Annotated[int | None, Interval(ge=32, le=16384)] = None
+    """Large images: evaluate and predict in overlapping square tiles of this side in pixels, each resized as an image
+    would be, and merge their objects. None: whole images."""
+    overlap: Annotated[float, Interval(ge=0, le=0.9)] = 0.2
+    """Overlap of neighbouring tiles, as a share of their side; it should exceed most objects."""
+
+
+@dataclass(frozen=True)
+class DetectionData(DetectionInput, DataSection):
+    """The images and their objects."""
+
+    dataset: str = "coco"
+    """coco: images and labels in files; shapes: generated images with boxes and masks."""
+    root: Annotated[str, FREE] = ""
+    """Folder of images with labels in any of the formats. It takes precedence over images and the json files."""
+    format: str = "auto"
+    """Label format in root: coco (also as exported by Roboflow), yolo, voc, csv or labelme; auto: detect it."""
+    train_split: str = "train"
+    """Name of the training split in root."""
+    val_split: str = "val"
+    """Name of the validation split in root."""
+    holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
+    """Fraction of the training images to validate on, instead of a validation split."""
+    images: Annotated[str, FREE] = ""
+    """Folder of the images that the json files name."""
+    val_images: Annotated[str | None, FREE] = None
+    """Folder of the validation images, if it is not images."""
+    train_json: Annotated[str, FREE] = ""
+    """COCO json file of the training images; category ids may be any integers."""
+    val_json: Annotated[str, FREE] = ""
+    """COCO json file of the validation images."""
+    balanced: Share = 0.0
+    """Class-balanced sampling: an epoch draws as many images as there are, each in proportion to f ** -balanced, where
+    f is the share of the images that contain its rarest class. 0: every image once; 0.5: as LVIS's repeat factors."""
+    limit: Annotated[int | None, Count] = None
+    """Use only the first images of each split, for a quick test or to overfit on purpose."""
+
+
+@dataclass(frozen=True)
+class DetectionAugment:
+    """Training augmentation of images, boxes and masks."""
+
+    hflip: Share = 0.5
+    """Probability of a horizontal flip."""
+    multi_scale: Annotated[tuple[int, ...], Side] = ()
+    """Short sides to choose from at random for each training image; empty: always image_size."""
+    photometric: Share = 0.0
+    """Probability of each of the changes in brightness, contrast, saturation and hue."""
+
+
+@dataclass(frozen=True)
+class Detection(Recipe):
+    """An object detection or instance segmentation run."""
+
+    task: ClassVar[str] = "detection"
+    detector: Literal["retinanet", "mask-rcnn", "fcos", "ssdlite"] = "retinanet"
+    """retinanet, fcos (lighter), ssdlite (lightest): boxes; mask-rcnn: boxes and masks."""
+    roi_samples: Annotated[int, Interval(ge=4, le=100_000)] = 512
+    """Mask R-CNN: proposals sampled per image to train its heads; fewer need less time and memory."""
+    data: DetectionData = DetectionData()
+    augment: DetectionAugment = DetectionAugment()
+
+
+# The paper's settings on COCO (section 4.2). It does not state clipping: none, as in MMDetection's configs.
+COCO = Detection(
+    model=Model(name="dualtoken_vit_small", drop_path_rate=0.1),
+    optim=Optim(
+        lr=1e-4, batch_size=16, weight_decay=1e-4, schedule="step", epochs=12, milestones=(8, 11), warmup_steps=500
+    ),
+    data=DetectionData(
+        images="coco/train2017",
+        val_images="coco/val2017",
+        train_json="coco/annotations/instances_train2017.json",
+        val_json="coco/annotations/instances_val2017.json",
+        workers=8,
+    ),
+)
+COCO_MASK = replace(
+    COCO,
+    detector="mask-rcnn",
+    model=replace(COCO.model, name="dualtoken_vit_small_mix"),
+    optim=replace(COCO.optim, weight_decay=0.05),
+)
+
+register(
+    Detection,
+    {
+        "demo-detect": (
+            "Detect generated shapes, with boxes and masks: no files, no downloads.",
+            Detection(
+                detector="mask-rcnn",
+                roi_samples=32,
+                model=Model(name="dualtoken_vit_tiny_mix", args=("depths=(1,2,1)",)),
+                data=DetectionData(dataset="shapes", image_size=128, max_size=128),
+                optim=Optim(lr=5e-4, batch_size=8, epochs=6, warmup_epochs=0.5, clip_grad=10.0),
+            ),
+        ),
+        "coco": (
+            "Detect your own objects: --data.root DIR with labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form.",
+            Detection(
+                model=Model(name="dualtoken_vit_small", pretrained="auto"),
+                optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),
+            ),
+        ),
+        "coco-lite": (
+            "The same on a small machine: SSDLite over T (mix) at 320 pixels.",
+            Detection(
+                detector="ssdlite",
+                model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
+                data=DetectionData(image_size=320, max_size=512),
+                optim=Optim(lr=1e-3, batch_size=8, epochs=60, clip_grad=10.0),
+            ),
+        ),
+        "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP.", COCO),
+        "coco-mask-rcnn-1x": ("Table 3, Mask R-CNN 1x with S (mix), likewise: 41.1 box AP, 38.1 mask AP.", COCO_MASK),
+        "coco-mask-rcnn-3x": (
+            "Table 3, Mask R-CNN 3x with S (mix), likewise, multi-scale: 43.7 box AP, 39.9 mask AP.",
+            replace(
+                COCO_MASK,
+                augment=DetectionAugment(multi_scale=tuple(range(480, 801, 32))),
+                optim=replace(COCO_MASK.optim, epochs=36, milestones=(27, 33)),
+            ),
+        ),
+    },
+)

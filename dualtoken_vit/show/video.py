@@ -1,0 +1,120 @@
+"""Videos and cameras as images, and images as videos: PyAV, the extra `video`."""
+
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+
+from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.files import atomic_write, printable
+
+SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+WRITTEN = {".mkv": "matroska", ".mov": "mov", ".mp4": "mp4"}  # FFmpeg's names
+CAMERAS = {"darwin": ("avfoundation", "{}"), "linux": ("v4l2", "/dev/video{}"), "win32": ("vfwcap", "{}")}
+
+
+def is_video(path: Path) -> bool:
+    """Whether this is a video by its name, or the number of a camera."""
+    return path.suffix.lower() in SUFFIXES or (str(path).isdecimal() and not path.exists())
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise InputError("videos need PyAV: pip install dualtoken-vit[video]") from error
+    return av
+
+
+class Video:
+    """The frames of a video file, or of the camera of a number, as RGB images.
+
+    Args:
+        path: the file or number
+
+    Raises:
+        InputError: for a file that is no video, or a camera that cannot be opened; also while it is read.
+    """
+
+    def __init__(self, path: Path):
+        self.av, self.name = _av(), printable(path)
+        self.camera = str(path).isdecimal()
+        kind, place = CAMERAS.get(sys.platform, CAMERAS["linux"]) if self.camera else (None, str(path))
+        try:
+            self.container = self.av.open(place.format(path) if self.camera else place, format=kind)
+        except (OSError, ValueError) as error:  # PyAV's errors are both
+            what = f"camera {self.name}" if self.camera else self.name
+            raise InputError(f"{what}: cannot be opened as a video: {first_line(error)}") from error
+        if not self.container.streams.video:
+            raise InputError(f"{self.name}: has no video stream")
+        self.stream = self.container.streams.video[0]
+        self.stream.thread_type = "AUTO"
+        self.rate: Fraction = self.stream.average_rate or Fraction(25)  # frames per second
+        self.seconds = (self.container.duration or 0) / self.av.time_base
+        """Duration by what the file says; 0: unknown."""
+        known = self.stream.frames or round(float(self.seconds * self.rate))
+        self.frames: int | None = None if self.camera else known or None
+        """Their number by what the file says; None: unknown."""
+
+    def __iter__(self) -> Iterator[tuple[float, Image.Image]]:
+        """Time in seconds, and image, of each frame."""
+        count, seconds = 0, 0.0
+        try:
+            for frame in self.container.decode(self.stream):
+                count += 1
+                seconds = float((count - 1) / self.rate if frame.time is None else frame.time)
+                # The frame is stored unrotated, with the angle by which a player turns it counterclockwise.
+                yield seconds, frame.to_image().rotate(frame.rotation, expand=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.name}: damaged after {count} frames: {first_line(error)}") from error
+        finally:
+            self.container.close()
+        if not self.camera and self.seconds - seconds > max(1, 0.05 * self.seconds):  # FFmpeg takes the end as it comes
+            raise InputError(f"{self.name}: truncated: it ends after {seconds:.1f} of {self.seconds:.1f} seconds")
+
+
+class VideoWriter:
+    """A context that writes images as an H.264 video of the size of the first, atomically.
+
+    Args:
+        path: .mp4, .mkv or .mov
+        rate: frames per second
+
+    Raises:
+        InputError: for another suffix, or where the file cannot be written.
+    """
+
+    def __init__(self, path: Path, rate: Fraction):
+        if path.suffix.lower() not in WRITTEN:
+            raise InputError(f"--out {path}: a video is written as {', '.join(WRITTEN)}")
+        self.av, self.path, self.rate = _av(), path, rate
+        self.stream: Any = None
+
+    def __enter__(self) -> Self:
+        self.context = atomic_write(self.path)
+        self.container = self.av.open(self.context.__enter__(), "w", format=WRITTEN[self.path.suffix.lower()])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self.stream is not None:
+            self.container.mux(self.stream.encode())
+        self.container.close()
+        self.context.__exit__(kind, error, trace)
+
+    def add(self, seconds: float, image: Image.Image) -> None:
+        """Append an image, shown from this time on."""
+        if self.stream is None:
+            self.stream = self.container.add_stream("libx264", self.rate, options={"crf": "20", "preset": "veryfast"})
+            self.stream.width, self.stream.height = (side + side % 2 for side in image.size)  # H.264 wants even sides
+            self.stream.pix_fmt = "yuv420p"
+            self.stream.codec_context.time_base = Fraction(1, 90_000)
+        page = Image.new("RGB", (self.stream.width, self.stream.height), "white")
+        page.paste(image)  # a drawing may have a longer legend than the first one, below the image
+        frame = self.av.VideoFrame.from_image(page)
+        frame.time_base = Fraction(1, 90_000)
+        frame.pts = round(seconds * 90_000)
+        self.container.mux(self.stream.encode(frame))

@@ -1,0 +1,103 @@
+"""The trackers that a run can report to, each a Lightning logger: `--run.logger NAME`."""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from dualtoken_vit.errors import InputError, first_line
+
+PROJECT = "dualtoken-vit"  # of wandb and trackio; the experiment of MLflow
+
+
+class TrackioLogger(Logger):
+    """Trackio; Lightning has no logger for it."""
+
+    name = PROJECT
+    version: str = ""
+
+    def __init__(self, version: str):
+        self.version = version  # the name of the run, by which Trackio finds it again
+        self.run: Any = None
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        import trackio
+
+        self.run = trackio.init(PROJECT, name=self.version, config=params, resume="allow")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.run.log(metrics, step=step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.run.finish()
+
+
+# From the folder of the run, the step that it starts from and, for a resumed run, its name in the tracker
+LOGGERS: dict[str, Callable[[Path, int, str | None], Logger]] = {
+    # TensorBoard drops what a stopped run had logged from this step on: it is logged again.
+    "tensorboard": lambda out, step, run: TensorBoardLogger(out, name="", version="tensorboard", purge_step=step),
+    # A folder for each start, because CSVLogger deletes the file that it finds.
+    "csv": lambda out, step, run: CSVLogger(out, name="csv", version=f"from-step-{step}"),
+    "wandb": lambda out, step, run: WandbLogger(out.name, save_dir=out, project=PROJECT, id=run, resume="allow"),
+    "mlflow": lambda out, step, run: MLFlowLogger(
+        PROJECT, out.name, os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"), run_id=run
+    ),
+    "trackio": lambda out, step, run: TrackioLogger(run or f"{out.name}-{os.urandom(3).hex()}"),
+}
+
+
+def check_logger(name: str) -> None:
+    """Raise an InputError if the package of a tracker is missing."""
+    if name not in ("tensorboard", "csv") and find_spec(name) is None:
+        raise InputError(f"--run.logger {name}: install it, for example by pip install dualtoken-vit[{name}]")
+
+
+class Tracker(Logger):
+    """Passes everything on to a logger of `LOGGERS`, whose first failure ends the tracking, but not the run."""
+
+    def __init__(self, name: str, out: Path, step: int, run: str | None, settings: dict[str, Any]):
+        self.kind, self.failed = name, False
+        self.logger: Any = self._try(lambda: LOGGERS[name](out, step, run))
+        if name not in ("tensorboard", "csv"):  # the folder has its recipe.json
+            self.log_hyperparams(settings)
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        if self.failed:
+            return None
+        try:
+            return call()
+        except Exception as error:  # whatever a tracker's package may raise
+            self.failed = True
+            print(f"warning: --run.logger {self.kind}: {first_line(error)}; training without it", file=sys.stderr)
+            return None
+
+    @property
+    def name(self) -> str | None:
+        return self.kind
+
+    @property
+    def version(self) -> str | None:
+        """The run's name in the tracker."""
+        return getattr(self.logger, "version", None)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._try(lambda: self.logger.log_hyperparams(params))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        # without Lightning's own "epoch": a folder of that name holds our metrics where MLflow keeps them in files
+        own = {key: value for key, value in metrics.items() if key != "epoch"}
+        self._try(lambda: self.logger.log_metrics(own, step))
+
+    def save(self) -> None:
+        self._try(lambda: self.logger.save())
+
+    def finalize(self, status: str) -> None:
+        self._try(lambda: self.logger.finalize(status))

@@ -1,0 +1,133 @@
+"""Tables of images and their classes, and folders without splits."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from dualtoken_vit.data.check.classification import check as check_data
+from dualtoken_vit.data.classification import build_datasets
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Classification, ClassificationData
+
+LABELS = {"a.png": "dog", "b.png": "cat", "c.png": "dog", "d.png": "cat"}
+
+
+def save_images(folder, names=LABELS):
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, name in enumerate(names):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+
+
+def write(path, rows):
+    """A CSV or Parquet file of rows, the first one its header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        columns = dict(zip(rows[0], map(list, zip(*rows[1:], strict=True)), strict=True))
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        return
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def pairs(dataset):
+    """{file name: class} of a dataset."""
+    return {
+        name.rpartition("/")[2]: dataset.class_names[target]
+        for name, target in zip(dataset.image_names, dataset.targets, strict=True)
+    }
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_with_a_column_of_splits(tmp_path, suffix):
+    save_images(tmp_path / "images")
+    rows = [(name, label, "train" if name < "c" else "valid") for name, label in LABELS.items()]
+    write(tmp_path / f"labels.{suffix}", [("file_name", "label", "split"), *rows])
+    for root in (tmp_path, tmp_path / f"labels.{suffix}"):
+        train, val = build_datasets(ClassificationData(root=str(root)), 3)
+        assert train.class_names == val.class_names == ("cat", "dog")
+        assert pairs(train) == {"a.png": "dog", "b.png": "cat"}
+        assert pairs(val) == {"c.png": "dog", "d.png": "cat"}
+    assert np.array_equal(train[1][0], Image.open(tmp_path / "images/b.png"))
+
+
+def test_a_table_for_each_split(tmp_path):
+    for split, names in (("train", "ab"), ("val", "cd")):
+        some = {f"{name}.png": LABELS[f"{name}.png"] for name in names}
+        save_images(tmp_path / split, some)
+        write(tmp_path / f"{split}.csv", [("path", "class"), *((f"{split}/{k}", v) for k, v in some.items())])
+    train, val = build_datasets(ClassificationData(root=str(tmp_path)), 3)
+    assert pairs(train) | pairs(val) == LABELS
+    assert len(train) == len(val) == 2
+
+
+def test_roboflow_s_columns_of_classes(tmp_path):
+    for split, names in (("train", "abc"), ("valid", "d")):
+        some = {f"{name}.png": LABELS[f"{name}.png"] for name in names}
+        save_images(tmp_path / split, some)
+        rows = [(name, int(label == "dog"), int(label == "cat")) for name, label in some.items()]
+        write(tmp_path / split / "_classes.csv", [("filename", " dog", " cat"), *rows])
+    train, val = build_datasets(ClassificationData(root=str(tmp_path)), 3)
+    assert train.class_names == ("dog", "cat")
+    assert pairs(train) | pairs(val) == LABELS
+
+
+def test_one_table_and_a_holdout(tmp_path, capsys):
+    save_images(tmp_path)
+    write(tmp_path / "labels.csv", [("image", "label"), *LABELS.items()])
+    data = ClassificationData(root=str(tmp_path), holdout=0.5)
+    train, val = build_datasets(data, 3)
+    assert pairs(train) | pairs(val) == LABELS
+    assert sorted(pairs(val).values()) == ["cat", "dog"]
+    assert check_data(Classification(data=data), tmp_path / "out")
+    assert "no problems" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"no table for the split 'val'; there is all: give --data\.holdout 0\.1"):
+        build_datasets(replace(data, holdout=0.0), 3)
+
+
+def test_one_folder_without_splits(tmp_path):
+    save_images(tmp_path / "cat", ["a.png", "b.png", "c.png"])
+    save_images(tmp_path / "dog", ["d.png", "e.png", "f.png"])
+    data = ClassificationData(root=str(tmp_path), holdout=0.34)
+    train, val = build_datasets(data, 3)
+    assert train.class_names == ("cat", "dog")
+    assert [len(train), len(val)] == [4, 2]
+    assert sorted(pairs(val).values()) == ["cat", "dog"]
+    assert pairs(build_datasets(data, 3)[1]) == pairs(val)
+    with pytest.raises(InputError, match=r"train: no such folder"):
+        build_datasets(replace(data, holdout=0.0), 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("file", "label"), ("z.png", "cat")], r"labels\.csv, line 2: z\.png: no such image beside the table or in"),
+        (
+            [("file", "label"), ("../../../z.png", "cat")],
+            r"labels\.csv, line 2: the file name '[./]+z\.png' leads out of",
+        ),
+        ([("file", "label"), ("a.png", "cat", "x")], r"labels\.csv, line 2: 3 cells, but the header has 2"),
+        ([("file", "label"), ("a.png", "")], r"labels\.csv: .*a\.png has 0 classes, but classification needs one"),
+        ([("file", "label"), ("a.png", "x"), ("a.png", "y")], r"a\.png has 2 classes, .* see the recipe multilabel"),
+        ([("file", "cat", "dog"), ("a.png", 1, 1)], r"a\.png has 2 classes, but classification needs one"),
+        ([("file", "size"), ("a.png", 12)], r"train: no such folder"),
+    ],
+)
+def test_faults_of_tables(tmp_path, rows, message):
+    save_images(tmp_path)
+    write(tmp_path / "labels.csv", rows)
+    with pytest.raises(InputError, match=message) as error:
+        build_datasets(ClassificationData(root=str(tmp_path), holdout=0.0), 3)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_parquet_file(tmp_path):
+    (tmp_path / "labels.parquet").write_bytes(json.dumps("no table").encode())
+    with pytest.raises(InputError, match=r"labels\.parquet: cannot be read as Parquet"):
+        build_datasets(ClassificationData(root=str(tmp_path)), 3)

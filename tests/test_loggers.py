@@ -1,0 +1,92 @@
+"""Trackers of experiments, read back with the packages' own readers."""
+
+import csv
+
+import mlflow
+import pytest
+import torch
+import wandb
+from test_training import recipe, rows
+
+from dualtoken_vit import train
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.tasks import loggers
+
+
+def run(photos, out, logger, epochs=2, resume=False, **optim):
+    train(recipe(photos, optim={"epochs": epochs, **optim}, run={"device": "cpu", "logger": logger}), out, resume)
+    return [float(row["val_loss"]) for row in rows(out / "metrics.csv")]
+
+
+def stop_after_an_epoch(monkeypatch):
+    """The next run ends after its first epoch, as if it was killed."""
+    from dualtoken_vit.tasks.run_folder import LastCheckpoint
+
+    save = LastCheckpoint.on_train_epoch_end
+
+    def end(self, trainer, task):
+        save(self, trainer, task)
+        monkeypatch.undo()
+        raise InputError("killed")
+
+    monkeypatch.setattr(LastCheckpoint, "on_train_epoch_end", end)
+
+
+def test_csv(photos, tmp_path):
+    losses = run(photos, tmp_path / "run", "csv")
+    with open(tmp_path / "run" / "csv" / "from-step-0" / "metrics.csv", newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["epoch/val_loss"]]
+    assert [int(row["step"]) for row in found] == [3, 6]
+    assert [float(row["epoch/val_loss"]) for row in found] == losses
+
+
+def test_mlflow_continues_a_run(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with monkeypatch.context() as patch:
+        stop_after_an_epoch(patch)
+        with pytest.raises(InputError, match="killed"):
+            run(photos, tmp_path / "run", "mlflow")
+    losses = run(photos, tmp_path / "run", "mlflow", resume=True)
+    assert "warning" not in capsys.readouterr().err
+    client = mlflow.MlflowClient((tmp_path / "server").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("dualtoken-vit").experiment_id])
+    assert found.info.run_name == "run"
+    assert found.data.params["optim.lr"] == "0.001"
+    history = {each.step: each.value for each in client.get_metric_history(found.info.run_id, "epoch/val_loss")}
+    assert history == dict(zip((3, 6), losses, strict=True))
+
+
+def test_wandb(photos, tmp_path, monkeypatch):
+    for name, value in (("MODE", "offline"), ("SILENT", "true")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    received, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda self, data, *args: received.append(data) or log(self, data, *args))
+    losses = run(photos, tmp_path / "run", "wandb")
+    assert wandb.run.config["optim.lr"] == 0.001
+    wandb.finish()
+    found = {row["trainer/global_step"]: row["epoch/val_loss"] for row in received if "epoch/val_loss" in row}
+    assert found == pytest.approx(dict(zip((3, 6), losses, strict=True)))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_failing_tracker_does_not_stop_the_run(photos, tmp_path, monkeypatch, capsys):
+    expected = run(photos, tmp_path / "other", "tensorboard")
+
+    def log_metrics(*args):
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(loggers.TensorBoardLogger, "log_metrics", log_metrics)
+    assert run(photos, tmp_path / "run", "tensorboard") == expected
+    warning = "warning: --run.logger tensorboard: the server is gone; training without it\n"
+    assert capsys.readouterr().err.count(warning) == 1
+    best = [torch.load(tmp_path / name / "last.ckpt")["state_dict"]["model.head.weight"] for name in ("run", "other")]
+    assert torch.equal(*best)
+
+
+def test_missing_package(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    message = r"--run\.logger wandb: install it, for example by pip install dualtoken-vit\[wandb\]"
+    with pytest.raises(InputError, match=message):
+        run(photos, tmp_path / "run", "wandb")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,148 @@
+"""Tiled detection, with a detector that finds bright rectangles exactly: the connected components of scipy."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+from torch import nn
+
+from dualtoken_vit.models.tiles import detect_in_tiles, starts
+from dualtoken_vit.tasks.detection import DetectionOptions, DetectionPredictor
+
+
+class Components(nn.Module):
+    """Boxes, masks and labels (0 or 1, by colour) of bright components; the score is their share of 10,000 pixels."""
+
+    def __init__(self, masks=False):
+        super().__init__()
+        self.transform, self.masks, self.shapes = nn.Identity(), masks, []
+        self.batches = []
+
+    def forward(self, images):
+        self.batches.append(len(images))
+        return [self.detect(image) for image in images]
+
+    def detect(self, image):
+        self.shapes.append(tuple(image.shape[1:]))
+        parts, _ = ndimage.label(image.sum(0).numpy() > 0)
+        found = {"boxes": [], "labels": [], "scores": [], "masks": []}
+        for index, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
+            found["boxes"].append([columns.start, rows.start, columns.stop, rows.stop])
+            found["labels"].append(int(image[1, rows.start, columns.start] > 0))
+            found["scores"].append((parts == index).sum() / 10_000)
+            found["masks"].append(parts == index)
+        size = image.shape[1:]
+        shapes = {"boxes": (-1, 4), "masks": (-1, 1, *size)}
+        tensors = {
+            key: torch.tensor(np.array(value), dtype=torch.int64 if key == "labels" else torch.float32)
+            for key, value in found.items()
+        }
+        tensors = {key: value.reshape(shapes.get(key, (-1,))) for key, value in tensors.items()}
+        return {
+            key: value.bool() if key == "masks" else value
+            for key, value in tensors.items()
+            if self.masks or key != "masks"
+        }
+
+
+def scattered(height, width, count=40, largest=20, seed=0):
+    """An image with separate rectangles of two colours."""
+    generator, image, taken = (
+        np.random.default_rng(seed),
+        np.zeros((3, height, width), np.float32),
+        np.zeros((height, width), bool),
+    )
+    for _ in range(count):
+        h, w = generator.integers(2, largest + 1, 2)
+        top, left = generator.integers(0, height - h + 1), generator.integers(0, width - w + 1)
+        place = slice(top, top + h), slice(left, left + w)
+        if not taken[max(top - 1, 0) : top + h + 1, max(left - 1, 0) : left + w + 1].any():
+            taken[place] = True
+            image[int(generator.integers(2))][place] = 1
+    return torch.from_numpy(image)
+
+
+def as_set(found):
+    masks = (
+        [np.flatnonzero(mask).tolist() for mask in found["masks"].numpy()]
+        if "masks" in found
+        else [()] * len(found["labels"])
+    )
+    rows = zip(found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist(), masks, strict=True)
+    return sorted((*box, label, score, tuple(mask)) for box, label, score, mask in rows)
+
+
+def test_starts():
+    assert starts(100, 40, 10) == [0, 30, 60]
+    assert starts(105, 40, 10) == [0, 30, 60, 65]
+    assert starts(40, 40, 10) == starts(3, 40, 10) == [0]
+    for length, side, overlap in ((1000, 64, 12), (333, 50, 0), (127, 64, 63)):
+        found = starts(length, side, overlap)
+        covered = np.zeros(length, int)
+        for start in found:
+            covered[start : start + side] += 1
+        assert covered.min() >= 1
+        assert found[-1] + side == length
+        assert all(b - a <= side - overlap for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(200, 310), (64, 64), (50, 400), (133, 127)])
+def test_objects_smaller_than_the_overlap_are_found_as_in_the_whole_image(height, width, masks):
+    image = scattered(height, width)
+    whole = Components(masks).detect(image)
+    model = Components(masks)
+    found = detect_in_tiles(model, image, 64, 0.35, batch_size=4)  # 22 pixels
+    assert as_set(found) == as_set(whole)
+    assert len(found["labels"]) > 3
+    assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
+    assert set(model.shapes) == {(min(height, 64), min(width, 64))}
+    assert max(model.batches) <= 4
+
+
+def test_without_overlap_objects_are_cut():
+    image = torch.zeros(3, 40, 80)
+    image[0, 10:20, 30:50] = 1
+    assert len(detect_in_tiles(Components(), image, 40, 0.0, 4)["labels"]) == 2
+    image[0, 10:20, 42:50] = 0  # 10 pixels in one tile, 2 in the other
+    found = detect_in_tiles(Components(), image, 48, 0.25, 4)
+    assert found["boxes"].tolist() == [[30, 10, 42, 20]]
+
+
+def test_an_object_as_large_as_a_tile_is_kept():
+    image = torch.zeros(3, 64, 200)
+    image[1, 10:60, 5:195] = 1
+    found = detect_in_tiles(Components(), image, 64, 0.25, 4)
+    assert found["boxes"][:, 0].min() == 5
+    assert found["boxes"][:, 2].max() == 195
+
+
+def test_nothing_found():
+    found = detect_in_tiles(Components(masks=True), torch.zeros(3, 100, 100), 64, 0.2, 4)
+    assert {key: tuple(value.shape) for key, value in found.items()} == {
+        "boxes": (0, 4),
+        "labels": (0,),
+        "scores": (0,),
+        "masks": (0, 1, 100, 100),
+    }
+
+
+def test_the_predictor_takes_tiles():
+    image = scattered(150, 210)
+    picture = Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+    model = Components(masks=True)
+    options = {"input_size": (3, 0, 0)}
+    one, tiled = (
+        DetectionPredictor(model, ("red", "green"), options, DetectionOptions(score=0.0, tile=tile, overlap=0.4))
+        for tile in (None, 64)
+    )
+    whole, parts = one(picture), tiled(picture)
+    order = [np.lexsort(result.boxes.T) for result in (whole, parts)]
+    for key in ("labels", "boxes", "scores", "masks"):
+        np.testing.assert_array_equal(
+            *(getattr(result, key)[by] for result, by in zip((whole, parts), order, strict=True))
+        )
+    assert set(model.shapes) == {(150, 210), (64, 64)}

@@ -1,0 +1,130 @@
+"""Videos: their frames give what the same images give as files, and the written video is the drawings."""
+
+import json
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from test_predict import checkpoint, constant  # noqa: F401  fixtures
+
+from dualtoken_vit import cli, load_predictor
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.predict import predict
+from dualtoken_vit.show.drawing import draw_card
+from dualtoken_vit.show.video import Video
+
+RATE = 5
+
+
+def frames(count=7, size=(46, 38)):
+    """Smooth random images, which compression leaves nearly as they are."""
+    generator = np.random.default_rng(0)
+    small = generator.integers(0, 256, (count, 3, 4, 3), dtype=np.uint8)
+    return [Image.fromarray(each).resize(size, Image.Resampling.BICUBIC) for each in small]
+
+
+def write(path, images, codec="ffv1", pixels="bgr0", metadata=None):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, RATE)
+        stream.width, stream.height = images[0].size
+        stream.pix_fmt = pixels
+        stream.codec_context.time_base = Fraction(1, RATE)
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return path
+
+
+def test_frames_are_predicted_as_images(checkpoint, tmp_path, capsys):  # noqa: F811
+    images = frames()
+    clip = write(tmp_path / "clip.mkv", images)  # lossless
+    assert cli.run(["predict", str(checkpoint), str(clip), "--json", "--batch-size", "3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["frame"] for line in lines] == list(range(7))
+    assert [line["seconds"] for line in lines] == pytest.approx([n / RATE for n in range(7)], abs=1e-3)
+    expected = load_predictor(checkpoint)(images)
+    for line, one in zip(lines, expected, strict=True):
+        assert [each["class"] for each in line["classes"]] == list(one.names)
+        shares = [each["probability"] for each in line["classes"]]
+        assert shares == pytest.approx(one.probabilities.tolist(), abs=1e-5)
+
+
+def test_the_written_video_shows_the_drawings(constant, tmp_path, capsys):  # noqa: F811
+    images, out = frames(), tmp_path / "out" / "annotated.mp4"
+    assert predict(constant, (write(tmp_path / "clip.mkv", images),), out)
+    assert "7 frames" in capsys.readouterr().out
+    assert sorted(path.name for path in out.parent.iterdir()) == ["annotated.jsonl", "annotated.mp4"]
+    assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 7
+    top = list(zip(("dog", "cat [x]", "bee", "ant"), (0.4, 0.3, 0.2, 0.1), strict=True))
+    found = list(Video(out))
+    assert [seconds for seconds, _ in found] == pytest.approx([n / RATE for n in range(7)], abs=1e-3)
+    for (seconds, shown), image in zip(found, images, strict=True):
+        card = draw_card(image, f"{seconds:.2f} s", top)
+        expected = np.full((shown.height, shown.width, 3), 255)
+        expected[: card.height, : card.width] = np.asarray(card)
+        assert np.abs(np.asarray(shown).astype(int) - expected).mean() < 2
+    assert av.open(str(out)).streams.video[0].codec_context.name == "h264"
+
+
+def test_a_phone_held_upright(tmp_path):
+    """Stored lying, with the angle at which to show it; made by ffmpeg's display matrix."""
+    image = Image.new("RGB", (48, 32), "red")
+    image.paste("blue", (0, 0, 24, 32))  # its left half
+    path = write(tmp_path / "clip.mp4", [image] * 3, "libx264", "yuv420p")
+    data = path.read_bytes()
+    at = data.index(b"tkhd") + 4 + 40  # the matrix of the track, (a b u c d v x y w), in 16.16
+    matrix = [0, 1 << 16, 0, -(1 << 16) & 0xFFFFFFFF, 0, 0, 32 << 16, 0, 1 << 30]  # a quarter turn clockwise
+    path.write_bytes(data[:at] + b"".join(each.to_bytes(4, "big") for each in matrix) + data[at + 36 :])
+    _, shown = next(iter(Video(path)))
+    assert shown.size == (32, 48)
+    assert shown.getpixel((16, 8))[2] > 200  # what was left is on top
+    assert shown.getpixel((16, 40))[0] > 200
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no video", "cannot be opened as a video"),
+        (b"", "cannot be opened as a video"),
+        (None, "cannot be opened as a video: .*No such file"),
+    ],
+)
+def test_what_is_no_video(constant, tmp_path, content, message):  # noqa: F811
+    path = tmp_path / "clip.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"clip\.mp4: {message}"):
+        predict(constant, (path,), tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_mistakes(constant, tmp_path):  # noqa: F811
+    clip = write(tmp_path / "clip.mkv", frames(2))
+    with pytest.raises(InputError, match=r"--out .*out\.gif: a video is written as \.mkv, \.mov, \.mp4"):
+        predict(constant, (clip,), tmp_path / "out.gif")
+    with pytest.raises(InputError, match="is the video that is read"):
+        predict(constant, (clip,), clip)
+    with pytest.raises(InputError, match="give one video or camera, and no images beside it"):
+        predict(constant, (clip, tmp_path))
+    with pytest.raises(InputError, match="camera 97: cannot be opened"):
+        predict(constant, (type(tmp_path)("97"),))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mkv"]
+
+
+def test_a_truncated_video_keeps_what_could_be_read(constant, tmp_path, capsys):  # noqa: F811
+    clip = write(tmp_path / "clip.mkv", frames(40))
+    whole = clip.read_bytes()
+    clip.write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(InputError, match="truncated"):
+        list(Video(clip))
+    status = predict(constant, (clip,), tmp_path / "out.mp4")
+    said = capsys.readouterr()
+    count = len((tmp_path / "out.jsonl").read_text().splitlines())
+    assert 20 < count < 40
+    assert len(list(Video(tmp_path / "out.mp4"))) == count
+    assert f"{count} frames" in said.out
+    assert not status
+    assert f"clip.mkv: truncated: it ends after {(count - 1) / RATE:.1f} of 8.0 seconds" in said.err

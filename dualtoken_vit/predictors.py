@@ -86,6 +86,8 @@ def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> Ba
         if device not in ("auto", "cpu"):
             raise InputError(f"--device {device}: exported files run on the CPU; leave it out")
         return exported.load_predictor(path, **options)
+    if "runtime" in options:
+        raise InputError(f"--runtime {options['runtime']}: for files that dualtoken-vit export wrote, not for {path}")
     model, checkpoint = load_model(path)
     task = get_task(checkpoint.task)
     names, preprocessing, data = checkpoint.class_names, checkpoint.preprocessing, stored_recipe(path, checkpoint).data

@@ -134,6 +134,13 @@ def test_a_segmenter_predicts_as_in_pytorch(segmenter, network, image, options):
     assert (found == labels).mean() > 0.999  # the others are ties but for rounding
 
 
+def test_a_few_classes_at_a_time_are_all_classes(segmenter, image, monkeypatch):
+    predictor = runtime.load_predictor(segmenter, scales=(0.5, 1.0))
+    expected = predictor(image).labels
+    monkeypatch.setattr(runtime, "LOGITS", 2 * 71 * 93)  # two of three classes
+    assert np.array_equal(predictor(image).labels, expected)
+
+
 @pytest.mark.parametrize("size", [(30, 40), (70, 150), (71, 93)], ids="{0[0]}x{0[1]}".format)
 def test_resizing_is_torchs(image, size):
     x = np.asarray(image, np.float32).transpose(2, 0, 1) / 255
@@ -229,6 +236,10 @@ def test_a_batch_a_folder_and_an_unreadable_image(classifier, photos):
             ),
             "was written by another version of dualtoken-vit; export it again",
         ),
+        (
+            lambda path: save(path, [helper.make_node("Identity", ["image"], ["y"])], [("y", 1, None)], ["task"]),
+            "was written by another version of dualtoken-vit; export it again",
+        ),
     ],
 )
 def test_other_files_are_rejected_in_one_line(classifier, spoil, message):
@@ -250,6 +261,8 @@ def test_options_are_checked(classifier, segmenter, monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             load_predictor(path, **options)
+    with pytest.raises(InputError, match="--runtime openvino: for files that dualtoken-vit export wrote"):
+        load_predictor("best.safetensors", runtime="openvino")
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(InputError, match="openvino is not installed: pip install openvino"):
         load_predictor(classifier, runtime="openvino")

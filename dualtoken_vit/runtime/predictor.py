@@ -23,6 +23,7 @@ from dualtoken_vit.runtime.session import Arrays, ExportedModel
 __all__ = ["ExportedPredictor", "load_predictor", "predictor_class"]
 
 LEAST_SIDE = 32  # of images, in pixels
+LOGITS = 2**26  # maximum number at image resolution held at once, see models.segmenters
 
 
 def load_predictor(
@@ -235,14 +236,21 @@ class Segmenter(ExportedPredictor[LabelMap]):
     def _classes(self, image: np.ndarray) -> np.ndarray:
         options, size = self.options, image.shape[1:]
         base = options.image_size / min(size) if options.image_size else 1.0
-        total = np.zeros((), np.float32)
+        scores = []  # of each scale, at its size
         for scale in options.scales:
             x = shrink(image, [max(LEAST_SIDE, round(side * base * scale)) for side in size])
-            scores = self._scores(x)
+            scores.append(self._scores(x))
             if options.flip:
-                scores = scores + self._scores(x[..., ::-1])[..., ::-1]
-            total = total + resize(scores, size)
-        return total.argmax(0)
+                scores[-1] = scores[-1] + self._scores(x[..., ::-1])[..., ::-1]
+        # A few classes at a time: all of them at the size of a large image may not fit into memory.
+        step = max(1, LOGITS // (size[0] * size[1]))
+        best, classes = np.full(size, -np.inf, np.float32), np.zeros(size, np.int64)
+        for start in range(0, len(scores[0]), step):
+            total = np.sum([resize(each[start : start + step], size) for each in scores], 0)
+            highest = total.max(0)
+            classes = np.where(highest > best, total.argmax(0) + start, classes)
+            best = np.maximum(best, highest)
+        return classes
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
         """Logits (classes, H, W) at one scale and orientation; probabilities where several are averaged."""

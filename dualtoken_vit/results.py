@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Classes", "LabelMap", "Objects"]
+__all__ = ["Classes", "LabelMap", "Labels", "Objects"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,19 @@ class Classes:
     def probability(self) -> float:
         """Its probability."""
         return float(self.probabilities[0])
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of an image, the most likely first; there may be none."""
+
+    names: tuple[str, ...]
+    labels: np.ndarray
+    """(K,) int64: indices into the network's classes."""
+    probabilities: np.ndarray
+    """(K,) float32."""
+    all_probabilities: np.ndarray
+    """(classes,) float32: also of classes below their threshold."""
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def test_wrong_json_is_rejected(values, message):
 
 
 def test_fields_that_may_differ_on_resume():
-    run = {"run.threads", "run.patience", "run.device", "run.devices", "run.nodes", "run.save_every"}
+    run = {"run.threads", "run.patience", "run.logger", "run.device", "run.devices", "run.nodes", "run.save_every"}
     assert free_on_resume(Classification) == run | {"data.root", "data.workers", "distill.teacher"}
     assert free_on_resume(Segmentation) == run | {"data.root", "data.classes", "data.workers"}
     files = {"data.images", "data.val_images", "data.train_json", "data.val_json"}
@@ -248,7 +248,8 @@ def test_flatten():
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_inference_fields_are_declared_once(kind):
-    inputs = {"classification": ClassificationInput, "detection": DetectionInput, "segmentation": SegmentationInput}
+    inputs = {"detection": DetectionInput, "segmentation": SegmentationInput}
+    inputs |= {"classification": ClassificationInput, "multilabel": ClassificationInput}
     base, data = inputs[kind.task], type(kind().data)
     assert issubclass(data, base)
     assert {field.name for field in fields(base)}.isdisjoint(get_annotations(data))

@@ -10,10 +10,17 @@ from torchvision.transforms import v2
 
 from dualtoken_vit.data.segmentation import IGNORE
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import ClassificationAugment, ClassificationData, SegmentationAugment, SegmentationData
+from dualtoken_vit.recipes import (
+    ClassificationAugment,
+    ClassificationData,
+    MultiLabelAugment,
+    MultiLabelData,
+    SegmentationAugment,
+    SegmentationData,
+)
 
 
-def train_size(data: ClassificationData, progress: float) -> int:
+def train_size(data: ClassificationData | MultiLabelData, progress: float) -> int:
     """Side of the training images at the fraction `progress` of a run: progressive resizing in steps of 16 pixels."""
     if data.start_size is None or progress >= 0.8:
         return data.image_size
@@ -22,8 +29,8 @@ def train_size(data: ClassificationData, progress: float) -> int:
 
 
 def classification_train(
-    data: ClassificationData,
-    augment: ClassificationAugment,
+    data: ClassificationData | MultiLabelData,
+    augment: ClassificationAugment | MultiLabelAugment,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     progress: float = 0.0,

@@ -26,6 +26,7 @@ from dualtoken_vit.recipes.classification import (
     Distill,
 )
 from dualtoken_vit.recipes.detection import Detection, DetectionAugment, DetectionData, DetectionInput
+from dualtoken_vit.recipes.multilabel import MultiLabel, MultiLabelAugment, MultiLabelData
 from dualtoken_vit.recipes.segmentation import (
     Segmentation,
     SegmentationAugment,
@@ -50,6 +51,9 @@ __all__ = [
     "Device",
     "Distill",
     "Model",
+    "MultiLabel",
+    "MultiLabelAugment",
+    "MultiLabelData",
     "Optim",
     "Recipe",
     "Run",

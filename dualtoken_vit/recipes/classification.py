@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Interval
 
 from dualtoken_vit.bounds import ASCENDING
-from dualtoken_vit.recipes.base import FREE, DataSection, Model, Optim, Range, Recipe, Run, Share, Side, register
+from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Range, Recipe, Run, Share, Side, register
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class ClassificationData(ClassificationInput, DataSection):
     holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
     """Fraction of each class's training images to validate on instead of the validation split. Use it for tuning, or
     where there is no validation split."""
+    fold: Annotated[int, Interval(ge=0, le=1000)] = 0
+    """Which share to hold out, from 0 to 1 / holdout - 1: together they are all training images (cross-validation)."""
+    per_class: Annotated[int | None, Count] = None
+    """Use at most this many training images of each class, the same in every run: shows how many are needed."""
     balanced: Share = 0.0
     """Class-balanced sampling: an epoch draws as many images as there are, n ** (1 - balanced) of a class of n images,
     up to a common factor. 0: every image once; 1: all classes equally often."""
@@ -55,16 +59,13 @@ class ClassificationData(ClassificationInput, DataSection):
 
 
 @dataclass(frozen=True)
-class ClassificationAugment:
-    """Training augmentation (timm's transforms)."""
+class ImageAugment:
+    """What classification and multi-label classification share."""
 
     scale: Annotated[Range, Interval(gt=0, le=1), ASCENDING] = (0.08, 1.0)
     """Area of the random crop, as a fraction of the image: lowest and highest."""
     ratio: Annotated[Range, Interval(ge=0.01, le=100), ASCENDING] = (0.75, 4 / 3)
     """Aspect ratio of the random crop: lowest and highest."""
-    hflip: Annotated[float | Literal["alternate"], Interval(ge=0, le=1)] = 0.5
-    """Probability of a horizontal flip. alternate: half of the images, chosen at random, in the first epoch, the others
-    in the second, and so on (arXiv 2404.00498); useful in short runs."""
     vflip: Share = 0.0
     """Probability of a vertical flip."""
     color_jitter: Annotated[float, Interval(ge=0, le=10)] = 0.0
@@ -73,6 +74,15 @@ class ClassificationAugment:
     """timm's AutoAugment policy, for example rand-m9-n2-mstd0.5, which is RandAugment (2, 9)."""
     random_erasing: Share = 0.0
     """Probability of erasing a random rectangle."""
+
+
+@dataclass(frozen=True)
+class ClassificationAugment(ImageAugment):
+    """Training augmentation (timm's transforms)."""
+
+    hflip: Annotated[float | Literal["alternate"], Interval(ge=0, le=1)] = 0.5
+    """Probability of a horizontal flip. alternate: half of the images, chosen at random, in the first epoch, the others
+    in the second, and so on (arXiv 2404.00498); useful in short runs."""
     mixup: Annotated[float, Interval(ge=0, le=100)] = 0.0
     """Mixup alpha; 0: off."""
     cutmix: Annotated[float, Interval(ge=0, le=100)] = 0.0

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dualtoken_vit.data.rle import encode_mask
-from dualtoken_vit.results import Classes, LabelMap, Objects
+from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.show.drawing import SIDE, draw_card, draw_objects, draw_scene, fit, palette
 
 Result = TypeVar("Result")
@@ -72,7 +72,25 @@ class ClassesReport(Report[Classes]):
         return draw_card(small, title, top), small, top[0]
 
 
-def _pairs(result: Classes) -> list[tuple[str, float]]:
+class LabelsReport(Report[Labels]):
+    """The labels of each image with their probabilities."""
+
+    columns = "label", "probability"
+
+    def entry(self, result: Labels) -> dict[str, Any]:
+        return {"labels": [{"label": name, "probability": share} for name, share in _pairs(result)]}
+
+    def rows(self, result: Labels) -> Iterator[tuple[str, str]]:
+        yield from ((name, f"{share:.1%}") for name, share in _pairs(result))
+        if not result.names:
+            yield "nothing", ""
+
+    def draw(self, title: str, image: Image.Image, result: Labels) -> tuple[Image.Image, Image.Image, Caption]:
+        small = fit(image, SIDE)
+        return draw_card(small, title, _pairs(result)), small, (", ".join(result.names) or "nothing", None)
+
+
+def _pairs(result: Classes | Labels) -> list[tuple[str, float]]:
     return list(zip(result.names, result.probabilities.tolist(), strict=True))
 
 

@@ -31,7 +31,7 @@ from dualtoken_vit.show import plots
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.distill import Teacher, distillation_loss, load_teacher
 from dualtoken_vit.tasks.networks import create_model
-from dualtoken_vit.tasks.predictor import Predictor
+from dualtoken_vit.tasks.predictor import Predictor, Result
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,8 @@ class ClassificationOptions(ClassificationInput):
     """Classes to report for each image (all of them, if there are fewer)."""
 
 
-class ClassificationPredictor(Predictor[Classes]):
-    """A classifier: returns the `top_k` most likely classes of each image."""
-
-    Options = ClassificationOptions
-    report = ClassesReport
+class ImagePredictor(Predictor[Result]):
+    """A network that maps whole images to logits."""
 
     def __init__(self, model: nn.Module, class_names: Any, preprocessing: dict[str, Any], options: Any):
         super().__init__(model, class_names, preprocessing, options)
@@ -68,6 +65,13 @@ class ClassificationPredictor(Predictor[Classes]):
     @torch.inference_mode()
     def forward(self, batch: Tensor) -> Tensor:  # (B, C, S, S) -> logits (B, classes)
         return self.model(batch.to(self.device).contiguous(memory_format=torch.channels_last)).float()
+
+
+class ClassificationPredictor(ImagePredictor[Classes]):
+    """A classifier: returns the `top_k` most likely classes of each image."""
+
+    Options = ClassificationOptions
+    report = ClassesReport
 
     def postprocess(self, outputs: Tensor) -> list[Classes]:
         probabilities = outputs.softmax(-1).cpu()
@@ -202,6 +206,16 @@ def prepare_epoch(
         train.alternate_flips(recipe.run.seed, epoch)
 
 
+def data_config(model: nn.Module, data: ClassificationInput, channels: int) -> dict[str, Any]:
+    """timm's data config, with the network's own mean and deviation."""
+    return dict(
+        input_size=(channels, data.image_size, data.image_size),
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+        **statistics(pretrained_cfg(model), channels),
+    )
+
+
 class ClassificationTask(Task[Classification]):
     name = "classification"
     recipe = Classification
@@ -227,13 +241,7 @@ class ClassificationTask(Task[Classification]):
         if recipe.data.start_size is not None:
             check_size(model, start.in_chans, recipe.data.start_size, "--data.start-size")
             model.train()
-        size = (start.in_chans, recipe.data.image_size, recipe.data.image_size)
-        preprocessing: dict[str, Any] = dict(  # timm's data config, with the network's own mean and deviation
-            input_size=size,
-            interpolation=recipe.data.interpolation,
-            crop_pct=recipe.data.crop_pct,
-            **statistics(pretrained_cfg(model), start.in_chans),
-        )
+        preprocessing = data_config(model, recipe.data, start.in_chans)
         predictor = ClassificationPredictor.create(model, names, preprocessing, recipe.data)
         teacher = load_teacher(self, recipe, predictor) if recipe.distill.teacher else None
         module = ClassificationModule(predictor, recipe, teacher)
@@ -260,7 +268,9 @@ class ClassificationTask(Task[Classification]):
                 f"--data.holdout {given['holdout']}: the network was trained with {recipe.data.holdout:g}, so another "
                 "share has images that it was trained on; leave it out, or give --data.val-split"
             )
-        return {"holdout": 0.0} if given.keys() & {"root", "val_split"} else {}
+        if "root" not in given and given.get("fold", recipe.data.fold) != recipe.data.fold:
+            raise InputError(f"--data.fold {given['fold']}: the network was trained on its images; leave it out")
+        return {"holdout": 0.0, "fold": 0} if given.keys() & {"root", "val_split"} else {}
 
     def share_fault(self, recipe: Classification, share: int) -> str:
         if share % 2 and (recipe.augment.mixup > 0 or recipe.augment.cutmix > 0):

@@ -8,7 +8,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Recipe
 from dualtoken_vit.tasks.base import Task
 
-BUILT_IN = "classification", "detection", "segmentation"
+BUILT_IN = "classification", "multilabel", "detection", "segmentation"
 """Modules of this package, each with a `TASK`; imported when needed, so that the command line starts quickly."""
 _REGISTERED: dict[str, Task[Any]] = {}
 

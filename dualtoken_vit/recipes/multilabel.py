@@ -1,0 +1,77 @@
+"""Recipes of multi-label image classification: an image has any number of labels."""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Interval
+
+from dualtoken_vit.recipes.base import FREE, DataSection, Model, Optim, Recipe, Share, register
+from dualtoken_vit.recipes.classification import FOLDER, ClassificationInput, ImageAugment
+
+
+@dataclass(frozen=True)
+class MultiLabelData(ClassificationInput, DataSection):
+    """The images and their labels."""
+
+    dataset: str = "table"
+    """table: images, and a CSV or Parquet table of files and labels; shapes: generated images."""
+    root: Annotated[str, FREE] = ""
+    """Folder with tables for the splits, or one with a column split; or one table."""
+    train_split: str = "train"
+    """Name of the training split."""
+    val_split: str = "val"
+    """Name of the validation split."""
+    holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
+    """Fraction of the training images to validate on, instead of the validation split."""
+    separator: str = ","
+    """What stands between the labels in a cell of the table."""
+    balanced: Share = 0.0
+    """Class-balanced sampling: an epoch draws as many images as there are, each in proportion to f ** -balanced, where
+    f is the share of the images that have its rarest label. 0: every image once."""
+    start_size: Annotated[int | None, Interval(ge=1, le=16384)] = None
+    """Progressive resizing, as in classification. None: always image_size."""
+
+
+@dataclass(frozen=True)
+class MultiLabelAugment(ImageAugment):
+    """Training augmentation (timm's transforms)."""
+
+    hflip: Share = 0.5
+    """Probability of a horizontal flip."""
+
+
+@dataclass(frozen=True)
+class MultiLabel(Recipe):
+    """A multi-label classification run."""
+
+    task: ClassVar[str] = "multilabel"
+    loss: Literal["bce", "asymmetric"] = "bce"
+    """bce: binary cross-entropy of each label; asymmetric: ASL (arXiv 2009.14119), for many labels of which few are
+    present, with timm's parameters."""
+    data: MultiLabelData = MultiLabelData()
+    augment: MultiLabelAugment = MultiLabelAugment()
+
+
+register(
+    MultiLabel,
+    {
+        "demo-multilabel": (
+            "Label generated images that show several shapes: no files, no downloads.",
+            MultiLabel(
+                model=Model(args=("depths=(1,2,1)",)),
+                data=MultiLabelData(dataset="shapes", image_size=64, crop_pct=1.0),
+                augment=MultiLabelAugment(scale=(0.8, 1.0)),
+                optim=replace(FOLDER.optim, epochs=6),
+            ),
+        ),
+        "multilabel": (
+            "Images with any number of labels: --data.root DIR with a CSV or Parquet table of files and labels.",
+            MultiLabel(
+                model=FOLDER.model,
+                data=MultiLabelData(crop_pct=1.0),
+                augment=MultiLabelAugment(scale=(0.35, 1.0)),
+                optim=Optim(batch_size=32, warmup_epochs=0.5),
+            ),
+        ),
+    },
+)

@@ -184,6 +184,19 @@ def test_all_anchors_at_any_size(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fcos", "ssdlite"])
+def test_the_file_of_a_detector_is_its_graph(kind, tmp_path):
+    graph = graphs.DenseGraph(detector(kind, image_size=64, max_size=96)).eval()
+    names = ("boxes", "scores", "labels")
+    network = onnx_file(tmp_path, Plan(graph, names, (64, 96), fixed=True, one=True))
+    x = noise(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = dict(zip(names, (value.numpy() for value in graph(x)), strict=True))
+    assert (expected["labels"] >= 0).sum() > 20
+    assert difference(expected, network(x.numpy()), 96) < 1e-5
+
+
+@pytest.mark.slow
 def test_a_mask_rcnn_with_and_without_objects(tmp_path):
     model = detector("mask-rcnn", image_size=64, max_size=96)
     images = [noise(1, 3, 64, 96), torch.zeros(1, 3, 64, 96)]

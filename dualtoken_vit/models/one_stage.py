@@ -22,7 +22,7 @@ SCORE_THRESHOLD = 0.05
 DETECTIONS = 100  # per image
 SELECTION: dict[str, Any] = dict(score_thresh=SCORE_THRESHOLD, detections_per_img=DETECTIONS)
 STRIDES = (8, 16, 32, 64, 128)
-FCOS_WIDTH = 128  # half of torchvision's, which is for large machines
+FCOS_WIDTH, FCOS_CONVS = 128, 2  # half of torchvision's, for small machines
 
 
 def to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -108,7 +108,7 @@ class FCOSHead(fcos.FCOSHead):
 class FCOS(Dense, fcos.FCOS):
     """FCOS (Tian et al., arXiv 2006.09214) on levels of stride 8 to 128: RetinaNet's, with 128 channels.
 
-    One point per position, 4 convolutions per tower. The losses are "classification", "bbox_regression" and
+    One point per position, 2 convolutions per tower. The losses are "classification", "bbox_regression" and
     "bbox_ctrness".
     """
 
@@ -120,7 +120,7 @@ class FCOS(Dense, fcos.FCOS):
             Pyramid(body, 8, CoarseLevels(body.feature_info.channels()[-1], FCOS_WIDTH), FCOS_WIDTH),
             num_classes,
             anchor_generator=Anchors(STRIDES, tuple((stride,) for stride in STRIDES), (1.0,)),
-            head=FCOSHead(FCOS_WIDTH, 1, num_classes),
+            head=FCOSHead(FCOS_WIDTH, 1, num_classes, FCOS_CONVS),
             nms_thresh=0.6,
             **SELECTION,
         )

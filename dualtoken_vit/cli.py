@@ -53,6 +53,8 @@ class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
     """Folder for labels.png, a contact sheet of images with their labels."""
+    augmented: bool = False
+    """Draw the images as training sees them, after augmentation."""
 
 
 D = TypeVar("D")  # the data section of a recipe
@@ -355,7 +357,8 @@ def check_data(args: list[str]) -> bool:
     from dualtoken_vit.tasks.registry import get_task
 
     check_bounds(chosen.recipe)
-    return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
+    more = {"augmented": True} if chosen.augmented else {}
+    return get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out, **more)
 
 
 def convert(args: list[str]) -> None:

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from dualtoken_vit.data.coco import MIN_SIDE
 
+ZOOM = (1.0, 2.0)  # sides of the frame in those of the image; SSD's 4 leaves small objects no pixels
 VISIBLE = 0.1  # of an object's mask; one of which pasted objects leave less is dropped
 
 Sample = tuple[tv_tensors.Image, dict[str, Any]]
@@ -35,7 +36,7 @@ class Geometric:
         boxes = torch.cat([target["boxes"], target["crowd"]])  # it takes one tensor of boxes
         moved = {"boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
         moved |= {key: target[key] for key in ("masks",) if key in target}
-        steps = [v2.RandomZoomOut(p=self.zoom_out), v2.RandomApply([v2.RandomIoUCrop()], crop)]
+        steps = [v2.RandomZoomOut(side_range=ZOOM, p=self.zoom_out), v2.RandomApply([v2.RandomIoUCrop()], crop)]
         if self.scale != (1.0, 1.0):
             size = v2.functional.get_size(image)
             steps += [v2.ScaleJitter(size, self.scale), _Window(size)]

@@ -68,7 +68,7 @@ class DetectionAugment:
     photometric: Share = 0.0
     """Probability of each of the changes in brightness, contrast, saturation and hue."""
     zoom_out: Share = 0.0
-    """Probability of a smaller image in a black frame (SSD)."""
+    """Probability of a black frame around the image, of up to twice its sides (SSD)."""
     iou_crop: Share = 0.0
     """Probability of a random crop around objects (SSD)."""
     scale: Annotated[Range, Interval(ge=0.05, le=10), ASCENDING] = (1.0, 1.0)
@@ -85,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "custom": {},
     "light": dict(photometric=0.3, zoom_out=0.0, iou_crop=0.0, scale=(0.8, 1.25), copy_paste=0.0),
     "medium": dict(photometric=0.5, zoom_out=0.25, iou_crop=0.5, scale=(1.0, 1.0), copy_paste=0.0),
-    "strong": dict(photometric=0.5, zoom_out=0.5, iou_crop=0.8, scale=(0.5, 1.5), copy_paste=0.5),
+    "strong": dict(photometric=0.5, zoom_out=0.5, iou_crop=0.8, scale=(0.75, 1.5), copy_paste=0.5),
 }
 """Presets of `DetectionAugment`; copy-paste is left out without masks."""
 

@@ -163,13 +163,17 @@ def print_table(report: Report[Any]) -> None:
         return
     table = Table("image", *report.columns, box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
-    for path, rows in report.table:
-        for number, row in enumerate(rows):
-            style = ("dim" if number else "bold") if report.ranked else ""
-            table.add_row(Text("" if number else printable(path)), *(Text(printable(cell), style) for cell in row))
-        table.add_section()
+    for path, rows in report.table:  # one row of the table each: a row for each class takes several times as long
+        styles = ["dim" if number else "bold" for number in range(len(rows))] if report.ranked else [""] * len(rows)
+        cells = (
+            [Text(printable(cell), style) for cell, style in zip(column, styles, strict=True)]
+            for column in zip(*rows, strict=True)
+        )
+        table.add_row(Text(printable(path)), *map(Text("\n").join, cells), end_section=True)
     Console().print(table)
 
 

@@ -676,6 +676,19 @@ def test_a_colour_detector_into_a_grey_one(tmp_path):
     torch.testing.assert_close(grey, first.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("kind", ["fcos", "ssdlite"])
+def test_a_detector_of_other_classes(kind, tmp_path):
+    """Everything is loaded but the classifiers."""
+    source, other = create(kind), create(kind, num_classes=2)
+    weights = {key: value.contiguous() for key, value in source.state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    before = {name: other.get_parameter(f"{name}.weight").clone() for name in other.class_layers}
+    report = load_weights(other, tmp_path / "weights.safetensors", ("a", "b"))
+    assert set(report.new) == {f"{name}.{part}" for name in other.class_layers for part in ("weight", "bias")}
+    assert all(torch.equal(other.get_parameter(f"{name}.weight"), value) for name, value in before.items())
+    assert all(torch.equal(other.state_dict()[key], weights[key]) for key in report.loaded)
+
+
 def test_what_is_not_decayed():
     detector = create("mask-rcnn")
     names = {id(p): name for name, p in detector.named_parameters()}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ import timm
 import torch
 from torch import nn
 
-from dualtoken_vit import create_detector, create_segmenter, load_predictor
+from dualtoken_vit import create_detector, create_segmenter, load_model, load_predictor
 from dualtoken_vit.checkpoint import Checkpoint, save_checkpoint
 from dualtoken_vit.cli import run
 from dualtoken_vit.deploy import graphs
 from dualtoken_vit.deploy.convert import to_onnx
 from dualtoken_vit.deploy.export import export, parse_size
+from dualtoken_vit.deploy.mobile import run_litert, to_litert
 from dualtoken_vit.deploy.plans import Plan, plan
-from dualtoken_vit.deploy.verify import difference
+from dualtoken_vit.deploy.verify import difference, expected
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.models.segmenters import Bins
@@ -181,6 +183,25 @@ def test_all_anchors_at_any_size(kind, tmp_path):
         assert found["scores"] == pytest.approx(scores.numpy(), abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_mask_rcnn_with_and_without_objects(tmp_path):
+    model = detector("mask-rcnn", image_size=64, max_size=96)
+    images = [noise(1, 3, 64, 96), torch.zeros(1, 3, 64, 96)]
+    with torch.inference_mode():
+        highest = [model(list(image))[0]["scores"].max().item() for image in images]
+    model.score_thresh = sum(highest) / 2
+    outputs = "boxes", "scores", "labels", "masks"
+    plan = Plan(graphs.MaskGraph(model).eval(), outputs, (64, 96), fixed=True, one=True)
+    networks = [onnx_file(tmp_path, plan), ExportedModel(tmp_path / "model.onnx", "openvino")]
+    counts = []
+    for image in images:
+        ours = expected(plan, image.numpy())
+        counts.append((ours["labels"] >= 0).sum())
+        for network in networks:
+            assert difference(ours, network(image.numpy()), 96) < 1e-4
+    assert min(counts) == 0 < max(counts)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """An untrained classifier as if of a run on this machine's files."""
@@ -230,8 +251,6 @@ def test_the_file_describes_itself_and_names_no_place(checkpoint, exported):
 
 @pytest.mark.slow
 def test_attention_maps_are_those_of_pytorch(checkpoint, exported):
-    from dualtoken_vit import load_model
-
     model, _ = load_model(checkpoint)
     network = ExportedModel(exported)
     for shape in ((1, 3, 64, 64), (2, 3, 97, 131)):
@@ -295,6 +314,38 @@ def test_smaller_files(checkpoint, exported, photos, option, tmp_path, capsys):
     assert ExportedModel(out).description["export"]["precision"].startswith(("int8", "float16"))
 
 
+@pytest.mark.slow
+def test_litert_files(checkpoint, tmp_path):
+    pytest.importorskip("litert_torch")
+    file = export(checkpoint, tmp_path / "model.tflite", format="litert")
+    with zipfile.ZipFile(file) as archive:
+        assert json.loads(archive.read(f"{KEY}.json"))["class_names"] == ["blue", "green", "red"]
+    classifier = graphs.Classifier(load_model(checkpoint)[0], MEAN, STD)
+    torch.manual_seed(0)
+    segmenter = create_segmenter("pspnet", "dualtoken_vit_tiny", 4, width=16, **SHALLOW).eval()
+    to_litert(Plan(segmenter, ("logits",), (64, 96), one=True, fixed=True), 3, ABOUT, tmp_path / "segmenter.tflite")
+    for path, model, width in ((file, classifier, 64), (tmp_path / "segmenter.tflite", segmenter, 96)):
+        x = noise(1, 3, 64, width)
+        with torch.inference_mode():
+            expected = model(x).numpy()
+        found = run_litert(path, ("logits",), x.numpy())["logits"]
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_core_ml_files(checkpoint, tmp_path):
+    """Only a Mac can run them: this is their description."""
+    coremltools = pytest.importorskip("coremltools")
+    file = export(checkpoint, tmp_path / "model.mlpackage", format="coreml")
+    about = coremltools.models.MLModel(str(file), skip_model_load=True).get_spec().description
+    (image,), (logits,) = about.input, about.output
+    assert (image.name, list(image.type.multiArrayType.shape)) == ("image", [1, 3, 64, 64])
+    assert (logits.name, list(logits.type.multiArrayType.shape)) == ("logits", [1, 3])
+    assert json.loads(about.metadata.userDefined[KEY])["class_names"] == ["blue", "green", "red"]
+    with pytest.raises(InputError, match=r"model.mlpackage: a folder; remove it"):
+        export(checkpoint, file, format="coreml")
+
+
 def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
     other = tmp_path / "kept.onnx"
     other.write_text("kept")
@@ -305,11 +356,14 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
         ({"int8": "static"}, "--int8 static needs --images FOLDER"),
         ({"int8": "dynamic", "fp16": True}, "--int8, --fp16: give one of them"),
         ({"out": tmp_path / "model.pb"}, "name a file that ends with .onnx"),
+        ({"out": tmp_path}, "name a file that ends with .onnx"),
+        ({"images": tmp_path / "none"}, "--images .*none: not a folder of images"),
     ):
         with pytest.raises(InputError, match=message):
             export(checkpoint, **({"out": other} | options))
-    with pytest.raises(InputError, match="no such checkpoint"):
-        export(tmp_path / "best.safetensors", other)
+    for command in (["export", str(tmp_path / "best.safetensors")], ["export", str(tmp_path / "a"), "--int8"]):
+        with pytest.raises(InputError, match="no such checkpoint"):
+            run(command)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(InputError, match="--format onnx needs onnxscript: pip install"):
         export(checkpoint, other)

@@ -68,7 +68,7 @@ def test_the_readme_s_files_are_those_of_the_repository():
 
 def test_the_readme_names_every_recipe():
     # in text and tables
-    named = set(re.findall(r"[`|] *((?:in1k|table\d|coco|demo|ade20k)-[a-z0-9-]+|tin190) *[`|]", README))
+    named = set(re.findall(r"[`|] *((?:in1k|table\d|coco|masks|demo|ade20k)-[a-z0-9-]+|tin190) *[`|]", README))
     assert named | {"demo", "folder", "imagenette", "coco", "demo-detect", "masks", "demo-segment", "multilabel"} == {
         name
         for name, recipe in RECIPES.items()

@@ -230,7 +230,7 @@ def test_wrong_json_is_rejected(values, message):
 
 
 def test_fields_that_may_differ_on_resume():
-    run = {"run.threads", "run.patience", "run.device", "run.devices", "run.nodes", "run.save_every"}
+    run = {"run.threads", "run.patience", "run.logger", "run.device", "run.devices", "run.nodes", "run.save_every"}
     assert free_on_resume(Classification) == run | {"data.root", "data.workers", "distill.teacher"}
     assert free_on_resume(Segmentation) == run | {"data.root", "data.classes", "data.workers"}
     files = {"data.images", "data.val_images", "data.train_json", "data.val_json"}

@@ -1,8 +1,11 @@
 """Predictors of exported files, against PyTorch's own: files here have hand-made graphs, which need no export."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +283,37 @@ def test_without_torch(classifier, image, tmp_path, capsys):
     bare, full = (np.asarray(Image.open(tmp_path / name / "image.png.png")) for name in ("bare", "full"))
     assert bare.shape == full.shape
     assert np.array_equal(bare[:, : SIDE + MARGIN], full[:, : SIDE + MARGIN])  # beside it there is text, in other fonts
+
+
+@pytest.mark.slow
+def test_the_runtime_extra_alone_is_enough(classifier, image, tmp_path):
+    """A wheel of this tree in an empty environment, without torch, predicts the same."""
+    image.save(tmp_path / "image.png")
+    root, source = Path(__file__).parents[1], tmp_path / "source"
+    shutil.copytree(root / "dualtoken_vit", source / "dualtoken_vit", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "dualtoken_vit_command.py"):
+        shutil.copy(root / name, source)
+    venv.create(tmp_path / "env", with_pip=True)
+    (programs,) = (path for path in (tmp_path / "env").iterdir() if path.name in ("bin", "Scripts"))
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def call(program: str, *args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([programs / program, *args], capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    installed = call("pip", "install", f"{source}[runtime]")
+    if "Failed to establish a new connection" in installed.stderr:
+        pytest.skip("no network for pip")
+    assert installed.returncode == 0, installed.stderr
+    listed = {line.partition("=")[0].lower() for line in call("pip", "list", "--format=freeze").stdout.splitlines()}
+    assert {"dualtoken-vit", "numpy", "onnxruntime", "pillow"} <= listed
+    assert not listed & {"torch", "timm", "torchvision", "lightning", "matplotlib", "rich"}
+    done = call("dualtoken-vit", "predict", str(classifier), "image.png", "--json", "--out", "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    (entry,) = json.loads(done.stdout)["predictions"]
+    result = load_predictor(classifier)(image)
+    assert [one["class"] for one in entry["classes"]] == list(result.names)
+    assert [one["probability"] for one in entry["classes"]] == pytest.approx(result.probabilities.tolist(), abs=1e-6)
+    assert (tmp_path / "out" / "image.png.png").is_file()
+    refused = call("dualtoken-vit", "train")
+    assert refused.stderr.count("\n") == 1
+    assert "is not installed; install the train extra" in refused.stderr

@@ -329,16 +329,19 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
         if empty:
             message = f"{_where(data, 'train')}: no images in class {some(empty)}; add some, or remove the class"
             raise InputError(message)
+    val: Images
     if data.holdout:
-        return _hold_out(train, data.holdout)
-    return train, build_val_dataset(data, channels, train.class_names)
+        train, val = _hold_out(train, data.holdout, data.fold)
+    else:
+        val = build_val_dataset(data, channels, train.class_names)
+    return (train if data.per_class is None else _first(train, data.per_class)), val
 
 
 def build_val_dataset(data: ClassificationData, channels: int, class_names: Sequence[str] | None = None) -> Images:
     """The validation images alone, with `class_names` in their order; absent classes are named in `notes`."""
     val = read_split(data, "train" if data.holdout else "val", channels)
     if data.holdout:
-        val = _hold_out(val, data.holdout)[1]
+        val = _hold_out(val, data.holdout, data.fold)[1]
     if class_names is not None:
         labels, named = {name: label for label, name in enumerate(class_names)}, val.class_names
         if data.dataset.startswith(("wds", "hfds")) and named == _numbers(range(len(named))):
@@ -357,18 +360,39 @@ def _empty(dataset: ImageDataset) -> list[str]:
     return [name for label, name in enumerate(dataset.class_names) if label not in filled]
 
 
-def _hold_out(dataset: Images, share: float) -> tuple[ImageDataset, ImageDataset]:
-    """(the rest, `share` of each class): the same images in every run, independent of its seed."""
+def _members(dataset: ImageDataset) -> list[list[int]]:
+    """The positions of the images of each class."""
+    found: list[list[int]] = [[] for _ in dataset.class_names]
+    for index, target in enumerate(dataset.targets):
+        found[target].append(index)
+    return found
+
+
+def _first(dataset: Images, number: int) -> ImageDataset:
+    """At most `number` images of each class: the same in every run, and among those of a larger number."""
+    if isinstance(dataset, ImageStream):
+        raise InputError("--data.per-class is not available for data that is read as a stream")
+    kept = [index for each in _members(dataset) for index in random.Random(0).sample(each, len(each))[:number]]
+    return dataset.keep(sorted(kept))
+
+
+def _hold_out(dataset: Images, share: float, fold: int = 0) -> tuple[ImageDataset, ImageDataset]:
+    """(the rest, part `fold` of `share` of each class): the same images in every run, independent of its seed."""
     if not 0 < share <= 0.5:
         raise InputError(f"--data.holdout {share}: must be between 0 and 0.5")
     if isinstance(dataset, ImageStream):
         raise InputError("--data.holdout is not available for data that is read as a stream; name two splits instead")
-    held: set[int] = set()
-    for label, name in enumerate(dataset.class_names):
-        members = [index for index, target in enumerate(dataset.targets) if target == label]
+    folds, held = round(1 / share), set[int]()
+    if fold >= folds:
+        raise InputError(f"--data.fold {fold}: with --data.holdout {share} there are the folds 0 to {folds - 1}")
+    for name, members in zip(dataset.class_names, _members(dataset), strict=True):
         if len(members) == 1:
             raise InputError(f"--data.holdout {share}: class {name!r} has only one image")
-        held.update(random.Random(0).sample(members, round(share * len(members)) or min(1, len(members))))
+        size = round(share * len(members)) or min(1, len(members))
+        first = random.Random(0).sample(members, size)
+        others = [index for index in members if index not in set(first)]
+        order = [*first, *random.Random(0).sample(others, len(others))]
+        held.update(order[fold * size : None if fold == folds - 1 else (fold + 1) * size])
     rest, val = dataset.keep([i for i in range(len(dataset)) if i not in held]), dataset.keep(sorted(held))
     val.notes, val.complete = (), False  # those of `rest`
     return rest, val

@@ -14,6 +14,7 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 from torch import Tensor
 
+from dualtoken_vit.data.splits import inside
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
 
@@ -49,7 +50,7 @@ class AnnotatedImages(NamedTuple):
 
     def sift(self, masks: bool, limit: int | None = None) -> tuple[dict[str, list[dict]], list[str]]:
         """The valid entries of the first `limit` images, and one line on each problem; see `sift`."""
-        coco, problems = sift(self.coco, masks)
+        coco, problems = sift(self.coco, masks, self.folder)
         images = (self.choose(coco["images"]) if self.choose else coco["images"])[:limit]
         kept = {image["id"] for image in images}
         annotations = [one for one in coco["annotations"] if one["image_id"] in kept]
@@ -73,10 +74,10 @@ def read_coco(path: str | Path, images: str | Path = "") -> AnnotatedImages:
     return AnnotatedImages(str(path), {key: coco[key] for key in _FIELDS}, str(images))
 
 
-def sift(coco: dict[str, list], masks: bool) -> tuple[dict[str, list[dict]], list[str]]:
+def sift(coco: dict[str, list], masks: bool, folder: str = "") -> tuple[dict[str, list[dict]], list[str]]:
     """The valid entries of a COCO file, and one line on each other entry.
 
-    With `masks`, each annotation must have a segmentation.
+    With `masks`, each annotation must have a segmentation. Images must be in `folder`, by their names.
     """
     problems: list[str] = []
     sound: dict[str, dict[int, dict]] = {}  # by id
@@ -90,6 +91,8 @@ def sift(coco: dict[str, list], masks: bool) -> tuple[dict[str, list[dict]], lis
                 fault = "its id is used twice"
             elif not fault and kind == "images" and min(entry["width"], entry["height"]) < 1:
                 fault = f"its size is {entry['width']}x{entry['height']}"
+            elif not fault and kind == "images" and not inside(folder, os.path.join(folder, entry["file_name"])):
+                fault = f"its file_name {entry['file_name']!r:.200} leads out of the folder of the images"
             elif not fault and kind == "categories" and entry["name"] in names:
                 fault = f"its name {entry['name']!r} is used twice"
             elif not fault and kind == "annotations":

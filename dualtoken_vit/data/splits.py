@@ -31,7 +31,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     return {split: path for split, path in named if split}
 
 
-def inside(root: Path, path: Path) -> bool:
+def inside(root: str | Path, path: str | Path) -> bool:
     """Whether a path is `root` or below it, by its name: symbolic links may lead elsewhere."""
     return contains(os.path.abspath(root), os.path.abspath(path))
 

@@ -58,6 +58,8 @@ def export(
     out = out or checkpoint.with_name(f"model{suffix}")
     if out.suffix.lower() != suffix:
         raise InputError(f"--out {out}: name a file that ends with {suffix}")
+    if out.is_dir():
+        raise InputError(f"--out {out}: a folder; remove it or name another file")
     if format != "onnx" and (raw or attention or int8 or fp16):
         raise InputError(f"--format {format}: --raw, --attention, --int8 and --fp16 are for onnx; leave them out")
     if int8 and fp16:
@@ -93,10 +95,9 @@ def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint:
     """Write a LiteRT or Core ML file for one image of one size."""
     if about.task == "detection":
         raise InputError(f"--format {format}: for classifiers and segmenters; export a detector to onnx")
-    if out.exists() and out.is_dir():
-        raise InputError(f"--out {out}: exists; remove it or name another")
     target, chosen = TARGETS[format], replace(chosen, fixed=True, one=True)
     channels, description = about.preprocessing["input_size"][0], describe(chosen, about, checkpoint)
+    inputs = batches(chosen, channels, images)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # on the same disk, so that it can be renamed
         file = Path(folder, out.name)
@@ -104,7 +105,7 @@ def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint:
         if target.run is None:
             print(f"not verified: {format} does not run here")
         else:
-            _verify(partial(target.run, file, chosen.outputs), chosen, channels, images)
+            _verify(partial(target.run, file, chosen.outputs), chosen, inputs)
         file.replace(out)
     print(f"{printable(out)}: takes one image of {chosen.size[1]}x{chosen.size[0]}")
     return out
@@ -113,13 +114,13 @@ def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint:
 def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> None:
     """Write the file; ConversionError if it cannot be made or differs from PyTorch."""
     channels = about.preprocessing["input_size"][0]
+    inputs = batches(chosen, channels, images)  # first: a folder without images is found at once
     file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
-    _verify(ExportedModel(file), chosen, channels, images)
+    _verify(ExportedModel(file), chosen, inputs)
 
 
-def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, channels: int, images: Path | None) -> None:
+def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, inputs: list[np.ndarray]) -> None:
     """Print the largest difference to PyTorch; ConversionError where it is above `TOLERANCE`."""
-    inputs = batches(chosen, channels, images)
     worst = max(difference(expected(chosen, image), network(image), max(image.shape[2:])) for image in inputs)
     shapes = ", ".join("x".join(map(str, image.shape)) for image in inputs)
     report = f"largest difference to PyTorch {worst:.1e} of the largest output, at {shapes}"

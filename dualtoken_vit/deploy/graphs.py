@@ -10,7 +10,7 @@ Input `image` (B, 3, H, W) is float32 RGB (or grey) in [0, 1]: normalisation is 
     MaskGraph             the same, and masks (100, 1, 28, 28), probabilities within each box
     RawGraph              boxes (B, A, 4), scores (B, A, classes) of all A anchors, before non-maximum suppression
 
-The detectors compute what `models.detectors` does, without shapes that depend on the data.
+The detectors compute what `models.detectors` does, with outputs of a fixed shape.
 """
 
 from collections.abc import Sequence
@@ -128,14 +128,26 @@ class RawGraph(DetectorGraph):
         return boxes.view(deltas.shape), self.model.scores(out)
 
 
+def indices(there: Tensor) -> Tensor:
+    """The indices of what is there (N,) bool, and always 0: not every runtime computes layers of nothing."""
+    return torch.where(there | (torch.arange(len(there), device=there.device) == 0))[0]
+
+
+def put(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """`count` rows: `values` at the indices, and 0 in the others."""
+    return values.new_zeros(count, *values.shape[1:]).index_put((index,), values)
+
+
 def pool(align: Any, levels: list[Tensor], boxes: Tensor) -> Tensor:
-    """RoIAlign of boxes (N, 4) on the level that each belongs to: on all levels, then chosen."""
+    """RoIAlign of boxes (N, 4), each on the level that it belongs to."""
     which = align.map_levels([boxes])
-    rois = torch.cat((boxes.new_zeros(len(boxes), 1), boxes), 1)
-    pooled = boxes.new_zeros(())
+    count = boxes.shape[0]  # not len(), an integer that may be unknown
+    rois = torch.cat((boxes.new_zeros(count, 1), boxes), 1)
+    pooled = boxes.new_zeros(count, levels[0].shape[1], *align.output_size)
     for number, (level, scale) in enumerate(zip(levels, align.scales, strict=False)):
-        found = roi_align(level, rois, align.output_size, scale, align.sampling_ratio)
-        pooled = torch.where((which == number)[:, None, None, None], found, pooled)
+        (index,) = torch.where(which == number)
+        found = roi_align(level, rois[index], align.output_size, scale, align.sampling_ratio)
+        pooled = pooled.index_put((index,), found)
     return pooled
 
 
@@ -147,17 +159,20 @@ class MaskGraph(DetectorGraph):
         size, heads = (image.shape[2], image.shape[3]), self.model.roi_heads
         proposals, there = self.proposals(levels, anchors, size)
 
-        logits, deltas = heads.box_predictor(heads.box_head(pool(heads.box_roi_pool, levels, proposals)))
+        index = indices(there)
+        logits, deltas = heads.box_predictor(heads.box_head(pool(heads.box_roi_pool, levels, proposals[index])))
+        deltas, shares = (put(each, index, len(proposals)) for each in (deltas, logits.softmax(-1)))
         boxes = clip_boxes_to_image(heads.box_coder.decode(deltas, [proposals]), size)[:, 1:]  # without the background
-        scores = logits.softmax(-1)[:, 1:] * there[:, None] * large(boxes, 1e-2)
+        scores = shares[:, 1:] * there[:, None] * large(boxes, 1e-2)
         scores, index = scores.flatten().topk(min(CANDIDATES, scores.numel()))
         boxes, labels = boxes.flatten(0, 1)[index], index % boxes.shape[1]
         chosen = suppress(boxes, scores, labels, heads.nms_thresh, heads.score_thresh, DETECTIONS)
 
-        final = boxes[chosen.clamp(min=0)]
-        masks = heads.mask_predictor(heads.mask_head(pool(heads.mask_roi_pool, levels, final))).sigmoid()
-        place = (labels[chosen.clamp(min=0)] + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:])
-        return take(boxes, chosen), take(scores, chosen), take(labels, chosen), masks.gather(1, place)
+        index = indices(chosen >= 0)
+        best = chosen[index].clamp(min=0)
+        masks = heads.mask_predictor(heads.mask_head(pool(heads.mask_roi_pool, levels, boxes[best]))).sigmoid()
+        masks = masks.gather(1, (labels[best] + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))
+        return take(boxes, chosen), take(scores, chosen), take(labels, chosen), put(masks, index, DETECTIONS)
 
     def proposals(self, levels: list[Tensor], anchors: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The RPN's proposals (P, 4), and whether each of them is one (P,)."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Interval
 
 from dualtoken_vit.bounds import ASCENDING
-from dualtoken_vit.recipes.base import FREE, DataSection, Model, Optim, Range, Recipe, Run, Share, Side, register
+from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Range, Recipe, Run, Share, Side, register
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class ClassificationData(ClassificationInput, DataSection):
     holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
     """Fraction of each class's training images to validate on instead of the validation split. Use it for tuning, or
     where there is no validation split."""
+    fold: Annotated[int, Interval(ge=0, le=1000)] = 0
+    """Which share to hold out, from 0 to 1 / holdout - 1: together they are all training images (cross-validation)."""
+    per_class: Annotated[int | None, Count] = None
+    """Use at most this many training images of each class, the same in every run: shows how many are needed."""
     balanced: Share = 0.0
     """Class-balanced sampling: an epoch draws as many images as there are, n ** (1 - balanced) of a class of n images,
     up to a common factor. 0: every image once; 1: all classes equally often."""

@@ -144,6 +144,15 @@ register(
                 optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),
             ),
         ),
+        "coco-lite": (
+            "The same on a small machine: SSDLite over T (mix) at 320 pixels.",
+            Detection(
+                detector="ssdlite",
+                model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
+                data=DetectionData(image_size=320, max_size=512),
+                optim=Optim(lr=1e-3, batch_size=8, epochs=60, clip_grad=10.0),
+            ),
+        ),
         "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP.", COCO),
         "coco-mask-rcnn-1x": ("Table 3, Mask R-CNN 1x with S (mix), likewise: 41.1 box AP, 38.1 mask AP.", COCO_MASK),
         "coco-mask-rcnn-3x": (

@@ -128,6 +128,15 @@ register(
                 optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2),
             ),
         ),
+        "masks-lite": (
+            "The same on a small machine: LR-ASPP over T (mix).",
+            Segmentation(
+                segmenter="lraspp",
+                model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
+                data=SegmentationData(crop_size=(320, 320)),
+                optim=Optim(lr=1e-3, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2),
+            ),
+        ),
         "ade20k-deeplabv3": ("Section 4.3, DeepLabv3 with S, from an ImageNet --model.checkpoint: 39.0 mIoU.", ADE20K),
         "ade20k-pspnet": ("Section 4.3, PSPNet with S, likewise: 38.8 mIoU.", replace(ADE20K, segmenter="pspnet")),
     },

@@ -268,7 +268,9 @@ class ClassificationTask(Task[Classification]):
                 f"--data.holdout {given['holdout']}: the network was trained with {recipe.data.holdout:g}, so another "
                 "share has images that it was trained on; leave it out, or give --data.val-split"
             )
-        return {"holdout": 0.0} if given.keys() & {"root", "val_split"} else {}
+        if "root" not in given and given.get("fold", recipe.data.fold) != recipe.data.fold:
+            raise InputError(f"--data.fold {given['fold']}: the network was trained on its images; leave it out")
+        return {"holdout": 0.0, "fold": 0} if given.keys() & {"root", "val_split"} else {}
 
     def share_fault(self, recipe: Classification, share: int) -> str:
         if share % 2 and (recipe.augment.mixup > 0 or recipe.augment.cutmix > 0):

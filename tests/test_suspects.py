@@ -1,0 +1,84 @@
+"""Suspicious labels: folds that cover all images, and labels changed on purpose."""
+
+import csv
+import shutil
+from collections import Counter
+
+import pytest
+from test_training import recipe, trained  # noqa: F401  a fixture
+
+from dualtoken_vit import cli, load_predictor
+from dualtoken_vit.data.classification import build_datasets, build_val_dataset
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.suspects import rank
+
+
+@pytest.mark.parametrize(("share", "folds"), [(0.5, 2), (0.25, 4), (0.2, 5), (0.3, 3)])
+def test_folds_partition_the_training_images(photos, share, folds):
+    seen = []
+    for fold in range(folds):
+        data = recipe(photos, data={"holdout": share, "fold": fold}).data
+        train, val = build_datasets(data, 3)
+        assert build_val_dataset(data, 3).image_names == val.image_names
+        assert not set(train.image_names) & set(val.image_names)
+        assert len(train) + len(val) == 36
+        seen += val.image_names
+    assert len(seen) == len(set(seen)) == 36
+    with pytest.raises(InputError, match=rf"--data\.fold {folds}: with --data\.holdout {share} .* 0 to {folds - 1}"):
+        build_datasets(recipe(photos, data={"holdout": share, "fold": folds}).data, 3)
+
+
+def test_images_of_each_class(photos):
+    """5 of 12 images, also among those that are left when some are held out, and the same ones for a larger number."""
+    found = {}
+    for number in (1, 5, 7, 50):
+        train, val = build_datasets(recipe(photos, data={"per_class": number}).data, 3)
+        assert Counter(train.targets) == {label: min(number, 12) for label in range(3)}
+        assert len(val) == 18
+        found[number] = set(train.image_names)
+    assert found[1] < found[5] < found[7] < found[50]
+    train, val = build_datasets(recipe(photos, data={"per_class": 5, "holdout": 0.5}).data, 3)
+    assert (len(train), len(val)) == (15, 18)
+    assert not set(train.image_names) & set(val.image_names)
+
+
+def test_changed_labels_come_first(trained, tmp_path, capsys):  # noqa: F811
+    photos, out = trained
+    copy = shutil.copytree(photos, tmp_path / "copy")
+    wrong = {}
+    for name, other in (("red", "blue"), ("green", "red")):
+        first = min((copy / "val" / name).iterdir())
+        moved = copy / "val" / other / f"moved-{name}{first.suffix}"
+        first.rename(moved)
+        wrong[str(moved)] = (other, name)
+    args = f"check-data folder --data.root {copy} --suspects {out} --out {tmp_path / 'report'}"
+    assert cli.run(args.split()) == 0
+    printed = capsys.readouterr().out
+    with open(tmp_path / "report" / "suspects.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 18  # the images of the validation split, none of those trained on
+    assert {row["image"]: (row["label"], row["predicted"]) for row in rows[:2]} == wrong
+    predictor = load_predictor(out / "best.safetensors")
+    for row in rows:
+        result = predictor(row["image"])
+        shares = dict(zip(result.names, result.probabilities.tolist(), strict=True))
+        assert float(row["label_probability"]) == pytest.approx(shares.pop(row["label"]), abs=1e-4)
+        assert row["predicted"] == max(shares, key=shares.get)
+        assert float(row["predicted_probability"]) == pytest.approx(max(shares.values()), abs=1e-4)
+    margins = [float(row["label_probability"]) - float(row["predicted_probability"]) for row in rows]
+    assert margins == sorted(margins)
+    assert f"{sum(margin < 0 for margin in margins)} of 18 images are rather of another class" in printed
+    assert (tmp_path / "report" / "suspects" / "sheet.png").stat().st_size > 1000
+
+
+def test_runs_must_fit(trained, photos):  # noqa: F811
+    with pytest.raises(InputError, match=r"another run held out .* too"):
+        rank(recipe(photos), [trained[1], trained[1]])
+    with pytest.raises(InputError, match="no such checkpoint"):
+        rank(recipe(photos), [photos / "none"])
+    (photos / "val" / "yellow").mkdir()
+    (photos / "val" / "red" / min(p.name for p in (photos / "val" / "red").iterdir())).rename(
+        photos / "val" / "yellow" / "x.jpg"
+    )
+    with pytest.raises(InputError, match="'yellow' is not among the 3 trained classes"):
+        rank(recipe(photos), [trained[1]])

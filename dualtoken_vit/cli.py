@@ -53,6 +53,8 @@ class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
     """Folder for labels.png, a contact sheet of images with their labels."""
+    augmented: bool = False
+    """Draw the images as training sees them, after augmentation."""
     suspects: tuple[Path, ...] = ()
     """Classification: rank probably wrong labels by the networks of these runs, among the images that each of them held
     out or validated on. Several runs with --data.holdout 0.2 and --data.fold 0, 1, 2, 3, 4 cover all images."""
@@ -357,7 +359,8 @@ def check_data(args: list[str]) -> bool:
     from dualtoken_vit.tasks.registry import get_task
 
     check_bounds(chosen.recipe)
-    sound = get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out)
+    more = {"augmented": True} if chosen.augmented else {}
+    sound = get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out, **more)
     if chosen.suspects:
         from dualtoken_vit import suspects
 

@@ -26,7 +26,7 @@ from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.sampling import collate, loader
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import DetectionData
+from dualtoken_vit.recipes import DetectionAugment, DetectionData
 
 SQUARE = [[4, 4, 12, 4, 12, 12, 4, 12]]
 
@@ -162,7 +162,7 @@ def test_every_form_of_a_segmentation_is_as_pycocotools_decodes_it(tmp_path):
 def test_flipping_moves_everything_together(files):
     data = files()
     before = data[0]
-    data.transform = detection_train(hflip=1.0)
+    data.transform = detection_train(DetectionAugment(hflip=1.0))
     image, target = data[0]
     assert torch.equal(image, before[0].flip(2))
     for key in ("boxes", "crowd"):
@@ -170,9 +170,9 @@ def test_flipping_moves_everything_together(files):
         assert torch.equal(target[key], torch.stack([40 - right, top, 40 - left, bottom], 1))
     assert torch.equal(target["masks"], before[1]["masks"].flip(2))
     assert torch.equal(target["labels"], before[1]["labels"])
-    data.transform = detection_train(hflip=0.0)
+    data.transform = detection_train(DetectionAugment(hflip=0.0))
     assert torch.equal(data[0][0], before[0])
-    data.transform = detection_train(hflip=0.0, photometric=1.0)
+    data.transform = detection_train(DetectionAugment(hflip=0.0, photometric=1.0))
     image, target = data[0]
     assert not torch.equal(image, before[0])
     assert torch.equal(target["boxes"], before[1]["boxes"])

@@ -230,7 +230,7 @@ def test_a_run_learns_its_labels_and_predicts_with_its_thresholds(run, root, tmp
     none = load_predictor(run / "best.safetensors", device="cpu", threshold=1.0)(files[0])
     assert none.names == ()
     capsys.readouterr()
-    assert predict(run / "best.safetensors", files[:2], tmp_path / "out", True, None, "cpu", threshold=1.0)
+    assert predict(run / "best.safetensors", files[:2], tmp_path / "out", True, device="cpu", threshold=1.0)
     record = json.loads(capsys.readouterr().out)
     assert [one["labels"] for one in record["predictions"]] == [[], []]
     assert (tmp_path / "out" / "sheet.png").is_file()

@@ -1,6 +1,7 @@
 """Image transforms: the augmentation of every task, and timm's evaluation transform for classification."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -8,11 +9,13 @@ from timm.data import create_transform
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dualtoken_vit.data.objects import CopyPaste, Geometric
 from dualtoken_vit.data.segmentation import IGNORE
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import (
     ClassificationAugment,
     ClassificationData,
+    DetectionAugment,
     MultiLabelAugment,
     MultiLabelData,
     SegmentationAugment,
@@ -77,15 +80,25 @@ def classification_eval(data: ClassificationData, mean: tuple[float, ...], std: 
     return create_transform(data.image_size, **how)
 
 
-def detection_train(hflip: float = 0.5, photometric: float = 0.0) -> Callable:
+def detection_train(augment: DetectionAugment, dataset: Any = None) -> Callable:
     """The training transform of an image and its target. The detector resizes and normalises.
 
     Args:
-        hflip: probability of a horizontal flip
-        photometric: probability of each change of brightness, contrast, saturation and hue
+        augment: what to do, see its fields
+        dataset: a `DetectionDataset` with masks, whose objects are pasted; None: without copy-paste
     """
-    distort = [PhotometricDistort(p=photometric)] if photometric > 0 else []
-    return v2.Compose([v2.RandomHorizontalFlip(hflip), *distort])
+    values = augment.values()
+    steps: list[Callable] = []
+    if values.copy_paste > 0 and dataset is not None:
+        source = copy(dataset)
+        source.transform = None
+        steps.append(CopyPaste(values.copy_paste, source))
+    if values.zoom_out > 0 or values.iou_crop > 0 or values.scale != (1.0, 1.0):
+        steps.append(Geometric(values.zoom_out, values.iou_crop, values.scale))
+    steps.append(v2.RandomHorizontalFlip(values.hflip))
+    if values.photometric > 0:
+        steps.append(PhotometricDistort(p=values.photometric))
+    return v2.Compose(steps)
 
 
 TRIES = 10  # random positions per crop

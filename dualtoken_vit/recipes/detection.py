@@ -1,11 +1,12 @@
 """Recipes of object detection and instance segmentation, the paper's Tables 3 and 4 among them."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
-from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Recipe, Share, Side, register
+from dualtoken_vit.bounds import ASCENDING
+from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Range, Recipe, Share, Side, register
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,35 @@ class DetectionData(DetectionInput, DataSection):
 class DetectionAugment:
     """Training augmentation of images, boxes and masks."""
 
+    preset: Literal["custom", "light", "medium", "strong"] = "custom"
+    """custom: the fields below; otherwise their values for a dataset of thousands, hundreds or tens of images."""
     hflip: Share = 0.5
     """Probability of a horizontal flip."""
     multi_scale: Annotated[tuple[int, ...], Side] = ()
     """Short sides to choose from at random for each training image; empty: always image_size."""
     photometric: Share = 0.0
     """Probability of each of the changes in brightness, contrast, saturation and hue."""
+    zoom_out: Share = 0.0
+    """Probability of a black frame around the image, of up to twice its sides (SSD)."""
+    iou_crop: Share = 0.0
+    """Probability of a random crop around objects (SSD)."""
+    scale: Annotated[Range, Interval(ge=0.05, le=10), ASCENDING] = (1.0, 1.0)
+    """Scale jitter within an image of the same size: lowest and highest factor."""
+    copy_paste: Share = 0.0
+    """Probability of objects pasted from another image, for Mask R-CNN (arXiv 2012.07177)."""
+
+    def values(self) -> "DetectionAugment":
+        """The fields that the preset stands for."""
+        return replace(self, **PRESETS[self.preset])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "custom": {},
+    "light": dict(photometric=0.3, zoom_out=0.0, iou_crop=0.0, scale=(0.8, 1.25), copy_paste=0.0),
+    "medium": dict(photometric=0.5, zoom_out=0.25, iou_crop=0.5, scale=(1.0, 1.0), copy_paste=0.0),
+    "strong": dict(photometric=0.5, zoom_out=0.5, iou_crop=0.8, scale=(0.75, 1.5), copy_paste=0.5),
+}
+"""Presets of `DetectionAugment`; copy-paste is left out without masks."""
 
 
 @dataclass(frozen=True)

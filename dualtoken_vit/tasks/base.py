@@ -166,8 +166,11 @@ class Task(ABC, Generic[R]):
         """A network as a module, and the validation images, prepared by it; an InputError if they do not fit."""
 
     @abstractmethod
-    def check_data(self, recipe: R, out: Path) -> bool:
-        """Read all data of a recipe, print a report and draw into `out`; returns whether there are no problems."""
+    def check_data(self, recipe: R, out: Path, augmented: bool = False) -> bool:
+        """Read all data of a recipe, print a report and draw into `out`; returns whether there are no problems.
+
+        `augmented`: draw the images as training sees them.
+        """
 
     def relocate(self, recipe: R, given: dict[str, Any]) -> dict[str, Any]:
         """Fields of the data section that follow from `given`, fields that name other data than the stored recipe."""

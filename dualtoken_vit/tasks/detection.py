@@ -164,7 +164,9 @@ class DetectionTask(Task[Detection]):
     def prepare(self, recipe: Detection, start: Model) -> Setup:
         masks = recipe.detector == "mask-rcnn"
         train, val = build_datasets(recipe.data, masks, start.in_chans)
-        train.transform = detection_train(recipe.augment.hflip, recipe.augment.photometric)
+        if recipe.augment.copy_paste and not masks:
+            raise InputError("--augment.copy-paste needs masks: give --detector mask-rcnn, or leave it out")
+        train.transform = detection_train(recipe.augment, train if masks else None)
         if recipe.data.balanced:
             objects = (train.objects(index)[0] for index in range(len(train)))
             train.weights = image_weights(

@@ -8,11 +8,12 @@ from dualtoken_vit.data.check import report
 from dualtoken_vit.data.classification import ImageDataset, Images, Record, read_split
 from dualtoken_vit.data.contract import split_name
 from dualtoken_vit.data.threads import in_threads
+from dualtoken_vit.data.transforms import classification_train
 from dualtoken_vit.recipes import Classification
 from dualtoken_vit.show.drawing import draw_scene, spread
 
 
-def check(recipe: Classification, out: Path) -> bool:
+def check(recipe: Classification, out: Path, augmented: bool = False) -> bool:
     """Read every image of a recipe's dataset once, print a report, and draw some images as OUT/labels.png.
 
     Returns whether there is no problem. Problems are: unreadable images, empty classes, classes of one split only,
@@ -33,7 +34,10 @@ def check(recipe: Classification, out: Path) -> bool:
     train = datasets[data.train_split]
     if isinstance(train, ImageDataset):  # a stream cannot be read at chosen places
         sound = spread([i for i, fact in enumerate(found[data.train_split]) if not fact.problem])
-        drawings = (draw_scene([(train.class_names[train.targets[i]], train[i][0], None)], ()) for i in sound)
+        if augmented:
+            train.transform = report.visible(classification_train, recipe)
+        samples = ((train.class_names[train.targets[i]], report.sample(train, i, recipe.run.seed)[0]) for i in sound)
+        drawings = (draw_scene([(name, image, None)], ()) for name, image in samples)
         lines.append(report.contact_sheet(drawings, out / "labels.png"))
     table = report.count_table(class_names, counts)
     return report.print_report(table, found, lines, notes, [*empty, *report.missing_classes(class_names)], [mixed])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from faster_coco_eval.core import mask as rle
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from dualtoken_vit.data.check import report
 from dualtoken_vit.data.coco import (
@@ -20,9 +21,10 @@ from dualtoken_vit.data.coco import (
     segmentation_fault,
     size_fault,
 )
-from dualtoken_vit.data.detection import read_split
+from dualtoken_vit.data.detection import DetectionDataset, read_split
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import in_threads
+from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.recipes import Detection
 from dualtoken_vit.show.drawing import draw_objects, spread
 
@@ -45,7 +47,7 @@ class _Checked(NamedTuple):
         return Counter(names[one["category_id"]] for one in self.objects)
 
 
-def check(recipe: Detection, out: Path) -> bool:
+def check(recipe: Detection, out: Path, augmented: bool = False) -> bool:
     """Read every annotation and image once, print a report, and draw some images with their labels as OUT/labels.png.
 
     Returns whether there is no problem. Problems are: everything that stops training (broken entries and references,
@@ -60,7 +62,8 @@ def check(recipe: Detection, out: Path) -> bool:
     class_names = {name: [each["name"] for each in one.split.coco["categories"]] for name, one in found.items()}
     table = report.count_table(class_names, {name: one.counts() for name, one in found.items()})
     lines = [line for name, one in found.items() for line in _summary(name, one)]
-    lines.append(report.contact_sheet(_drawings(found["train"]), out / "labels.png"))
+    drawings = _augmented(recipe, found["train"]) if augmented else _drawings(found["train"])
+    lines.append(report.contact_sheet(drawings, out / "labels.png"))
     notes = [line for name, one in found.items() for line in _notes(name, one)]
     idle = [line for name, one in found.items() for line in _idle(name, one)]
     many = [*(one.broken for one in found.values()), *(kind for one in found.values() for kind in one.odd.values())]
@@ -70,7 +73,7 @@ def check(recipe: Detection, out: Path) -> bool:
 
 def _read(name: str, split: AnnotatedImages, recipe: Detection) -> _Checked:
     coco, broken = split.sift(recipe.detector == "mask-rcnn", recipe.data.limit)
-    split = split._replace(coco=coco)
+    split = split._replace(coco=coco, problems=(), choose=None)
     images = {image["id"]: image for image in split.coco["images"]}
 
     def look(image: dict) -> report.Facts:
@@ -167,3 +170,16 @@ def _drawings(checked: _Checked) -> Iterator[Image.Image]:
             "masks": decode_masks([{"segmentation": shape} for shape in shapes], image),
         }
         yield draw_objects(load_image(split.source(image)), objects, (*names.values(), "(crowd)"))
+
+
+def _augmented(recipe: Detection, checked: _Checked) -> Iterator[Image.Image]:
+    """Samples of training, from all over a split."""
+    masks = recipe.detector == "mask-rcnn"
+    good = [image for image, fact in zip(checked.split.coco["images"], checked.facts, strict=True) if not fact.problem]
+    if not good or not checked.split.coco["categories"]:
+        return
+    train = DetectionDataset(checked.split._replace(choose=lambda _: good), masks, recipe.model.in_chans)
+    train.transform = detection_train(recipe.augment, train if masks else None)
+    for index in spread(range(len(train))):
+        image, target = report.sample(train, index, recipe.run.seed)
+        yield draw_objects(to_pil_image(image), target, train.class_names)

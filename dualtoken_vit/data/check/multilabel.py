@@ -6,11 +6,12 @@ from pathlib import Path
 from dualtoken_vit.data.check import report
 from dualtoken_vit.data.multilabel import MultiLabelDataset, read_split
 from dualtoken_vit.data.threads import in_threads
+from dualtoken_vit.data.transforms import classification_train
 from dualtoken_vit.recipes import MultiLabel
 from dualtoken_vit.show.drawing import draw_scene, spread
 
 
-def check(recipe: MultiLabel, out: Path) -> bool:
+def check(recipe: MultiLabel, out: Path, augmented: bool = False) -> bool:
     """Read every image once, print a report, and draw some images as OUT/labels.png.
 
     Returns whether there is no problem. Problems are: unreadable images, classes without images, classes of one split
@@ -30,8 +31,11 @@ def check(recipe: MultiLabel, out: Path) -> bool:
         lines.append(f"{role}: {len(dataset)} images, {none} without labels; {mean:.2f} labels per image, up to {most}")
     train = datasets["train"]
     sound = spread([index for index, fact in enumerate(facts["train"]) if not fact.problem])
-    scenes = ([(facts["train"][index].label or "no label", train.image(index), None)] for index in sound)
-    lines.append(report.contact_sheet((draw_scene(scene, ()) for scene in scenes), out / "labels.png"))
+    if augmented:
+        train.transform = report.visible(classification_train, recipe)
+    samples = ((facts["train"][i].label or "no label", report.sample(train, i, recipe.run.seed)[0]) for i in sound)
+    drawings = (draw_scene([(label, image, None)], ()) for label, image in samples)
+    lines.append(report.contact_sheet(drawings, out / "labels.png"))
     pairs = [(role, name) for role, names in class_names.items() for name in names]
     empty = [f"empty class: {role}/{name}" for role, name in pairs if not counts[role][name]]
     mixed = [f"equal images with different labels: {one}" for one in report.copies(facts, lambda _, fact: fact.label)]

@@ -12,8 +12,10 @@ from PIL import ExifTags, Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torchvision.transforms.v2.functional import to_pil_image
 
 from dualtoken_vit.data.images import load_image, naming
+from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.show.drawing import draw_labelled, save_image
@@ -133,6 +135,19 @@ def copies(splits: Splits, differing: Callable[[str, Facts], str]) -> Iterator[s
     for group in groups.values():
         if len({differing(split, fact) for split, fact in group}) > 1:
             yield " = ".join(fact.name for _, fact in group)
+
+
+def sample(dataset: Any, index: int, seed: int) -> Any:
+    """Sample `index` as in the first epoch of a run."""
+    with seeded(seed, 0, index):
+        return dataset[index]
+
+
+def visible(transform: Callable[..., Callable[[Any], Any]], recipe: Any) -> Callable[[Any], Any]:
+    """A training transform to a normalised tensor, of a recipe, as one to an image."""
+    channels = recipe.model.in_chans
+    prepare = transform(recipe.data, recipe.augment, (0.0,) * channels, (1.0,) * channels)
+    return lambda image: to_pil_image(prepare(image).clamp(0, 1))
 
 
 def contact_sheet(drawings: Iterable[Image.Image], path: Path) -> str:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
+from torchvision.transforms.v2.functional import to_pil_image
 
 from dualtoken_vit.data import segmentation
 from dualtoken_vit.data.check import report
 from dualtoken_vit.data.contract import split_name
-from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import in_threads
+from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import Segmentation
@@ -27,7 +28,7 @@ class _Pair(NamedTuple):
     pixels: np.ndarray = np.zeros(256, np.int64)  # of each class, `IGNORE` and `BEYOND`
 
 
-def check(recipe: Segmentation, out: Path) -> bool:
+def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     """Read every image and mask once, print a report, and draw some images with their labels as OUT/labels.png.
 
     Returns whether there is no problem. Problems are: everything that stops training (missing or unreadable
@@ -51,8 +52,11 @@ def check(recipe: Segmentation, out: Path) -> bool:
         ignored = count[segmentation.IGNORE] / max(count.sum(), 1)
         lines.append(f"{name}: {len(facts[name])} images with a mask; {ignored:.1%} of the pixels are ignored")
     sound = [i for i, pair in enumerate(found[first]) if not (pair.problem or pair.facts.problem)]
-    sources = map(train.sources, spread(sound))
-    scenes = ([("", load_image(image), segmentation.to_classes(labels, table))] for image, labels in sources)
+    shown = segmentation.SegmentationDataset(train, names, table)
+    if augmented:
+        shown.transform = segmentation_train(data, recipe.augment)
+    samples = (report.sample(shown, i, recipe.run.seed) for i in spread(sound))
+    scenes = ([("", to_pil_image(image), labels.numpy())] for image, labels in samples)
     lines.append(report.contact_sheet((draw_scene(scene, names) for scene in scenes), out / "labels.png"))
     notes = [note for split in splits.values() for note in split.notes]
     sides = [min(fact.size) for fact in facts[first] if not fact.problem]

@@ -1,0 +1,184 @@
+"""Augmentation of objects: what moves, moves with its pixels, and nothing that cannot be trained on is left."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import masks_to_boxes
+
+from dualtoken_vit import cli
+from dualtoken_vit.data.coco import MIN_SIDE
+from dualtoken_vit.data.detection import DetectionDataset, draw_scenes
+from dualtoken_vit.data.objects import VISIBLE, CopyPaste, Geometric
+from dualtoken_vit.data.sampling import seeded
+from dualtoken_vit.data.transforms import detection_train
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import RECIPES, DetectionAugment
+from dualtoken_vit.recipes.detection import PRESETS
+from dualtoken_vit.tasks.detection import TASK
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return DetectionDataset(draw_scenes("train", 48, 40), masks=True)
+
+
+def tight(masks):
+    return masks_to_boxes(torch.as_tensor(masks)) + torch.tensor([0, 0, 1, 1])
+
+
+def check(image, target, size=None):
+    """A target that training accepts; its boxes contain their masks."""
+    height, width = image.shape[1:]
+    assert image.dtype == torch.uint8
+    if size is not None:
+        assert (height, width) == size
+    count = len(target["labels"])
+    assert target["boxes"].shape == (count, 4)
+    assert target["masks"].shape == (count, height, width)
+    assert target["boxes"].canvas_size == (height, width)
+    for key in ("boxes", "crowd"):
+        assert (target[key][:, 2:] - target[key][:, :2] >= MIN_SIDE).all()
+        assert (target[key] >= 0).all()
+        assert (target[key][:, 2:] <= torch.tensor([width, height])).all()
+    if count:
+        inner, outer = tight(target["masks"]), torch.as_tensor(target["boxes"])
+        assert (inner[:, :2] >= outer[:, :2] - 1.01).all()
+        assert (inner[:, 2:] <= outer[:, 2:] + 1.01).all()
+
+
+def test_zoom_out_moves_image_boxes_and_masks_together(scenes):
+    transform = Geometric(zoom_out=1.0, iou_crop=0.0, scale=(1.0, 1.0))
+    for index in range(6):
+        image, target = scenes[index]
+        with seeded(0, index):
+            wide, moved = transform(image, target)
+        check(wide, moved)
+        assert torch.equal(moved["labels"], target["labels"])
+        for before, after in zip(target["masks"], moved["masks"], strict=True):
+            assert torch.equal(image[:, before > 0], wide[:, after > 0])
+        shift = moved["boxes"] - target["boxes"]
+        assert torch.equal(shift, shift[:1].expand_as(shift))
+
+
+def test_iou_crop_keeps_the_pixels_of_what_it_keeps(scenes):
+    transform = Geometric(zoom_out=0.0, iou_crop=1.0, scale=(1.0, 1.0))
+    sizes = set()
+    for index in range(20):
+        image, target = scenes[index]
+        with seeded(1, index):
+            part, moved = transform(image, target)
+        check(part, moved)
+        assert len(moved["labels"]) <= len(target["labels"])
+        sizes.add(tuple(part.shape[1:]))
+        if len(target["labels"]):
+            assert len(moved["labels"])  # torchvision crops around an object
+        else:
+            assert torch.equal(part, image)
+    assert len(sizes) > 5
+
+
+def test_scale_jitter_keeps_the_size_and_scales_the_objects(scenes):
+    for factor in (0.5, 1.5):
+        transform = Geometric(0.0, 0.0, (factor, factor))
+        for index in range(8):
+            image, target = scenes[index]
+            with seeded(2, index):
+                new, moved = transform(image, target)
+            check(new, moved, size=(48, 48))
+            if factor < 1:
+                assert torch.equal(moved["labels"], target["labels"])
+                sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+                assert torch.allclose(moved["boxes"][:, 2:] - moved["boxes"][:, :2], sides / 2)
+                assert (new.float().mean(0) == 0).float().mean() >= 0.7  # three quarters are black
+
+
+def test_crowds_move_with_the_objects(scenes):
+    image, target = next(scenes[index] for index in range(20) if len(scenes[index][1]["boxes"]) > 2)
+    boxes = target["boxes"]
+    target = target | {"crowd": boxes.clone()}
+    for transform in (Geometric(1.0, 0.0, (1.0, 1.0)), Geometric(0.0, 0.0, (0.6, 0.6))):
+        with seeded(3):
+            _, moved = transform(image, target)
+        assert torch.equal(moved["crowd"], moved["boxes"])
+        assert type(moved["crowd"]) is type(boxes)
+
+
+def test_copy_paste_shows_the_pasted_pixels_and_cuts_the_masks_below(scenes):
+    """Every mask is what is visible: the masks are disjoint, as those of the scenes are."""
+    transform, pasted = CopyPaste(1.0, scenes), 0
+    for index in range(30):
+        image, target = scenes[index]
+        with seeded(4, index):
+            new, joined = transform(image, target | {"labels": target["labels"] + 100})  # to tell them from the pasted
+        check(new, joined, size=(48, 48))
+        assert (joined["masks"].sum(0) <= 1).all()
+        assert torch.allclose(joined["boxes"].as_subclass(torch.Tensor), tight(joined["masks"]).float(), atol=1.0)
+        old = joined["labels"] >= 100
+        pasted += int((~old).sum())
+        for mask in joined["masks"][old]:
+            before = next(one for one in target["masks"] if torch.equal(mask & one, mask))
+            assert torch.equal(new[:, mask > 0], image[:, mask > 0])
+            assert mask.sum() >= VISIBLE * before.sum()
+        outside = ~joined["masks"].bool().any(0) & ~target["masks"].bool().any(0)
+        assert (new[:, outside] == image[:, outside]).float().mean() > 0.95  # but for objects below a pixel
+    assert pasted > 20
+
+
+def test_presets_set_their_fields():
+    for name, fields in PRESETS.items():
+        values = DetectionAugment(preset=name, hflip=0.3, multi_scale=(40,), zoom_out=0.9).values()
+        assert (values.hflip, values.multi_scale) == (0.3, (40,))
+        assert {key: getattr(values, key) for key in fields} == fields
+        assert values.zoom_out == fields.get("zoom_out", 0.9)
+
+
+def test_without_them_training_is_as_before(scenes):
+    """The default transform draws the random numbers that it drew without these fields: runs stay reproducible."""
+    from torchvision.transforms import v2
+
+    for index in range(4):
+        with seeded(5, index):
+            image, target = detection_train(DetectionAugment(), scenes)(*scenes[index])
+        with seeded(5, index):
+            expected, truth = v2.Compose([v2.RandomHorizontalFlip(0.5)])(*scenes[index])
+        assert torch.equal(image, expected)
+        assert torch.equal(target["boxes"], truth["boxes"])
+
+
+@pytest.mark.parametrize("preset", ["light", "medium", "strong"])
+def test_samples_of_the_presets(preset, scenes):
+    transform = detection_train(DetectionAugment(preset=preset), scenes)
+    for index in range(12):
+        with seeded(6, index):
+            first = transform(*scenes[index])
+        with seeded(6, index):
+            again = transform(*scenes[index])
+        check(*first)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1]["boxes"], again[1]["boxes"])
+
+
+def test_copy_paste_needs_masks():
+    recipe = RECIPES["demo-detect"]
+    recipe = replace(recipe, detector="retinanet", augment=replace(recipe.augment, copy_paste=0.5))
+    with pytest.raises(InputError, match=r"--augment\.copy-paste needs masks: give --detector mask-rcnn"):
+        TASK.prepare(recipe, recipe.model)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["demo-detect", "--data.limit", "8", "--data.image-size", "48", "--augment.preset", "strong"],
+        ["demo-segment", "--data.limit", "8", "--data.crop-size", "48", "48"],
+        ["folder", "--data.root", "PHOTOS", "--data.image-size", "32"],
+    ],
+)
+def test_check_data_draws_what_training_sees(args, photos, tmp_path):
+    args, sheets = [str(photos) if arg == "PHOTOS" else arg for arg in args], []
+    for more in ([], ["--augmented"]):
+        assert cli.run(["check-data", *args, *more, "--out", str(tmp_path)]) == 0
+        sheets.append(np.asarray(Image.open(tmp_path / "labels.png")))
+    assert sheets[0].shape != sheets[1].shape or (sheets[0] != sheets[1]).mean() > 0.05

@@ -57,6 +57,26 @@ def test_a_table_with_a_column_of_splits(tmp_path, suffix):
     assert np.array_equal(train[1][0], Image.open(tmp_path / "images/b.png"))
 
 
+def test_a_split_by_several_names(tmp_path):
+    save_images(tmp_path / "images")
+    rows = [
+        ("file", "label", "split"),
+        ("a.png", "dog", " train"),
+        ("b.png", "cat", "Train"),
+        ("c.png", "dog", "valid"),
+    ]
+    write(tmp_path / "labels.csv", [*rows, ("d.png", "cat", "val"), ("d.png", "cat", "unused")])
+    train, val = build_datasets(ClassificationData(root=str(tmp_path)), 3)
+    assert pairs(train) == {"a.png": "dog", "b.png": "cat"}
+    assert pairs(val) == {"c.png": "dog", "d.png": "cat"}
+
+
+def test_an_open_quote(tmp_path):
+    (tmp_path / "train.csv").write_text('file,label\n"' + "a.png,dog\n" * 20_000)
+    with pytest.raises(InputError, match=r"train\.csv: cannot be read as CSV \(.*field larger than field limit"):
+        build_datasets(ClassificationData(root=str(tmp_path)), 3)
+
+
 def test_a_table_for_each_split(tmp_path):
     for split, names in (("train", "ab"), ("val", "cd")):
         some = {f"{name}.png": LABELS[f"{name}.png"] for name in names}

@@ -17,16 +17,23 @@ SPLIT = ("split", "subset", "set")
 
 
 class Part(NamedTuple):
-    """A split: a table, or its rows with a value in the column `SPLIT`."""
+    """A split: a table, or its rows with this split in the column `SPLIT`."""
 
     path: Path
-    value: str | None = None
+    split: str | None = None
+
+    def has(self, cell: Any) -> bool:
+        """Whether a row with this cell in the column `SPLIT` belongs to the split."""
+        return self.split is None or split_of(str(cell).strip()) == self.split
 
 
 def cells(path: Path) -> list[list[Any]]:
     """The rows of a table, the first one its header; an InputError for a file that cannot be read."""
     if path.suffix.lower() != ".parquet":
-        return list(csv.reader(read_lines(path)))
+        try:
+            return list(csv.reader(read_lines(path)))
+        except csv.Error as error:  # for example an open quote, which makes one cell of the rest of the file
+            raise InputError(f"{printable(path)}: cannot be read as CSV ({reason(error)})") from None
     if importlib.util.find_spec("pyarrow") is None:
         raise InputError(f"{printable(path)}: Parquet files need the package pyarrow: pip install pyarrow")
     from pyarrow import ArrowException
@@ -60,8 +67,8 @@ def split_tables(root: Path, fits: Callable[[Path], bool]) -> dict[str, Part]:
     if tables and not found:
         header, *rows = cells(tables[0])
         place = column(header, SPLIT)
-        values = dict.fromkeys(str(row[place]) for row in rows if len(row) > place) if place is not None else ()
-        found = {split: Part(tables[0], value) for value in values if (split := split_of(value.strip()))}
+        splits = [split_of(str(row[place]).strip()) for row in rows if len(row) > place] if place is not None else []
+        found = {split: Part(tables[0], split) for split in splits if split}
         found = found or {ALL: Part(tables[0])}
     return found
 
@@ -115,7 +122,7 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
         raise InputError(
             f"{printable(root)}: no table for the split {split!r}; there is {there}: give --data.holdout 0.1"
         )
-    path, value = parts[wanted]
+    path = parts[wanted].path
     rows = cells(path)
     header, *body = rows
     file, label, part = (column(header, names) for names in (FILE, CLASS, SPLIT))
@@ -123,11 +130,13 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
     found: dict[str, list[str]] = {}
     folders = [path.parent, path.parent / "images", path.parent / split, path.parent / "images" / split]
     for line, row in enumerate(body, start=2):
-        if not any(str(cell).strip() for cell in row) or (value is not None and str(row[part or 0]) != value):
+        if not any(str(cell).strip() for cell in row):
             continue
         where = f"{printable(path)}, line {line}"
         if len(row) != len(header):
             raise InputError(f"{where}: {len(row)} cells, but the header has {len(header)}")
+        if not parts[wanted].has(row[part or 0]):
+            continue
         try:
             image = find(path.parent, str(row[file or 0]).strip(), folders)
         except InputError as error:

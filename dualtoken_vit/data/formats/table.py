@@ -56,7 +56,7 @@ def _read(root: Path, part: Part) -> AnnotatedImages:
     labels = Labels(root)
     of_image: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(part.path):
-        if part.value is None or row.get("split") == part.value:
+        if part.has(row.get("split", "")):
             of_image.setdefault(row.get("file", ""), []).append((line, row))
     folders = [part.path.parent, root, part.path.parent / "images", root / "images"]
     for name, rows in of_image.items():

@@ -367,6 +367,11 @@ YOLO, VOC = "yolo-ultralytics", "voc-devkit"
         (YOLO, {"images/train/a.png": "no image"}, "images/train/a.png: cannot be read as an image"),
         (YOLO, {"labels/train/a.txt": None}, "none of the 2 images has a label file; expected"),
         (YOLO, {"coco8.yaml": "names: ["}, "coco8.yaml: cannot be read as YAML"),
+        (
+            YOLO,
+            {"coco8.yaml": "names: [cat]\ndate: 2024-13-01"},
+            "cannot be read as YAML (month must be in",
+        ),
         (YOLO, {"coco8.yaml": "names: !!python/object/apply:os.getcwd []"}, "coco8.yaml: cannot be read as YAML"),
         (YOLO, {"coco8.yaml": "train: images/train\nnames: {1: cat, 2: dog}"}, "its keys must be the numbers from 0"),
         (YOLO, {"coco8.yaml": "train: images/train\nnames: [cat, no]"}, "names: class 1 is False; put the name in quo"),
@@ -500,15 +505,18 @@ def test_evaluation_on_other_data_forgets_where_the_training_data_was():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """COCO: two splits with images of one name, polygons with fractions, an image without objects."""
+    """COCO: two splits with images of one name, polygons with fractions, an image without objects.
+
+    The names have a space and another folder `images`, as Label Studio writes it.
+    """
     root = tmp_path_factory.mktemp("source")
     rng = np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 2)):
         images, annotations = [], []
         for index in range(count):
             width, height = rng.integers(50, 700, 2).tolist()
-            images.append({"id": 10 * index, "file_name": f"sub/{index}.png", "width": width, "height": height})
-            save(root, f"images/{split}/sub/{index}.png", (width, height))
+            images.append({"id": 10 * index, "file_name": f"images/no {index}.png", "width": width, "height": height})
+            save(root, f"images/{split}/images/no {index}.png", (width, height))
             for _ in range(3 * (index != 1)):
                 parts = rng.uniform(0, 1, (1, 5, 2)) * (width, height)
                 polygons = [[round(value, 3) for value in part.ravel().tolist()] for part in parts]
@@ -576,7 +584,7 @@ def test_round_trips_are_exact(source, tmp_path, via):
             for one, other in zip(ours, theirs, strict=True):
                 assert np.array_equal(api.annToMask(one), original.annToMask(other))
                 assert one["area"] == reference.area(original.annToRLE(other))
-            copied = next((last / "images" / split).rglob(image["file_name"][-5:]))
+            copied = next((last / "images" / split).rglob(image["file_name"].rpartition("/")[2]))
             assert copied.read_bytes() == (source / "images" / split / image["file_name"]).read_bytes()
 
 

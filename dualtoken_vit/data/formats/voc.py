@@ -43,9 +43,10 @@ def _detect(root: Path) -> dict[str, list[Path]]:
 
 def _listed(root: Path, path: Path) -> list[Path]:
     """The XML files of a list of names."""
-    names = [line.split()[0] for line in read_lines(path) if line.strip()]
-    try:
-        found = [find(root, f"{name}.xml", [root / "Annotations"]) for name in names]
+    names = [line.strip() for line in read_lines(path) if line.strip()]
+    folders = [root / "Annotations"]
+    try:  # a line is a name, which may have spaces, or a name and VOC's flag
+        found = [find(root, f"{one}.xml", folders) or find(root, f"{one.split()[0]}.xml", folders) for one in names]
     except InputError as error:
         raise InputError(f"{printable(path)}: {error}") from None
     missing = [name for name, file in zip(names, found, strict=True) if file is None]
@@ -61,7 +62,8 @@ def _xml_files(folder: Path) -> list[Path]:
 
 def _is_voc(path: Path) -> bool:
     with path.open("rb") as file:
-        return b"<annotation" in file.read(1000) and b"<annotations" not in path.read_bytes()[:1000]
+        start = file.read(1000)
+    return b"<annotation" in start and b"<annotations" not in start
 
 
 def _read(root: Path, files: list[Path]) -> AnnotatedImages:

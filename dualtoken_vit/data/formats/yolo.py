@@ -51,7 +51,7 @@ def _yaml(root: Path) -> Path | None:
 def _load(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-01
         raise InputError(f"{printable(path)}: cannot be read as YAML ({reason(error)})") from None
     return content if isinstance(content, dict) else {}
 
@@ -189,7 +189,7 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
         written: set[Path] = set()
         for image, ones in labelled(split):
             path = target / "images" / name / image["file_name"]
-            file = target / "labels" / name / Path(image["file_name"]).with_suffix(".txt")
+            file = _label_file(path)  # not in TARGET/labels if the name has another folder `images`
             if file in written:
                 raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
             written.add(file)

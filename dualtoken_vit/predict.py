@@ -108,6 +108,10 @@ def _predict_video(
         raise InputError(f"{videos[0]} and {videos[1]}: give one video or camera, and no images beside it")
     if out is not None and out.resolve() == videos[0].resolve():
         raise InputError(f"--out {out}: is the video that is read; name another file")
+    record = out and out.parent / f"{out.stem}.jsonl"
+    if out and record and out.is_file() != record.is_file():  # both are those of an earlier run
+        there = out if out.is_file() else record
+        raise InputError(f"--out {out}: {there} is there and would be replaced; name another file")
     video = Video(videos[0])
     predictor = dualtoken_vit.load_predictor(checkpoint, **options)
     report = predictor.report(predictor)
@@ -120,8 +124,8 @@ def _predict_video(
             problems.append(error)
 
     with ExitStack() as stack:
-        lines = stack.enter_context(atomic_write(out.with_suffix(".jsonl"), "w")) if out else None
         writer = stack.enter_context(VideoWriter(out, video.rate)) if out else None
+        lines = stack.enter_context(atomic_write(record, "w")) if record else None
         frames = read()
         with suppress(ModuleNotFoundError):  # without the train extra, no progress bar
             from dualtoken_vit.data.threads import track
@@ -141,12 +145,12 @@ def _predict_video(
                     count += 1
         except KeyboardInterrupt:  # how a camera ends
             print(f"stopped after {count} frames", file=sys.stderr)
-        if problems and not count:
-            raise problems[0]
+        if not count:
+            raise problems[0] if problems else InputError(f"{video.name}: has no frames")
     for problem in problems:
         print(problem, file=sys.stderr)
     if not json:
-        print(f"{count} frames" + (f": {out}, {out.with_suffix('.jsonl')}" if out else ""))
+        print(f"{count} frames" + (f": {out}, {record}" if out else ""))
     return not problems
 
 

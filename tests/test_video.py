@@ -1,6 +1,7 @@
 """Videos: their frames give what the same images give as files, and the written video is the drawings."""
 
 import json
+import resource
 from fractions import Fraction
 
 import av
@@ -13,7 +14,7 @@ from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.predict import predict
 from dualtoken_vit.show.drawing import draw_card
-from dualtoken_vit.show.video import Video
+from dualtoken_vit.show.video import Video, VideoWriter
 
 RATE = 5
 
@@ -111,7 +112,57 @@ def test_mistakes(constant, tmp_path):  # noqa: F811
         predict(constant, (clip, tmp_path))
     with pytest.raises(InputError, match="camera 97: cannot be opened"):
         predict(constant, (type(tmp_path)("97"),))
+    with pytest.raises(InputError, match="a video is written as"):
+        predict(constant, (clip,), type(tmp_path)("."))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mkv"]
+    for name in ("other.mp4", "other.jsonl"):
+        other = tmp_path / name
+        other.write_text("of somebody")
+        with pytest.raises(InputError, match=rf"other\.mp4: .*{name} is there and would be replaced"):
+            predict(constant, (clip,), tmp_path / "other.mp4")
+        assert other.read_text() == "of somebody"
+        other.unlink()
+
+
+def test_a_full_disk(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 96, 96, 3), dtype=np.uint8)
+
+    def save():
+        with VideoWriter(tmp_path / "out.mp4", Fraction(RATE)) as video:
+            for number, pixels in enumerate(noise):
+                video.add(number / RATE, Image.fromarray(pixels))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*out\.mp4"):
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_without_frames(constant, tmp_path, monkeypatch):  # noqa: F811
+    clip = tmp_path / "clip.mkv"
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("ffv1", RATE)
+        stream.width, stream.height, stream.pix_fmt = 46, 38, "bgr0"
+        container.start_encoding()
+    with pytest.raises(InputError, match=r"clip\.mkv: cannot be opened as a video: .*End of file"):
+        predict(constant, (clip,), tmp_path / "out.mp4")
+    write(clip, frames(1))
+    monkeypatch.setattr(Video, "__iter__", lambda self: iter(()))
+    with pytest.raises(InputError, match=r"clip\.mkv: has no frames"):
+        predict(constant, (clip,), tmp_path / "out.mp4")
+    assert list(tmp_path.iterdir()) == [clip]
+
+
+def test_time_that_steps_back(tmp_path):
+    images = frames(4)
+    with VideoWriter(tmp_path / "out.mp4", Fraction(RATE)) as video:
+        for seconds, image in zip((0, 0.2, 0.2, 0.1), images, strict=True):
+            video.add(seconds, image)
+    assert [seconds for seconds, _ in Video(tmp_path / "out.mp4")] == pytest.approx([0, 0.2, 0.2, 0.2], abs=1e-3)
 
 
 def test_a_truncated_video_keeps_what_could_be_read(constant, tmp_path, capsys):  # noqa: F811

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +47,7 @@ class Video:
         kind, place = CAMERAS.get(sys.platform, CAMERAS["linux"]) if self.camera else (None, str(path))
         try:
             self.container = self.av.open(place.format(path) if self.camera else place, format=kind)
-        except (OSError, ValueError) as error:  # PyAV's errors are both
+        except (self.av.FFmpegError, ValueError) as error:  # ValueError: of PyAV itself, for the kind of a camera
             what = f"camera {self.name}" if self.camera else self.name
             raise InputError(f"{what}: cannot be opened as a video: {first_line(error)}") from error
         if not self.container.streams.video:
@@ -69,7 +70,7 @@ class Video:
                 seconds = float((count - 1) / self.rate if frame.time is None else frame.time)
                 # The frame is stored unrotated, with the angle by which a player turns it counterclockwise.
                 yield seconds, frame.to_image().rotate(frame.rotation, expand=True)
-        except (OSError, ValueError) as error:
+        except (self.av.FFmpegError, ValueError) as error:
             raise InputError(f"{self.name}: damaged after {count} frames: {first_line(error)}") from error
         finally:
             self.container.close()
@@ -93,17 +94,23 @@ class VideoWriter:
             raise InputError(f"--out {path}: a video is written as {', '.join(WRITTEN)}")
         self.av, self.path, self.rate = _av(), path, rate
         self.stream: Any = None
+        self.last = -1  # time stamp
 
     def __enter__(self) -> Self:
-        self.context = atomic_write(self.path)
-        self.container = self.av.open(self.context.__enter__(), "w", format=WRITTEN[self.path.suffix.lower()])
+        with ExitStack() as stack:
+            file = stack.enter_context(atomic_write(self.path))
+            self.container = stack.enter_context(self.av.open(file, "w", format=WRITTEN[self.path.suffix.lower()]))
+            stack.push(self._end)
+            self.context = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if self.stream is not None:
-            self.container.mux(self.stream.encode())
-        self.container.close()
         self.context.__exit__(kind, error, trace)
+
+    def _end(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Write what the encoder still holds, unless an error discards the file."""
+        if kind is None and self.stream is not None:
+            self.container.mux(self.stream.encode())
 
     def add(self, seconds: float, image: Image.Image) -> None:
         """Append an image, shown from this time on."""
@@ -116,5 +123,5 @@ class VideoWriter:
         page.paste(image)  # a drawing may have a longer legend than the first one, below the image
         frame = self.av.VideoFrame.from_image(page)
         frame.time_base = Fraction(1, 90_000)
-        frame.pts = round(seconds * 90_000)
+        self.last = frame.pts = max(round(seconds * 90_000), self.last + 1)  # the encoder takes no step back
         self.container.mux(self.stream.encode(frame))

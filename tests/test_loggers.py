@@ -84,6 +84,22 @@ def test_a_failing_tracker_does_not_stop_the_run(photos, tmp_path, monkeypatch, 
     assert torch.equal(*best)
 
 
+def test_a_dead_server_keeps_the_name_of_the_run(tmp_path, monkeypatch, capsys):
+    """MLflow asks its server for a run's name, so that this may fail as well."""
+
+    class Dead(loggers.Logger):
+        def gone(self, *_):
+            raise ConnectionError("the server is gone")
+
+        log_hyperparams = log_metrics = gone
+        name = version = property(gone)
+
+    monkeypatch.setitem(loggers.LOGGERS, "mlflow", lambda *_: Dead())
+    tracker = loggers.Tracker("mlflow", tmp_path, 0, "before", {})
+    assert (tracker.version, tracker.version, tracker.failed) == ("before", "before", True)
+    assert capsys.readouterr().err.count("the server is gone") == 1
+
+
 def test_missing_package(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     message = r"--run\.logger wandb: install it, for example by pip install dualtoken-vit\[wandb\]"

@@ -64,7 +64,7 @@ class Tracker(Logger):
     """Passes everything on to a logger of `LOGGERS`, whose first failure ends the tracking, but not the run."""
 
     def __init__(self, name: str, out: Path, step: int, run: str | None, settings: dict[str, Any]):
-        self.kind, self.failed = name, False
+        self.kind, self.failed, self.run = name, False, run
         self.logger: Any = self._try(lambda: LOGGERS[name](out, step, run))
         if name not in ("tensorboard", "csv"):  # the folder has its recipe.json
             self.log_hyperparams(settings)
@@ -85,8 +85,9 @@ class Tracker(Logger):
 
     @property
     def version(self) -> str | None:
-        """The run's name in the tracker."""
-        return getattr(self.logger, "version", None)
+        """The run's name in the tracker; after a failure the last one known, by which a resumed run finds it."""
+        self.run = self._try(lambda: self.logger.version) or self.run  # MLflow may have to ask its server
+        return self.run
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         self._try(lambda: self.logger.log_hyperparams(params))

@@ -129,10 +129,14 @@ def test_copy_paste_shows_the_pasted_pixels_and_cuts_the_masks_below(scenes):
 
 def test_presets_set_their_fields():
     for name, fields in PRESETS.items():
-        values = DetectionAugment(preset=name, hflip=0.3, multi_scale=(40,), zoom_out=0.9).values()
+        values = DetectionAugment(preset=name, hflip=0.3, multi_scale=(40,)).values()
         assert (values.hflip, values.multi_scale) == (0.3, (40,))
         assert {key: getattr(values, key) for key in fields} == fields
-        assert values.zoom_out == fields.get("zoom_out", 0.9)
+    assert DetectionAugment(zoom_out=0.9).values().zoom_out == 0.9
+    with pytest.raises(
+        InputError, match=r"--augment\.zoom-out: --augment\.preset strong sets it to 0\.5; leave out one"
+    ):
+        DetectionAugment(preset="strong", zoom_out=0.9).values()
 
 
 def test_without_them_training_is_as_before(scenes):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Interval
 
 from dualtoken_vit.bounds import ASCENDING
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Range, Recipe, Share, Side, register
 
 
@@ -77,7 +78,11 @@ class DetectionAugment:
     """Probability of objects pasted from another image, for Mask R-CNN (arXiv 2012.07177)."""
 
     def values(self) -> "DetectionAugment":
-        """The fields that the preset stands for."""
+        """The fields that the preset stands for; an InputError for one that is given another value."""
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) not in (getattr(DetectionAugment, name), value):
+                flag = f"--augment.{name.replace('_', '-')}"
+                raise InputError(f"{flag}: --augment.preset {self.preset} sets it to {value}; leave out one of the two")
         return replace(self, **PRESETS[self.preset])
 
 

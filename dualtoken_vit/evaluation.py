@@ -45,6 +45,19 @@ class _InTorch:
         return [each if isinstance(each, dict) else torch.from_numpy(each) for each in found]
 
 
+def _check_held_out(stored: Any, given: dict[str, Any]) -> None:
+    """Reject to hold out other images than training did, unless `given` names other data."""
+    if given.keys() & {"root", "images", "train_json"}:
+        return
+    if given.get("holdout", 0.0) not in (0.0, stored.holdout):
+        raise InputError(
+            f"--data.holdout {given['holdout']}: the network was trained with {stored.holdout:g}, so another share has "
+            "images that it was trained on; leave it out, or give other data"
+        )
+    if "fold" in given and given["fold"] != stored.fold:
+        raise InputError(f"--data.fold {given['fold']}: the network was trained on its images; leave it out")
+
+
 def _calibrate(module: Any, checkpoint: str | Path, before: Evaluation) -> Evaluation:
     """Store the best temperature for the validation just done by a classifier's module; returns its metrics with it."""
     logits, targets = map(torch.cat, zip(*module.kept or [], strict=True))
@@ -102,6 +115,7 @@ def evaluate(
                 f"--data.{name.replace('_', '-')} is not an option of {task.name}, the task of {checkpoint}: leave it "
                 f"out; its data is named by {task.data_flags}"
             )
+    _check_held_out(recipe.data, given)
     recipe = replace(recipe, data=replace(recipe.data, **task.relocate(recipe, given) | given))
     check_bounds(recipe)
     own = vars(default_options(checkpoint)) | given  # a given option that the file does not have is rejected
@@ -138,10 +152,10 @@ def evaluate(
     )
     trainer.validate(module, batches, verbose=False)
     evaluation = module.evaluate()
-    if calibrate:
-        evaluation = _calibrate(module, checkpoint, evaluation)
     if not all(map(math.isfinite, evaluation.scores.values())):
         raise InputError("the network produced NaN or Inf; use another checkpoint or --precision 32-true")
+    if calibrate:
+        evaluation = _calibrate(module, checkpoint, evaluation)
     if out is not None:
         module.save_details(out, evaluation)
     return evaluation

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_training import recipe, trained  # noqa: F401  a fixture
 from torchmetrics.classification import MulticlassCalibrationError
 
@@ -14,6 +16,8 @@ from dualtoken_vit import cli, load_model, load_predictor
 from dualtoken_vit.checkpoint import read_checkpoint
 from dualtoken_vit.data.transforms import classification_eval
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.evaluation import _check_held_out, evaluate
+from dualtoken_vit.recipes import DetectionData, MultiLabelData, SegmentationData
 from dualtoken_vit.tasks.calibration import fit_temperature
 
 
@@ -99,6 +103,24 @@ def test_evaluate_reports_and_stores_it(copied, tmp_path, capsys):
     assert cli.run(["evaluate", best, "--json", "--calibrate"]) == 0
     assert json.loads(capsys.readouterr().out)["ece"] == pytest.approx(calibrated["ece"], abs=1e-3)
     assert read_checkpoint(best).preprocessing["temperature"] == pytest.approx(temperature, rel=1e-3)
+
+
+def test_a_broken_network_is_not_calibrated(copied):
+    best = copied[1] / "best.safetensors"
+    with safe_open(best, framework="pt") as file:
+        save_file({key: file.get_tensor(key) * 1e30 for key in file.keys()}, best, file.metadata())  # noqa: SIM118
+    before = best.read_bytes()
+    with pytest.raises(InputError, match="the network produced NaN or Inf"):
+        evaluate(best, calibrate=True, device="cpu")
+    assert best.read_bytes() == before
+
+
+@pytest.mark.parametrize("data", [MultiLabelData(holdout=0.1), DetectionData(), SegmentationData(holdout=0.3)])
+def test_other_held_out_images_were_trained_on(data):
+    assert _check_held_out(data, {"holdout": data.holdout}) is _check_held_out(data, {"holdout": 0.0}) is None
+    assert _check_held_out(data, {"holdout": 0.2, "root": "other"}) is None
+    with pytest.raises(InputError, match=rf"--data\.holdout 0\.2: .* trained with {data.holdout:g}, so another share"):
+        _check_held_out(data, {"holdout": 0.2})
 
 
 @pytest.mark.slow

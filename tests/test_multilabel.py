@@ -16,7 +16,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.predict import predict
 from dualtoken_vit.recipes import RECIPES, MultiLabel, MultiLabelData
-from dualtoken_vit.tasks.multilabel import MultiLabelModule, MultiLabelPredictor, best_threshold
+from dualtoken_vit.tasks.multilabel import TASK, MultiLabelModule, MultiLabelPredictor, best_threshold
 from dualtoken_vit.tasks.trainer import train
 
 NAMES = ("blue", "green", "red")
@@ -104,6 +104,23 @@ def test_generated_images_have_the_labels_of_their_shapes():
 def test_faults(root, data, message):
     with pytest.raises(InputError, match=message):
         build_datasets(replace(MultiLabelData(root=str(root)), **data), 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.replace("red", "blue").replace("green", "blue"), "there is only one label, 'blue'"),
+        (lambda table: table, r"--data\.start-size 8 is not a size that .* takes"),
+    ],
+)
+def test_faults_before_training(root, tmp_path, change, message):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text(change((root / f"{split}.csv").read_text()))
+    (tmp_path / "images").symlink_to(root / "images")
+    recipe = RECIPES["multilabel"]
+    data = replace(recipe.data, root=str(tmp_path), image_size=32, start_size=8)
+    with pytest.raises(InputError, match=message):
+        TASK.prepare(replace(recipe, data=data), replace(recipe.model, args=ARGS, pretrained=False))
 
 
 def test_the_report(root, tmp_path, capsys):

@@ -266,10 +266,7 @@ class ClassificationTask(Task[Classification]):
             raise InputError(f"{', '.join(flags)}: not available for data that is read as a stream")
         if len(names) < 2:
             raise InputError(f"there is only one class, {names[0]!r}; classification needs two or more")
-        model, model_args = create_model(start, len(names), recipe.data.image_size)
-        if recipe.data.start_size is not None:
-            check_size(model, start.in_chans, recipe.data.start_size, "--data.start-size")
-            model.train()
+        model, model_args = create_model(start, len(names), recipe.data.image_size, recipe.data.start_size)
         preprocessing = data_config(model, recipe.data, start.in_chans)
         predictor = ClassificationPredictor.create(model, names, preprocessing, recipe.data)
         teacher = load_teacher(self, recipe, predictor) if recipe.distill.teacher else None
@@ -292,13 +289,6 @@ class ClassificationTask(Task[Classification]):
         return ClassificationModule(predictor, recipe), val
 
     def relocate(self, recipe: Classification, given: dict[str, Any]) -> dict[str, Any]:
-        if "root" not in given and given.get("holdout", 0.0) not in (0.0, recipe.data.holdout):
-            raise InputError(
-                f"--data.holdout {given['holdout']}: the network was trained with {recipe.data.holdout:g}, so another "
-                "share has images that it was trained on; leave it out, or give --data.val-split"
-            )
-        if "root" not in given and given.get("fold", recipe.data.fold) != recipe.data.fold:
-            raise InputError(f"--data.fold {given['fold']}: the network was trained on its images; leave it out")
         return {"holdout": 0.0, "fold": 0} if given.keys() & {"root", "val_split"} else {}
 
     def share_fault(self, recipe: Classification, share: int) -> str:

@@ -174,7 +174,9 @@ class MultiLabelTask(Task[MultiLabel]):
     def prepare(self, recipe: MultiLabel, start: Model) -> Setup:
         train, val = build_datasets(recipe.data, start.in_chans)
         names = train.class_names
-        model, model_args = create_model(start, len(names), recipe.data.image_size)
+        if len(names) < 2:
+            raise InputError(f"there is only one label, {names[0]!r}; train a classifier of images with and without it")
+        model, model_args = create_model(start, len(names), recipe.data.image_size, recipe.data.start_size)
         preprocessing = data_config(model, recipe.data, start.in_chans)
         predictor = MultiLabelPredictor.create(model, names, preprocessing, recipe.data)
         module = MultiLabelModule(predictor, recipe, choose=True)

@@ -55,10 +55,12 @@ def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Mo
     return model
 
 
-def create_model(recipe: Model, num_classes: int | None, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
+def create_model(
+    recipe: Model, num_classes: int | None, image_size: int, start_size: int | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The recipe's classifier, and the arguments that make it again (`save_checkpoint`'s model_args), or an InputError.
 
-    A network whose size is fixed (deit, vit, ...) is made for `image_size`.
+    A network whose size is fixed (deit, vit, ...) is made for `image_size`. It must also take `start_size`.
     """
     args = model_kwargs(recipe)
     if ":" not in recipe.name and timm.is_model(recipe.name):
@@ -67,6 +69,8 @@ def create_model(recipe: Model, num_classes: int | None, image_size: int) -> tup
             args = {"img_size": image_size, **args}
     model = create_network(recipe, num_classes, **args)
     check_size(model, recipe.in_chans, image_size)
+    if start_size is not None:
+        check_size(model, recipe.in_chans, start_size, "--data.start-size")
     return model.train().to(memory_format=torch.channels_last), args
 
 

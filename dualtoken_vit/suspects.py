@@ -11,7 +11,7 @@ from dualtoken_vit.data.images import load_image
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable
 from dualtoken_vit.predictors import load_predictor, read_header, stored_recipe
-from dualtoken_vit.recipes import Classification
+from dualtoken_vit.recipes import Classification, Recipe
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet
 
@@ -37,7 +37,7 @@ class Suspect:
         return self.label_probability - self.predicted_probability
 
 
-def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
+def rank(recipe: Recipe, runs: Sequence[Path]) -> list[Suspect]:
     """The images that each run held out or validated on, the most suspicious label first.
 
     Args:
@@ -45,8 +45,11 @@ def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
         runs: folders of training runs, or their best.safetensors
 
     Raises:
-        InputError: for a run of another task, images that it does not know, or an image that two runs held out.
+        InputError: for a recipe or a run of another task, images that it does not know, or an image that two runs held
+            out.
     """
+    if not isinstance(recipe, Classification):
+        raise InputError(f"--suspects: not available for {recipe.task}; labels of whole images can be checked only")
     found: dict[str, Suspect] = {}
     for run in runs:
         path = run / BEST if run.is_dir() else run
@@ -85,7 +88,7 @@ def report(suspects: Sequence[Suspect], out: Path) -> None:
     with atomic_write(path := out / "suspects.csv", "w") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "label", "label_probability", "predicted", "predicted_probability"))
-        writer.writerows(rows)
+        writer.writerows(map(printable, row) for row in rows)  # names may have bytes that are not UTF-8
     sheet = Sheet(out / "suspects")
     for one in suspects[: COLUMNS * ROWS]:
         sheet.add(load_image(one.source, 3, one.image), f"{one.label}: {one.predicted}?", one.predicted_probability)

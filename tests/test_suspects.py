@@ -5,12 +5,14 @@ import shutil
 from collections import Counter
 
 import pytest
+from PIL import Image
 from test_training import recipe, trained  # noqa: F401  a fixture
 
 from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.data.classification import build_datasets, build_val_dataset
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.suspects import rank
+from dualtoken_vit.recipes import RECIPES
+from dualtoken_vit.suspects import Suspect, rank, report
 
 
 @pytest.mark.parametrize(("share", "folds"), [(0.5, 2), (0.25, 4), (0.2, 5), (0.3, 3)])
@@ -26,6 +28,19 @@ def test_folds_partition_the_training_images(photos, share, folds):
     assert len(seen) == len(set(seen)) == 36
     with pytest.raises(InputError, match=rf"--data\.fold {folds}: with --data\.holdout {share} .* 0 to {folds - 1}"):
         build_datasets(recipe(photos, data={"holdout": share, "fold": folds}).data, 3)
+
+
+def test_folds_that_hold_out_nothing(photos):
+    with pytest.raises(InputError, match=r"--data\.fold 2: needs --data\.holdout"):
+        build_datasets(recipe(photos, data={"fold": 2}).data, 3)
+    with pytest.raises(InputError, match=r"--data\.fold 15: has no image, .* give a larger --data\.holdout"):
+        build_datasets(recipe(photos, data={"holdout": 0.05, "fold": 15}).data, 3)  # 12 images in each class
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    report([Suspect("a\udcff.png", Image.new("RGB", (8, 8)), "red", "blue", 0.25, 0.75)], tmp_path)
+    written = (tmp_path / "suspects.csv").read_text(encoding="utf-8").splitlines()
+    assert written[1] == "a\N{REPLACEMENT CHARACTER}.png,red,0.2500,blue,0.7500"
 
 
 def test_images_of_each_class(photos):
@@ -76,6 +91,8 @@ def test_runs_must_fit(trained, photos):  # noqa: F811
         rank(recipe(photos), [trained[1], trained[1]])
     with pytest.raises(InputError, match="no such checkpoint"):
         rank(recipe(photos), [photos / "none"])
+    with pytest.raises(InputError, match="--suspects: not available for detection"):
+        rank(RECIPES["demo-detect"], [trained[1]])
     (photos / "val" / "yellow").mkdir()
     (photos / "val" / "red" / min(p.name for p in (photos / "val" / "red").iterdir())).rename(
         photos / "val" / "yellow" / "x.jpg"

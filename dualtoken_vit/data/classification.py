@@ -320,6 +320,8 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
     """
     if data.skip and not data.verify:
         raise InputError("--data.unreadable skip: needs --data.verify, which finds these images; leave one of them out")
+    if data.fold and not data.holdout:
+        raise InputError(f"--data.fold {data.fold}: needs --data.holdout, the share of the images in a fold")
     train = read_split(data, "train", channels)
     if isinstance(train, ImageDataset):
         train.complete = True
@@ -393,6 +395,8 @@ def _hold_out(dataset: Images, share: float, fold: int = 0) -> tuple[ImageDatase
         others = [index for index in members if index not in set(first)]
         order = [*first, *random.Random(0).sample(others, len(others))]
         held.update(order[fold * size : None if fold == folds - 1 else (fold + 1) * size])
+    if not held:
+        raise InputError(f"--data.fold {fold}: has no image, as the classes have too few; give a larger --data.holdout")
     rest, val = dataset.keep([i for i in range(len(dataset)) if i not in held]), dataset.keep(sorted(held))
     val.notes, val.complete = (), False  # those of `rest`
     return rest, val

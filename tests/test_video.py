@@ -2,17 +2,22 @@
 
 import json
 import resource
+from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.mask import decode
 from test_predict import checkpoint, constant  # noqa: F401  fixtures
 
 from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.predict import predict
+from dualtoken_vit.results import Objects
+from dualtoken_vit.runtime.report import ObjectsReport
 from dualtoken_vit.show.drawing import draw_card
 from dualtoken_vit.show.video import Video, VideoWriter
 
@@ -67,6 +72,17 @@ def test_the_written_video_shows_the_drawings(constant, tmp_path, capsys):  # no
         expected[: card.height, : card.width] = np.asarray(card)
         assert np.abs(np.asarray(shown).astype(int) - expected).mean() < 2
     assert av.open(str(out)).streams.video[0].codec_context.name == "h264"
+
+
+def test_a_frame_has_its_objects():
+    report = ObjectsReport(SimpleNamespace(category_ids=(3, 7), class_names=("cat", "dog")))
+    masks = np.zeros((1, 4, 6), dtype=bool)
+    masks[0, 1:3, 2:5] = True
+    found = Objects(("dog",), np.array([1]), np.array([[2.0, 1, 5, 3]]), np.array([0.5]), masks)
+    (one,) = json.loads(json.dumps(report.entry(found)))["objects"]
+    assert np.array_equal(decode(one.pop("segmentation")), masks[0])
+    assert one == {"class": "dog", "category_id": 7, "bbox": [2, 1, 3, 2], "score": 0.5}
+    assert report.entry(replace(found, masks=None)) == {"objects": [one]}
 
 
 def test_a_phone_held_upright(tmp_path):

@@ -106,7 +106,7 @@ class ObjectsReport(Report[Objects]):
         self.coco: dict[str, list[dict[str, Any]]] = {"images": [], "categories": categories, "annotations": []}
 
     def add(self, path: Path, image: Image.Image, result: Objects) -> None:
-        super().add(path, image, result)
+        self.table.append((path, list(self.rows(result))))
         images, annotations = self.coco["images"], self.coco["annotations"]
         width, height = image.size
         images.append({"id": len(images) + 1, "file_name": str(path), "width": width, "height": height})
@@ -116,6 +116,13 @@ class ObjectsReport(Report[Objects]):
 
     def record(self) -> dict[str, Any]:
         return self.coco
+
+    def entry(self, result: Objects) -> dict[str, Any]:
+        """The objects of a video's frame: COCO results with the names of the classes."""
+        found = to_results(0, result, self.category_ids)
+        pairs = zip(result.names, found, strict=True)
+        fields = ("category_id", "bbox", "score", "segmentation")
+        return {"objects": [{"class": name} | {key: one[key] for key in fields if key in one} for name, one in pairs]}
 
     def rows(self, result: Objects) -> Iterator[tuple[str, str, str]]:
         scores: dict[str, list[float]] = {}

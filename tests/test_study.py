@@ -247,6 +247,8 @@ def test_one_study_at_a_time_in_a_folder(photos, tmp_path, small):
         (("mlp", "--data.dataset", "shapes", "--optim.optimizer", "nothing"), "--optim.optimizer nothing"),
         (("--preset", "gpu", "mlp"), "name the study first"),
         (("mlp", "--data.root", "nowhere"), "nowhere"),
+        (("mlp", "--preset", "equal", "--optim.lr", "0.01"), r"--optim\.lr: --search-lr chooses it"),
+        (("mlp", "--preset", "equal", "--optim.lr", "0.01", "--search-lr", "--data.root", "nowhere"), "nowhere"),
     ],
 )
 def test_mistakes(args, message, tmp_path):

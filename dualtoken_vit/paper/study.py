@@ -437,6 +437,8 @@ def study(name: str, options: Study) -> None:
     for key in ("max_minutes", "patience"):
         if getattr(recipe.run, key) is not None:
             raise InputError(f"--run.{key.replace('_', '-')}: all runs of a study have the same epochs; remove it")
+    if search and recipe.optim.lr != PRESETS[options.preset][1].recipe.optim.lr:
+        raise InputError("--optim.lr: --search-lr chooses it; leave it out, or give --search-lr without a value")
     check_bounds(recipe)
     check_bounds(options)
     recipes = {row.key: _with(recipe, model) for row, model in networks(name, base)}

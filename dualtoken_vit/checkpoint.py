@@ -190,6 +190,8 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
+    if path.suffix in (".onnx", ".tflite"):
+        raise InputError(f"{path} is an exported file, which cannot be trained; give the best.safetensors of a run")
     try:
         found = {key: value for key, value in load_state_dict(str(path)).items() if isinstance(value, Tensor)}
         metadata = _metadata(path) if path.suffix == ".safetensors" else {}

@@ -114,7 +114,7 @@ def test_from_images_to_predictions(call, photos, tmp_path):
     status, out, _ = call("evaluate", run / "best.safetensors", "--json", "--device", "cpu")
     assert status == 0
     found = json.loads(out)
-    assert list(found) == ["top1", "top5", "loss", "images"]
+    assert list(found) == ["top1", "top5", "loss", "ece", "images"]
     assert found["images"] == 18
     assert 0 <= found["top1"] <= found["top5"] == 1
 

@@ -12,6 +12,7 @@ from dualtoken_vit import load_predictor
 from dualtoken_vit.data.check.multilabel import check as check_data
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
 from dualtoken_vit.data.shapes import CLASSES, scene
+from dualtoken_vit.deploy.export import export
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.predict import predict
@@ -251,3 +252,27 @@ def test_a_run_learns_its_labels_and_predicts_with_its_thresholds(run, root, tmp
     record = json.loads(capsys.readouterr().out)
     assert [one["labels"] for one in record["predictions"]] == [[], []]
     assert (tmp_path / "out" / "sheet.png").is_file()
+
+
+@pytest.mark.slow
+def test_an_exported_file_gives_the_same(run, root, tmp_path, capsys):
+    best, file = run / "best.safetensors", export(run / "best.safetensors", out=tmp_path / "model.onnx")
+    images = [root / "images" / f"{index}.png" for index in range(64, 80)]
+    for options in ({}, {"threshold": 0.3}):
+        pairs = zip(*(load_predictor(path, device="cpu", **options)(images) for path in (best, file)), strict=True)
+        for one, other in pairs:
+            assert one.names == other.names
+            np.testing.assert_allclose(one.all_probabilities, other.all_probabilities, atol=1e-5)
+            np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+    ours, theirs = (evaluate(path, data={"root": str(root)}).metrics for path in (best, file))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    with pytest.raises(InputError, match=r"--threshold 1\.5: must be between 0 and 1"):
+        load_predictor(file, threshold=1.5)
+    with pytest.raises(InputError, match="top_k: not an option of this predictor"):
+        load_predictor(file, top_k=2)
+    capsys.readouterr()
+    assert predict(file, images[:2], json=True)
+    printed = json.loads(capsys.readouterr().out)["predictions"]
+    assert [{each["label"] for each in one["labels"]} for one in printed] == [
+        set(each.names) for each in load_predictor(best, device="cpu")(images[:2])
+    ]

@@ -83,7 +83,7 @@ def test_own_weights_by_name():
 
 def test_only_recipes_for_own_data_start_from_weights():
     chosen = {name for name, recipe in RECIPES.items() if recipe.model.pretrained}
-    assert chosen == {"folder", "imagenette", "coco", "masks"}
+    assert chosen == {"folder", "imagenette", "multilabel", "coco", "coco-lite", "masks", "masks-lite"}
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,10 @@ def export(
 ) -> Path:
     """Write a trained network as one file, verified against PyTorch; returns its path.
 
-    The input `image` is float32 (B, C, H, W), RGB or grey in [0, 1]. Outputs: classification `logits` (B, classes);
-    segmentation `logits` (B, classes, H, W); detection `boxes` (100, 4) in pixels, `scores`, `labels`, padded with -1,
-    and `masks` (100, 1, 28, 28) for Mask R-CNN. Detectors take one image of a fixed size, the others any size.
+    The input `image` is float32 (B, C, H, W), RGB or grey in [0, 1]. Outputs: classification and multilabel `logits`
+    (B, classes); segmentation `logits` (B, classes, H, W); detection `boxes` (100, 4) in pixels, `scores`, `labels`,
+    padded with -1, and `masks` (100, 1, 28, 28) for Mask R-CNN. Detectors take one image of a fixed size, the others
+    any size.
 
     Args:
         checkpoint: the best.safetensors of a run
@@ -75,7 +76,7 @@ def export(
         try:
             _convert(file, chosen, about, checkpoint, images)
         except ConversionError as error:
-            if chosen.fixed or about.task != "classification":
+            if chosen.fixed or about.task in ("detection", "segmentation"):
                 raise
             print(f"for any size, {error}; for one size:")
             chosen = replace(chosen, fixed=True)
@@ -170,7 +171,7 @@ def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any
         model=replace(recipe.model, name=about.model, checkpoint=None),
     )
     preprocessing = dict(about.preprocessing)
-    if about.task == "classification":
+    if about.task not in ("detection", "segmentation"):
         preprocessing["input_size"] = (preprocessing["input_size"][0], *chosen.size)
     found = {}
     for name in PACKAGES:

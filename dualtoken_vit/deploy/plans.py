@@ -103,6 +103,7 @@ def _detector(model: Any, checkpoint: Checkpoint, size: Size | None, raw: bool, 
 
 PLANS: dict[str, Callable[[Any, Checkpoint, Size | None, bool, bool], Plan]] = {
     "classification": _classifier,
+    "multilabel": _classifier,
     "detection": _detector,
     "segmentation": _segmenter,
 }

@@ -238,6 +238,8 @@ def _parse_token(token: str) -> tuple[int, int]:
 
 def load_classifier(checkpoint: Path, device: str, image_size: int | None) -> ClassificationPredictor:
     """A DualToken-ViT classifier, at another image size if one is given; an InputError for another task or network."""
+    if is_exported(checkpoint):
+        raise InputError(f"{checkpoint} is an exported file; give the best.safetensors of a classification run")
     predictor = load_predictor(checkpoint, device, **({} if image_size is None else {"image_size": image_size}))
     if not isinstance(predictor, ClassificationPredictor):
         raise InputError(f"{checkpoint} is not a classifier; give the best.safetensors of a classification run")

@@ -163,8 +163,8 @@ TIN190 = Classification(
             *("n02504458", "n02814860", "n04146614", "n04285008", "n07753592"),
         ),
     ),
-    augment=ClassificationAugment(scale=(0.25, 1.0), hflip="alternate"),
-    optim=Optim(optimizer="muon", lr=4e-3, schedule="flat-cosine", epochs=24, batch_size=128, clip_grad=1.0),
+    augment=ClassificationAugment(scale=(0.35, 1.0), hflip="alternate"),
+    optim=Optim(optimizer="muon", lr=4e-3, schedule="flat-cosine", epochs=20, batch_size=128, clip_grad=1.0),
     run=Run(precision="bf16-mixed"),
 )
 

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.results import Classes, LabelMap, Objects
+from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.base import BasePredictor, Result
-from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, ObjectsReport
+from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, LabelsReport, ObjectsReport
 from dualtoken_vit.runtime.session import Arrays, ExportedModel
 
 __all__ = ["ExportedPredictor", "load_predictor", "predictor_class"]
@@ -38,8 +38,8 @@ def load_predictor(
         runtime: onnxruntime or openvino
         threads: CPU threads; None: the runtime's default
         options: how to predict; by default as in the validation of the training run. Classification: image_size,
-            crop_pct, interpolation, top_k (5). Detection: score (0.5), and for files of any size image_size, max_size.
-            Segmentation: image_size, mode, window, window_stride, scales, flip
+            crop_pct, interpolation, top_k (5); multilabel: threshold instead of top_k. Detection: score (0.5), and for
+            files of any size image_size, max_size. Segmentation: image_size, mode, window, window_stride, scales, flip
 
     Raises:
         InputError: for a file, runtime or option that cannot be used.
@@ -54,7 +54,9 @@ def predictor_class(description: dict[str, Any]) -> type["ExportedPredictor[Any]
     task = description["task"]
     if task == "detection":
         return AnySizeDetector if description["export"]["raw"] else Detector
-    return Segmenter if task == "segmentation" else Classifier
+    if task == "segmentation":
+        return Segmenter
+    return Labeller if task == "multilabel" else Classifier
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -138,8 +140,8 @@ class ExportedPredictor(BasePredictor[Result]):
 
 
 @dataclass(frozen=True)
-class ClassifierOptions:
-    """How an exported classifier predicts."""
+class ImageOptions:
+    """How images are prepared for an exported classifier."""
 
     image_size: int = 224
     """Side of the square input, in pixels."""
@@ -147,23 +149,17 @@ class ClassifierOptions:
     """The short side is resized to image_size / crop_pct, and the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Interpolation of resizing."""
-    top_k: int = 5
-    """Classes to report for each image (all of them, if there are fewer)."""
 
     def __post_init__(self) -> None:
         require(self.image_size >= LEAST_SIDE, "image_size", self.image_size, f"at least {LEAST_SIDE}")
         require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0 and at most 1")
         require(self.interpolation in ("bicubic", "bilinear"), "interpolation", self.interpolation, "bicubic, bilinear")
-        require(self.top_k >= 1, "top_k", self.top_k, "at least 1")
 
 
-class Classifier(ExportedPredictor[Classes]):
-    """A classifier: returns the `top_k` most likely classes of each image."""
+class ImageClassifier(ExportedPredictor[Result]):
+    """A network that maps whole images to logits."""
 
-    Options = ClassifierOptions
-    report = ClassesReport
-
-    def __init__(self, model: ExportedModel, options: ClassifierOptions):
+    def __init__(self, model: ExportedModel, options: Any):
         super().__init__(model, options)
         fixed = self.export["size"]
         if fixed and fixed[0] != options.image_size:
@@ -187,6 +183,25 @@ class Classifier(ExportedPredictor[Classes]):
         logits = check_finite(self.model(np.stack(batch))["logits"])
         return logits / np.float32(self.preprocessing.get("temperature", 1.0))
 
+
+@dataclass(frozen=True)
+class ClassifierOptions(ImageOptions):
+    """How an exported classifier predicts."""
+
+    top_k: int = 5
+    """Classes to report for each image (all of them, if there are fewer)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.top_k >= 1, "top_k", self.top_k, "at least 1")
+
+
+class Classifier(ImageClassifier[Classes]):
+    """A classifier: returns the `top_k` most likely classes of each image."""
+
+    Options = ClassifierOptions
+    report = ClassesReport
+
     def postprocess(self, outputs: np.ndarray) -> list[Classes]:
         shares = softmax(outputs.astype(np.float32), -1)
         best = np.argsort(-shares, -1, kind="stable")[:, : self.options.top_k]
@@ -194,6 +209,41 @@ class Classifier(ExportedPredictor[Classes]):
             Classes(tuple(self.class_names[label] for label in row), row, each[row])
             for row, each in zip(best, shares, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class LabellerOptions(ImageOptions):
+    """How an exported multi-label classifier predicts."""
+
+    threshold: float | None = None
+    """Lowest probability of a reported label. None: for each class, the one with the best F1 in validation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.threshold is None or 0 <= self.threshold <= 1, "threshold", self.threshold, "between 0 and 1")
+
+
+class Labeller(ImageClassifier[Labels]):
+    """A multi-label classifier: returns the labels of each image whose probability reaches their threshold."""
+
+    Options = LabellerOptions
+    report = LabelsReport
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """(classes,): of the options, or those chosen in validation."""
+        stored = self.preprocessing.get("thresholds") or [0.5] * len(self.class_names)
+        given = self.options.threshold
+        return np.array(stored if given is None else [given] * len(stored), np.float32)
+
+    def postprocess(self, outputs: np.ndarray) -> list[Labels]:
+        results = []
+        for shares in 1 / (1 + np.exp(-outputs.astype(np.float32))):
+            labels = np.argsort(-shares, kind="stable")
+            labels = labels[shares[labels] >= self.thresholds[labels]]
+            names = tuple(self.class_names[label] for label in labels)
+            results.append(Labels(names, labels, shares[labels], shares))
+        return results
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class MultiLabelModule(TaskModule):
             curves = {k: binary_precision_recall_curve(shares[:, k], targets[:, k]) for k in there}
             chosen = [best_threshold(*curves[k]) if k in curves else 0.5 for k in range(len(names))]
             self.predictor.preprocessing["thresholds"] = chosen
-        thresholds = self.predictor.thresholds  # type: ignore[attr-defined]
+        thresholds = torch.as_tensor(self.predictor.thresholds)  # type: ignore[attr-defined]
         found = (shares >= thresholds).int()
         micro = multilabel_f1_score(found, targets, len(names), average="micro")
         f1, aps = torch.full((2, len(names)), -1.0)

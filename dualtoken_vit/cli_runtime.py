@@ -4,7 +4,7 @@ import sys
 from argparse import ArgumentParser
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
@@ -49,6 +49,6 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
         elif isinstance(default, tuple):
             how = {"type": float, "nargs": "+"}
         elif default is None:
-            how = {"type": int}
+            how = {"type": get_args(field.type)[0]}  # of TYPE | None
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=f"default: {default}", **how)
     return vars(parser.parse_args(args))

@@ -19,7 +19,7 @@ from timm.data import create_transform
 from torch import nn
 from torchvision.ops import batched_nms
 
-from dualtoken_vit import cli, load_predictor
+from dualtoken_vit import cli, cli_runtime, load_predictor
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
@@ -43,6 +43,22 @@ def description(task, **export):
         "recipe": {"data": {"image_size": None if task == "segmentation" else 64}},
         "export": {"size": None, "raw": False, **export},
     }
+
+
+@pytest.mark.parametrize(
+    ("task", "args", "options"),
+    [
+        ("classification", ["--top-k", "2"], {"top_k": 2, "image_size": 64}),
+        ("multilabel", ["--threshold", "0.3"], {"threshold": 0.3, "image_size": 64}),
+        ("multilabel", [], {"threshold": None}),
+        ("segmentation", ["--image-size", "48"], {"image_size": 48}),
+    ],
+)
+def test_arguments_without_pytorch(tmp_path, monkeypatch, task, args, options):
+    monkeypatch.setattr(cli_runtime, "read_description", lambda path: description(task))
+    found = cli_runtime.parse(tmp_path / "model.onnx", ["a.png", *args])
+    assert options.items() <= found.items()
+    assert found["images"] == [Path("a.png")]
 
 
 def save(path, nodes, outputs, about, constants=None):

@@ -628,6 +628,14 @@ def test_what_a_format_lacks_is_counted(tmp_path, capsys):
     same(contents(tmp_path / "scenes"), contents(tmp_path / "coco"))
 
 
+def test_trainval_is_a_split_to_train_on_but_not_to_write(export, tmp_path, capsys):
+    root = export(VOC)
+    assert objects(read(str(root), "auto", "trainval")) == COMMON
+    assert convert(root, tmp_path / "new", "voc").keys() == {"train", "val"}
+    assert "note: trainval left out: train and val have its images" in capsys.readouterr().out.splitlines()
+    assert not list((tmp_path / "new").rglob("trainval*"))
+
+
 def test_conversion_writes_all_or_nothing(export, tmp_path, capsys):
     root = export(YOLO, files={"labels/val/a.txt": "0 0.5 0.5 0.5\n"})
     target = tmp_path / "new"

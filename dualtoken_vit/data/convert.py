@@ -41,6 +41,9 @@ def convert(source: str | Path, target: str | Path, to: str, format: str = "auto
         InputError: for labels that cannot be read or are broken, and for a `target` that is not empty.
     """
     name, found = detect(source, format, "--format")
+    notes = []
+    if {"train", "val"} <= found.keys() and found.pop("trainval", None):
+        notes.append("trainval left out: train and val have its images")
     write = FORMATS[to].write
     assert write is not None
     splits = {}
@@ -48,11 +51,11 @@ def convert(source: str | Path, target: str | Path, to: str, format: str = "auto
         splits["train" if each == ALL else each] = _valid(FORMATS[name].read(Path(source), part))
     before = {each: _count(split) for each, split in splits.items()}
     with atomic_folder(target) as folder:
-        lost = write(splits, folder)
+        notes += write(splits, folder)
         written = FORMATS[to].detect(folder)
         after = {each: _count(FORMATS[to].read(folder, written[each])) for each in splits}
     counts = {each: (before[each], after[each]) for each in splits}
-    _print({"before": f"{name}, {printable(source)}", "after": f"{to}, {printable(target)}"}, counts, lost)
+    _print({"before": f"{name}, {printable(source)}", "after": f"{to}, {printable(target)}"}, counts, notes)
     return counts
 
 
@@ -88,12 +91,12 @@ def _count(split: AnnotatedImages) -> Counter[str]:
     return Counter(dict(zip(COUNTS, found, strict=True)))
 
 
-def _print(titles: Mapping[str, str], counts: Counts, lost: Sequence[str]) -> None:
+def _print(titles: Mapping[str, str], counts: Counts, notes: Sequence[str]) -> None:
     table = Table("split", "", *COUNTS)
     for name, pair in counts.items():
         for title, count in zip(titles, pair, strict=True):
             table.add_row(Text(printable(name)), title, *(str(count[key]) for key in COUNTS))
     console = Console()
     console.print(table)
-    for line in (*(f"{key}: {title}" for key, title in titles.items()), *(f"note: {line}" for line in lost)):
+    for line in (*(f"{key}: {title}" for key, title in titles.items()), *(f"note: {line}" for line in notes)):
         console.print(Text(line), soft_wrap=True)

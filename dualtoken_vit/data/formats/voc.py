@@ -29,8 +29,6 @@ def _detect(root: Path) -> dict[str, list[Path]]:
     """The XML files of each split: in ROOT/ImageSets/Main/SPLIT.txt, in ROOT[/Annotations]/SPLIT, or all."""
     lists = {split_of(path.stem): path for path in sorted((root / LISTS).glob("*.txt"))}
     found = {split: _listed(root, path) for split, path in lists.items() if split}
-    if {"train", "val"} <= found.keys():
-        found.pop("trainval", None)
     for parent in (root, root / "Annotations", root / "annotations"):
         if not found and parent.is_dir():
             folders = {split: _xml_files(path) for split, path in split_folders(parent).items()}

@@ -111,7 +111,7 @@ def _predict_video(
     record = out and out.parent / f"{out.stem}.jsonl"
     if out and record and out.is_file() != record.is_file():  # both are those of an earlier run
         there = out if out.is_file() else record
-        raise InputError(f"--out {out}: {there} is there and would be replaced; name another file")
+        raise InputError(f"--out {out}: {there} exists and is not from an earlier run; name another file")
     video = Video(videos[0])
     predictor = dualtoken_vit.load_predictor(checkpoint, **options)
     report = predictor.report(predictor)

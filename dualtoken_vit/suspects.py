@@ -93,6 +93,6 @@ def report(suspects: Sequence[Suspect], out: Path) -> None:
     for one in suspects[: COLUMNS * ROWS]:
         sheet.add(load_image(one.source, 3, one.image), f"{one.label}: {one.predicted}?", one.predicted_probability)
     sheet.close()
-    print(table_text(("<image", "<label", "probability", "<rather", "probability"), [rows[:10]]))
+    print(table_text(("<image", "<label", "probability", "<more likely", "probability"), [rows[:10]]))
     doubtful = sum(one.margin < 0 for one in suspects)
-    print(f"{doubtful} of {len(suspects)} images are rather of another class than their label; all are in {path}")
+    print(f"{doubtful} of {len(suspects)} labels are doubtful: another class is more likely; all images are in {path}")

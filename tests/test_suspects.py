@@ -82,7 +82,7 @@ def test_changed_labels_come_first(trained, tmp_path, capsys):  # noqa: F811
         assert float(row["predicted_probability"]) == pytest.approx(max(shares.values()), abs=1e-4)
     margins = [float(row["label_probability"]) - float(row["predicted_probability"]) for row in rows]
     assert margins == sorted(margins)
-    assert f"{sum(margin < 0 for margin in margins)} of 18 images are rather of another class" in printed
+    assert f"{sum(margin < 0 for margin in margins)} of 18 labels are doubtful: another class is more likely" in printed
     assert (tmp_path / "report" / "suspects" / "sheet.png").stat().st_size > 1000
 
 

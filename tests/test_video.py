@@ -134,7 +134,7 @@ def test_mistakes(constant, tmp_path):  # noqa: F811
     for name in ("other.mp4", "other.jsonl"):
         other = tmp_path / name
         other.write_text("of somebody")
-        with pytest.raises(InputError, match=rf"other\.mp4: .*{name} is there and would be replaced"):
+        with pytest.raises(InputError, match=rf"other\.mp4: .*{name} exists and is not from an earlier run"):
             predict(constant, (clip,), tmp_path / "other.mp4")
         assert other.read_text() == "of somebody"
         other.unlink()

@@ -56,10 +56,10 @@ class Video:
         self.stream.thread_type = "AUTO"
         self.rate: Fraction = self.stream.average_rate or Fraction(25)  # frames per second
         self.seconds = (self.container.duration or 0) / self.av.time_base
-        """Duration by what the file says; 0: unknown."""
+        """Duration according to the file; 0: unknown."""
         known = self.stream.frames or round(float(self.seconds * self.rate))
         self.frames: int | None = None if self.camera else known or None
-        """Their number by what the file says; None: unknown."""
+        """Number of frames according to the file; None: unknown."""
 
     def __iter__(self) -> Iterator[tuple[float, Image.Image]]:
         """Time in seconds, and image, of each frame."""

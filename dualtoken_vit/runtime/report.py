@@ -38,9 +38,9 @@ class Report(ABC, Generic[Result]):
         """All predictions, for JSON."""
         return {"predictions": self.predictions}
 
+    @abstractmethod
     def entry(self, result: Result) -> dict[str, Any]:
-        """An image's entry in `predictions`, besides its path."""
-        return {}
+        """The prediction for an image or a frame, for JSON."""
 
     @abstractmethod
     def rows(self, result: Result) -> Iterable[Sequence[str]]:
@@ -106,7 +106,7 @@ class ObjectsReport(Report[Objects]):
         self.coco: dict[str, list[dict[str, Any]]] = {"images": [], "categories": categories, "annotations": []}
 
     def add(self, path: Path, image: Image.Image, result: Objects) -> None:
-        super().add(path, image, result)
+        self.table.append((path, list(self.rows(result))))
         images, annotations = self.coco["images"], self.coco["annotations"]
         width, height = image.size
         images.append({"id": len(images) + 1, "file_name": str(path), "width": width, "height": height})
@@ -116,6 +116,13 @@ class ObjectsReport(Report[Objects]):
 
     def record(self) -> dict[str, Any]:
         return self.coco
+
+    def entry(self, result: Objects) -> dict[str, Any]:
+        found = to_results(0, result, self.category_ids)
+        for one, name in zip(found, result.names, strict=True):
+            del one["image_id"]
+            one["class"] = name
+        return {"objects": found}
 
     def rows(self, result: Objects) -> Iterator[tuple[str, str, str]]:
         scores: dict[str, list[float]] = {}

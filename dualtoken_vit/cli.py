@@ -359,11 +359,14 @@ def check_data(args: list[str]) -> bool:
     from dualtoken_vit.tasks.registry import get_task
 
     check_bounds(chosen.recipe)
+    if chosen.suspects or "--suspects" in args:  # before all images are read
+        from dualtoken_vit import suspects
+
+        if not suspects.open_runs(chosen.recipe, chosen.suspects):
+            raise InputError("--suspects: name the folders of one or more training runs")
     more = {"augmented": True} if chosen.augmented else {}
     sound = get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out, **more)
     if chosen.suspects:
-        from dualtoken_vit import suspects
-
         suspects.report(suspects.rank(chosen.recipe, chosen.suspects), chosen.out)
     return sound
 

@@ -314,13 +314,13 @@ def export(args: list[str]) -> None:
 
     if "--int8" in args and args[args.index("--int8") + 1 :][:1] not in (["dynamic"], ["static"]):
         args.insert(args.index("--int8") + 1, "dynamic")
-    stored = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False)).data
-    chosen, data = _with_data(Export(stored), stored, args, f"export {checkpoint}", export.__doc__)
+    recipe = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False))
+    chosen, data = _with_data(Export(recipe.data), recipe.data, args, f"export {checkpoint}", export.__doc__)
     options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
     file = run(checkpoint, **options)
     if chosen.evaluate and chosen.format == "onnx":
         for path in (checkpoint, file):
-            print(f"{path}: {measure(path, data=data).headline}")
+            print(f"{path}: {measure(path, data=data, recipe=recipe).headline}")  # the file has no paths
 
 
 def study(args: list[str]) -> None:
@@ -359,11 +359,14 @@ def check_data(args: list[str]) -> bool:
     from dualtoken_vit.tasks.registry import get_task
 
     check_bounds(chosen.recipe)
+    if chosen.suspects or "--suspects" in args:  # before all images are read
+        from dualtoken_vit import suspects
+
+        if not suspects.open_runs(chosen.recipe, chosen.suspects):
+            raise InputError("--suspects: name the folders of one or more training runs")
     more = {"augmented": True} if chosen.augmented else {}
     sound = get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out, **more)
     if chosen.suspects:
-        from dualtoken_vit import suspects
-
         suspects.report(suspects.rank(chosen.recipe, chosen.suspects), chosen.out)
     return sound
 

@@ -17,6 +17,7 @@ from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.predictors import default_options, load_predictor, read_header, stored_recipe
+from dualtoken_vit.recipes import Recipe
 from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.tasks.base import Evaluation
@@ -81,6 +82,7 @@ def evaluate(
     out: Path | None = None,
     runtime: str | None = None,
     calibrate: bool = False,
+    recipe: Recipe | None = None,
 ) -> Evaluation:
     """Run a best.safetensors or an exported file on its validation images, prepared as the file describes.
 
@@ -93,6 +95,7 @@ def evaluate(
         runtime: of an exported file: onnxruntime (default) or openvino
         calibrate: classification: fit the temperature of the probabilities on these images, and store it in the
             checkpoint (Guo et al., arXiv 1706.04599); the metrics are those after it
+        recipe: the recipe that names the data; by default the one in the file, without paths in an exported file
 
     Raises:
         InputError: for a file or data that cannot be used.
@@ -104,7 +107,7 @@ def evaluate(
     quiet()
     tune_cpu()
     header = read_header(checkpoint)
-    recipe, task, given = stored_recipe(checkpoint, header), get_task(header.task), data or {}
+    recipe, task, given = recipe or stored_recipe(checkpoint, header), get_task(header.task), data or {}
     if calibrate and (is_exported(checkpoint) or task.name != "classification"):
         raise InputError(f"--calibrate: {checkpoint} is not the best.safetensors of a classifier; leave it out")
     known = {field.name for field in fields(recipe.data)}

@@ -37,7 +37,25 @@ class Suspect:
         return self.label_probability - self.predicted_probability
 
 
-def rank(recipe: Recipe, runs: Sequence[Path]) -> list[Suspect]:
+def open_runs(recipe: Recipe, runs: Sequence[Path]) -> list[tuple[Path, Classification]]:
+    """The best.safetensors of each run, and the recipe it was trained with.
+
+    Raises:
+        InputError: where there is none, or the recipe or a run is of another task.
+    """
+    if not isinstance(recipe, Classification):
+        raise InputError(f"--suspects: not available for {recipe.task}; leave it out")
+    found = []
+    for run in runs:
+        path = run / BEST if run.is_dir() else run
+        trained = stored_recipe(path, read_header(path))
+        if not isinstance(trained, Classification):
+            raise InputError(f"--suspects {run}: a {trained.task} run; labels of whole images can be checked only")
+        found.append((path, trained))
+    return found
+
+
+def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
     """The images that each run held out or validated on, the most suspicious label first.
 
     Args:
@@ -48,14 +66,8 @@ def rank(recipe: Recipe, runs: Sequence[Path]) -> list[Suspect]:
         InputError: for a recipe or a run of another task, images that it does not know, or an image that two runs held
             out.
     """
-    if not isinstance(recipe, Classification):
-        raise InputError(f"--suspects: not available for {recipe.task}; labels of whole images can be checked only")
     found: dict[str, Suspect] = {}
-    for run in runs:
-        path = run / BEST if run.is_dir() else run
-        trained = stored_recipe(path, read_header(path))
-        if not isinstance(trained, Classification):
-            raise InputError(f"--suspects {run}: a {trained.task} run; labels of whole images can be checked only")
+    for path, trained in open_runs(recipe, runs):
         data = replace(recipe.data, holdout=trained.data.holdout, fold=trained.data.fold)
         predictor: Any = load_predictor(path, top_k=len(read_header(path).class_names))
         images = build_val_dataset(data, predictor.channels, predictor.class_names)
@@ -63,9 +75,9 @@ def rank(recipe: Recipe, runs: Sequence[Path]) -> list[Suspect]:
             raise InputError("--suspects: not available for data that is read as a stream")
         if twice := next((name for name in images.image_names if name in found), None):
             raise InputError(
-                f"--suspects {run}: another run held out {printable(twice)} too; give each another data.fold"
+                f"--suspects {path}: another run held out {printable(twice)} too; give each another data.fold"
             )
-        results = predictor.stream(images.sources, title=f"predicting by {printable(run)}")
+        results = predictor.stream(images.sources, title=f"predicting by {printable(path)}")
         for (name, source, target), one in zip(images.records(), results, strict=True):
             if one.result is None:
                 continue  # unreadable, which check-data reports

@@ -143,10 +143,10 @@ def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):
     with pytest.raises(InputError, match=r"instances_val\.json: .*'blob' is not among the 6 trained classes"):
         cli.run([*map(str, ("evaluate", best, *data, *common))])
     with pytest.raises(SystemExit, match="2"):
-        cli.run(["evaluate", str(best), "--data.root", str(tmp_path)])
-    assert "Unrecognized options: --data.root" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"--data\.root is not an option of detection, .*--data\.images DIR"):
-        evaluate(best, data={"root": str(tmp_path)}, device="cpu")
+        cli.run(["evaluate", str(best), "--data.crop-pct", "0.9"])
+    assert "Unrecognized options: --data.crop-pct" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--data\.crop-pct is not an option of detection, .*--data\.images DIR"):
+        evaluate(best, data={"crop_pct": 0.9}, device="cpu")
 
 
 def test_evaluation_of_files_by_a_network_of_drawn_images(trained, scenes, tmp_path, capsys):

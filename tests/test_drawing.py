@@ -192,6 +192,25 @@ def test_curves_mark_the_epoch_that_is_given(figures, tmp_path):
     assert [(mark.xy, mark.get_text()) for mark in marks] == [((k, 50.0), "50.0%") for k in (1, 2, 3)]
 
 
+def test_the_epochs_of_curves_are_whole_numbers(figures, tmp_path):
+    for epochs in (1, 2, 50):
+        history = [{"epoch": 1 + epoch, "loss": 1.0} for epoch in range(epochs)]
+        plots.save_curves(history, {"loss": {"loss": "training"}}, "top1", history[0], tmp_path / "curves.png")
+        ticks = figures[-1].axes[0].get_xticks()
+        assert 1 <= len(ticks) <= 13  # with one beyond each end
+        assert [tick % 1 for tick in ticks] == [0] * len(ticks)
+
+
+def test_a_sheet_of_labelled_images_has_rows_as_high_as_their_images():
+    sizes = [(64, 32), (64, 48), (64, 16), (32, 64)]
+    sheet = drawing.draw_labelled([Image.new("RGB", size, "red") for size in sizes])
+    red = (np.asarray(sheet) == (255, 0, 0)).all(2)
+    scale = 632 / 64  # the long side becomes 640 - 8 pixels
+    assert sheet.size == (3 * 640, round(48 * scale) + 8 + 632 + 8)
+    assert red.sum() == sum(round(width * scale) * round(height * scale) for width, height in sizes)
+    assert red[round(48 * scale) : round(48 * scale) + 8].sum() == 0  # the gap between the rows
+
+
 def test_the_confusion_matrix_shows_counts_or_shares_of_the_row(figures, tmp_path):
     matrix = np.array([[3, 1], [0, 2]])
     for percent in (False, True):

@@ -10,6 +10,8 @@ import onnx
 import pytest
 import timm
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dualtoken_vit import create_detector, create_segmenter, load_model, load_predictor
@@ -289,6 +291,21 @@ def test_the_commands_take_the_file(checkpoint, exported, photos, capsys):
     assert [one["classes"][0]["class"] for one in found] == [one.name for one in after]
     shares = [one["classes"][0]["probability"] for one in found]
     assert shares == pytest.approx([one.probability for one in after], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_export_evaluates_the_file_on_the_data_of_the_run(checkpoint, photos, tmp_path, capsys):
+    """Without --data.root: the checkpoint knows its data, the exported file has no paths."""
+    with safe_open(checkpoint, "pt") as file:
+        about = {key: value.replace(str(Path.cwd()), str(photos)) for key, value in file.metadata().items()}
+    path = tmp_path / "best.safetensors"
+    save_file(load_file(checkpoint), path, about)
+    assert run(["export", str(path), "--evaluate"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.partition(": ")[0] for line in lines] == [str(path), str(tmp_path / "model.onnx")]
+    assert run(["evaluate", str(path), "--data.root", str(photos)]) == 0
+    expected = capsys.readouterr().out.splitlines()[-1]
+    assert [expected.startswith(line.partition(": ")[2]) for line in lines] == [True, True]
 
 
 @pytest.mark.slow

@@ -622,6 +622,7 @@ def test_what_a_format_lacks_is_counted(tmp_path, capsys):
     before, after = convert(tmp_path / "scenes", tmp_path / "voc", "voc")["train"]
     assert after == before | {"masks": 0}
     val = json.loads((tmp_path / "scenes/annotations/instances_val.json").read_text())["annotations"]
+    assert f"note: {total - 2 + len(val)} masks left out: YOLO has none" in lines
     count = total - 1 + len(val)
     assert f"note: {count} masks left out: VOC's XML files have polygons only" in capsys.readouterr().out.splitlines()
     convert(tmp_path / "scenes", tmp_path / "coco", "coco")

@@ -99,3 +99,18 @@ def test_runs_must_fit(trained, photos):  # noqa: F811
     )
     with pytest.raises(InputError, match="'yellow' is not among the 3 trained classes"):
         rank(recipe(photos), [trained[1]])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("folder --suspects", "--suspects: name the folders of one or more training runs"),
+        ("folder --suspects none", "none: no such checkpoint"),
+        ("coco --suspects none", "--suspects: not available for detection; leave it out"),
+    ],
+)
+def test_runs_are_checked_before_the_images(args, message, tmp_path):
+    """The folder of images does not exist either, which reading them would report."""
+    with pytest.raises(InputError, match=message):
+        cli.run(f"check-data {args} --data.root {tmp_path / 'missing'} --out {tmp_path / 'out'}".split())
+    assert not list(tmp_path.iterdir())

@@ -10,8 +10,10 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask
 from pycocotools.mask import decode
 from test_predict import checkpoint, constant  # noqa: F401  fixtures
+from test_predictors import files  # noqa: F401
 
 from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.errors import InputError
@@ -55,6 +57,23 @@ def test_frames_are_predicted_as_images(checkpoint, tmp_path, capsys):  # noqa: 
         assert [each["class"] for each in line["classes"]] == list(one.names)
         shares = [each["probability"] for each in line["classes"]]
         assert shares == pytest.approx(one.probabilities.tolist(), abs=1e-5)
+
+
+def test_the_objects_in_each_frame_are_recorded(files, tmp_path, capsys):  # noqa: F811
+    detector, images, out = files["detection"][0], frames(2), tmp_path / "out.mkv"
+    assert predict(detector, (write(tmp_path / "clip.mkv", images),), out, json=True, score=0.0)
+    lines = out.with_suffix(".jsonl").read_text().splitlines()
+    assert capsys.readouterr().out.splitlines() == lines
+    for line, one in zip(lines, load_predictor(detector, score=0.0)(images), strict=True):
+        objects = json.loads(line)["objects"]
+        assert len(objects) == len(one) > 0
+        assert [each["class"] for each in objects] == list(one.names)
+        assert [each["category_id"] for each in objects] == (one.labels + 1).tolist()
+        assert [each["score"] for each in objects] == pytest.approx(one.scores.tolist(), abs=1e-5)
+        boxes = np.array([each["bbox"] for each in objects])
+        assert boxes[:, :2] + boxes[:, 2:] == pytest.approx(one.boxes[:, 2:], abs=1e-3)
+        areas = [mask.area(each["segmentation"]) for each in objects]
+        assert areas == one.masks.sum((1, 2)).tolist()
 
 
 def test_the_written_video_shows_the_drawings(constant, tmp_path, capsys):  # noqa: F811

@@ -38,9 +38,9 @@ class Report(ABC, Generic[Result]):
         """All predictions, for JSON."""
         return {"predictions": self.predictions}
 
+    @abstractmethod
     def entry(self, result: Result) -> dict[str, Any]:
-        """An image's entry in `predictions`, besides its path."""
-        return {}
+        """The prediction for an image or a frame, for JSON."""
 
     @abstractmethod
     def rows(self, result: Result) -> Iterable[Sequence[str]]:
@@ -118,11 +118,11 @@ class ObjectsReport(Report[Objects]):
         return self.coco
 
     def entry(self, result: Objects) -> dict[str, Any]:
-        """The objects of a video's frame: COCO results with the names of the classes."""
         found = to_results(0, result, self.category_ids)
-        pairs = zip(result.names, found, strict=True)
-        fields = ("category_id", "bbox", "score", "segmentation")
-        return {"objects": [{"class": name} | {key: one[key] for key in fields if key in one} for name, one in pairs]}
+        for one, name in zip(found, result.names, strict=True):
+            del one["image_id"]
+            one["class"] = name
+        return {"objects": found}
 
     def rows(self, result: Objects) -> Iterator[tuple[str, str, str]]:
         scores: dict[str, list[float]] = {}

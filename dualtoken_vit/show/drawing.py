@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from colorsys import hsv_to_rgb
+from itertools import accumulate
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,13 @@ def spread(items: Sequence[Any]) -> Sequence[Any]:
 def draw_labelled(drawings: Sequence[Image.Image]) -> Image.Image:
     """A contact sheet of images with their labels, large enough to check these."""
     cell, columns, gap = 640, 3, 8
-    page = Image.new("RGB", (columns * cell, ceil(len(drawings) / columns) * cell), "white")
-    for index, drawing in enumerate(drawings):
-        page.paste(fit(drawing, cell - gap), (index % columns * cell, index // columns * cell))
+    shown = [fit(drawing, cell - gap) for drawing in drawings]
+    rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
+    bottoms = list(accumulate(max(each.height for each in row) + gap for row in rows))
+    page = Image.new("RGB", (columns * cell, bottoms[-1]), "white")
+    for top, row in zip((0, *bottoms), rows, strict=False):
+        for column, drawing in enumerate(row):
+            page.paste(drawing, (column * cell, top))
     return page
 
 

@@ -71,7 +71,7 @@ def save_curves(
                 style = ".-" if len(epochs) < 30 else "-"
                 axes.plot(epochs, [scale * row[column] for row in history], style, label=label)
             axes.set(xlabel="epoch", title=title)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # also for one epoch
             axes.margins(x=0.1)  # room for the annotation of the last epoch
             axes.grid(alpha=0.3)
             axes.legend()

@@ -211,9 +211,12 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
     content = {**folders, "names": dict(enumerate(names))}  # without `path`: Ultralytics then takes the file's folder
     (target / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     crowds = sum(bool(one.get("iscrowd")) for split in splits.values() for one in split.coco["annotations"])
+    masks = sum(isinstance(one.get("segmentation"), dict) for one in objects)
     lost = {
         f"{crowds} crowd regions left out: YOLO has none": crowds,
-        f"{drawn} polygons left out: {len(objects) - drawn} objects have none": drawn and not polygons,
+        f"{drawn} polygons left out: {len(objects) - drawn} objects have none, so boxes are written": drawn
+        and not polygons,
+        f"{masks} masks left out: YOLO has none": masks,
         f"{clipped} boxes clipped to their image": clipped,
     }
     return [line for line, count in lost.items() if count]

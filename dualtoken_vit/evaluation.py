@@ -50,7 +50,7 @@ def _check_held_out(stored: Any, given: dict[str, Any]) -> None:
     """Reject to hold out other images than training did, unless `given` names other data."""
     if given.keys() & {"root", "images", "train_json"}:
         return
-    if given.get("holdout", 0.0) not in (0.0, stored.holdout):
+    if given.get("holdout") and given["holdout"] != stored.holdout:
         raise InputError(
             f"--data.holdout {given['holdout']}: the network was trained with {stored.holdout:g}, so another share has "
             "images that it was trained on; leave it out, or give other data"

@@ -103,7 +103,13 @@ def save_reliability(images: np.ndarray, bins: int, ece: float, path: Path) -> N
         places = (np.arange(bins) + 0.5) / bins
         axes.bar(places, accuracy, 1 / bins, edgecolor="white", label="accuracy")
         axes.plot((0, 1), (0, 1), "--", color="0.4", label="well calibrated")
-        axes.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1), title=f"expected calibration error {ece:.1%}")
+        axes.set(
+            xlabel="probability of the predicted class",
+            ylabel="share that is right",
+            xlim=(0, 1),
+            ylim=(0, 1),
+            title=f"expected calibration error {ece:.1%}",
+        )
         axes.legend(fontsize=8)
         beside.bar(places, counts, 1 / bins, edgecolor="white", color="0.6")
         beside.set(xlabel="probability of the predicted class", ylabel="images", xlim=(0, 1))

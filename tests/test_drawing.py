@@ -118,7 +118,7 @@ def test_every_drawing_takes_odd_names(name, fonts, tmp_path, capsys):
     shared = {"mode": "eager", "precision": "float32", "threads": 1, "batch_size": 1}
     result = SimpleNamespace(**shared, model=name or "x", input_size="8x8", latency_ms=1.0)
     sheet = Sheet(tmp_path)
-    sheet.add(image, name, 0.5)
+    sheet.add(image, name, name, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sheet.close()

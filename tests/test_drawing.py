@@ -280,9 +280,9 @@ def test_contact_sheets_go_on_after_a_page_that_failed(tmp_path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(drawing, "fit_text", lambda *_, **__: fail())
         for _ in range(COLUMNS * ROWS):
-            sheet.add(image, "a", None)
-    sheet.add(None, "b", None)
-    sheet.add(image, "c", None)
+            sheet.add(image, "f", "a", None)
+    sheet.add(None, "f", "b", None)
+    sheet.add(image, "f", "c", None)
     sheet.close()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in lines] == [

@@ -200,7 +200,7 @@ def sheet_name(page: int) -> str:
 
 
 class Sheet:
-    """Contact sheets sheet.png, sheet-2.png, ... in a folder: a grid of images, each with its file, a caption and a share."""
+    """Contact sheets sheet.png, sheet-2.png, ... in a folder: a grid of images, each with its file and a caption."""
 
     def __init__(self, folder: Path):
         self.folder = folder

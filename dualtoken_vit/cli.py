@@ -106,7 +106,7 @@ class Predict(Generic[O]):
 class Export(Generic[D]):
     data: D
     out: Path | None = None
-    """The file; by default beside the checkpoint."""
+    """The file; by default model.onnx beside the checkpoint, or NAME.onnx in this folder."""
     format: Literal["onnx", "litert", "coreml"] = "onnx"
     """onnx: for ONNX Runtime and OpenVINO. litert (.tflite), coreml (.mlpackage, not verified): one image of one size,
     classifiers and segmenters."""
@@ -167,7 +167,10 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
 def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
     usage = f"{command} CHECKPOINT {more}"
-    about = f"{about} CHECKPOINT is the best.safetensors of a run, or a file that export wrote.\n"
+    about = (
+        f"{about} CHECKPOINT is the best.safetensors of a run, a file that export wrote, or the name of a network "
+        "whose weights come with the package.\n"
+    )
     if _help(
         args, usage, about, f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
     ):
@@ -307,14 +310,13 @@ def predict(args: list[str]) -> bool:
 def export(args: list[str]) -> None:
     """Write a trained network as one file for ONNX Runtime or OpenVINO, verified against PyTorch."""
     checkpoint, args = _checkpoint(args, "export", export.__doc__, "[--out FILE] [--int8 [static]] [OPTIONS]")
-    from dualtoken_vit.checkpoint import read_checkpoint
     from dualtoken_vit.deploy.export import export as run
     from dualtoken_vit.evaluation import evaluate as measure
-    from dualtoken_vit.predictors import stored_recipe
+    from dualtoken_vit.predictors import read_header, stored_recipe
 
     if "--int8" in args and args[args.index("--int8") + 1 :][:1] not in (["dynamic"], ["static"]):
         args.insert(args.index("--int8") + 1, "dynamic")
-    recipe = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False))
+    recipe = stored_recipe(checkpoint, read_header(checkpoint))
     chosen, data = _with_data(Export(recipe.data), recipe.data, args, f"export {checkpoint}", export.__doc__)
     options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
     file = run(checkpoint, **options)

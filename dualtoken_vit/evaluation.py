@@ -108,7 +108,7 @@ def evaluate(
     tune_cpu()
     header = read_header(checkpoint)
     recipe, task, given = recipe or stored_recipe(checkpoint, header), get_task(header.task), data or {}
-    if calibrate and (is_exported(checkpoint) or task.name != "classification"):
+    if calibrate and (is_exported(checkpoint) or not Path(checkpoint).is_file() or task.name != "classification"):
         raise InputError(f"--calibrate: {checkpoint} is not the best.safetensors of a classifier; leave it out")
     known = {field.name for field in fields(recipe.data)}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}

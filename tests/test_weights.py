@@ -3,18 +3,23 @@
 import json
 import tempfile
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 
-from dualtoken_vit import cli, load_model
+from dualtoken_vit import cli, load_model, load_predictor
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.dualtoken import DualTokenViT
 from dualtoken_vit.models.two_stream import create, model_cfg
 from dualtoken_vit.recipes import RECIPES, Model
+from dualtoken_vit.runtime.session import ExportedModel
 from dualtoken_vit.tasks.networks import choose_weights, own_weights
 
 FILE = Path(tempfile.gettempdir()) / "dualtoken_vit_test_weights.safetensors"
@@ -56,6 +61,33 @@ def test_the_name_alone_loads_the_weights_and_their_cfg(donor):
     torch.testing.assert_close(features.forward_features(x), donor.forward_features(x), rtol=0, atol=0)
     grey = timm.create_model(NAME, pretrained=True, in_chans=1).eval()
     torch.testing.assert_close(grey(x[:, :1]), donor(x[:, :1].expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_predictors_take_the_name(donor, photos):
+    """As timm's own evaluation transform and softmax give for the same image."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(timm.create_model(NAME, True)))
+    image = photos / "val" / "red" / "0.jpg"
+    expected = donor(transform(Image.open(image))[None]).softmax(-1)[0]
+    for name in (NAME, f"{NAME}.own"):
+        found = load_predictor(name, "cpu")(image)
+        assert found.names == tuple(LABELS[label] for label in expected.argsort(descending=True))
+        assert found.probabilities == pytest.approx(expected.sort(descending=True).values.numpy(), abs=1e-6)
+    with pytest.raises(InputError, match=r"^resnet10t: no such checkpoint"):  # has weights, but to download
+        load_predictor("resnet10t")
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_export_takes_the_name(donor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["export", NAME]) == 0
+    network = ExportedModel(f"{NAME}.onnx")
+    assert network.description["class_names"] == LABELS
+    assert network.description["sha256"] == sha256(FILE.read_bytes()).hexdigest()
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    assert network(x.numpy())["logits"] == pytest.approx(donor((x - mean) / std).numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

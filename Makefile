@@ -1,6 +1,7 @@
 # make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
 # make test    the tests, but those that take more than ten seconds each;  make test-slow: these
 # make lint    ruff, mypy and the import contract;  make format: ruff, with automatic fixes
+# make web     the browser demo as static files in web/dist (web/README.md); make test-web: its tests in headless Chromium
 # Each creates .venv first where it is missing. Needs Python 3.11 or later; choose one with PYTHON=...
 # or bring your own environment with BIN=... (its bin folder).
 
@@ -11,14 +12,16 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c "$(FITS)" 2>/dev/null && echo $$p && break; done)
 DEMO := runs/demo
 JOBS ?= 2
+ORT := web/node_modules/.package-lock.json
 
 # A stamp file a set of extras: installed again only when pyproject.toml is newer.
 ifeq ($(BIN),$(VENV)/bin)
 TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
+EXPORT := $(VENV)/.export
 endif
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format web test-web clean
 
 demo: $(TRAIN)
 	rm -rf $(DEMO)
@@ -45,8 +48,19 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# CHECKPOINT=best.safetensors shows another network than the one that comes with the package, SEGMENTER=... also masks.
+web: $(EXPORT) $(ORT)
+	$(BIN)/python web/build_page.py $(if $(CHECKPOINT),--classifier $(CHECKPOINT)) $(if $(SEGMENTER),--segmenter $(SEGMENTER))
+
+test-web: $(DEV) $(ORT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest web
+
+$(ORT): web/package-lock.json
+	cd web && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist web/dist web/node_modules *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/.%: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; if you have one, name it: make PYTHON=/path/to/python3"; exit 1; }

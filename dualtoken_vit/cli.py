@@ -106,7 +106,7 @@ class Predict(Generic[O]):
 class Export(Generic[D]):
     data: D
     out: Path | None = None
-    """The file; by default beside the checkpoint."""
+    """The file; by default model.onnx beside the checkpoint, or NAME.onnx in this folder."""
     format: Literal["onnx", "litert", "coreml"] = "onnx"
     """onnx: for ONNX Runtime and OpenVINO. litert (.tflite), coreml (.mlpackage, not verified): one image of one size,
     classifiers and segmenters."""

@@ -1,4 +1,4 @@
-"""Trained networks from their files, checkpoints and exported files: as a predictor, or as a plain module.
+"""Trained networks, from checkpoints, exported files and weights of the package: as a predictor, or as a plain module.
 
 predictor = load_predictor("runs/photos/best.safetensors")
 result = predictor("image.jpg")             # or a PIL image, an array, a tensor, a folder, a list of these
@@ -72,7 +72,8 @@ def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> Ba
     It returns `results.Classes`, `results.Objects` or `results.LabelMap`, depending on the task.
 
     Args:
-        path: a best.safetensors, or a file that `dualtoken-vit export` wrote
+        path: a best.safetensors, a file that `dualtoken-vit export` wrote, or the name of a network whose weights come
+            with the package
         device: auto (an accelerator if there is one), cpu, cuda or mps; exported files run on the CPU
         options: how to predict; by default as in the validation of the training run. Classification: image_size,
             crop_pct, interpolation, top_k (5). Detection: image_size, max_size, score (0.5). Segmentation: image_size,

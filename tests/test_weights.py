@@ -17,6 +17,7 @@ from dualtoken_vit.checkpoint import own_weights, save_checkpoint
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.dualtoken import DualTokenViT
 from dualtoken_vit.models.two_stream import create, model_cfg
+from dualtoken_vit.predictors import read_header
 from dualtoken_vit.recipes import RECIPES, ClassificationInput, Model, to_dict
 from dualtoken_vit.tasks.classification import data_config, label_descriptions
 from dualtoken_vit.tasks.networks import choose_weights
@@ -82,8 +83,8 @@ def test_the_name_stands_for_the_file_in_every_command(donor, photos, tmp_path, 
     np.testing.assert_allclose(result.probabilities, expected, atol=1e-6)
     assert cli.run(["predict", NAME, str(image), "--out", "drawn"]) == 0
     assert cli.run(["export", NAME]) == 0  # into the current folder, not into the package
-    assert load_predictor("model.onnx")(image).names == result.names
-    assert not (FILE.parent / "model.onnx").exists()
+    assert load_predictor(f"{NAME}.onnx")(image).names == result.names
+    assert read_header(f"{NAME}.onnx").class_names == tuple(LABELS)
     with pytest.raises(InputError, match=f"give a copy of {FILE}"):
         cli.run(["evaluate", NAME, "--data.root", str(photos), "--calibrate"])
 

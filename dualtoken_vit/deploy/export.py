@@ -49,14 +49,14 @@ def export(
     any size.
 
     Args:
-        checkpoint: the best.safetensors of a run
+        checkpoint: the best.safetensors of a run, or a name as for `read_checkpoint`
         others: as on the command line, `cli.Export`
 
     Raises:
         InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.
     """
     suffix = ".onnx" if format == "onnx" else TARGETS[format].suffix
-    out = out or checkpoint.with_name(f"model{suffix}")
+    out = out or (checkpoint.with_name(f"model{suffix}") if checkpoint.exists() else Path(f"{checkpoint}{suffix}"))
     if out.suffix.lower() != suffix:
         raise InputError(f"--out {out}: name a file that ends with {suffix}")
     if out.is_dir():

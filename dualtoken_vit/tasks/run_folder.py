@@ -7,11 +7,11 @@ details that the task writes for the best epoch.
 import csv
 import json
 import math
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from filelock import FileLock, Timeout
@@ -22,6 +22,7 @@ from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.contract import some
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
+from dualtoken_vit.header import Entry, faults
 from dualtoken_vit.recipes import RECIPES, Recipe, flatten, free_on_resume, from_dict, to_dict
 from dualtoken_vit.show import plots
 from dualtoken_vit.tasks.loggers import Tracker
@@ -34,6 +35,13 @@ NAME = "recipe"  # key in recipe.json: the recipe's name
 Trainer = Any  # lightning.Trainer with `Loaders` as its datamodule
 Module = Any  # TaskModule
 
+STATE = {  # of a run, in last.ckpt
+    "images": Entry(tuple[int, int]),
+    "class_names": Entry(tuple[str, ...]),
+    "history": Entry(tuple[dict, ...]),
+    "loss_sum": Entry(float),
+    "batches": Entry(int),
+}
 LOOK_EVERY = 50  # steps between two checks of the loss on a GPU or over processes, each of which waits for them
 
 
@@ -76,10 +84,10 @@ def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
 
 def check_classes(last: Path, names: tuple[str, ...], out: Path) -> None:
     """Reject data of other classes than those of last.ckpt's run; the InputError names the added and missing ones."""
-    state = AtomicCheckpointIO().load_checkpoint(last, "cpu", weights_only=True)
-    if "images" not in state["run"]:
-        raise InputError(f"{last} is of an older version and cannot be resumed; start another run with --out")
-    before = tuple(state["run"]["class_names"])
+    run = AtomicCheckpointIO().load_checkpoint(last, "cpu", weights_only=True).get("run", {})
+    if fault := next(faults("its state", run, STATE), ""):
+        raise InputError(f"{last} is of an older version and cannot be resumed ({fault}); start another run with --out")
+    before = tuple(run["class_names"])
     if before == names:
         return
     added, missing = [n for n in names if n not in before], [n for n in before if n not in names]
@@ -113,7 +121,7 @@ def in_use(out: Path) -> Iterator[None]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves to a temporary file that takes the place of the old checkpoint once it is whole."""
+    """Saves to a temporary file that takes the place of the old checkpoint once it is whole; loads what was saved."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with atomic_write(path) as file:
@@ -121,8 +129,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
+            with ZipFile(path) as archive:  # PyTorch does not compare the checksums of its archive
+                if archive.testzip():
+                    raise ValueError("checksum")
             return super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file raises any
             raise InputError(f"{path} is damaged and cannot be resumed from; start another run with --out") from error
 
 
@@ -144,6 +155,7 @@ class RunFolder(Callback):
         self.batches = 0
         self.bad_step: Any = 0  # the first whose loss was not finite
         self.begun = begun  # whether the folder has the recipe
+        self.stepped = False  # whether a batch was trained on since the start
         self.tracked: dict[str, str | None] = {}  # the run's name in each tracker
 
     def on_save_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
@@ -160,6 +172,7 @@ class RunFolder(Callback):
         run = checkpoint["run"]
         self.history, self.loss_sum, self.batches = run["history"], run["loss_sum"], run["batches"]
         self.tracked = run.get("tracked", {})
+        best_epoch(self.history, task.score)  # fails now, if it cannot be compared with what is to come
         images = trainer.datamodule.images
         if run["images"] != images:
             raise InputError(
@@ -201,6 +214,7 @@ class RunFolder(Callback):
         self.loss_sum, self.batches = 0.0, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
+        self.stepped = True
         loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
         self.loss_sum = self.loss_sum + loss
         self.batches += 1

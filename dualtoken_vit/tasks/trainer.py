@@ -29,6 +29,7 @@ from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.loggers import check_logger
 from dualtoken_vit.tasks.networks import choose_weights, own_weights
 from dualtoken_vit.tasks.optim import build_optimizer, ema_update
+from dualtoken_vit.tasks.predictor import naming_memory
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 
@@ -161,7 +162,16 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
             )
         for line in (*setup.train.notes, *setup.val.notes, *([report] if report else [])):
             print(line)
-    trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
+    try:
+        with naming_memory("use a smaller --optim.batch-size, or smaller images (--data.*)"):
+            trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if last is None or folder.stepped:
+            raise
+        fault = f"it is damaged or of another version ({reason(error)})"
+        raise InputError(f"{last} cannot be resumed from: {fault}; start another run with --out") from error
     if not trainer.state.finished:  # Lightning ends quietly on Ctrl-C
         raise InputError(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume --out {out}")
     best = run_folder.best_epoch(folder.history, module.score)

@@ -201,6 +201,8 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
         raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     except (AttributeError, ValueError) as error:  # an array, a list, ... instead of a state dict
         raise InputError(f"{path} has no state dict") from error
+    if metadata:
+        check_header(metadata, path)
     if all(key.startswith("model.") for key in found):  # Lightning's
         found = {key.removeprefix("model."): value for key, value in found.items()}
 

@@ -7,6 +7,9 @@ details that the task writes for the best epoch.
 import csv
 import json
 import math
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -156,6 +159,7 @@ class RunFolder(Callback):
         self.bad_step: Any = 0  # the first whose loss was not finite
         self.begun = begun  # whether the folder has the recipe
         self.stepped = False  # whether a batch was trained on since the start
+        self.interrupted = False  # whether to stop after the step
         self.tracked: dict[str, str | None] = {}  # the run's name in each tracker
 
     def on_save_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
@@ -227,13 +231,37 @@ class RunFolder(Callback):
             if bad > 0:
                 self.stop(trainer, f"the training loss is NaN or Inf at step {int(bad)}")
 
-    def stop(self, trainer: Trainer, reason: str) -> None:
+    def kept(self) -> str:
+        """What of the run is on the disk, for messages."""
         last, best = self.out / LAST, self.out / BEST
         kept = [f"the last good state is {last}"] * last.exists() + [f"the best weights are {best}"] * best.exists()
+        return ", ".join(kept) or "nothing was saved"
+
+    def stop(self, trainer: Trainer, reason: str) -> None:
         raise InputError(
-            f"{reason} (epoch {trainer.current_epoch + 1}), so it stopped; {', '.join(kept) or 'nothing was saved'}; "
+            f"{reason} (epoch {trainer.current_epoch + 1}), so it stopped; {self.kept()}; "
             "try a lower --optim.lr, --optim.clip-grad 1 or --run.precision 32-true"
         )
+
+    @contextmanager
+    def stopping_between_steps(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, the first Ctrl-C of a process that trains alone waits for the end of the step, and for its save."""
+        if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            yield  # processes that stop after different steps would wait for each other
+            return
+
+        def note(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGINT, before)
+            self.interrupted = self.stepped and self.begun
+            if not self.interrupted:
+                raise KeyboardInterrupt
+            print("\nstopping after this step; Ctrl-C again: at once", file=sys.stderr)
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def on_validation_epoch_end(self, trainer: Trainer, task: Module) -> None:
         evaluation = task.evaluate()
@@ -287,12 +315,17 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
         stepped = (index + 1) % trainer.accumulate_grad_batches == 0
         # From a state saved after an epoch's last batch Lightning would resume without validating: not here, but below.
-        due = trainer.global_step % self.folder.recipe.run.save_every == 0
+        stopping = self.folder.interrupted or (trainer.received_sigterm and trainer.world_size == 1)
+        due = stopping or trainer.global_step % self.folder.recipe.run.save_every == 0
         if stepped and due and self.folder.begun and not trainer.is_last_batch:
             self._save(trainer, task)
+            if self.folder.interrupted:
+                raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: Trainer, task: Module) -> None:
         self._save(trainer, task)
+        if self.folder.interrupted:
+            raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer, task: Module) -> None:
         # The loss was finite before the step; the step may have made the weights NaN or Inf.

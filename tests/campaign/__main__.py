@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from campaign import PARTS
-from campaign.core import Verdict
+from campaign.core import Case, Verdict
 
 MARKERS = "<!-- counts -->", "<!-- end of counts -->"
 
@@ -45,7 +45,8 @@ def main() -> int:
         verdict = run_case(out, chosen.case[0], chosen.seed, int(chosen.case[1]), keep=True)
         print(*verdict, sep="\n")
         return bool(verdict.fault)
-    cases = [(part, number) for part in chosen.only for number in range(chosen.count or import_part(part).COUNT)]
+    numbers = {part: range(count_of(out, part, chosen.count)) for part in chosen.only}
+    cases = [(part, number) for part in chosen.only for number in numbers[part]]
     found = run_all(out, chosen.seed, cases, time.monotonic() + 60 * chosen.minutes)
     rows = summary(found)
     table = Table("part", "cases", "of which", "faults")
@@ -60,8 +61,16 @@ def main() -> int:
     return any(verdict.fault for verdict in found.values())
 
 
-def import_part(part: str):
-    return import_module(f"campaign.{part}")
+def cases_of(out: Path, part: str) -> list[Case]:
+    """The cases of a part, which are repeated with other choices until there are COUNT of them."""
+    module = import_module(f"campaign.{part}")
+    return module.cases(out / "world") if hasattr(module, "cases") else module.CASES
+
+
+def count_of(out: Path, part: str, given: int | None) -> int:
+    """The number of cases of a part: at most all of them where they are not repeated."""
+    count = getattr(import_module(f"campaign.{part}"), "COUNT", None)
+    return given or count if count else min(given or sys.maxsize, len(cases_of(out, part)))
 
 
 def prepare(out: Path) -> None:
@@ -81,9 +90,9 @@ def run_case(out: Path, part: str, seed: int, number: int, keep: bool = False) -
     folder = out / "cases" / f"{part}-{number}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    module = import_part(part)
+    cases = cases_of(out, part)
     try:
-        verdict = module.CASES[number % len(module.CASES)](Random(f"{seed} {part} {number}"), out / "world", folder)
+        verdict = cases[number % len(cases)](Random(f"{seed} {part} {number}"), out / "world", folder)
     except Exception as error:  # of the campaign itself
         verdict = Verdict(part, "?", "?", f"the case failed: {type(error).__name__}: {error}"[:300])
     if not keep and not verdict.fault:

@@ -45,6 +45,15 @@ def whole(world: Path, task: str, processes: int) -> tuple[Path, float]:
     return folder / "run", float((folder / "seconds").read_text())
 
 
+def same_run(found: Path, expected: Path, files: tuple[str, ...]) -> str:
+    """How a run differs from another one; "" if not in a bit."""
+    try:
+        assert_same_run(found, expected, ("state_dict", "optimizer_states"), files)
+    except AssertionError as error:
+        return f"differs from the uninterrupted run: {str(error)[:200]}"
+    return ""
+
+
 def training_run(task: str, processes: int = 1) -> Case:
     """A training that is killed, perhaps twice, and resumed to its end."""
 
@@ -68,11 +77,7 @@ def training_run(task: str, processes: int = 1) -> Case:
         ended = [finish(pid, folder) for pid in pids]
         fault = next((one.fault or f"status {one.status}: {one.message}" for one in ended if one.status), "")
         if not fault:
-            try:
-                kinds = ("state_dict", "optimizer_states")
-                assert_same_run(out, expected, kinds, FILES.get(task, ("metrics.csv", "recipe.json")))
-            except AssertionError as error:
-                fault = f"differs from the uninterrupted run: {str(error)[:200]}"
+            fault = same_run(out, expected, FILES.get(task, ("metrics.csv", "recipe.json")))
         began = "resumed from a save" if "saved last.ckpt" in "".join(stages) else "begun again"
         return Verdict(f"{task}, {processes} process{'es' * (processes > 1)}", "; ".join(stages), began, fault)
 

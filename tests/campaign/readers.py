@@ -51,7 +51,7 @@ def _coco(root: Path):
 def _yolo(root: Path):
     content = yaml.safe_load((root / "data.yaml").read_text())
     names = content["names"] if isinstance(content["names"], dict) else dict(enumerate(content["names"]))
-    for split in ("train", "val"):
+    for split in {"train", "val"} & content.keys():
         for path in sorted((root / "images" / split).iterdir()):
             width, height = Image.open(path).size
             labels = root / "labels" / split / f"{path.stem}.txt"

@@ -7,6 +7,7 @@ writes the counts between two markers in a Markdown file.
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
@@ -79,6 +80,8 @@ def prepare(out: Path) -> None:
     import dualtoken_vit.evaluation
     import dualtoken_vit.predict
     import dualtoken_vit.tasks.trainer  # noqa: F401
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # notes on runs that were resumed
     from campaign import world
 
     out.mkdir(parents=True, exist_ok=True)

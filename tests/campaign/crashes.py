@@ -78,7 +78,7 @@ def training_run(task: str, processes: int = 1) -> Case:
         fault = next((one.fault or f"status {one.status}: {one.message}" for one in ended if one.status), "")
         if not fault:
             fault = same_run(out, expected, FILES.get(task, ("metrics.csv", "recipe.json")))
-        began = "resumed from a save" if "saved last.ckpt" in "".join(stages) else "begun again"
+        began = "resumed from a save" if " last.ckpt" in "".join(stages) else "begun again"
         return Verdict(f"{task}, {processes} process{'es' * (processes > 1)}", "; ".join(stages), began, fault)
 
     return case

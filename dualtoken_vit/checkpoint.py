@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import atomic_write
+from dualtoken_vit.header import check_header
 from dualtoken_vit.models.backbone import layer_names, pretrained_cfg
 
 FORMAT = "dualtoken-vit checkpoint 1"
@@ -140,6 +141,7 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
         )
     if missing := [key for key in _FIELDS[:-1] if key not in metadata]:  # older files lack category_ids
         raise InputError(f"{path} was written by another version of dualtoken-vit: it lacks {', '.join(missing)}")
+    check_header(metadata, path)
     return Checkpoint(**metadata, state_dict=state_dict)
 
 
@@ -164,7 +166,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
         return {}
     fields = {key: json.loads(metadata[key]) for key in _FIELDS if key in metadata}
-    return fields | {key: tuple(fields[key]) for key in ("class_names", "category_ids") if key in fields}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,8 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
         raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     except (AttributeError, ValueError) as error:  # an array, a list, ... instead of a state dict
         raise InputError(f"{path} has no state dict") from error
+    if metadata:
+        check_header(metadata, path)
     if all(key.startswith("model.") for key in found):  # Lightning's
         found = {key.removeprefix("model."): value for key, value in found.items()}
 

@@ -454,7 +454,11 @@ def main() -> None:
         _end(f"error: {printable(message.strip())}")
     except ModuleNotFoundError as error:
         _end(f"error: {error}; {INSTALL}")
+    except MemoryError:
+        _end("error: out of memory; give smaller images, batches or networks")
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _end(f"error: {printable(str(error.filename))[:100]}...: {error.strerror}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         where = f" {error.filename}" if error.filename else ""
@@ -463,8 +467,9 @@ def main() -> None:
         # Lightning turns the former into the latter.
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        hints = {"train": "; --resume continues from the last save", "study": "; repeat the command to resume"}
-        _end(f"interrupted{hints.get(sys.argv[1], '')}", 130)
+        hints = {"train": "--resume continues from the last save", "study": "repeat the command to resume"}
+        hint = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        _end("; ".join(filter(None, ("interrupted", hint or hints.get(sys.argv[1])))), 130)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.tasks.base import Evaluation
 from dualtoken_vit.tasks.calibration import HOTTEST, fit_temperature
+from dualtoken_vit.tasks.failures import explained
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 from dualtoken_vit.tasks.run_folder import RUN
@@ -160,7 +161,8 @@ def evaluate(
         workers=recipe.data.workers,
         collate_fn=module.collate,
     )
-    trainer.validate(module, batches, verbose=False)
+    with explained("give a smaller --batch-size, or smaller images (--data.*)"):
+        trainer.validate(module, batches, verbose=False)
     evaluation = module.evaluate()
     if not all(map(math.isfinite, evaluation.scores.values())):
         raise InputError("the network produced NaN or Inf; use another checkpoint or --precision 32-true")

@@ -10,13 +10,14 @@ from contextlib import ExitStack, suppress
 from itertools import islice
 from json import dumps
 from math import ceil
+from os.path import realpath  # Path.resolve fails on a link to itself
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 import dualtoken_vit
-from dualtoken_vit.data.folders import scan, skipped_note
+from dualtoken_vit.data.folders import contains, scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, guard, printable, write_json
 from dualtoken_vit.runtime.report import Report
@@ -106,7 +107,7 @@ def _predict_video(
     """Predict for each frame of a video; with `out`, draw the frames as a video, and write a line of JSON for each."""
     if len(videos) > 1:
         raise InputError(f"{videos[0]} and {videos[1]}: give one video or camera, and no images beside it")
-    if out is not None and out.resolve() == videos[0].resolve():
+    if out is not None and realpath(out) == realpath(videos[0]):
         raise InputError(f"--out {out}: is the video that is read; name another file")
     record = out and out.parent / f"{out.stem}.jsonl"
     if out and record and out.is_file() != record.is_file():  # both are those of an earlier run
@@ -222,7 +223,7 @@ def find_images(
             skipped |= {os.path.abspath(path): str(path) for path in others}
             if not inside:
                 raise InputError(f"{given}: no images in this folder")
-            base = given.resolve().name
+            base = Path(realpath(given)).name
             for path in inside:
                 found.setdefault(os.path.abspath(path), (path, base / path.relative_to(given)))
         elif given.exists():
@@ -250,7 +251,7 @@ def find_images(
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    return folder.resolve() in path.resolve().parents
+    return contains(realpath(folder), realpath(path))
 
 
 def _check_out(out: Path | None, images: tuple[Path, ...], record: str) -> None:
@@ -259,7 +260,7 @@ def _check_out(out: Path | None, images: tuple[Path, ...], record: str) -> None:
         return
     if not out.is_dir():
         raise InputError(f"--out {out}: a file; name a folder")
-    if any(given.resolve() == out.resolve() for given in images):
+    if any(realpath(given) == realpath(out) for given in images):
         raise InputError(f"--out {out}: the images are read from there; name another folder")
     if any(out.iterdir()) and not (out / record).exists():
         raise InputError(

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it says, how it ends, and one whole way from images to predictions."""
 
+import errno
 import json
 import os
 import subprocess
@@ -190,6 +191,24 @@ def test_an_interrupt_ends_with_one_line(call, monkeypatch):
 
     monkeypatch.setitem(cli.COMMANDS, "tables", through_lightning)
     assert call("tables") == (130, "", "dualtoken-vit: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "error: out of memory; give smaller images, batches or networks"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 5000), f"error: {'a' * 100}...: File name too long"),
+        (OSError(errno.EROFS, "Read-only file system", "b"), "error: cannot write b: Read-only file system; what was"),
+    ],
+)
+def test_errors_of_the_system_end_with_one_line(call, monkeypatch, error, line):
+    def broken(args):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "tables", broken)
+    status, out, err = call("tables")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"dualtoken-vit: {line}")
 
 
 def test_problems_in_the_data_set_the_status(call, photos):

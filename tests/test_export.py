@@ -34,7 +34,14 @@ from dualtoken_vit.runtime.session import KEY, ExportedModel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 SHALLOW = {"depths": (1, 1, 1)}
-ABOUT = {"versions": {"dualtoken-vit": "0"}, "format": "dualtoken-vit export 1"}
+ABOUT = {
+    "versions": {"dualtoken-vit": "0"},
+    "format": "dualtoken-vit export 1",
+    "task": "classification",
+    "class_names": ["a"],
+    "preprocessing": {"input_size": [3, 32, 32], "mean": MEAN, "std": STD},
+    "export": {"size": None, "raw": False},
+}
 
 
 def onnx_file(folder: Path, plan: Plan) -> ExportedModel:

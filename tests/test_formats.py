@@ -453,6 +453,16 @@ YOLO, VOC = "yolo-ultralytics", "voc-devkit"
             {"train/_annotations.coco.json": json.dumps(roboflow_coco()).replace("a.png", "../../a.png")},
             "the file name '../../a.png' leads out of",
         ),
+        (
+            "coco-roboflow",
+            {"train/_annotations.coco.json": json.dumps(roboflow_coco()).replace("a.png", "a" * 5000)},
+            "aaaaaaaa: no such file",
+        ),
+        (
+            "csv-roboflow",
+            {"train/_annotations.csv": CSV + ROWS.replace("a.png", "a" * 5000)},
+            "_annotations.csv, line 2: image 'aaaa",
+        ),
         (YOLO, {"_annotations.csv": CSV}, "has labels in several formats: yolo, csv; choose one with --data.format"),
         (
             YOLO,

@@ -1,5 +1,6 @@
 """Images of every kind are decoded correctly: pixel values against the definitions of the formats."""
 
+import os
 from dataclasses import replace
 from io import BytesIO
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dualtoken_vit.data.images import load_image
+from dualtoken_vit.data.check.report import read_facts
+from dualtoken_vit.data.images import image_size, load_image
 from dualtoken_vit.data.sampling import seeded
+from dualtoken_vit.data.segmentation import read_mask
 from dualtoken_vit.data.transforms import classification_eval, classification_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ClassificationAugment, ClassificationData
@@ -204,6 +207,32 @@ def test_no_such_file_and_a_folder(tmp_path):
         load_image(tmp_path / "none.png")
     with pytest.raises(InputError, match=str(tmp_path)):
         load_image(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(path := tmp_path / "a.png")
+    for read in (load_image, image_size, read_mask, lambda path: load_image(str(path))):
+        with pytest.raises(InputError, match=r"a\.png: cannot be read as an image \(not a regular file\)"):
+            read(path)
+
+
+def test_formats_that_are_not_decoded_under_another_name(tmp_path):
+    """PostScript in a file named .png would be run by Ghostscript."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    path = (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    for read in (load_image, image_size):
+        with pytest.raises(InputError, match=r"a\.png: cannot be read as an image"):
+            read(path)
+
+
+def test_a_report_on_pixels_that_cannot_be_decoded(pixels, tmp_path):
+    """Pillow looks for EXIF behind the pixels of a PNG, and so fails there first."""
+    Image.fromarray(pixels).save(path := tmp_path / "a.png")
+    content = path.read_bytes()
+    place = content.index(b"IDAT") + 6
+    path.write_bytes(content[:place] + bytes(8) + content[place + 8 :])
+    facts = read_facts("a.png", path)
+    assert facts.problem.startswith("a.png: cannot be read as an image")
 
 
 def test_too_many_pixels(monkeypatch, tmp_path):

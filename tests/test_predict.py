@@ -235,6 +235,15 @@ def test_an_output_folder_among_the_images_is_not_searched(constant, tmp_path, c
         assert [Path(one["image"]).name for one in result(capsys)["predictions"]] == ["x.png"]
 
 
+def test_a_link_to_itself_is_unreadable(constant, tmp_path, capsys):
+    solid(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "loop.png").symlink_to("loop.png")
+    assert predict(constant, (tmp_path / "in",), tmp_path / "out", json=True) is False
+    record = result(capsys)
+    assert [Path(one["image"]).name for one in record["predictions"]] == ["a.png"]
+    assert [Path(one["image"]).name for one in record["unreadable"]] == ["loop.png"]
+
+
 def test_an_unreadable_image_is_named_and_the_rest_goes_on(constant, tmp_path, capsys):
     solid(tmp_path / "good.png")
     whole = solid(tmp_path / "cut.png", size=(300, 300)).read_bytes()

@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar, Literal, Union, get_args, get_origin, ge
 import pytest
 from annotated_types import Interval
 
-from dualtoken_vit.bounds import check_bounds, fits
+from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.hints import fits
 from dualtoken_vit.recipes import (
     ABOUT,
     KINDS,

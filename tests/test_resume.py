@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dualtoken_vit import cli
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.tasks.base import TaskModule
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -188,6 +189,32 @@ def test_killed_from_outside(uninterrupted, tmp_path):
     assert_same_run(out, whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("batch", "step"), [(3, 4), (8, 9)])  # in an epoch, and at its last batch
+def test_stopped_by_a_signal(uninterrupted, tmp_path, monkeypatch, number, batch, step):
+    """The step is finished and saved, as is an epoch that ends with it, unless SIGTERM ends its validation."""
+    photos, whole = uninterrupted
+    out = tmp_path / "run"
+    begin = TaskModule.on_train_batch_start
+
+    def stop(self, images, index):
+        begin(self, images, index)
+        if index == batch and self.current_epoch == 0:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskModule, "on_train_batch_start", stop)
+        kept = r"the last good state is .*last\.ckpt.*; continue with --resume --out .*run"
+        ended_in_validation = number == signal.SIGTERM and step == STEPS
+        with pytest.raises(KeyboardInterrupt, match="nothing was saved" if ended_in_validation else kept):
+            cli.run(arguments(photos, out, "--run.save-every", "1000"))
+    if not ended_in_validation:
+        assert torch.load(out / "last.ckpt")["global_step"] == step
+    time.sleep(1.1)  # TensorBoard orders files of events by the second
+    assert cli.run(arguments(photos, out, "--resume")) == 0
+    assert_same_run(out, whole, files=("metrics.csv", "confusion.csv"))
+
+
 def test_workers_change_nothing(uninterrupted, tmp_path):
     photos, whole = uninterrupted
     out = tmp_path / "run"
@@ -238,6 +265,11 @@ def test_nothing_to_resume_from(photos, tmp_path, capsys):
 def test_damaged_files(uninterrupted, tmp_path):
     photos, whole = uninterrupted
     out = shutil.copytree(whole, tmp_path / "run")
+    content = bytearray((out / "last.ckpt").read_bytes())
+    content[content.index(b"data/0") + 1000] ^= 1  # a bit of a weight
+    (out / "last.ckpt").write_bytes(content)
+    with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+        cli.run(arguments(photos, out, "--resume"))
     (out / "last.ckpt").write_bytes((out / "last.ckpt").read_bytes()[:1000])
     with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
         cli.run(arguments(photos, out, "--resume"))

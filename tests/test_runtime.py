@@ -215,6 +215,7 @@ def test_a_detector_of_fixed_size_returns_pixels_of_the_image(tmp_path):
 
 def test_a_detector_of_any_size_resizes_as_in_pytorch(tmp_path):
     about = description("detection", raw=True, score_threshold=0.05, multiple=32, nms_threshold=0.5)
+    about["export"] |= {"anchors": 1, "strides": [8], "candidates": 9, "detections": 9}
     nodes, outputs, constants = detections([[0] * 4] * 4, [0] * 4, [0] * 4)
     path = save(tmp_path / "detector.onnx", nodes, outputs, about, constants)
     predictor = load_predictor(path, image_size=200, max_size=300)
@@ -269,7 +270,7 @@ def test_other_files_are_rejected_in_one_line(classifier, spoil, message):
 def test_options_are_checked(classifier, segmenter, monkeypatch):
     for path, options, message in (
         (classifier, {"top_k": 0}, "--top-k 0: must be at least 1"),
-        (classifier, {"image_size": 8}, "--image-size 8: must be at least 32"),
+        (classifier, {"image_size": 8}, "--image-size 8: must be from 32 to 16384"),
         (classifier, {"score": 1}, "score: not an option"),
         (classifier, {"runtime": "tensorrt"}, "--runtime tensorrt: choose one of onnxruntime, openvino"),
         (classifier, {"device": "cuda"}, "--device cuda: exported files run on the CPU"),

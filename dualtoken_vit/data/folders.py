@@ -14,8 +14,11 @@ from dualtoken_vit.files import printable
 Image.init()  # registers all of Pillow's formats
 # Pillow identifies these formats but cannot decode them; EPS needs Ghostscript, which runs programs in the file.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-_READABLE = Image.OPEN.keys() - _NOT_DECODED | {"MPO"}  # MPO is opened as JPEG
-EXTENSIONS = tuple(sorted(ext for ext, kind in Image.registered_extensions().items() if kind in _READABLE))
+DECODED = tuple(sorted(Image.OPEN.keys() - _NOT_DECODED))
+"""Pillow's names of the formats that are read."""
+EXTENSIONS = tuple(
+    sorted(ext for ext, kind in Image.registered_extensions().items() if kind in (*DECODED, "MPO"))  # opened as JPEG
+)
 
 
 def is_image(path: str | Path) -> bool:

@@ -1,17 +1,38 @@
 """Reading images: any file that Pillow decodes becomes an 8-bit RGB or greyscale image."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from dualtoken_vit.data.folders import DECODED
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode for each number of input channels
+
+
+def open_image(source: str | Path | BinaryIO) -> ImageFile.ImageFile:
+    """An image whose pixels are not yet decoded, of a format that `folders` accepts, whatever its name.
+
+    Raises:
+        OSError: for other files, and for what is no regular file: a named pipe would wait for a writer forever.
+    """
+    if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
+        raise OSError("not a regular file")
+    return Image.open(source, formats=DECODED)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 without one, or in a damaged EXIF block, which raises any error."""
+    found = 1
+    with suppress(Exception):
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
 
 
 def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, name: str | None = None) -> Image.Image:
@@ -32,7 +53,7 @@ def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, n
     if name is None:
         path = isinstance(source, str | Path)
         name = str(source if path else getattr(source, "filename", None) or getattr(source, "name", None) or source)
-    with naming(name), nullcontext(source.copy()) if isinstance(source, Image.Image) else Image.open(source) as image:
+    with naming(name), nullcontext(source.copy()) if isinstance(source, Image.Image) else open_image(source) as image:
         image.load()
         with suppress(Exception):  # a damaged EXIF block raises any error, often only after the pixels were rotated
             ImageOps.exif_transpose(image, in_place=True)
@@ -41,11 +62,9 @@ def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, n
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of an image file after its EXIF rotation, without decoding it; an InputError for other files."""
-    with naming(path), Image.open(path) as image:
+    with naming(path), open_image(path) as image:
         width, height = image.size
-        turned = False
-        with suppress(Exception):  # as in `load_image`
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = orientation(image) >= 5
     return (height, width) if turned else (width, height)
 
 

@@ -20,7 +20,7 @@ from dualtoken_vit.data import formats
 from dualtoken_vit.data.coco import AnnotatedImages, Packed, decode_masks, object_area
 from dualtoken_vit.data.contract import Formats, ImageData, check_trained, held_out, some, split_name
 from dualtoken_vit.data.folders import read_lines, scan, skipped_note
-from dualtoken_vit.data.images import load_image, naming
+from dualtoken_vit.data.images import load_image, naming, open_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import in_threads, verify_each
 from dualtoken_vit.errors import InputError
@@ -44,7 +44,7 @@ STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow scales 2-bit and 4-bit greyscale to
 def read_mask(path: str | Path) -> np.ndarray:
     """The labels (H, W), uint8 or int32, of a single-channel mask file as stored; an InputError for other files."""
     name = printable(path)
-    with naming(path), Image.open(path) as mask:
+    with naming(path), open_image(path) as mask:
         if mask.format == "JPEG":
             raise InputError(f"{name}: a JPEG mask, whose compression changes labels; save masks as PNG")
         tiles: Any = mask.tile
@@ -66,7 +66,7 @@ def read_coloured(path: str | Path, colours: np.ndarray, first: int, other: int)
 
     All other colours become the label `other`. A greyscale mask has labels already.
     """
-    with naming(path), Image.open(path) as mask:
+    with naming(path), open_image(path) as mask:
         if mask.mode not in ("P", "RGB", "RGBA") or mask.format == "JPEG":
             return read_mask(path)
         pixels = np.asarray(mask.convert("RGB"))

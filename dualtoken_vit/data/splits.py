@@ -51,4 +51,4 @@ def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:
     paths = [path for path in paths if inside(root, path)]
     if not paths:
         raise InputError(f"the file name {name!r:.200} leads out of {printable(root)}")
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)  # Path.is_file fails on a name that is too long

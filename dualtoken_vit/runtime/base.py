@@ -2,11 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,7 @@ from dualtoken_vit.data.folders import image_files
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
+from dualtoken_vit.hints import fits, type_name
 from dualtoken_vit.runtime.report import Report
 
 Result = TypeVar("Result")
@@ -68,13 +69,14 @@ class BasePredictor(ABC, Generic[Result]):
     @classmethod
     def make_options(cls, **given: Any) -> Any:
         """The options; an InputError for one that does not exist, or an out-of-range value."""
-        known = [field.name for field in fields(cls.Options)]
-        for name in given:
-            if name not in known:
-                raise InputError(f"{name}: not an option of this predictor; there are {', '.join(known)}")
-        return cls.Options(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        )
+        hints = get_type_hints(cls.Options)
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        for name, value in options.items():
+            if name not in hints:
+                raise InputError(f"{name}: not an option of this predictor; there are {', '.join(hints)}")
+            if not fits(value, hints[name]):
+                raise InputError(f"--{name.replace('_', '-')} {value!s:.60}: must be {type_name(hints[name])}")
+        return cls.Options(**options)
 
     @abstractmethod
     def preprocess(self, image: Image.Image) -> Any:

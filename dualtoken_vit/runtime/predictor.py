@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.header import MOST_SIDE
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.base import BasePredictor, Result
 from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, LabelsReport, ObjectsReport
@@ -23,6 +24,7 @@ from dualtoken_vit.runtime.session import Arrays, ExportedModel
 __all__ = ["ExportedPredictor", "load_predictor", "predictor_class"]
 
 LEAST_SIDE = 32  # of images, in pixels
+SIDES = f"from {LEAST_SIDE} to {MOST_SIDE}"
 LOGITS = 2**26  # maximum number at image resolution held at once, see models.segmenters
 
 
@@ -132,7 +134,7 @@ class ExportedPredictor(BasePredictor[Result]):
     def stored_options(cls, description: dict[str, Any]) -> dict[str, Any]:
         """The options that the network was validated with."""
         known = cls.Options.__dataclass_fields__  # type: ignore[attr-defined]
-        given = description["recipe"]["data"] | description["preprocessing"]
+        given = description["recipe"].get("data", {}) | description["preprocessing"]
         return {name: given[name] for name in known if name in given}
 
     def preprocess(self, image: Image.Image) -> np.ndarray:  # -> (C, H, W) uint8
@@ -151,8 +153,8 @@ class ImageOptions:
     """Interpolation of resizing."""
 
     def __post_init__(self) -> None:
-        require(self.image_size >= LEAST_SIDE, "image_size", self.image_size, f"at least {LEAST_SIDE}")
-        require(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0 and at most 1")
+        require(LEAST_SIDE <= self.image_size <= MOST_SIDE, "image_size", self.image_size, SIDES)
+        require(0.01 <= self.crop_pct <= 1, "crop_pct", self.crop_pct, "from 0.01 to 1")
         require(self.interpolation in ("bicubic", "bilinear"), "interpolation", self.interpolation, "bicubic, bilinear")
 
 
@@ -264,11 +266,12 @@ class SegmenterOptions:
     """Average with the prediction for the flipped image."""
 
     def __post_init__(self) -> None:
-        require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "at least 1")
+        require(1 <= (self.image_size or 1) <= MOST_SIDE, "image_size", self.image_size, f"from 1 to {MOST_SIDE}")
         require(self.mode in ("whole", "slide"), "mode", self.mode, "whole or slide")
-        require(self.window >= LEAST_SIDE, "window", self.window, f"at least {LEAST_SIDE}")
+        require(LEAST_SIDE <= self.window <= MOST_SIDE, "window", self.window, SIDES)
         require(1 <= self.window_stride <= self.window, "window_stride", self.window_stride, "at most the window")
-        require(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "one or more, above 0")
+        fitting = bool(self.scales) and all(0.1 <= scale <= 10 for scale in self.scales)
+        require(fitting, "scales", self.scales, "one or more, from 0.1 to 10")
 
 
 class Segmenter(ExportedPredictor[LabelMap]):
@@ -407,8 +410,8 @@ class AnySizeDetectorOptions(DetectorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.image_size >= LEAST_SIDE, "image_size", self.image_size, f"at least {LEAST_SIDE}")
-        require(self.max_size >= LEAST_SIDE, "max_size", self.max_size, f"at least {LEAST_SIDE}")
+        require(LEAST_SIDE <= self.image_size <= MOST_SIDE, "image_size", self.image_size, SIDES)
+        require(LEAST_SIDE <= self.max_size <= MOST_SIDE, "max_size", self.max_size, SIDES)
 
 
 class AnySizeDetector(Detector):

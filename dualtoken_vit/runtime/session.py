@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.header import check_header
 
 KEY = "dualtoken-vit"  # of the description in the metadata of an ONNX file
 FORMAT = "dualtoken-vit export 1"
@@ -107,6 +108,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
         known = False
     if not known:
         raise InputError(f"{path} was written by another version of dualtoken-vit; export it again")
+    check_header(found, path)
     return found
 
 

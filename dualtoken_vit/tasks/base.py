@@ -154,7 +154,9 @@ class Task(ABC, Generic[R]):
         try:
             model = self.rebuild(checkpoint)
             model.load_state_dict(checkpoint.state_dict)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # its arguments may be anything
             reason = first_line(error)
             raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
         if not all(parameter.isfinite().all() for parameter in model.parameters()):

@@ -13,6 +13,8 @@ def quiet() -> None:
     """Silence Lightning's notes about itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # that a process which this one started was killed, as Lightning then kills this one too
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         r".*does not have many workers.*",
         r".*resuming from a checkpoint that ended before the epoch ended.*",  # ours can be resumed

@@ -7,11 +7,14 @@ details that the task writes for the best epoch.
 import csv
 import json
 import math
-import pickle
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from filelock import FileLock, Timeout
@@ -22,6 +25,7 @@ from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.contract import some
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
+from dualtoken_vit.header import Entry, faults
 from dualtoken_vit.recipes import RECIPES, Recipe, flatten, free_on_resume, from_dict, to_dict
 from dualtoken_vit.show import plots
 from dualtoken_vit.tasks.loggers import Tracker
@@ -34,6 +38,13 @@ NAME = "recipe"  # key in recipe.json: the recipe's name
 Trainer = Any  # lightning.Trainer with `Loaders` as its datamodule
 Module = Any  # TaskModule
 
+STATE = {  # of a run, in last.ckpt
+    "images": Entry(tuple[int, int]),
+    "class_names": Entry(tuple[str, ...]),
+    "history": Entry(tuple[dict, ...]),
+    "loss_sum": Entry(float),
+    "batches": Entry(int),
+}
 LOOK_EVERY = 50  # steps between two checks of the loss on a GPU or over processes, each of which waits for them
 
 
@@ -76,10 +87,10 @@ def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
 
 def check_classes(last: Path, names: tuple[str, ...], out: Path) -> None:
     """Reject data of other classes than those of last.ckpt's run; the InputError names the added and missing ones."""
-    state = AtomicCheckpointIO().load_checkpoint(last, "cpu", weights_only=True)
-    if "images" not in state["run"]:
-        raise InputError(f"{last} is of an older version and cannot be resumed; start another run with --out")
-    before = tuple(state["run"]["class_names"])
+    run = AtomicCheckpointIO().load_checkpoint(last, "cpu", weights_only=True).get("run", {})
+    if fault := next(faults("its state", run, STATE), ""):
+        raise InputError(f"{last} is of an older version and cannot be resumed ({fault}); start another run with --out")
+    before = tuple(run["class_names"])
     if before == names:
         return
     added, missing = [n for n in names if n not in before], [n for n in before if n not in names]
@@ -113,7 +124,7 @@ def in_use(out: Path) -> Iterator[None]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves to a temporary file that takes the place of the old checkpoint once it is whole."""
+    """Saves to a temporary file that takes the place of the old checkpoint once it is whole; loads what was saved."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         with atomic_write(path) as file:
@@ -121,8 +132,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
+            with ZipFile(path) as archive:  # PyTorch does not compare the checksums of its archive
+                if archive.testzip():
+                    raise ValueError("checksum")
             return super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file raises any
             raise InputError(f"{path} is damaged and cannot be resumed from; start another run with --out") from error
 
 
@@ -144,6 +158,8 @@ class RunFolder(Callback):
         self.batches = 0
         self.bad_step: Any = 0  # the first whose loss was not finite
         self.begun = begun  # whether the folder has the recipe
+        self.stepped = False  # whether a batch was trained on since the start
+        self.interrupted = False  # whether to stop after the step
         self.tracked: dict[str, str | None] = {}  # the run's name in each tracker
 
     def on_save_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
@@ -160,6 +176,7 @@ class RunFolder(Callback):
         run = checkpoint["run"]
         self.history, self.loss_sum, self.batches = run["history"], run["loss_sum"], run["batches"]
         self.tracked = run.get("tracked", {})
+        best_epoch(self.history, task.score)  # fails now, if it cannot be compared with what is to come
         images = trainer.datamodule.images
         if run["images"] != images:
             raise InputError(
@@ -202,6 +219,7 @@ class RunFolder(Callback):
         self.loss_sum, self.batches = 0.0, 0
 
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
+        self.stepped = True
         loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
         self.loss_sum = self.loss_sum + loss
         self.batches += 1
@@ -214,13 +232,37 @@ class RunFolder(Callback):
             if bad > 0:
                 self.stop(trainer, f"the training loss is NaN or Inf at step {int(bad)}")
 
-    def stop(self, trainer: Trainer, reason: str) -> None:
+    def kept(self) -> str:
+        """What of the run is on the disk, for messages."""
         last, best = self.out / LAST, self.out / BEST
         kept = [f"the last good state is {last}"] * last.exists() + [f"the best weights are {best}"] * best.exists()
+        return ", ".join(kept) or "nothing was saved"
+
+    def stop(self, trainer: Trainer, reason: str) -> None:
         raise InputError(
-            f"{reason} (epoch {trainer.current_epoch + 1}), so it stopped; {', '.join(kept) or 'nothing was saved'}; "
+            f"{reason} (epoch {trainer.current_epoch + 1}), so it stopped; {self.kept()}; "
             "try a lower --optim.lr, --optim.clip-grad 1 or --run.precision 32-true"
         )
+
+    @contextmanager
+    def stopping_between_steps(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, the first Ctrl-C of a process that trains alone waits for the end of the step, and for its save."""
+        if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            yield  # processes that stop after different steps would wait for each other
+            return
+
+        def note(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGINT, before)
+            self.interrupted = self.stepped and self.begun
+            if not self.interrupted:
+                raise KeyboardInterrupt
+            print("\nstopping after this step; Ctrl-C again: at once", file=sys.stderr)
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def on_validation_epoch_end(self, trainer: Trainer, task: Module) -> None:
         evaluation = task.evaluate()
@@ -274,12 +316,17 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
         stepped = (index + 1) % trainer.accumulate_grad_batches == 0
         # From a state saved after an epoch's last batch Lightning would resume without validating: not here, but below.
-        due = trainer.global_step % self.folder.recipe.run.save_every == 0
+        stopping = self.folder.interrupted or (trainer.received_sigterm and trainer.world_size == 1)
+        due = stopping or trainer.global_step % self.folder.recipe.run.save_every == 0
         if stepped and due and self.folder.begun and not trainer.is_last_batch:
             self._save(trainer, task)
+            if self.folder.interrupted:
+                raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: Trainer, task: Module) -> None:
         self._save(trainer, task)
+        if self.folder.interrupted:
+            raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer, task: Module) -> None:
         # The loss was finite before the step; the step may have made the weights NaN or Inf.

@@ -25,6 +25,7 @@ from dualtoken_vit.recipes import RECIPES, Recipe, Run
 from dualtoken_vit.tasks import run_folder
 from dualtoken_vit.tasks.budget import TimeBudget, with_epochs
 from dualtoken_vit.tasks.distributed import synchronise_batchnorm
+from dualtoken_vit.tasks.failures import explained
 from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.loggers import check_logger
 from dualtoken_vit.tasks.networks import choose_weights
@@ -97,6 +98,8 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
 
     Raises:
         InputError: for anything that the user can fix.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM. One process first finishes its step and saves last.ckpt; a second
+            Ctrl-C ends it at once.
     """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
@@ -161,9 +164,19 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
             )
         for line in (*setup.train.notes, *setup.val.notes, *([report] if report else [])):
             print(line)
-    trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
-    if not trainer.state.finished:  # Lightning ends quietly on Ctrl-C
-        raise InputError(f"interrupted in epoch {trainer.current_epoch + 1}; continue with --resume --out {out}")
+    try:
+        hint = "use a smaller --optim.batch-size, or smaller images (--data.*)"
+        with explained(hint, trainer.world_size), folder.stopping_between_steps(trainer):
+            trainer.fit(module, datamodule=loaders, ckpt_path=last, weights_only=True)
+    except InputError:
+        raise
+    except SystemExit as error:  # Lightning's, on SIGTERM and on Ctrl-C
+        raise KeyboardInterrupt(f"{folder.kept()}; continue with --resume --out {out}") from error
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if last is None or folder.stepped:
+            raise
+        fault = f"it is damaged or of another version ({reason(error)})"
+        raise InputError(f"{last} cannot be resumed from: {fault}; start another run with --out") from error
     best = run_folder.best_epoch(folder.history, module.score)
     if main and best is not None:
         score = f"{module.score} {best[f'val_{module.score}']:.2%}"

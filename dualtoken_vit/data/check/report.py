@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dualtoken_vit.data.images import load_image, naming
+from dualtoken_vit.data.images import load_image, naming, open_image, orientation
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
@@ -42,10 +42,10 @@ def read_facts(name: str, source: Any, label: str = "") -> Facts:
     """Read one image from what `load_image` takes."""
     try:
         with naming(name):
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image = source if isinstance(source, Image.Image) else open_image(source)
         with nullcontext(image) if image is source else image:
-            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             pixels = load_image(image, name=name)
+            rotated = orientation(image) != 1  # not before: a failed attempt at a PNG's EXIF hides damaged pixels
     except InputError as error:
         return Facts(name, label, str(error))
     digest = blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).digest()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def _read(root: Path, path: Path) -> AnnotatedImages:
     inner = [name for name in (named, split_of(named)) if name]
     folders = [path.parent, root, *(root / "images" / name for name in inner), *(root / name for name in inner)]
     folders += [root / "images", root / "data"]
-    tried = (each for each in folders if any((each / str(name)).is_file() for name in names[:20]))
+    tried = (each for each in folders if any(isfile(each / str(name)) for name in names[:20]))
     folder = next(tried, root / "images")
     for name in names:
         if not inside(root, folder / str(name)):

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.folders import scan
 from dualtoken_vit.data.formats.base import Format, Labels, number
-from dualtoken_vit.data.images import image_size
+from dualtoken_vit.data.images import image_size, open_image
 from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.splits import ALL, find, split_folders
 from dualtoken_vit.errors import InputError, reason
@@ -136,7 +135,7 @@ def _part(shape: dict[str, Any], width: int, height: int) -> list[float] | dict[
     if shape.get("shape_type") != "mask":
         return [value for point in outline for value in point]
     try:
-        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"])))) > 0
+        mask = np.asarray(open_image(io.BytesIO(base64.b64decode(shape["mask"])))) > 0
     except Exception as error:  # of base64 and of Pillow
         raise ValueError(f"its mask cannot be read ({reason(error)})") from None
     left, top = (round(value) for value in outline[0])

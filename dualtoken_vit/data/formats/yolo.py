@@ -113,7 +113,7 @@ def _inside(root: Path, base: Path, entry: str) -> Path | None:
     """A file or folder of data.yaml, if it is in `root`. Roboflow writes ../train/images for ROOT/train/images."""
     for name in (entry, entry.removeprefix("../")):
         path = Path(os.path.normpath(base / name))
-        if path.exists() and inside(root, path):
+        if os.path.exists(path) and inside(root, path):
             return path
     return None
 

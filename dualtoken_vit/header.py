@@ -1,0 +1,97 @@
+"""The description in a best.safetensors or an exported file: JSON that may come from anywhere."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.hints import fits, type_name
+
+MOST_SIDE = 16384  # pixels, as in recipes
+
+
+class Entry(NamedTuple):
+    """The type of an entry, and the range of its numbers."""
+
+    hint: Any
+    low: float = -math.inf
+    high: float = math.inf
+
+
+Numbers = tuple[float, ...]
+SIDES = 1, MOST_SIDE
+POSITIVE = 1e-6, 1e6
+SHARE = 0, 1
+
+FIELDS = {"task": Entry(str), "class_names": Entry(tuple[str, ...]), "preprocessing": Entry(dict)}
+PREPROCESSING = {
+    "input_size": Entry(tuple[int, int, int], *SIDES),
+    "mean": Entry(Numbers, -1e6, 1e6),
+    "std": Entry(Numbers, *POSITIVE),
+}
+EXPORT = {"size": Entry(tuple[int, int] | None, *SIDES), "raw": Entry(bool)}
+DETECTOR = EXPORT | {"score_threshold": Entry(float, *SHARE)}
+RAW_DETECTOR = DETECTOR | {
+    "multiple": Entry(int, *SIDES),
+    "anchors": Entry(int, *POSITIVE),
+    "strides": Entry(tuple[int, ...], *SIDES),
+    "candidates": Entry(int, *POSITIVE),
+    "nms_threshold": Entry(float, *SHARE),
+    "detections": Entry(int, *POSITIVE),
+}
+OPTIONAL: dict[str, dict[str, Entry]] = {
+    "": {
+        "model": Entry(str),
+        "model_args": Entry(dict),
+        "recipe": Entry(dict),
+        "metrics": Entry(dict),
+        "category_ids": Entry(tuple[int, ...]),
+        "export": Entry(dict),
+    },
+    "preprocessing": {
+        "interpolation": Entry(str),
+        "crop_pct": Entry(float, 0.01, 1),
+        "temperature": Entry(float, *POSITIVE),
+        "thresholds": Entry(Numbers | None, *SHARE),
+    },
+    "recipe": {"data": Entry(dict)},
+}
+
+
+def check_header(found: Mapping[str, Any], path: object) -> None:
+    """Raise an InputError that names the first entry of a description which is missing or cannot be used."""
+    if fault := next(_all_faults(found), ""):
+        raise InputError(f"{path} has a damaged description, or one of another version of dualtoken-vit: {fault}")
+
+
+def _all_faults(found: Mapping[str, Any]) -> Iterator[str]:
+    yield from faults("", found, FIELDS)
+    yield from faults("preprocessing", found["preprocessing"], PREPROCESSING)
+    yield from faults("recipe", found.get("recipe", {}), {})
+    if "export" in found:
+        detector = RAW_DETECTOR if found["export"].get("raw") else DETECTOR
+        yield from faults("export", found["export"], detector if found["task"] == "detection" else EXPORT)
+    names, preprocessing = found["class_names"], found["preprocessing"]
+    channels = preprocessing["input_size"][0]
+    if channels not in (1, 3):
+        yield f"preprocessing.input_size has {channels} channels"
+    lengths = {
+        "preprocessing.mean": (len(preprocessing["mean"]), channels),
+        "preprocessing.std": (len(preprocessing["std"]), channels),
+        "preprocessing.thresholds": (len(preprocessing.get("thresholds") or names), len(names)),
+        "category_ids": (len(found.get("category_ids") or names), len(names)),
+        "model_args.num_classes": (found.get("model_args", {}).get("num_classes", len(names)), len(names) or 1),
+    }
+    yield from (f"{name}: {count}, but {right} expected" for name, (count, right) in lengths.items() if count != right)
+
+
+def faults(part: str, values: Mapping[str, Any], needed: Mapping[str, Entry]) -> Iterator[str]:
+    """The entries of an object that are missing, of the wrong type or out of range."""
+    yield from (f"{part} lacks {name}".strip() for name in needed if name not in values)
+    for name, (hint, low, high) in ({**needed, **OPTIONAL.get(part, {})}).items():
+        value = tuple(values[name]) if isinstance(values.get(name), list) else values.get(name)
+        if name in values and not fits(value, hint):
+            yield f"{part}.{name} is {value!r:.60}: must be {type_name(hint)}".removeprefix(".")
+        numbers = [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, int | float)]
+        if not all(low <= each <= high for each in numbers):
+            yield f"{part}.{name} is {value!r:.60}: out of range".removeprefix(".")

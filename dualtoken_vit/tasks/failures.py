@@ -1,0 +1,29 @@
+"""What ends a training or an evaluation from outside, in words: memory, data loading processes, other processes."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dualtoken_vit.errors import InputError, reason
+from dualtoken_vit.tasks.predictor import naming_memory
+
+WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|killed by signal)", re.DOTALL)
+PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+
+
+@contextmanager
+def explained(hint: str, processes: int = 1) -> Iterator[None]:
+    """Raise an InputError for an error inside that the user can do something about.
+
+    `hint` is what helps against lack of memory, and `processes` the number of those that take part.
+    """
+    try:
+        with naming_memory(hint):
+            yield
+    except RuntimeError as error:
+        if WORKER.search(str(error)):
+            cause = "a data loading process was killed, perhaps for lack of memory"
+            raise InputError(f"{cause} ({reason(error)}); give fewer --data.workers") from error
+        if processes > 1 and PEER.search(str(error)):
+            raise InputError(f"another process of this run ended or cannot be reached ({reason(error)})") from error
+        raise

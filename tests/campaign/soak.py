@@ -1,0 +1,93 @@
+"""Long runs: memory, open files and threads stay as they are."""
+
+import os
+import time
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from campaign.core import Case, Verdict, command, finish, start
+from campaign.world import best, training
+
+GROWTH = 1.0  # MB for 1,000 images
+
+
+class Sample(NamedTuple):
+    """A process at one moment."""
+
+    memory: float  # MB that only this process has
+    files: int
+    threads: int
+
+
+def sample(pid: int) -> Sample:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    own = sum(int(line.split()[1]) for line in rollup if line.startswith(("Private", "Swap:")))
+    threads = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Threads"))
+    return Sample(own / 1024, len(os.listdir(f"/proc/{pid}/fd")), int(threads.split()[1]))
+
+
+def watch(pid: int, folder: Path, images: int, limit: float) -> tuple[str, str]:
+    """Sample a process until it ends; returns what was seen in its second half, and a fault or "".
+
+    The slope of the memory is that of a line through the samples between the first third and the end.
+    """
+    samples, times, begin = [], [], time.monotonic()
+    while True:
+        try:
+            samples.append(sample(pid))
+            times.append(time.monotonic() - begin)
+        except (OSError, StopIteration):  # it ended
+            break
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.2)
+    ended = finish(pid, folder, limit)
+    later = samples[len(samples) // 3 : -3]
+    if ended.status or len(later) < 10:
+        return "", ended.fault or ended.message or "too short to be measured"
+    slope = np.polyfit(times[len(samples) // 3 : -3], [one.memory for one in later], 1)[0]
+    growth = slope * times[-1] / images * 1000
+    half, more, seen = len(later) // 2, [], f"{growth:+.2f} MB for 1,000 images"
+    for name in ("files", "threads"):
+        before, after = (max(getattr(one, name) for one in part) for part in (later[:half], later[half:]))
+        seen += f", {before} to {after} {name}"
+        more += [name] * (after > before)
+    return seen, f"grows: {seen}" if growth > GROWTH or more else ""
+
+
+def predicting(count: int) -> Case:
+    """`predict` over many images, which are links to a few."""
+
+    def case(rng: Random, world: Path, folder: Path) -> Verdict:
+        sources = sorted((world / "photos").rglob("*.png"))
+        images = folder / "images"
+        images.mkdir()
+        for index in range(count):
+            os.link(sources[index % len(sources)], images / f"{index:06}.png")
+        pid = start(command, "predict", best(world, "classification"), images, "--json", folder=folder)
+        seen, fault = watch(pid, folder, count, 3600)
+        return Verdict("predict", f"{count} images: {seen}", seen or "?", fault)
+
+    return case
+
+
+def training_run(epochs: int, workers: int) -> Case:
+    """A training of many tiny epochs."""
+
+    def case(rng: Random, world: Path, folder: Path) -> Verdict:
+        args = training(
+            "classification", world, folder / "run", optim__epochs=epochs, data__workers=workers, run__save_every=100
+        )
+        pid = start(command, *args, folder=folder)
+        seen, fault = watch(pid, folder, epochs * 18, 3600)  # 12 training and 6 validation images
+        return Verdict("training", f"{epochs} epochs, {workers} workers: {seen}", seen or "?", fault)
+
+    return case
+
+
+CASES: list[Case] = [predicting(20_000), training_run(50, 1)]
+COUNT = len(CASES)
+EXPECTED = "less than 1 MB more for 1,000 images; files and threads do not become more"

@@ -1,5 +1,6 @@
 # make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
 # make test    the tests, but those that take more than ten seconds each;  make test-slow: these
+# make docs    the site, in docs/_build/index.html; a warning is an error
 # make lint    ruff, mypy and the import contract;  make format: ruff, with automatic fixes
 # Each creates .venv first where it is missing. Needs Python 3.11 or later; choose one with PYTHON=...
 # or bring your own environment with BIN=... (its bin folder).
@@ -18,7 +19,7 @@ TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
 endif
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow docs lint format clean
 
 demo: $(TRAIN)
 	rm -rf $(DEMO)
@@ -35,6 +36,9 @@ test: $(DEV)
 test-slow: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
+docs: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +50,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/.%: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; if you have one, name it: make PYTHON=/path/to/python3"; exit 1; }

@@ -167,7 +167,10 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
 def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
     usage = f"{command} CHECKPOINT {more}"
-    about = f"{about} CHECKPOINT is the best.safetensors of a run, or a file that export wrote.\n"
+    about = (
+        f"{about} CHECKPOINT is the best.safetensors of a run, a file that export wrote, or the name of a network "
+        "whose weights come with the package.\n"
+    )
     if _help(
         args, usage, about, f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
     ):

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
-from dualtoken_vit.checkpoint import store_preprocessing
+from dualtoken_vit.checkpoint import locate, store_preprocessing
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import tune_cpu
@@ -110,6 +110,8 @@ def evaluate(
     recipe, task, given = recipe or stored_recipe(checkpoint, header), get_task(header.task), data or {}
     if calibrate and (is_exported(checkpoint) or task.name != "classification"):
         raise InputError(f"--calibrate: {checkpoint} is not the best.safetensors of a classifier; leave it out")
+    if calibrate and (file := locate(checkpoint)) != Path(checkpoint):
+        raise InputError(f"--calibrate would change the installed package: give a copy of {file}")
     known = {field.name for field in fields(recipe.data)}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     for name in given:

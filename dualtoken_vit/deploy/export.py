@@ -13,7 +13,7 @@ import numpy as np
 
 import dualtoken_vit
 from dualtoken_vit import recipes
-from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.checkpoint import Checkpoint, locate
 from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
 from dualtoken_vit.deploy.mobile import TARGETS
 from dualtoken_vit.deploy.plans import Plan, Size, plan
@@ -189,7 +189,7 @@ def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any
         "preprocessing": preprocessing,
         "recipe": recipes.to_dict(recipe),
         "metrics": about.metrics,
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(locate(checkpoint).read_bytes()).hexdigest(),
         "export": {"size": chosen.size if chosen.fixed else None, "raw": False, "precision": "float32", **chosen.about},
         "versions": {"dualtoken-vit": dualtoken_vit.__version__, **found},
     }

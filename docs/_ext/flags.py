@@ -20,14 +20,14 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from dualtoken_vit import cli
+from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train
 from dualtoken_vit.recipes import ABOUT, KINDS, RECIPES, flatten
 from dualtoken_vit.tasks.registry import get_task
 
 GENERAL = {
-    "evaluate": cli.Evaluate,
-    "export": cli.Export,
-    "check-data": cli.CheckData,
+    "evaluate": Evaluate,
+    "export": Export,
+    "check-data": CheckData,
 }  # their data: the recipe's fields
 
 
@@ -37,16 +37,16 @@ def parser(command: str, task: str = "") -> ArgumentParser:
     default: Any = tyro.MISSING
     if command == "train":
         kind: Any = KINDS[task]
-        target: Any = cli.Train[kind]
-        default = cli.Train(kind())
+        target: Any = Train[kind]
+        default = Train(kind())
     elif command == "predict" and task:
         target = get_task(task).predictor.Options
     elif command in GENERAL or command == "predict":
         empty = make_dataclass("Empty", [])
-        target = {**GENERAL, "predict": cli.Predict}[command][empty]
+        target = {**GENERAL, "predict": Predict}[command][empty]
         default = target((), empty()) if command == "predict" else target(empty())
     elif command == "convert":
-        target = cli.Convert
+        target = Convert
     elif command == "study":
         study = import_module("dualtoken_vit.paper.study")
         target, default = study.Study, study.PRESETS["cpu"][1]

@@ -1,5 +1,6 @@
 # make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
 # make test    the tests, but those that take more than ten seconds each;  make test-slow: these
+# make docs    the site, in docs/_build/index.html; a warning is an error
 # make lint    ruff, mypy and the import contract;  make format: ruff, with automatic fixes
 # make web     the browser demo as static files in web/dist (web/README.md); make test-web: its tests in headless Chromium
 # Each creates .venv first where it is missing. Needs Python 3.11 or later; choose one with PYTHON=...
@@ -21,7 +22,7 @@ DEV := $(VENV)/.dev
 EXPORT := $(VENV)/.export
 endif
 
-.PHONY: demo test test-slow lint format web test-web clean
+.PHONY: demo test test-slow docs lint format web test-web clean
 
 demo: $(TRAIN)
 	rm -rf $(DEMO)
@@ -37,6 +38,9 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
+
+docs: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -60,7 +64,7 @@ $(ORT): web/package-lock.json
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist web/dist web/node_modules *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build web/dist web/node_modules *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/.%: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; if you have one, name it: make PYTHON=/path/to/python3"; exit 1; }

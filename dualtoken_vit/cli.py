@@ -5,25 +5,31 @@ import json
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
+from dualtoken_vit.machine import print_environment
 
 INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
 try:
     import tyro
     from rich.console import Console
-    from rich.table import Table
 
-    from dualtoken_vit.recipes import ABOUT, RECIPES, Device, Recipe, flatten
+    from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train
+    from dualtoken_vit.cli_help import describe, fill, help_page, only, section_help, sections
+    from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe, flatten
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
+    if sys.argv[1:] == ["env"]:
+        print_environment()
+        sys.exit()
     hint = f"{error.name} is not installed; {INSTALL}"
     try:
         from dualtoken_vit.cli_runtime import main as predict_exported
@@ -33,112 +39,8 @@ except ModuleNotFoundError as error:  # without the train extra, exported files 
 
 DEFAULT = "demo"
 PRETRAINED = "--model.pretrained"  # true, false or auto: no switch for tyro, which wants True, False or auto
-R = TypeVar("R", bound=Recipe)
-Runtime = Literal["onnxruntime", "openvino"] | None
 
 # Commands import what they need themselves: `--help` is quick, and works without another command's dependencies.
-
-
-@dataclass(frozen=True)
-class Train(Generic[R]):
-    recipe: Annotated[R, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """Folder of the run; by default runs/RECIPE."""
-    resume: bool = False
-    """Continue the run in that folder where it was interrupted, with its settings."""
-
-
-@dataclass(frozen=True)
-class CheckData(Generic[R]):
-    recipe: Annotated[R, tyro.conf.arg(name="")]
-    out: Path = Path("runs", "check-data")
-    """Folder for labels.png, a contact sheet of images with their labels."""
-    augmented: bool = False
-    """Draw the images as training sees them, after augmentation."""
-    suspects: tuple[Path, ...] = ()
-    """Classification: rank probably wrong labels by the networks of these runs, among the images that each of them held
-    out or validated on. Several runs with --data.holdout 0.2 and --data.fold 0, 1, 2, 3, 4 cover all images."""
-
-
-D = TypeVar("D")  # the data section of a recipe
-O = TypeVar("O")  # noqa: E741  the options of a predictor
-
-
-@dataclass(frozen=True)
-class Evaluate(Generic[D]):
-    data: D
-    batch_size: int | None = None
-    """Images in a batch; by default as in training."""
-    device: Device = "auto"
-    """auto: an accelerator if there is one, else the CPU."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Precision of the forward pass."""
-    runtime: Runtime = None
-    """Of an exported file; by default onnxruntime."""
-    calibrate: bool = False
-    """Classification: fit the temperature of the probabilities on these images, and store it in the checkpoint."""
-    out: Path | None = None
-    """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
-    json: bool = False
-    """Print one JSON object, and nothing else. Classification: top1, top5, loss, ece, images; detection: box, mask,
-    images; segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are between 0 and 1."""
-
-
-@dataclass(frozen=True)
-class Predict(Generic[O]):
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders to search for them, subfolders included; or one video, or the number of a camera."""
-    options: Annotated[O, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """Folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of all
-    images, and predictions.json. Of a video: the annotated video, with a .jsonl beside it."""
-    json: bool = False
-    """Print one JSON object on stdout instead of the table, and nothing else there; of a video, one for each frame."""
-    batch_size: int | None = None
-    """Images in a forward pass; by default 32, in detection and segmentation 4."""
-    device: Device = "auto"
-    """auto: an accelerator if there is one, else the CPU."""
-    runtime: Runtime = None
-    """Of an exported file; by default onnxruntime."""
-
-
-@dataclass(frozen=True)
-class Export(Generic[D]):
-    data: D
-    out: Path | None = None
-    """The file; by default model.onnx beside the checkpoint, or NAME.onnx in this folder."""
-    format: Literal["onnx", "litert", "coreml"] = "onnx"
-    """onnx: for ONNX Runtime and OpenVINO. litert (.tflite), coreml (.mlpackage, not verified): one image of one size,
-    classifiers and segmenters."""
-    size: str | None = None
-    """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
-    up to multiples of 32; other files take any size."""
-    raw: bool = False
-    """RetinaNet, FCOS, SSDLite: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the
-    predictor of the file chooses among them."""
-    attention: bool = False
-    """DualToken-ViT classifiers: also the attention maps of the last block, for the command attention."""
-    int8: Literal["dynamic", "static"] | None = None
-    """Weights of linear layers as int8. dynamic (also without a value) needs no data; static fixes the range of the
-    activations from --images."""
-    fp16: bool = False
-    """Weights as float16: half the size, not faster on a CPU."""
-    images: Path | None = None
-    """Folder of images to verify and calibrate with; by default noise."""
-    evaluate: bool = False
-    """Also evaluate checkpoint and file on the validation images (--data.*)."""
-
-
-@dataclass(frozen=True)
-class Convert:
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Folder of images and labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form."""
-    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
-    """The new folder. Images are copied into it."""
-    to: Literal["coco", "yolo", "voc"]
-    """Format of the new folder."""
-    format: str = "auto"
-    """Format of the source: coco, yolo, voc, csv or labelme; auto: detect it."""
 
 
 def _runtime(chosen: Any) -> dict[str, Any]:
@@ -151,12 +53,12 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
 
     The recipe's own arguments are then parsed alone, so that messages do not mention other recipes.
     """
-    if _help(
+    if help_page(
         args,
         f"{command} [RECIPE] [--section.field VALUE ...]",
-        f"{about}\n\nRecipes (default: {DEFAULT}):",
+        f"{describe(about, command)}\n\nRecipes (default: {DEFAULT}):",
         ABOUT,
-        f"\nEvery field with type, default and meaning: dualtoken-vit {command} RECIPE --help",
+        f"\nTheir fields with type, default and meaning: dualtoken-vit {command} RECIPE --help",
     ):
         sys.exit()
     if not args or args[0].startswith("-"):
@@ -164,16 +66,15 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
     return _known("recipe", args[0], RECIPES), args[1:]
 
 
-def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
+def _checkpoint(args: list[str], command: str, about: str | None, rest: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
-    usage = f"{command} CHECKPOINT {more}"
+    usage = f"{command} CHECKPOINT {rest}"
     about = (
         f"{about} CHECKPOINT is the best.safetensors of a run, a file that export wrote, or the name of a network "
-        "whose weights come with the package.\n"
+        "whose weights come with the package."
     )
-    if _help(
-        args, usage, about, f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
-    ):
+    more = f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
+    if help_page(args, usage, describe(about, command, more)):
         sys.exit()
     if not args or args[0].startswith("-"):
         raise InputError(f"name the checkpoint first: dualtoken-vit {usage}")
@@ -198,24 +99,52 @@ def _flags(args: list[str], values: dict[str, Any]) -> list[str]:
     return [*found, "True"] if found[-1:] == [PRETRAINED] else found
 
 
-def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], prog: str, about: str | None) -> Any:
+def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], prog: str, about: str) -> Any:
     """Parse arguments into a command's dataclass, `default`.
 
     Its field `part` is of the generic type: the class of `part` decides which options there are, and `values` has their
     defaults by name, see `_flags`.
     """
-    kind = type(default)[type(part)]
+    kind = type(default)
+    kind = kind[type(part)] if hasattr(kind, "__class_getitem__") else kind  # not generic: a study
     return tyro.cli(kind, default=default, args=_flags(args, values), prog=f"dualtoken-vit {prog}", description=about)
 
 
-def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str | None) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Nothing:
+    """In place of a section without help."""
+
+
+def _with_recipe(
+    make: Callable[[Any], Any], recipe: Any, args: list[str], prog: str, examples: str, about: str | None
+) -> Any:
+    """Parse arguments into the dataclass of a command that has the fields of a recipe: `make(recipe)`, its default."""
+
+    def parse(recipe: Any, args: list[str], about: str = "") -> Any:
+        return _parse(make(recipe), recipe, args, flatten(recipe), prog, about)
+
+    found = sections(recipe)
+    section_help(args, examples, about, found, lambda shown, args, about: parse(only(recipe, shown), args, about))
+    return parse(recipe, args)
+
+
+def _with_data(
+    default: Any, stored: Any, args: list[str], checkpoint: Path, command: str, about: str | None
+) -> tuple[Any, dict[str, Any]]:
     """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
+    prog = f"{command} {checkpoint}"
+
+    def show(shown: Sequence[str], args: list[str], about: str) -> None:
+        part = stored if shown else _Nothing()
+        _parse(replace(default, data=part), part, args, {}, prog, about)
+
+    section_help(args, command, about, {"data": stored}, show)
     short = {"--data.split": "--data.val-split", "--tile": "--data.tile", "--overlap": "--data.overlap"}
     args = [short.get(arg, arg) for arg in args]
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
-    chosen = _parse(default, stored, args, flags, prog, about)
+    chosen = _parse(default, stored, args, flags, prog, "")
     found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
     _check_overlap(chosen.data, args)
     return chosen, found
@@ -237,31 +166,13 @@ def _known(kind: str, name: str, names: Iterable[str]) -> str:
     raise InputError(f"{kind} {name!r} is unknown; {hint}")
 
 
-def _help(args: list[str], usage: str, *parts: str | Mapping[str, str | None]) -> bool:
-    """Print a help page, of paragraphs and tables of names with their descriptions, if the arguments ask for it."""
-    if not args or args[0] not in ("-h", "--help"):
-        return False
-    console = Console()
-    console.print(f"usage: dualtoken-vit {usage}\n", markup=False)
-    for part in parts:
-        if isinstance(part, str):
-            console.print(part)
-            continue
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-        table.add_column(no_wrap=True)
-        for name, about in part.items():
-            table.add_row(name, about)
-        console.print(table)
-    return True
-
-
 def train(args: list[str]) -> None:
     """Train a network with a recipe; writes its weights, metrics and curves into a folder."""
     named, args = _recipe_name(args, "train", train.__doc__)
     name = named or DEFAULT
 
     def parse(recipe: Recipe) -> Train:
-        return _parse(Train(recipe), recipe, args, flatten(recipe), f"train {name}", ABOUT[name])
+        return _with_recipe(Train, recipe, args, f"train {name}", f"train {recipe.task}", ABOUT[name])
 
     chosen = parse(RECIPES[name])
     out = chosen.out or Path("runs", name)
@@ -284,7 +195,7 @@ def evaluate(args: list[str]) -> None:
     from dualtoken_vit.predictors import read_header, stored_recipe
 
     stored = stored_recipe(checkpoint, read_header(checkpoint)).data
-    chosen, data = _with_data(Evaluate(stored), stored, args, f"evaluate {checkpoint}", evaluate.__doc__)
+    chosen, data = _with_data(Evaluate(stored), stored, args, checkpoint, "evaluate", evaluate.__doc__)
     result = run(
         checkpoint,
         data=data,
@@ -310,7 +221,8 @@ def predict(args: list[str]) -> bool:
     from dualtoken_vit.predictors import default_options
 
     options = default_options(checkpoint)
-    chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
+    about = describe(predict.__doc__, "predict")
+    chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", about)
     _check_overlap(chosen.options, args)
     options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
     return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
@@ -327,7 +239,7 @@ def export(args: list[str]) -> None:
     if "--int8" in args and args[args.index("--int8") + 1 :][:1] not in (["dynamic"], ["static"]):
         args.insert(args.index("--int8") + 1, "dynamic")
     recipe = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False))
-    chosen, data = _with_data(Export(recipe.data), recipe.data, args, f"export {checkpoint}", export.__doc__)
+    chosen, data = _with_data(Export(recipe.data), recipe.data, args, checkpoint, "export", export.__doc__)
     options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
     file = run(checkpoint, **options)
     if chosen.evaluate and chosen.format == "onnx":
@@ -341,10 +253,10 @@ def study(args: list[str]) -> None:
     from dualtoken_vit.paper.study import study as run
 
     sizes = {name: len(networks(name, "small")) for name in STUDIES}
-    if _help(
+    if help_page(
         args,
         "study STUDY [--preset NAME] [OPTIONS]",
-        f"{study.__doc__}\n\nStudies:",
+        f"{describe(study.__doc__, 'study')}\n\nStudies:",
         {name: f"{table} of the paper, {sizes[name]} networks" for name, (table, _) in STUDIES.items()},
         "\nPresets:",
         {name: about for name, (about, _) in PRESETS.items()},
@@ -357,16 +269,19 @@ def study(args: list[str]) -> None:
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults of all that follows depend on it
     finder.add_argument("--preset", nargs="?", default="cpu")
     _, default = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
-    given, prog = _flags(args, flatten(default.recipe)), f"dualtoken-vit study {name}"
-    run(name, tyro.cli(Study, default=default, args=given, prog=prog, description=study.__doc__))
+
+    def make(recipe: Any) -> Study:
+        return replace(default, recipe=recipe)
+
+    run(name, _with_recipe(make, default.recipe, args, f"study {name}", "study", study.__doc__))
 
 
 def check_data(args: list[str]) -> bool:
     """Read all data of a recipe once, report what it holds and what is wrong."""
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
     name = name or DEFAULT
-    recipe, about = RECIPES[name], f"{check_data.__doc__} {ABOUT[name]}"
-    chosen = _parse(CheckData(recipe), recipe, args, flatten(recipe), f"check-data {name}", about)
+    about = f"{check_data.__doc__} {ABOUT[name]}"
+    chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about)
     from dualtoken_vit.bounds import check_bounds
     from dualtoken_vit.tasks.registry import get_task
 
@@ -385,22 +300,50 @@ def check_data(args: list[str]) -> bool:
 
 def convert(args: list[str]) -> None:
     """Write images with boxes or polygons in another label format."""
-    chosen = tyro.cli(Convert, args=args, prog="dualtoken-vit convert", description=convert.__doc__)
+    about = describe(convert.__doc__, "convert")
+    chosen = tyro.cli(Convert, args=args, prog="dualtoken-vit convert", description=about)
     from dualtoken_vit.data.convert import convert as run
 
     run(chosen.source, chosen.target, chosen.to, chosen.format)
 
 
-def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
-    """A command whose options are the parameters of the function of that name in `paper`."""
+def function(command: str) -> Callable[..., Any]:
+    """The function of that name in `paper`, whose parameters are the options of the command."""
+    return getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
 
+
+def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
     def call(args: list[str]) -> Any:
-        function = getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
-        config = (tyro.conf.PositionalRequiredArgs,)
-        return tyro.cli(function, args=args, prog=f"dualtoken-vit {command}", config=config)
+        chosen = function(command)
+        first, *more = (getdoc(chosen) or "").partition("\n\nArgs:")[0].split("\n\n")
+        about, config = describe(first, command, *map(fill, more)), (tyro.conf.PositionalRequiredArgs,)
+        return tyro.cli(chosen, args=args, prog=f"dualtoken-vit {command}", description=about, config=config)
 
     call.__doc__ = about
     return call
+
+
+def env(args: list[str]) -> None:
+    """Print versions and hardware, for bug reports."""
+    if not help_page(args, "env", env.__doc__ or ""):
+        print_environment()
+
+
+def completion(args: list[str]) -> None:
+    """Print the script for completion in a shell: bash, zsh or fish."""
+    if help_page(args, "completion SHELL", describe(completion.__doc__, "completion")):
+        return
+    from dualtoken_vit.completion import completion as run
+
+    run(args, {command: function(command) for command in FUNCTIONS})
+
+
+FUNCTIONS = {
+    "attention": "Draw the attention maps of a trained classifier.",
+    "localise": "Measure how well the attention maps of trained classifiers localise objects.",
+    "benchmark": "Measure speed, memory and size of timm models side by side.",
+    "tables": "Print the paper's tables next to the figures of this implementation.",
+}
 
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
@@ -408,26 +351,24 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
-    "attention": _forward("attention", "Draw the attention maps of a trained classifier."),
-    "localise": _forward("localise", "Measure how well the attention maps of trained classifiers localise objects."),
-    "benchmark": _forward("benchmark", "Measure speed, memory and size of timm models side by side."),
+    **{command: _forward(command, about) for command, about in FUNCTIONS.items()},
     "study": study,
-    "tables": _forward("tables", "Print the paper's tables next to the figures of this implementation."),
     "check-data": check_data,
     "convert": convert,
+    "env": env,
+    "completion": completion,
 }
 
 
 def run(args: list[str]) -> int:
     """Run one command; returns the exit status: 0, or 1 where a command found problems in images."""
-    if _help(
+    if help_page(
         args or ["--help"],
         "COMMAND ...",
-        "DualToken-ViT: train, evaluate and use the network.\n\nCommands:",
+        f"{describe('DualToken-ViT: train, evaluate and use the network.', '')}\n\nCommands:",
         {name: command.__doc__ for name, command in COMMANDS.items()},
-        "\nRecipes of train and check-data:",
-        ABOUT,
-        "\nMore: dualtoken-vit COMMAND --help, dualtoken-vit train RECIPE --help",
+        "\nMore: dualtoken-vit COMMAND --help; dualtoken-vit train --help lists the recipes.",
+        "Exit status: 0; 1: problems in images; 2: wrong arguments or input; 130: interrupted.",
     ):
         return 0
     if args[0] == "--version":

@@ -45,7 +45,7 @@ def predict(
     """Print a table, or one JSON object, of a network's predictions for image files; draw them with `out`.
 
     Args:
-        images, out, json, batch_size: as on the command line, `cli.Predict`
+        images, out, json, batch_size: as on the command line, `arguments.Predict`
         checkpoint, options: as for `load_predictor`
 
     Returns:

@@ -3,8 +3,12 @@
 import errno
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,18 +43,21 @@ def words(text):
 
 
 def test_help_names_commands_and_recipes(call):
-    for args in ((), ("--help",), ("train", "--help"), ("check-data", "-h")):
+    for args in (("train", "--help"), ("check-data", "-h")):
         status, out, _ = call(*args)
         assert status == 0
         for name, about in ABOUT.items():
             assert name in out
             assert words(about) in words(out)
-    for command in cli.COMMANDS:
-        assert command in call("--help")[1]
+    for args in ((), ("--help",)):
+        status, out, _ = call(*args)
+        assert status == 0
+        for name, command in cli.COMMANDS.items():
+            assert f" {name} {words(command.__doc__)}" in words(out)
 
 
 def test_help_of_a_recipe_names_every_field_with_its_default(call):
-    status, out, _ = call("train", "in1k-tiny-mix", "--help")
+    status, out, _ = call("train", "in1k-tiny-mix", "--help", "all")
     assert status == 0
     out = words(out)
     assert "Table 2, DualToken-ViT-T (mix): 75.4 %" in out
@@ -64,11 +71,79 @@ def test_help_of_a_recipe_names_every_field_with_its_default(call):
     assert "--resume" in out
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "benchmark", "tables"])
-def test_help_of_other_commands(call, command):
-    status, out, _ = call(command, "--help")
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "train coco", "check-data folder", "study mlp"])
+def test_help_begins_with_examples_and_fits_on_a_screen(call, command):
+    status, out, _ = call(*command.split(), "--help")
     assert status == 0
-    assert f"usage: dualtoken-vit {command}" in out
+    assert out.startswith(f"usage: dualtoken-vit {command}")
+    assert len(out.splitlines()) <= 56
+    if command != "env":
+        assert f"\nExamples:\n  dualtoken-vit {command.split()[0]}" in out.split("options")[0]
+
+
+def test_help_of_a_section_names_its_fields_alone(call):
+    flags = {"lr", "epochs", "batch-size"}
+    overview, section = (call("train", "folder", "--help", *more)[1] for more in ((), ("optim",)))
+    assert flags <= set(re.search(r"--optim\.\*(.*?)--run", words(overview)).group(1).split())
+    assert set(re.findall(r"--(\w+)\.\w", overview.split("Fields")[1])) == set()
+    assert set(re.findall(r"--(\w+)\.", section)) == {"optim"}
+    assert all(f"--optim.{flag} " in section for flag in flags)
+    assert "Peak learning rate" in section
+    status, _, err = call("train", "folder", "--help", "optin")
+    assert status == 2
+    assert "--help optin: there are data, model, optim, run, augment, distill, and all" in err
+
+
+def test_the_environment_has_versions_and_hardware(call):
+    status, out, _ = call("env")
+    assert status == 0
+    found = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert found["dualtoken-vit"].split()[0] == dualtoken_vit.__version__
+    assert {name: found[name] for name in ("torch", "timm", "numpy")} == {
+        name: version(name) for name in ("torch", "timm", "numpy")
+    }
+    assert platform.python_version() in found["system"]
+    assert f"{len(os.sched_getaffinity(0))} cores" in found["CPU"]
+
+
+def test_the_environment_needs_no_other_package():
+    """As a bug report of a failed install needs it: neither torch nor any package of an extra can be imported."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'timm', 'tyro', 'rich', 'numpy', 'PIL'): sys.modules[name] = None\n"
+        "sys.argv = ['dualtoken-vit', 'env']\n"
+        "import dualtoken_vit_command\n"
+        "dualtoken_vit_command.main()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert f"dualtoken-vit        {dualtoken_vit.__version__}" in found.stdout
+    assert "accelerators" not in found.stdout
+
+
+@pytest.mark.slow
+def test_bash_completes_commands_recipes_and_flags(call, tmp_path):
+    script = tmp_path / "completion"
+    script.write_text(call("completion", "bash")[1])
+    ask = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _tyro_dualtoken_vit; echo "${COMPREPLY[@]}"'
+
+    def complete(*typed):
+        done = subprocess.run(["bash", "-c", ask, script, "dualtoken-vit", *typed], capture_output=True, text=True)
+        return set(done.stdout.split())
+
+    assert complete("") >= {*cli.COMMANDS} - {"study"}  # whose options depend on the preset
+    assert complete("train", "folder", "--optim.ep") == {"--optim.epochs"}
+    assert complete("train", "coco", "--detector", "") == {"retinanet", "mask-rcnn", "fcos", "ssdlite"}
+    assert complete("convert", "--t") == {"--to"}
+    assert "--modes" in complete("benchmark", "--")
+    assert complete("train", "table7-grid-") == {name for name in RECIPES if name.startswith("table7-grid-")}
+    assert call("completion", "csh")[0] == 2
+
+
+def test_the_documented_exit_statuses_are_those_of_these_tests():
+    page = (Path(__file__).parents[1] / "docs/reference/command-line.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
+    assert documented == ["0", "1", "2", "130"]
 
 
 @pytest.mark.parametrize(

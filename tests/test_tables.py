@@ -4,6 +4,7 @@ import json
 import warnings
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,9 +13,11 @@ from fvcore.nn import FlopCountAnalysis
 from timm.layers import set_fused_attn
 
 import dualtoken_vit  # noqa: F401  registers the models
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.segmenters import create_segmenter
 from dualtoken_vit.paper import tables
 from dualtoken_vit.paper.counting import Counts, count
+from dualtoken_vit.paper.modern import modern
 from dualtoken_vit.recipes import ABOUT, RECIPES, Model, model_kwargs
 
 # recipe: parameters in M as published and to three decimals; FLOPs in G likewise (where Table 2 prints one decimal,
@@ -261,3 +264,24 @@ def test_printed(capsys, rows, monkeypatch, markdown, tmp_path):
     expected += ["12.854", "13.0", "-1.1", "0.979", "0.99", "-1.1", "0.969", "79.2"]
     assert cells == [*expected, ""] if markdown else cells == " ".join(expected).split()
     assert ("|---" in out) is markdown
+
+
+def test_the_later_networks_have_the_sizes_that_their_papers_print(capsys):
+    """In M and G, from the papers of the networks that count as this project does; the page has the same table."""
+    printed = {
+        "efficientvit_b1": (9.1, 0.52),
+        "convnextv2_atto": (3.7, 0.55),
+        "levit_256": (18.9, 1.12),
+        "mambaout_femto": (7.3, 1.16),
+        "edgenext_small": (5.59, 1.26),
+        "tiny_vit_5m_224": (5.4, 1.3),
+    }
+    found = {one.key: one.counts for one in modern()}
+    for key, (params, macs) in printed.items():
+        assert found[key].params / 1e6 == pytest.approx(params, rel=0.01)
+        assert found[key].macs / 1e9 == pytest.approx(macs, rel=0.04)
+    tables.tables(modern=True, markdown=True)
+    table = capsys.readouterr().out.partition("|")[2]
+    assert table in (Path(__file__).parents[1] / "docs/results/modern.md").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match="--modern: has no --json"):
+        tables.tables(modern=True, json=True)

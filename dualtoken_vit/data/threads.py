@@ -20,7 +20,7 @@ class _Rate(ProgressColumn):
     """Items per second, once it is meaningful."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f}/s" if task.speed and (task.elapsed or 0) > 1 else "")
+        return Text(f"{task.speed:.{1 if task.speed < 10 else 0}f}/s" if task.speed and (task.elapsed or 0) > 1 else "")
 
 
 def in_threads(

@@ -50,7 +50,7 @@ def export(
 
     Args:
         checkpoint: the best.safetensors of a run, or a name as for `read_checkpoint`
-        others: as on the command line, `cli.Export`
+        others: as on the command line, `arguments.Export`
 
     Raises:
         InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.

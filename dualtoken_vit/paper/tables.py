@@ -22,6 +22,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS, create_detector
 from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
 from dualtoken_vit.paper.counting import Counts, count
+from dualtoken_vit.paper.modern import WHAT_IS_LISTED, modern_table
 from dualtoken_vit.recipes import RECIPES, Detection, Model, Segmentation, model_kwargs
 from dualtoken_vit.show.console import table_text
 
@@ -182,7 +183,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (it.table, it.key, it.network, *params_cells, *flops_cells, it.score, row.measured)
 
 
-def tables(*, json: bool = False, markdown: bool = False, results: Path | None = None) -> None:
+def tables(*, json: bool = False, markdown: bool = False, modern: bool = False, results: Path | None = None) -> None:
     """Print the paper's Tables 2 to 9 beside this implementation: parameters, FLOPs and accuracies.
 
     Parameters and FLOPs are counted. Accuracies are the paper's and those measured by `study`.
@@ -190,6 +191,7 @@ def tables(*, json: bool = False, markdown: bool = False, results: Path | None =
     Args:
         json: print one JSON object.
         markdown: print the table as Markdown.
+        modern: print the networks of similar cost that the paper does not compare with, most of them newer.
         results: folder with the study-*.json files of `study`; by default `results`, if it exists.
 
     Raises:
@@ -197,6 +199,12 @@ def tables(*, json: bool = False, markdown: bool = False, results: Path | None =
     """
     if results is not None and not results.is_dir():
         raise InputError(f"--results {results}: no such folder")
+    if modern:
+        if json or results:
+            raise InputError("--modern: has no --json and no --results; leave them out")
+        print(WHAT_IS_LISTED)
+        print(modern_table(markdown))
+        return
     studies = read_studies(results or Path("results"))
     rows = compare(studies)
     if json:

@@ -1,0 +1,113 @@
+"""Draws the plots of README and site from the measurements in results/: `python docs/plots.py`."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+OURS, PEER, PAPER = "#bc4c00", "#0969da", "#8250df"
+RUNS = {  # folder, column of metrics.csv: title
+    ("imagenette112", "val_top1"): "Imagenette, T\ntop-1",
+    ("imagenette112-mix", "val_top1"): "Imagenette, T (mix)\ntop-1",
+    ("bccd", "val_box_AP50"): "BCCD, RetinaNet\nbox AP50",
+    ("nuclei", "val_mask_AP"): "Nuclei, Mask R-CNN\nmask AP",
+    ("camvid", "val_miou"): "CamVid, DeepLabv3\nmIoU",
+}
+
+
+def studies() -> list[dict[str, Any]]:
+    """All results of `dualtoken-vit study` in results/, in the order of the paper's tables."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in ROOT.glob("results/study/study-*.json")]
+    return sorted(found, key=lambda study: (study["table"], study["study"]))
+
+
+def latencies(mode: str = "eager", batch: int = 1) -> dict[str, float]:
+    """Milliseconds at 224x224 pixels by model, from the table of the speed measurements."""
+    text = (ROOT / "docs/results/paper-tables.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) +\| 224x224 \| +(\d+) \| (\w+) +\| +\S+ \| +\S+ \| +([\d.]+) \|", text, re.MULTILINE)
+    return {model: float(ms) for row_mode, size, model, ms in rows if (row_mode, int(size)) == (mode, batch)}
+
+
+def points() -> list[tuple[str, str, float, float, float]]:
+    """(model, network, latency in ms, mean and standard deviation of top-1 in percent) of the study of peers."""
+    peers = next(study for study in studies() if study["study"] == "peers")
+    speed = latencies()
+    return [
+        (one["key"], one["network"], speed[one["model"]["name"]], 100 * one["mean"], 100 * one["spread"])
+        for one in peers["networks"]
+        if one["model"]["name"] in speed
+    ]
+
+
+def accuracy_against_latency() -> Figure:
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for _, network, ms, mean, spread in points():
+        colour = OURS if "DualToken" in network else PEER
+        axes.errorbar(ms, mean, spread, fmt="o", color=colour, capsize=3)
+        axes.annotate(network, (ms, mean), (7, 5), textcoords="offset points", fontsize=9, color=colour)
+    axes.set(
+        xlabel="latency at 224x224 pixels, batch 1, float32, PyTorch on two CPU cores (ms)",
+        ylabel="top-1 (%)",
+        title="Imagenette at 64 pixels: one epoch, two seeds, the same recipe for all",
+        xlim=(18, 48),
+    )
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def paper_tables() -> Figure:
+    """The comparisons of the paper with error bars, and the paper's accuracies beside them."""
+    found = studies()
+    figure = Figure(figsize=(10, 13), layout="constrained")
+    sizes = [len(study["networks"]) + 1.5 for study in found]
+    for (left, right), study in zip(
+        figure.subplots(len(found), 2, width_ratios=(3, 1), height_ratios=sizes), found, strict=True
+    ):
+        names = [one["network"] for one in study["networks"]]
+        means = [100 * one["mean"] for one in study["networks"]]
+        left.errorbar(
+            means, names, xerr=[100 * one["spread"] for one in study["networks"]], fmt="o", capsize=3, color=PEER
+        )
+        right.plot([float(one["published"]) for one in study["networks"]], names, "D", color=PAPER)
+        right.set_yticklabels([])
+        left.set_title(f"{study['table']}: {study['study']}", fontsize=10, loc="left")
+        right.set_title("paper, ImageNet-1k", fontsize=10, loc="left")
+        for axes in (left, right):
+            axes.invert_yaxis()
+            axes.margins(y=0.8 / len(names))
+            axes.grid(alpha=0.3)
+    left.set_xlabel("top-1 (%), Imagenette at 64 pixels, one epoch: mean and standard deviation of two seeds")
+    right.set_xlabel("top-1 (%)")
+    return figure
+
+
+def learning_curves() -> Figure:
+    figure = Figure(figsize=(13, 2.9), layout="constrained")
+    for axes, ((folder, column), title) in zip(figure.subplots(1, len(RUNS)), RUNS.items(), strict=True):
+        with open(ROOT / "results" / folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row[column]]
+        axes.plot([int(row["epoch"]) for row in rows], [100 * float(row[column]) for row in rows], ".-", color=PEER)
+        axes.set_title(f"{title} (%)", fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+FIGURES = {
+    "accuracy-latency": accuracy_against_latency,
+    "paper-tables": paper_tables,
+    "learning-curves": learning_curves,
+}
+
+if __name__ == "__main__":
+    for name, draw in FIGURES.items():
+        figure = draw()
+        FigureCanvasAgg(figure)
+        figure.savefig(ROOT / "docs/images" / f"{name}.png", dpi=110, metadata={"Software": None})

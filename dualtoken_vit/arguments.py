@@ -1,0 +1,115 @@
+"""The arguments of the commands as dataclasses, whose docstrings are the command line's help.
+
+The commands whose arguments are the parameters of a function in `paper` are not here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
+
+import tyro
+
+from dualtoken_vit.recipes import Device, Recipe
+
+R = TypeVar("R", bound=Recipe)
+D = TypeVar("D")  # the data section of a recipe
+O = TypeVar("O")  # noqa: E741  the options of a predictor
+Runtime = Literal["onnxruntime", "openvino"] | None
+
+
+@dataclass(frozen=True)
+class Train(Generic[R]):
+    recipe: Annotated[R, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder of the run; by default runs/RECIPE."""
+    resume: bool = False
+    """Continue the run in that folder where it was interrupted, with its settings."""
+
+
+@dataclass(frozen=True)
+class CheckData(Generic[R]):
+    recipe: Annotated[R, tyro.conf.arg(name="")]
+    out: Path = Path("runs", "check-data")
+    """Folder for labels.png, a contact sheet of images with their labels."""
+    augmented: bool = False
+    """Draw the images as training sees them, after augmentation."""
+    suspects: tuple[Path, ...] = ()
+    """Classification: rank probably wrong labels by the networks of these runs, among the images that each of them held
+    out or validated on. Several runs with --data.holdout 0.2 and --data.fold 0, 1, 2, 3, 4 cover all images."""
+
+
+@dataclass(frozen=True)
+class Evaluate(Generic[D]):
+    data: D
+    batch_size: int | None = None
+    """Images in a batch; by default as in training."""
+    device: Device = "auto"
+    """auto: an accelerator if there is one, else the CPU."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Precision of the forward pass."""
+    runtime: Runtime = None
+    """Of an exported file; by default onnxruntime."""
+    calibrate: bool = False
+    """Classification: fit the temperature of the probabilities on these images, and store it in the checkpoint."""
+    out: Path | None = None
+    """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
+    json: bool = False
+    """Print one JSON object, and nothing else. Classification: top1, top5, loss, ece, images; detection: box, mask,
+    images; segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Predict(Generic[O]):
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, and folders to search for them, subfolders included; or one video, or the number of a camera."""
+    options: Annotated[O, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of all
+    images, and predictions.json. Of a video: the annotated video, with a .jsonl beside it."""
+    json: bool = False
+    """Print one JSON object on stdout instead of the table, and nothing else there; of a video, one for each frame."""
+    batch_size: int | None = None
+    """Images in a forward pass; by default 32, in detection and segmentation 4."""
+    device: Device = "auto"
+    """auto: an accelerator if there is one, else the CPU."""
+    runtime: Runtime = None
+    """Of an exported file; by default onnxruntime."""
+
+
+@dataclass(frozen=True)
+class Export(Generic[D]):
+    data: D
+    out: Path | None = None
+    """The file; by default model.onnx beside the checkpoint, or NAME.onnx in this folder."""
+    format: Literal["onnx", "litert", "coreml"] = "onnx"
+    """onnx: for ONNX Runtime and OpenVINO. litert (.tflite), coreml (.mlpackage, not verified): one image of one size,
+    classifiers and segmenters."""
+    size: str | None = None
+    """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
+    up to multiples of 32; other files take any size."""
+    raw: bool = False
+    """RetinaNet, FCOS, SSDLite: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the
+    predictor of the file chooses among them."""
+    attention: bool = False
+    """DualToken-ViT classifiers: also the attention maps of the last block, for the command attention."""
+    int8: Literal["dynamic", "static"] | None = None
+    """Weights of linear layers as int8. dynamic (also without a value) needs no data; static fixes the range of the
+    activations from --images."""
+    fp16: bool = False
+    """Weights as float16: half the size, not faster on a CPU."""
+    images: Path | None = None
+    """Folder of images to verify and calibrate with; by default noise."""
+    evaluate: bool = False
+    """Also evaluate checkpoint and file on the validation images (--data.*)."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder of images and labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """The new folder. Images are copied into it."""
+    to: Literal["coco", "yolo", "voc"]
+    """Format of the new folder."""
+    format: str = "auto"
+    """Format of the source: coco, yolo, voc, csv or labelme; auto: detect it."""

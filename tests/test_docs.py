@@ -1,0 +1,252 @@
+"""README and documentation are true: every command and every Python block runs, every link leads somewhere.
+
+Commands run as they are written, on small data of the names that the pages use, with the settings of `shrink`, which
+make networks tiny and runs short. The results pages are records of measurements: theirs are not run.
+"""
+
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_scenes
+from PIL import Image
+
+from dualtoken_vit import cli
+from dualtoken_vit.cli_help import EXAMPLES
+from dualtoken_vit.data import detection
+from dualtoken_vit.recipes import RECIPES
+from dualtoken_vit.tasks import trainer
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!_]*/**/*.md")), ROOT / "docs/index.md"]
+OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "REPRODUCTION.md", "SECURITY.md", "results/README.md")]
+TINY = ("dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32")
+FILES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in (*PAGES, *OTHERS)}
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text):
+    """The lines of shell blocks, continued lines joined, comments removed."""
+    lines = "".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def ours(command):
+    """The arguments of `dualtoken-vit` in a command, or None; of torchrun and srun, those of one process."""
+    found = re.search(r"(?:^|-m |\d )dualtoken[-_]vit(?:\.cli)? (.*)", command)
+    return shlex.split(found[1].partition(" > ")[0]) if found else None
+
+
+COMMANDS = {
+    name: [args for command in commands(text) if (args := ours(command))]
+    for name, text in FILES.items()
+    if "results" not in name
+}
+COMMANDS["--help"] = [shlex.split(example.partition(" > ")[0]) for each in EXAMPLES.values() for example in each]
+
+
+def shrink(recipe):
+    """The recipe with a tiny network, small images, and one step or two."""
+    model = recipe.model
+    if model.name.startswith("dualtoken"):
+        args = [arg for arg in model.args if not arg.startswith(("dims", "depths"))]
+        model = replace(model, args=(*args, *TINY))
+    model = replace(model, pretrained=False)
+    data = replace(recipe.data, workers=0)
+    sizes = {
+        "image_size": 64,
+        "max_size": 96,
+        "crop_size": (64, 64),
+        "limit": 4,
+        "start_size": None,
+        "val_split": "val",
+    }
+    data = replace(data, **{key: value for key, value in sizes.items() if hasattr(data, key)})
+    optim = replace(recipe.optim, epochs=1, batch_size=4, warmup_epochs=0, warmup_steps=0, milestones=())
+    run = replace(recipe.run, device="cpu", devices=1, nodes=1, precision="32-true", max_minutes=None)
+    return replace(recipe, model=model, data=data, optim=optim, run=run)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with the data and runs that the pages use, and the settings of `shrink`."""
+    root = tmp_path_factory.mktemp("workspace")
+    rng = np.random.default_rng(0)
+
+    def image(path, side=48):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path)
+
+    for split, count in (("train", 5), ("val", 4)):
+        for name in ("cat", "dog"):
+            for number in range(count):
+                image(root / "photos" / split / name / f"{number}.jpg")
+        for number in range(4):
+            image(root / "labelled" / split / f"{number}.jpg")
+    rows = [
+        f"{split}/{n}.jpg,{split},{'cat' if n % 2 else 'cat,dog'!r}" for split in ("train", "val") for n in range(4)
+    ]
+    (root / "labelled/labels.csv").write_text("\n".join(["file,split,labels", *rows]).replace("'", '"'))
+    save_scenes(root / "scenes", 64, train=4, val=3)
+    detection.save_scenes(root / "cells", 64, train=4, val=3)
+    shutil.copytree(root / "photos/val/cat", root / "new-photos")
+    shutil.copy(root / "photos/val/cat/0.jpg", root / "image.jpg")
+    folder = shrink(RECIPES["folder"])
+    data = replace(folder.data, root=str(root / "photos"))
+    for name, args in (("photos", ()), ("large", ()), ("position", ()), ("normal", ("global_tokens=normal",))):
+        model = replace(folder.model, args=(*TINY, *args))
+        trainer.train(replace(folder, model=model, data=data), root / "runs" / name)
+    lite = shrink(RECIPES["coco-lite"])
+    trainer.train(replace(lite, data=replace(lite.data, root=str(root / "cells"))), root / "runs/objects")
+    masks = shrink(RECIPES["masks-lite"])
+    trainer.train(replace(masks, data=replace(masks.data, root=str(root / "scenes"))), root / "runs/masks")
+    return root
+
+
+@pytest.fixture
+def inside(workspace, monkeypatch):
+    """Work in the workspace, with trainings and measurements as short as they can be."""
+    train = trainer.train
+    benchmark = cli.function("benchmark")
+
+    @wraps(benchmark)
+    def short(*models, **options):
+        options |= {"rounds": 1, "visit_seconds": 0.01, "modes": ("eager",), "batch_sizes": (1,), "memory": False}
+        return benchmark(*models, **options)
+
+    monkeypatch.setattr(trainer, "train", lambda recipe, *args, **kwargs: train(shrink(recipe), *args, **kwargs))
+    monkeypatch.setattr("dualtoken_vit.paper.benchmark.benchmark", short)
+    monkeypatch.chdir(workspace)
+    return workspace
+
+
+def runs(args):
+    """Whether the command can be run: studies start many processes, and some data and clips are not here."""
+    missing = {"imagenet", "clip.mp4", "tiny-imagenet-200"} & set(args)
+    return not (args[0] in ("study", "completion", "tables") or missing or "--calibrate" in args or "RECIPE" in args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [name for name, found in COMMANDS.items() if any(map(runs, found))])
+def test_the_commands_of_the_documentation_run(page, inside):
+    for args in COMMANDS[page]:
+        if not runs(args):
+            continue
+        out = Path(args[args.index("--out") + 1]) if "--out" in args else None
+        if args[0] == "convert":
+            shutil.rmtree(args[2], ignore_errors=True)
+        if out and args[0] == "train" and "--resume" not in args:
+            shutil.rmtree(out, ignore_errors=True)
+        assert cli.run(args) == 0, args
+        assert out is None or out.exists(), args
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_the_commands_of_the_documentation_are_understood(page, monkeypatch, tmp_path):
+    """Of `train` and `study`; commands on checkpoints need these, and run in the slow test."""
+    parsed = []
+    monkeypatch.setattr(trainer, "train", lambda recipe, *args, **kwargs: parsed.append(recipe))
+    monkeypatch.setattr("dualtoken_vit.paper.study.study", lambda name, study: parsed.append(study))
+    monkeypatch.setattr("dualtoken_vit.tasks.run_folder.stored_recipe", lambda out, named: RECIPES[named])
+    monkeypatch.chdir(tmp_path)
+    args = [each for each in COMMANDS[page] if each[0] in ("train", "study") and each[1:2] != ["RECIPE"]]
+    for each in args:
+        cli.run(each)
+    assert len(parsed) == len(args)
+    assert all(each[0] in cli.COMMANDS for each in COMMANDS[page])
+
+
+@pytest.mark.parametrize("page", [name for name, text in FILES.items() if blocks(text, "python")])
+def test_the_python_of_the_documentation_runs(page):
+    names = {}
+    for block in blocks(FILES[page], "python"):
+        if "runs/photos" not in block:  # needs a trained network, see below
+            exec(block, names)
+    if page == "README.md":
+        assert [tuple(m.shape) for m in names["maps"]] == [(1, 48, 20, 28), (1, 96, 10, 14), (1, 192, 5, 7)]
+        assert names["model"](torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    if page == "docs/guides/python.md":
+        assert names["logits"].shape == (2, 10)
+        assert names["backbone"].feature_info.channels() == [48, 96, 192]
+        assert names["unet"](torch.zeros(2, 3, 64, 96)).shape == (2, 2, 64, 96)
+        assert names["labels"].shape == (200, 300)
+        assert set(names["detections"][0]) == {"boxes", "labels", "scores", "masks"}
+    if page == "docs/guides/attention.md":
+        assert names["attended"]["stages.2.blocks.5"].shape == (2, 7, 7, 7, 7)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_documentation_runs_on_a_trained_network(inside):
+    cli.run(["export", "runs/photos/best.safetensors"])
+    for text in FILES.values():
+        for block in blocks(text, "python"):
+            if "runs/photos" in block and "checkpoint_path" not in block:
+                names = {}
+                exec(block, names)
+                assert "result" not in names or names["result"].name in ("cat", "dog")
+
+
+def test_the_make_targets_and_extras_of_the_documentation_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for text in FILES.values():
+        for target in re.findall(r"^make ([\w-]+)", "\n".join(commands(text)), re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        for extra in re.findall(r"pip install .*\[(\w+)\]", text):
+            assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+def anchors(text):
+    """The anchors of the headings of a page, as GitHub and MyST name them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", FILES)
+def test_the_links_of_the_documentation_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", FILES[page], flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    for link in (a or b for a, b in links):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            content = target.read_text(encoding="utf-8")
+            if included := re.search(r"\{include\} (\S+)", content):
+                content = (target.parent / included[1]).read_text(encoding="utf-8")
+            assert anchor in anchors(content), link
+
+
+def test_the_reference_has_every_recipe_and_command():
+    for recipe in RECIPES.values():
+        page = f"docs/reference/recipes/{recipe.task}.md"
+        if page in FILES:  # other tests may register more tasks
+            assert f"{{flags}} train {recipe.task}" in FILES[page]
+    assert {recipe.task for recipe in RECIPES.values()} >= {"classification", "multilabel", "detection", "segmentation"}
+    for command in cli.COMMANDS:
+        assert f"\n## {command}\n" in FILES["docs/reference/command-line.md"] or command == "completion"
+
+
+def test_the_figures_are_those_of_the_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import network_figure
+    import plots
+
+    for theme in ("light", "dark"):
+        file = ROOT / "docs/images" / f"network-{theme}.svg"
+        assert file.read_text(encoding="utf-8") == network_figure.draw(theme)
+    found = {name: (ms, round(mean, 2)) for _, name, ms, mean, _ in plots.points()}
+    assert found["DualToken-ViT-T (mix)"] == (28.2, 45.95)  # of the tables in results/
+    assert found["XCiT-T12"] == (36.5, 49.07)
+    assert all((ROOT / "docs/images" / f"{name}.png").is_file() for name in plots.FIGURES)

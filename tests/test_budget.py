@@ -47,8 +47,8 @@ def rows(out):
 # 36 images in batches of 4: 9 steps of 2 s; 18 in validation: 4.5 batches of 1 s
 @pytest.mark.parametrize(("minutes", "epochs"), [(0.01, 1), (1.1, 2), (1.2, 3)])
 def test_as_many_epochs_as_fit(photos, tmp_path, clock, capsys, minutes, epochs):
-    out = tmp_path / "run"
-    assert call("--data.root", photos, *SETTINGS, "--run.max-minutes", minutes, "--out", out) == 0
+    out, cosine = tmp_path / "run", ("--optim.schedule", "cosine", "--optim.optimizer", "adamw", "--optim.lr", "1e-3")
+    assert call("--data.root", photos, *SETTINGS, *cosine, "--run.max-minutes", minutes, "--out", out) == 0
     assert epochs == max(1, int(60 * minutes // 22.5))
     assert [row["epoch"] for row in rows(out)] == [str(n) for n in range(1, epochs + 1)]
     assert f"an epoch takes about 22.5 s: {epochs} of them in {minutes:g} minutes" in capsys.readouterr().out

@@ -19,7 +19,14 @@ from dualtoken_vit import cli
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ABOUT, RECIPES
 
-TINY = ("--model.args", "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32")
+TINY = (
+    "--model.name",
+    "dualtoken_vit_tiny",
+    "--model.args",
+    "dims=(16,32,32)",
+    "depths=(1,1,1)",
+    "head_hidden_size=32",
+)
 
 
 @pytest.fixture

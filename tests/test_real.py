@@ -49,12 +49,15 @@ def photos(data, tmp_path_factory) -> Path:
     return folder
 
 
+def train(photos: Path, out: Path, *more: str) -> Path:
+    settings = "--data.image-size 64 --data.workers 0 --optim.epochs 4 --optim.batch-size 16 --run.device cpu"
+    run("train", "folder", "--data.root", photos, "--out", out, *settings.split(), *more)
+    return out / "best.safetensors"
+
+
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "run"
-    settings = "--data.image-size 64 --data.workers 0 --optim.epochs 4 --optim.batch-size 16 --run.device cpu"
-    run("train", "folder", "--data.root", photos, "--out", out, *settings.split())
-    return out / "best.safetensors"
+    return train(photos, tmp_path_factory.mktemp("run") / "run", "--model.pretrained", "false")
 
 
 def test_a_short_training_learns_and_predict_agrees_with_evaluate(trained, photos):
@@ -69,6 +72,13 @@ def test_a_short_training_learns_and_predict_agrees_with_evaluate(trained, photo
     right = [Path(one["image"]).parent.name == one["classes"][0]["class"] for one in record["predictions"]]
     assert len(right) == result["images"]
     assert sum(right) / len(right) == pytest.approx(result["top1"], abs=1e-6)
+
+
+def test_from_the_weights_of_the_package_it_learns_more(trained, photos, tmp_path):
+    best = train(photos, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["model"]["pretrained"] is True
+    before, after = (json.loads(run("evaluate", each, "--json"))["top1"] for each in (trained, best))
+    assert after > before + 0.15  # by four standard errors of 160 photos
 
 
 @pytest.mark.parametrize("name", ["clothing80", "imagenette112"])

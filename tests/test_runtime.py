@@ -337,6 +337,9 @@ def test_the_runtime_extra_alone_is_enough(classifier, image, tmp_path):
     listed = {line.partition("=")[0].lower() for line in call("pip", "list", "--format=freeze").stdout.splitlines()}
     assert {"dualtoken-vit", "numpy", "onnxruntime", "pillow"} <= listed
     assert not listed & {"torch", "timm", "torchvision", "lightning", "matplotlib", "rich"}
+    weights = list((root / "dualtoken_vit" / "weights").iterdir())
+    packed = {path.name: path.read_bytes() for path in (tmp_path / "env").rglob("dualtoken_vit/weights/*")}
+    assert packed == {path.name: path.read_bytes() for path in weights}
     done = call("dualtoken-vit", "predict", str(classifier), "image.png", "--json", "--out", "out")
     assert (done.returncode, done.stderr) == (0, "")
     (entry,) = json.loads(done.stdout)["predictions"]

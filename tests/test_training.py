@@ -39,7 +39,7 @@ ARGS = ("dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32")
 def recipe(root, **sections) -> Classification:
     """The folder recipe, tiny; sections are dictionaries of fields."""
     small = {
-        "model": {"args": ARGS, "pretrained": False},
+        "model": {"name": "dualtoken_vit_tiny", "args": ARGS, "pretrained": False},
         "data": {"root": str(root), "image_size": 32, "workers": 0},
         "optim": {"batch_size": 12, "epochs": 2},
         "run": {"device": "cpu"},

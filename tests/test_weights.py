@@ -10,10 +10,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from timm.models import generate_default_cfgs, register_model
 
 from dualtoken_vit import cli, load_model, load_predictor
-from dualtoken_vit.checkpoint import own_weights, save_checkpoint
+from dualtoken_vit.checkpoint import own_weights, read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.dualtoken import DualTokenViT
 from dualtoken_vit.models.two_stream import create, model_cfg
@@ -129,3 +130,36 @@ def test_training_starts_from_them(donor, photos, tmp_path, capsys, monkeypatch,
     trained = load_model("run/best.safetensors")[0]
     same = torch.allclose(trained.token_embed, donor.token_embed, atol=1e-6)
     assert same == expected
+
+
+EXCLUDED = RECIPES["tin190"].data.exclude
+SHIPPED = [name for name in timm.list_pretrained("dualtoken_vit_*") if not name.startswith(NAME)]
+
+
+def test_there_are_weights():
+    assert "dualtoken_vit_tiny_mix.tin190" in SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights(name):
+    cfg = timm.get_pretrained_cfg(name)
+    file = Path(cfg.file)
+    about = read_checkpoint(file)
+    assert about.class_names == tuple(cfg.label_names) == tuple(sorted(cfg.label_names))
+    assert len(set(cfg.label_names)) == cfg.num_classes == 190
+    assert not set(EXCLUDED) & set(cfg.label_names)
+    info = ImageNetInfo()
+    assert about.preprocessing["label_descriptions"] == [info.label_name_to_description(one) for one in cfg.label_names]
+    for key in ("input_size", "mean", "std", "crop_pct", "interpolation"):
+        stored = about.preprocessing[key]
+        assert (tuple(stored) if isinstance(stored, list) else stored) == getattr(cfg, key)
+    assert {value.dtype for value in about.state_dict.values() if value.is_floating_point()} == {torch.float16}
+    architecture = name.partition(".")[0]
+    model = timm.create_model(architecture, pretrained=True)
+    assert torch.equal(model.token_embed, about.state_dict["token_embed"].float())
+    assert timm.create_model(architecture).num_classes == 1000
+    card = file.with_suffix(".md").read_text()
+    assert cfg.license == "cc-by-nc-4.0"
+    assert "license: cc-by-nc-4.0" in card
+    assert f"{about.metrics['val_top1']:.1%}".replace("%", " %") in card
+    assert not any(about.recipe["data"]["root"].startswith(start) for start in "/~")

@@ -16,6 +16,7 @@ The alternatives of the paper's Tables 6 to 9 are in `ablations.py`; arguments o
 Stem, patch merging, bi-dimensional attention and head follow LightViT (Huang et al., arXiv 2207.05557).
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -236,8 +237,30 @@ def _check_switches(token_mlp, token_grid, global_tokens, local_attention, downs
         raise ValueError("token_mlp='mix' has no effect with global_tokens='normal', which has no MLP; use 'mlp'")
 
 
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+
+def _trained(variant: str, tag: str) -> dict[str, Any]:
+    """The cfg of weights in the package, whose model card is beside them."""
+    labels = (WEIGHTS / f"{tag}.txt").read_text().split()
+    return model_cfg(
+        file=str(WEIGHTS / f"dualtoken_vit_{variant}.{tag}.safetensors"),
+        license="cc-by-nc-4.0",
+        num_classes=len(labels),
+        label_names=labels,
+        input_size=(3, 96, 96),
+        crop_pct=1.0,
+    )
+
+
 default_cfgs = generate_default_cfgs(
-    {f"dualtoken_vit_{variant}.untrained": model_cfg() for variant in ("tiny", "tiny_mix", "small", "small_mix")}
+    {
+        "dualtoken_vit_tiny_mix.tin190": _trained("tiny_mix", "tin190"),
+        # the default of a network without pretrained=True
+        **{
+            f"dualtoken_vit_{variant}.untrained*": model_cfg() for variant in ("tiny", "tiny_mix", "small", "small_mix")
+        },
+    }
 )
 
 TINY = dict(dims=(48, 96, 192), depths=(2, 6, 4), num_heads=(2, 4, 8))  # Table 1

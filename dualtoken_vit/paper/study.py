@@ -43,7 +43,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.paper.tables import PUBLISHED, Published, bare, model_of
-from dualtoken_vit.recipes import RECIPES, Classification, Model, Run, flatten, free_on_resume
+from dualtoken_vit.recipes import RECIPES, Classification, Model, Optim, Run, flatten, free_on_resume
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 from dualtoken_vit.tasks.networks import create_model
@@ -94,19 +94,19 @@ assert isinstance(_FOLDER, Classification)
 _CPU = replace(
     _FOLDER,
     data=replace(_FOLDER.data, image_size=64, workers=1),
-    optim=replace(_FOLDER.optim, epochs=1, warmup_epochs=0.2),
+    optim=Optim(epochs=1, batch_size=32, warmup_epochs=0.2),
     run=Run(device="cpu"),
 )
 _EQUAL = replace(
     _FOLDER,
     data=replace(_FOLDER.data, image_size=96, workers=1),
-    optim=replace(_FOLDER.optim, optimizer="muon", schedule="flat-cosine", epochs=5),
+    optim=replace(_FOLDER.optim, epochs=5),
     run=Run(device="cpu", precision="bf16-mixed"),
 )
 _GPU = replace(
     _FOLDER,
     data=replace(_FOLDER.data, image_size=112, workers=4),
-    optim=replace(_FOLDER.optim, epochs=20, batch_size=64, warmup_epochs=1),
+    optim=Optim(epochs=20, batch_size=64, warmup_epochs=1),
     run=Run(precision="bf16-mixed", validate_every=5),
 )
 PRESETS: dict[str, tuple[str, Study]] = {

@@ -5,8 +5,8 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
-from dualtoken_vit.recipes.base import FREE, DataSection, Model, Optim, Recipe, Share, register
-from dualtoken_vit.recipes.classification import FOLDER, ClassificationInput, ImageAugment
+from dualtoken_vit.recipes.base import FREE, DataSection, Model, Recipe, Share, register
+from dualtoken_vit.recipes.classification import ADAMW, FOLDER, ClassificationInput, ImageAugment
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ register(
                 model=Model(args=("depths=(1,2,1)",)),
                 data=MultiLabelData(dataset="shapes", image_size=64, crop_pct=1.0),
                 augment=MultiLabelAugment(scale=(0.8, 1.0)),
-                optim=replace(FOLDER.optim, epochs=6),
+                optim=replace(ADAMW, epochs=6),
             ),
         ),
         "multilabel": (
@@ -70,7 +70,7 @@ register(
                 model=FOLDER.model,
                 data=MultiLabelData(crop_pct=1.0),
                 augment=MultiLabelAugment(scale=(0.35, 1.0)),
-                optim=Optim(batch_size=32, warmup_epochs=0.5),
+                optim=FOLDER.optim,
             ),
         ),
     },

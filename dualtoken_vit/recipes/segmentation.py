@@ -124,7 +124,7 @@ register(
         "masks": (
             "Segment your own images: --data.root DIR with images/{train,val}/*.jpg and annotations/{train,val}/*.png.",
             Segmentation(
-                model=Model(pretrained="auto"),
+                model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
                 optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2),
             ),
         ),

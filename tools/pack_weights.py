@@ -1,0 +1,35 @@
+"""Pack a run's best.safetensors for the package: `python tools/pack_weights.py RUN/best.safetensors NAME.TAG`.
+
+Writes dualtoken_vit/weights/NAME.TAG.safetensors: the same checkpoint in float16, and the names of its classes beside
+it, which the cfg of the weights lists.
+"""
+
+import sys
+from pathlib import Path
+
+from dualtoken_vit import load_model
+from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.tasks.classification import label_descriptions
+
+WEIGHTS = Path(__file__).parents[1] / "dualtoken_vit" / "weights"
+
+
+def pack(path: Path, name: str) -> Path:
+    """Write the file, and return its path."""
+    model, about = load_model(path)
+    save_checkpoint(
+        file := WEIGHTS / f"{name}.safetensors",
+        model.half(),
+        task=about.task,
+        class_names=about.class_names,
+        preprocessing=about.preprocessing | label_descriptions(about.class_names),
+        recipe=about.recipe,
+        metrics=about.metrics,
+        model_args=about.model_args,
+    )
+    (WEIGHTS / f"{name.partition('.')[2]}.txt").write_text("\n".join(about.class_names) + "\n")
+    return file
+
+
+if __name__ == "__main__":
+    print(pack(Path(sys.argv[1]), sys.argv[2]))

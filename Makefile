@@ -1,5 +1,6 @@
 # make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
 # make test    the tests, but those that take more than ten seconds each;  make test-slow: these
+# make campaign  the reliability campaign, one to two hours; SEED=1 for another, and it goes on where it was stopped
 # make lint    ruff, mypy and the import contract;  make format: ruff, with automatic fixes
 # Each creates .venv first where it is missing. Needs Python 3.11 or later; choose one with PYTHON=...
 # or bring your own environment with BIN=... (its bin folder).
@@ -11,6 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c "$(FITS)" 2>/dev/null && echo $$p && break; done)
 DEMO := runs/demo
 JOBS ?= 2
+SEED ?= 0
 
 # A stamp file a set of extras: installed again only when pyproject.toml is newer.
 ifeq ($(BIN),$(VENV)/bin)
@@ -18,7 +20,7 @@ TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
 endif
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow campaign lint format clean
 
 demo: $(TRAIN)
 	rm -rf $(DEMO)
@@ -34,6 +36,10 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
+
+campaign: $(DEV)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m campaign --out runs/campaign-$(SEED) --seed $(SEED) \
+		--report results/RELIABILITY.md
 
 lint: $(DEV)
 	$(BIN)/ruff check .

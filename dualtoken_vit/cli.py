@@ -167,7 +167,10 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
 def _checkpoint(args: list[str], command: str, about: str | None, more: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
     usage = f"{command} CHECKPOINT {more}"
-    about = f"{about} CHECKPOINT is the best.safetensors of a run, or a file that export wrote.\n"
+    about = (
+        f"{about} CHECKPOINT is the best.safetensors of a run, a file that export wrote, or the name of a network "
+        "whose weights come with the package.\n"
+    )
     if _help(
         args, usage, about, f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
     ):
@@ -214,7 +217,15 @@ def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
     chosen = _parse(default, stored, args, flags, prog, about)
     found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
+    _check_overlap(chosen.data, args)
     return chosen, found
+
+
+def _check_overlap(options: Any, args: list[str]) -> None:
+    """An InputError for an overlap of tiles without tiles."""
+    flags = [arg for arg in args if arg.partition("=")[0] in ("--overlap", "--data.overlap")]
+    if flags and options.tile is None:
+        raise InputError("--overlap is that of tiles: give --tile too, the side of a tile in pixels")
 
 
 def _known(kind: str, name: str, names: Iterable[str]) -> str:
@@ -300,6 +311,7 @@ def predict(args: list[str]) -> bool:
 
     options = default_options(checkpoint)
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
+    _check_overlap(chosen.options, args)
     options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
     return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 

@@ -5,22 +5,26 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from PIL import Image
 from timm.models import generate_default_cfgs, register_model
 
-from dualtoken_vit import cli, load_model
+from dualtoken_vit import cli, load_model, load_predictor
+from dualtoken_vit.checkpoint import own_weights, save_checkpoint
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.dualtoken import DualTokenViT
 from dualtoken_vit.models.two_stream import create, model_cfg
-from dualtoken_vit.recipes import RECIPES, Model
-from dualtoken_vit.tasks.networks import choose_weights, own_weights
+from dualtoken_vit.recipes import RECIPES, ClassificationInput, Model, to_dict
+from dualtoken_vit.tasks.classification import data_config, label_descriptions
+from dualtoken_vit.tasks.networks import choose_weights
 
 FILE = Path(tempfile.gettempdir()) / "dualtoken_vit_test_weights.safetensors"
 NAME = "dualtoken_vit_test_weights"
 ARGS = dict(dims=(16, 32, 48), depths=(1, 1, 1), num_heads=(2, 2, 2), head_hidden_size=32)
-LABELS = ["cat", "dog", "owl"]
+LABELS = ["n02124075", "n02099601", "n01622779"]
 
 default_cfgs = generate_default_cfgs(
     {
@@ -39,8 +43,17 @@ def dualtoken_vit_test_weights(pretrained=False, **kwargs):
 def donor():
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=3).eval()
-    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, FILE)
-    yield model.half().float()  # rounded as the file is
+    save_checkpoint(
+        FILE,
+        model.half(),
+        task="classification",
+        class_names=LABELS,
+        preprocessing=data_config(model, ClassificationInput(image_size=64), 3) | label_descriptions(LABELS),
+        recipe=to_dict(RECIPES["tin190"]),
+        metrics={},
+        model_args=ARGS,
+    )
+    yield model.float()  # rounded as the file is
     FILE.unlink()
 
 
@@ -56,6 +69,23 @@ def test_the_name_alone_loads_the_weights_and_their_cfg(donor):
     torch.testing.assert_close(features.forward_features(x), donor.forward_features(x), rtol=0, atol=0)
     grey = timm.create_model(NAME, pretrained=True, in_chans=1).eval()
     torch.testing.assert_close(grey(x[:, :1]), donor(x[:, :1].expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_name_stands_for_the_file_in_every_command(donor, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image = next(photos.rglob("*.*g"))
+    result = load_predictor(NAME)(image)
+    assert set(result.names) == {"Egyptian cat", "golden retriever", "great grey owl, great gray owl, Strix nebulosa"}
+    x = load_predictor(FILE).preprocess(Image.open(image).convert("RGB"))
+    with torch.no_grad():
+        expected = donor(x[None])[0].softmax(-1).sort(descending=True).values
+    np.testing.assert_allclose(result.probabilities, expected, atol=1e-6)
+    assert cli.run(["predict", NAME, str(image), "--out", "drawn"]) == 0
+    assert cli.run(["export", NAME]) == 0  # into the current folder, not into the package
+    assert load_predictor("model.onnx")(image).names == result.names
+    assert not (FILE.parent / "model.onnx").exists()
+    with pytest.raises(InputError, match=f"give a copy of {FILE}"):
+        cli.run(["evaluate", NAME, "--data.root", str(photos), "--calibrate"])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 
 import dualtoken_vit
 from dualtoken_vit import recipes
-from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.checkpoint import Checkpoint, locate
 from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
 from dualtoken_vit.deploy.mobile import TARGETS
 from dualtoken_vit.deploy.plans import Plan, Size, plan
@@ -117,7 +117,12 @@ def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, imag
     channels = about.preprocessing["input_size"][0]
     inputs = batches(chosen, channels, images)  # first: a folder without images is found at once
     file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
-    _verify(ExportedModel(file), chosen, inputs)
+    try:
+        _verify(ExportedModel(file), chosen, inputs)
+    except ConversionError:
+        raise
+    except InputError as error:  # the graph is made for the size that it was traced with
+        raise ConversionError(str(error).replace(str(file), "the file")) from error
 
 
 def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, inputs: list[np.ndarray]) -> None:
@@ -189,7 +194,7 @@ def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any
         "preprocessing": preprocessing,
         "recipe": recipes.to_dict(recipe),
         "metrics": about.metrics,
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(locate(checkpoint).read_bytes()).hexdigest(),
         "export": {"size": chosen.size if chosen.fixed else None, "raw": False, "precision": "float32", **chosen.about},
         "versions": {"dualtoken-vit": dualtoken_vit.__version__, **found},
     }

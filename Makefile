@@ -1,6 +1,7 @@
 # make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
 # make test    the tests, but those that take more than ten seconds each;  make test-slow: these
 # make docs    the site, in docs/_build/index.html; a warning is an error
+# make campaign  the reliability campaign, one to two hours; SEED=1 for another, and it goes on where it was stopped
 # make lint    ruff, mypy and the import contract;  make format: ruff, with automatic fixes
 # make web     the browser demo as static files in web/dist (web/README.md); make test-web: its tests in headless Chromium
 # Each creates .venv first where it is missing. Needs Python 3.11 or later; choose one with PYTHON=...
@@ -14,6 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 DEMO := runs/demo
 JOBS ?= 2
 ORT := web/node_modules/.package-lock.json
+SEED ?= 0
 
 # A stamp file a set of extras: installed again only when pyproject.toml is newer.
 ifeq ($(BIN),$(VENV)/bin)
@@ -22,7 +24,7 @@ DEV := $(VENV)/.dev
 EXPORT := $(VENV)/.export
 endif
 
-.PHONY: demo test test-slow docs lint format web test-web clean
+.PHONY: demo test test-slow campaign docs lint format web test-web clean
 
 demo: $(TRAIN)
 	rm -rf $(DEMO)
@@ -41,6 +43,10 @@ test-slow: $(DEV)
 
 docs: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+campaign: $(DEV)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m campaign --out runs/campaign-$(SEED) --seed $(SEED) \
+		--report results/RELIABILITY.md
 
 lint: $(DEV)
 	$(BIN)/ruff check .

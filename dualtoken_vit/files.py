@@ -13,6 +13,11 @@ from typing import IO, Any
 
 from dualtoken_vit.errors import InputError, first_line
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no locks of this kind
+    fcntl = None  # type: ignore[assignment]
+
 
 def _os_error(error: BaseException | None) -> OSError | None:
     """The system's error behind `error`: torch.save hides it behind a RuntimeError of its own."""
@@ -29,18 +34,24 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     that the next write replaces.
 
     Raises:
-        InputError: where the system refuses (full disk, no permission); `path` is as it was.
+        InputError: where the system refuses (full disk, no permission), or another process is writing this file; `path`
+            is as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    own = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode, opener=_open_locked, **text) as file:
+            own = True
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if fcntl is not None:
+                os.replace(temporary, path)  # as long as it is locked
+        if fcntl is None:
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = _os_error(error)
         if cause is None:
@@ -49,8 +60,40 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         kept = "; the file that was there is kept" if path.is_file() else ""
         raise InputError(f"cannot write {path}: {reason}{kept}") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        if own:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _open_locked(path: str, flags: int) -> int:
+    """As `os.open`, an empty file that this process alone uses; see `_lock`."""
+    if fcntl is None:
+        return os.open(path, flags, 0o666)
+    descriptor = _lock(path, flags & ~os.O_TRUNC)
+    if os.fstat(descriptor).st_size:  # of a process that was killed
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def _lock(path: str | Path, flags: int) -> int:
+    """Open a temporary file or folder that this process alone uses until it closes it or ends.
+
+    Raises:
+        InputError: where another process uses it.
+    """
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            name = os.path.join(os.path.dirname(path), os.path.basename(path)[1:].removesuffix(".tmp"))
+            raise InputError(f"{printable(name)} is being written by another process; name another one") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # the other process has just put it into its place: once more, with a new one
 
 
 @contextmanager
@@ -58,21 +101,26 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A new folder to write into, which becomes `path` only when all of it is written; nothing is left otherwise.
 
     Raises:
-        InputError: if `path` exists and is not an empty folder, or where the system refuses.
+        InputError: if `path` exists and is not an empty folder, another process is writing it, or the system refuses.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{printable(path)}: is not empty; name a new folder")
     temporary = path.with_name(f".{path.name}.tmp")
+    own = None
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        own = _lock(temporary, os.O_RDONLY) if fcntl is not None else os.open(os.devnull, os.O_RDONLY)
+        for left in temporary.iterdir():  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {printable(path)}: {error.strerror}; nothing was written") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if own is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(own)
 
 
 def write_json(value: Any, path: str | Path) -> None:

@@ -12,7 +12,7 @@ from timm.models import adapt_input_conv
 
 from dualtoken_vit.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write
+from dualtoken_vit.files import atomic_folder, atomic_write
 from dualtoken_vit.predictors import load_model
 
 SMALL = dict(dims=(16, 32, 32), depths=(1, 1, 1), head_hidden_size=32)
@@ -277,6 +277,25 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path):
         interrupted()
     assert path.read_bytes() == b"good"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_another_process_writes(tmp_path):
+    """Nothing is mixed: the first goes on, the second ends; the lock is the system's, so it ends with the process."""
+    path = tmp_path / "file"
+    (tmp_path / ".file.tmp").write_bytes(b"left by a process that was killed")
+    with atomic_write(path) as file:
+        file.write(b"first")
+        with pytest.raises(InputError, match="file is being written by another process"), atomic_write(path) as other:
+            other.write(b"second")
+    assert path.read_bytes() == b"first"
+    folder = tmp_path / "folder"
+    (tmp_path / ".folder.tmp" / "old").mkdir(parents=True)
+    with atomic_folder(folder) as place:
+        (place / "a").write_bytes(b"first")
+        with pytest.raises(InputError, match="folder is being written by another process"), atomic_folder(folder):
+            pass
+    assert [each.name for each in folder.iterdir()] == ["a"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_a_file_in_place_of_the_folder(tmp_path):

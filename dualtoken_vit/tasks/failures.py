@@ -25,5 +25,6 @@ def explained(hint: str, processes: int = 1) -> Iterator[None]:
             cause = "a data loading process was killed, perhaps for lack of memory"
             raise InputError(f"{cause} ({reason(error)}); give fewer --data.workers") from error
         if processes > 1 and PEER.search(str(error)):
-            raise InputError(f"another process of this run ended or cannot be reached ({reason(error)})") from error
+            cause = "another process of this run ended or cannot be reached; see its message"
+            raise InputError(f"{cause}, and continue with --resume") from error
         raise

@@ -34,7 +34,8 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
     )
-    parser.add_argument("--count", type=int, help="cases of each part; by default those of the issue of a release")
+    parser.add_argument("--count", type=int, help="the first cases of each part only")
+    parser.add_argument("--share", type=float, default=1.0, help="of the cases of each part, chosen by the seed")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this time")
     parser.add_argument("--case", nargs=2, metavar=("PART", "NUMBER"), help="repeat one case, and keep its files")
     parser.add_argument("--report", type=Path, help="Markdown file for the table of counts")
@@ -46,8 +47,11 @@ def main() -> int:
         verdict = run_case(out, chosen.case[0], chosen.seed, int(chosen.case[1]), keep=True)
         print(*verdict, sep="\n")
         return bool(verdict.fault)
-    numbers = {part: range(count_of(out, part, chosen.count)) for part in chosen.only}
-    cases = [(part, number) for part in chosen.only for number in numbers[part]]
+    cases = []
+    for part in chosen.only:
+        numbers = range(count_of(out, part, chosen.count))
+        some = Random(chosen.seed).sample(numbers, int(chosen.share * len(numbers)))
+        cases += [(part, number) for number in sorted(some)]
     found = run_all(out, chosen.seed, cases, time.monotonic() + 60 * chosen.minutes)
     rows = summary(found)
     table = Table("part", "cases", "of which", "faults")

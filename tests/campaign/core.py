@@ -150,7 +150,9 @@ def _kill_group(group: int, patient: bool) -> bool:
 def command(*args: Any) -> None:
     """The program, as its entry point calls it, with one thread for each operation."""
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
 
+    rank_zero_only.rank = int(os.environ.get("RANK", 0))  # it was set when the first process imported Lightning
     torch.set_num_threads(1)
     sys.argv = ["dualtoken-vit", *map(str, args)]
     cli.main()

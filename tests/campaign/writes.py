@@ -28,13 +28,13 @@ def commands(world: Path) -> dict[str, list[str]]:
     """Commands that write into OUT; a run that is resumed has begun there."""
     network, photos = str(best(world, "classification")), str(world / "photos" / "val")
     return {
+        "export": ["export", network, "--out", "OUT/model.onnx"],
+        "check-data": ["check-data", "folder", "--data.root", str(world / "photos"), "--out", "OUT"],
+        "convert": ["convert", str(world / "objects"), "OUT", "--to", "coco"],
+        "evaluate": ["evaluate", network, "--out", "OUT"],
         "train": training("classification", world, "OUT", optim__epochs=1),
         "train --resume": training("classification", world, "OUT", "--resume"),
-        "evaluate": ["evaluate", network, "--out", "OUT"],
         "predict": ["predict", network, photos, "--out", "OUT"],
-        "export": ["export", network, "--out", "OUT/model.onnx"],
-        "convert": ["convert", str(world / "objects"), "OUT", "--to", "coco"],
-        "check-data": ["check-data", "folder", "--data.root", str(world / "photos"), "--out", "OUT"],
         "attention": ["attention", network, photos, "--out", "OUT"],
         "evaluate detection": ["evaluate", str(best(world, "detection")), "--out", "OUT"],
         "evaluate segmentation": ["evaluate", str(best(world, "segmentation")), "--out", "OUT"],
@@ -45,10 +45,10 @@ def commands(world: Path) -> dict[str, list[str]]:
 
 
 def failing(args: list[str], out: Path, number: int, code: int, log: Path) -> None:
-    """The program; its `number`-th operation in `out` fails. FOLDER/log gets a line for each operation."""
+    """The program; its `number`-th operation beside or in `out` fails. `log` gets a line for each operation."""
     count, fsync = 0, os.fsync
     lines = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    inside = os.fspath(out)
+    inside = os.fspath(out.parent)
 
     def operation(kind: str, path: Any) -> None:
         nonlocal count

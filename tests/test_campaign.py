@@ -1,0 +1,18 @@
+"""A small share of the reliability campaign (`make campaign` runs all of it)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_share_of_the_campaign(tmp_path):
+    """Crashes, failing writes, signals, little memory, damaged files, NaN: see `results/RELIABILITY.md`."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "campaign", "--out", str(tmp_path / "campaign"), "--share", "0.06"]
+    ended = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]

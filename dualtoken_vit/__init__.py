@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dualtoken_vit.recipes import RECIPES
     from dualtoken_vit.tasks.trainer import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "RECIPES",
     "DualTokenViT",

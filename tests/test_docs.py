@@ -11,15 +11,18 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from helpers import save_scenes
+from nbclient import NotebookClient
 from PIL import Image
 
 from dualtoken_vit import cli
 from dualtoken_vit.cli_help import EXAMPLES
 from dualtoken_vit.data import detection
+from dualtoken_vit.data.shapes import CLASSES
 from dualtoken_vit.recipes import RECIPES
 from dualtoken_vit.tasks import trainer
 
@@ -187,6 +190,7 @@ def test_the_python_of_the_documentation_runs(page):
 @pytest.mark.slow
 def test_the_python_of_the_documentation_runs_on_a_trained_network(inside):
     cli.run(["export", "runs/photos/best.safetensors"])
+    shutil.rmtree("runs/photos/hub", ignore_errors=True)
     for text in FILES.values():
         for block in blocks(text, "python"):
             if "runs/photos" in block and "checkpoint_path" not in block:
@@ -250,3 +254,19 @@ def test_the_figures_are_those_of_the_scripts(monkeypatch):
     assert found["DualToken-ViT-T (mix)"] == (28.2, 45.95)  # of the tables in results/
     assert found["XCiT-T12"] == (36.5, 49.07)
     assert all((ROOT / "docs/images" / f"{name}.png").is_file() for name in plots.FIGURES)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch):
+    """With one epoch of fewer images."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(ROOT / "docs/notebooks/demo.ipynb", as_version=4)
+    assert all(cell.cell_type == "markdown" or not cell.outputs for cell in notebook.cells)  # kept without outputs
+    text = nbformat.writes(notebook).replace("epochs = 6", "epochs = 1").replace("workers=0", "workers=0, per_class=16")
+    done = NotebookClient(nbformat.reads(text, as_version=4), timeout=300).execute()
+    printed = "".join(each.get("text", "") for cell in done.cells for each in cell.get("outputs", ()))
+    assert re.search(r"^top-1 \d+\.\d\d%", printed, re.MULTILINE)
+    shown = re.findall(r"^(\w+) \((.*)\) \[", printed, re.MULTILINE)
+    assert len(shown) == 4
+    assert {name for name, _ in shown} <= {*CLASSES}
+    assert any("image/png" in each.get("data", {}) for each in done.cells[-1].outputs)

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualtoken_vit import __version__
 from dualtoken_vit.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def _system() -> str:
 
 def print_environment() -> None:
     """Print versions and hardware, a line for each, as bug reports need them."""
-    found = {"dualtoken-vit": f"{__version__} {commit() or ''}", "system": _system()}
+    found = {"dualtoken-vit": f"{version('dualtoken-vit')} {commit() or ''}", "system": _system()}
     found |= {"CPU": f"{_cpu()}, {cores()} cores"}
     if find_spec("torch"):
         import torch

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +42,7 @@ def _system() -> str:
 
 def print_environment() -> None:
     """Print versions and hardware, a line for each, as bug reports need them."""
-    found = {"dualtoken-vit": f"{version('dualtoken-vit')} {commit() or ''}", "system": _system()}
+    found = {"dualtoken-vit": f"{sys.modules['dualtoken_vit'].__version__} {commit() or ''}", "system": _system()}
     found |= {"CPU": f"{_cpu()}, {cores()} cores"}
     if find_spec("torch"):
         import torch

@@ -53,6 +53,7 @@ OPTIONAL: dict[str, dict[str, Entry]] = {
         "crop_pct": Entry(float, 0.01, 1),
         "temperature": Entry(float, *POSITIVE),
         "thresholds": Entry(Numbers | None, *SHARE),
+        "label_descriptions": Entry(tuple[str, ...]),
     },
     "recipe": {"data": Entry(dict)},
 }
@@ -79,6 +80,7 @@ def _all_faults(found: Mapping[str, Any]) -> Iterator[str]:
         "preprocessing.mean": (len(preprocessing["mean"]), channels),
         "preprocessing.std": (len(preprocessing["std"]), channels),
         "preprocessing.thresholds": (len(preprocessing.get("thresholds") or names), len(names)),
+        "preprocessing.label_descriptions": (len(preprocessing.get("label_descriptions") or names), len(names)),
         "category_ids": (len(found.get("category_ids") or names), len(names)),
         "model_args.num_classes": (found.get("model_args", {}).get("num_classes", len(names)), len(names) or 1),
     }

@@ -53,6 +53,7 @@ SOUND = {
         ("preprocessing.std", [0.2, 0.2, 0.0], "preprocessing.std is .* out of range"),
         ("preprocessing.mean", [0.5, 0.5, float("nan")], "preprocessing.mean is .* out of range"),
         ("preprocessing.thresholds", [0.5], "preprocessing.thresholds: 1, but 2 expected"),
+        ("preprocessing.label_descriptions", ["a"], "preprocessing.label_descriptions: 1, but 2 expected"),
         ("preprocessing.crop_pct", 0, "preprocessing.crop_pct is 0: out of range"),
         ("preprocessing.temperature", "1", "preprocessing.temperature is '1': must be float"),
         ("export.size", [10**400, 64], "export.size is"),

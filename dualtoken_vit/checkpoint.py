@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import timm
 import torch
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
@@ -48,6 +49,29 @@ class Checkpoint:
 
 
 _FIELDS = ("task", "model", "model_args", "class_names", "preprocessing", "recipe", "metrics", "category_ids")
+
+
+def own_weights(name: str) -> str | None:
+    """The timm name, with its tag, of the weights that come with the installed package for a network; None: none."""
+    architecture, _, tag = name.partition(".")
+    for candidate in timm.list_pretrained(f"{architecture}.{tag or '*'}"):
+        if timm.get_pretrained_cfg(candidate).file:  # type: ignore[union-attr]  # the name is timm's own
+            return candidate
+    return None
+
+
+def locate(path: str | Path) -> Path:
+    """The file that is meant: the path itself, or the weights in the installed package that the path names.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    if len(path.parts) == 1 and (name := own_weights(path.name)) is not None:
+        return Path(timm.get_pretrained_cfg(name).file)  # type: ignore[union-attr, arg-type]  # it has a file
+    raise InputError(f"{path}: no such checkpoint")
 
 
 def save_checkpoint(
@@ -90,18 +114,16 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
     """Read a best.safetensors; nothing in it is executed.
 
     Args:
-        path: the file
+        path: the file, or a network's name for the weights that come with the package
         weights: read the weights too; else `state_dict` is empty
 
     Raises:
         InputError: for a file that is missing, truncated or of another kind.
     """
-    path = Path(path)
+    path = locate(path)
     if path.is_dir():
         hint = f"; give {path / 'best.safetensors'}" if (path / "best.safetensors").is_file() else ""
         raise InputError(f"{path} is a folder, not a checkpoint{hint}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
     try:
         metadata = _metadata(path)
         state_dict = safetensors.torch.load_file(path) if weights else {}
@@ -187,9 +209,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     Raises:
         InputError: for a file that is missing, cannot be read, or belongs to another network.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+    path = locate(path)
     if path.suffix in (".onnx", ".tflite"):
         raise InputError(f"{path} is an exported file, which cannot be trained; give the best.safetensors of a run")
     try:

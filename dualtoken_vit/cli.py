@@ -106,7 +106,7 @@ class Predict(Generic[O]):
 class Export(Generic[D]):
     data: D
     out: Path | None = None
-    """The file; by default model.onnx beside the checkpoint, or NAME.onnx in this folder."""
+    """The file; by default beside the checkpoint."""
     format: Literal["onnx", "litert", "coreml"] = "onnx"
     """onnx: for ONNX Runtime and OpenVINO. litert (.tflite), coreml (.mlpackage, not verified): one image of one size,
     classifiers and segmenters."""
@@ -217,7 +217,15 @@ def _with_data(default: Any, stored: Any, args: list[str], prog: str, about: str
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
     chosen = _parse(default, stored, args, flags, prog, about)
     found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
+    _check_overlap(chosen.data, args)
     return chosen, found
+
+
+def _check_overlap(options: Any, args: list[str]) -> None:
+    """An InputError for an overlap of tiles without tiles."""
+    flags = [arg for arg in args if arg.partition("=")[0] in ("--overlap", "--data.overlap")]
+    if flags and options.tile is None:
+        raise InputError("--overlap is that of tiles: give --tile too, the side of a tile in pixels")
 
 
 def _known(kind: str, name: str, names: Iterable[str]) -> str:
@@ -303,6 +311,7 @@ def predict(args: list[str]) -> bool:
 
     options = default_options(checkpoint)
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", predict.__doc__)
+    _check_overlap(chosen.options, args)
     options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
     return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 
@@ -310,13 +319,14 @@ def predict(args: list[str]) -> bool:
 def export(args: list[str]) -> None:
     """Write a trained network as one file for ONNX Runtime or OpenVINO, verified against PyTorch."""
     checkpoint, args = _checkpoint(args, "export", export.__doc__, "[--out FILE] [--int8 [static]] [OPTIONS]")
+    from dualtoken_vit.checkpoint import read_checkpoint
     from dualtoken_vit.deploy.export import export as run
     from dualtoken_vit.evaluation import evaluate as measure
-    from dualtoken_vit.predictors import read_header, stored_recipe
+    from dualtoken_vit.predictors import stored_recipe
 
     if "--int8" in args and args[args.index("--int8") + 1 :][:1] not in (["dynamic"], ["static"]):
         args.insert(args.index("--int8") + 1, "dynamic")
-    recipe = stored_recipe(checkpoint, read_header(checkpoint))
+    recipe = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False))
     chosen, data = _with_data(Export(recipe.data), recipe.data, args, f"export {checkpoint}", export.__doc__)
     options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
     file = run(checkpoint, **options)

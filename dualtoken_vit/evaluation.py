@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
-from dualtoken_vit.checkpoint import store_preprocessing
+from dualtoken_vit.checkpoint import locate, store_preprocessing
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import tune_cpu
@@ -21,7 +21,7 @@ from dualtoken_vit.recipes import Recipe
 from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.tasks.base import Evaluation
-from dualtoken_vit.tasks.calibration import fit_temperature
+from dualtoken_vit.tasks.calibration import HOTTEST, fit_temperature
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 from dualtoken_vit.tasks.run_folder import RUN
@@ -64,6 +64,11 @@ def _calibrate(module: Any, checkpoint: str | Path, before: Evaluation) -> Evalu
     logits, targets = map(torch.cat, zip(*module.kept or [], strict=True))
     logits = logits * module.predictor.temperature  # as the network computes them
     temperature = fit_temperature(logits, targets)
+    if not 1 / HOTTEST < temperature < 0.99 * HOTTEST:  # the search ends just below it
+        raise InputError(
+            f"--calibrate: the best temperature is {temperature:.3g}, at its bound: the network's confidence says "
+            "nothing about these images; nothing is stored"
+        )
     store_preprocessing(checkpoint, temperature=temperature)
     module.add(logits / temperature, targets)
     after = module.evaluate()
@@ -108,8 +113,10 @@ def evaluate(
     tune_cpu()
     header = read_header(checkpoint)
     recipe, task, given = recipe or stored_recipe(checkpoint, header), get_task(header.task), data or {}
-    if calibrate and (is_exported(checkpoint) or not Path(checkpoint).is_file() or task.name != "classification"):
+    if calibrate and (is_exported(checkpoint) or task.name != "classification"):
         raise InputError(f"--calibrate: {checkpoint} is not the best.safetensors of a classifier; leave it out")
+    if calibrate and (file := locate(checkpoint)) != Path(checkpoint):
+        raise InputError(f"--calibrate would change the installed package: give a copy of {file}")
     known = {field.name for field in fields(recipe.data)}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     for name in given:

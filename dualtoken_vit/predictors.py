@@ -1,4 +1,4 @@
-"""Trained networks, from checkpoints, exported files and weights of the package: as a predictor, or as a plain module.
+"""Trained networks from their files, checkpoints and exported files: as a predictor, or as a plain module.
 
 predictor = load_predictor("runs/photos/best.safetensors")
 result = predictor("image.jpg")             # or a PIL image, an array, a tensor, a folder, a list of these
@@ -8,63 +8,27 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-from timm.models import load_state_dict
 from torch import nn
 
 from dualtoken_vit.checkpoint import Checkpoint, read_checkpoint
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.machine import pick_device
-from dualtoken_vit.recipes import Classification, ClassificationData, Model, Recipe, from_dict, to_dict
+from dualtoken_vit.recipes import Recipe, from_dict
 from dualtoken_vit.runtime import predictor as exported
 from dualtoken_vit.runtime.base import BasePredictor
 from dualtoken_vit.runtime.session import is_exported, read_description
-from dualtoken_vit.tasks.networks import own_weights
 from dualtoken_vit.tasks.registry import get_task
 
-__all__ = ["default_options", "load_model", "load_predictor", "read_header", "stored_recipe", "weights_file"]
-
-
-def _packaged(path: str | Path) -> dict[str, Any] | None:
-    """timm's cfg of the weights that come with the package, if `path` is not a file but their timm name."""
-    name = None if Path(path).exists() else own_weights(str(path))
-    return timm.get_pretrained_cfg(name).to_dict() if name else None  # type: ignore[union-attr]
-
-
-def weights_file(path: str | Path) -> Path:
-    """The file with the weights of what `load_model` takes."""
-    cfg = _packaged(path)
-    return Path(cfg["file"] if cfg else path)
-
-
-def _read(path: str | Path, weights: bool = True) -> Checkpoint:
-    """`read_checkpoint`, and the same of weights that come with the package."""
-    cfg = _packaged(path)
-    if cfg is None:
-        return read_checkpoint(path, weights)
-    inputs = {key: cfg[key] for key in ("crop_pct", "interpolation")}
-    data = ClassificationData(image_size=cfg["input_size"][-1], **inputs)
-    return Checkpoint(
-        task="classification",
-        model=cfg["architecture"],
-        model_args={"num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]},
-        class_names=tuple(cfg.get("label_names") or map(str, range(cfg["num_classes"]))),
-        preprocessing={key: cfg[key] for key in ("input_size", "mean", "std")} | inputs,
-        recipe=to_dict(Classification(model=Model(name=cfg["architecture"]), data=data)),
-        metrics={},
-        state_dict=load_state_dict(cfg["file"]) if weights else {},
-    )
+__all__ = ["default_options", "load_model", "load_predictor", "read_header", "stored_recipe"]
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
     """The trained network of a best.safetensors in evaluation mode, and its description.
 
-    In place of a file, `path` may be the timm name of a network whose weights come with the package.
-
     Raises:
         InputError: for a file that is missing, truncated or of another kind, or does not fit the installed timm.
     """
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     return get_task(checkpoint.task).restore(checkpoint, path), checkpoint
 
 
@@ -78,13 +42,13 @@ def stored_recipe(path: str | Path, checkpoint: Checkpoint) -> Recipe:
 
 
 def read_header(path: str | Path) -> Checkpoint:
-    """The description of what `load_predictor` takes, without weights.
+    """The description in a best.safetensors or an exported file, without weights.
 
     Raises:
         InputError: as `read_checkpoint` and `read_description`.
     """
     if not is_exported(path):
-        return _read(path, weights=False)
+        return read_checkpoint(path, weights=False)
     found = read_description(path)
     names = {field.name for field in fields(Checkpoint)} & found.keys()
     header = Checkpoint(**{name: found[name] for name in names}, state_dict={})
@@ -108,7 +72,7 @@ def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> Ba
     It returns `results.Classes`, `results.Objects` or `results.LabelMap`, depending on the task.
 
     Args:
-        path: a best.safetensors, a file that `dualtoken-vit export` wrote, or a timm name as in `load_model`
+        path: a best.safetensors, or a file that `dualtoken-vit export` wrote
         device: auto (an accelerator if there is one), cpu, cuda or mps; exported files run on the CPU
         options: how to predict; by default as in the validation of the training run. Classification: image_size,
             crop_pct, interpolation, top_k (5). Detection: image_size, max_size, score (0.5). Segmentation: image_size,

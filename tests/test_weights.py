@@ -3,29 +3,28 @@
 import json
 import tempfile
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 
 from dualtoken_vit import cli, load_model, load_predictor
+from dualtoken_vit.checkpoint import own_weights, save_checkpoint
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.dualtoken import DualTokenViT
 from dualtoken_vit.models.two_stream import create, model_cfg
-from dualtoken_vit.recipes import RECIPES, Model
-from dualtoken_vit.runtime.session import ExportedModel
-from dualtoken_vit.tasks.networks import choose_weights, own_weights
+from dualtoken_vit.recipes import RECIPES, ClassificationInput, Model, to_dict
+from dualtoken_vit.tasks.classification import data_config, label_descriptions
+from dualtoken_vit.tasks.networks import choose_weights
 
 FILE = Path(tempfile.gettempdir()) / "dualtoken_vit_test_weights.safetensors"
 NAME = "dualtoken_vit_test_weights"
 ARGS = dict(dims=(16, 32, 48), depths=(1, 1, 1), num_heads=(2, 2, 2), head_hidden_size=32)
-LABELS = ["cat", "dog", "owl"]
+LABELS = ["n02124075", "n02099601", "n01622779"]
 
 default_cfgs = generate_default_cfgs(
     {
@@ -44,8 +43,17 @@ def dualtoken_vit_test_weights(pretrained=False, **kwargs):
 def donor():
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=3).eval()
-    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, FILE)
-    yield model.half().float()  # rounded as the file is
+    save_checkpoint(
+        FILE,
+        model.half(),
+        task="classification",
+        class_names=LABELS,
+        preprocessing=data_config(model, ClassificationInput(image_size=64), 3) | label_descriptions(LABELS),
+        recipe=to_dict(RECIPES["tin190"]),
+        metrics={},
+        model_args=ARGS,
+    )
+    yield model.float()  # rounded as the file is
     FILE.unlink()
 
 
@@ -63,31 +71,21 @@ def test_the_name_alone_loads_the_weights_and_their_cfg(donor):
     torch.testing.assert_close(grey(x[:, :1]), donor(x[:, :1].expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
-@torch.inference_mode()
-def test_predictors_take_the_name(donor, photos):
-    """As timm's own evaluation transform and softmax give for the same image."""
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(timm.create_model(NAME, True)))
-    image = photos / "val" / "red" / "0.jpg"
-    expected = donor(transform(Image.open(image))[None]).softmax(-1)[0]
-    for name in (NAME, f"{NAME}.own"):
-        found = load_predictor(name, "cpu")(image)
-        assert found.names == tuple(LABELS[label] for label in expected.argsort(descending=True))
-        assert found.probabilities == pytest.approx(expected.sort(descending=True).values.numpy(), abs=1e-6)
-    with pytest.raises(InputError, match=r"^resnet10t: no such checkpoint"):  # has weights, but to download
-        load_predictor("resnet10t")
-
-
-@pytest.mark.slow
-@torch.inference_mode()
-def test_export_takes_the_name(donor, tmp_path, monkeypatch):
+def test_the_name_stands_for_the_file_in_every_command(donor, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["export", NAME]) == 0
-    network = ExportedModel(f"{NAME}.onnx")
-    assert network.description["class_names"] == LABELS
-    assert network.description["sha256"] == sha256(FILE.read_bytes()).hexdigest()
-    x = torch.rand(2, 3, 64, 64)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    assert network(x.numpy())["logits"] == pytest.approx(donor((x - mean) / std).numpy(), abs=1e-5)
+    image = next(photos.rglob("*.*g"))
+    result = load_predictor(NAME)(image)
+    assert set(result.names) == {"Egyptian cat", "golden retriever", "great grey owl, great gray owl, Strix nebulosa"}
+    x = load_predictor(FILE).preprocess(Image.open(image).convert("RGB"))
+    with torch.no_grad():
+        expected = donor(x[None])[0].softmax(-1).sort(descending=True).values
+    np.testing.assert_allclose(result.probabilities, expected, atol=1e-6)
+    assert cli.run(["predict", NAME, str(image), "--out", "drawn"]) == 0
+    assert cli.run(["export", NAME]) == 0  # into the current folder, not into the package
+    assert load_predictor("model.onnx")(image).names == result.names
+    assert not (FILE.parent / "model.onnx").exists()
+    with pytest.raises(InputError, match=f"give a copy of {FILE}"):
+        cli.run(["evaluate", NAME, "--data.root", str(photos), "--calibrate"])
 
 
 @pytest.mark.parametrize(

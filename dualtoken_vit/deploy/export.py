@@ -13,14 +13,14 @@ import numpy as np
 
 import dualtoken_vit
 from dualtoken_vit import recipes
-from dualtoken_vit.checkpoint import Checkpoint
+from dualtoken_vit.checkpoint import Checkpoint, locate
 from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
 from dualtoken_vit.deploy.mobile import TARGETS
 from dualtoken_vit.deploy.plans import Plan, Size, plan
 from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable
-from dualtoken_vit.predictors import load_model, stored_recipe, weights_file
+from dualtoken_vit.predictors import load_model, stored_recipe
 from dualtoken_vit.runtime.base import to_image
 from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.session import FORMAT, Arrays, ExportedModel
@@ -49,14 +49,14 @@ def export(
     any size.
 
     Args:
-        checkpoint: the best.safetensors of a run, or a timm name as in `load_model`
+        checkpoint: the best.safetensors of a run
         others: as on the command line, `cli.Export`
 
     Raises:
         InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.
     """
     suffix = ".onnx" if format == "onnx" else TARGETS[format].suffix
-    out = out or (checkpoint.with_name(f"model{suffix}") if checkpoint.exists() else Path(f"{checkpoint}{suffix}"))
+    out = out or checkpoint.with_name(f"model{suffix}")
     if out.suffix.lower() != suffix:
         raise InputError(f"--out {out}: name a file that ends with {suffix}")
     if out.is_dir():
@@ -117,7 +117,12 @@ def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, imag
     channels = about.preprocessing["input_size"][0]
     inputs = batches(chosen, channels, images)  # first: a folder without images is found at once
     file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
-    _verify(ExportedModel(file), chosen, inputs)
+    try:
+        _verify(ExportedModel(file), chosen, inputs)
+    except ConversionError:
+        raise
+    except InputError as error:  # the graph is made for the size that it was traced with
+        raise ConversionError(str(error).replace(str(file), "the file")) from error
 
 
 def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, inputs: list[np.ndarray]) -> None:
@@ -189,7 +194,7 @@ def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any
         "preprocessing": preprocessing,
         "recipe": recipes.to_dict(recipe),
         "metrics": about.metrics,
-        "sha256": hashlib.sha256(weights_file(checkpoint).read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(locate(checkpoint).read_bytes()).hexdigest(),
         "export": {"size": chosen.size if chosen.fixed else None, "raw": False, "precision": "float32", **chosen.about},
         "versions": {"dualtoken-vit": dualtoken_vit.__version__, **found},
     }

@@ -44,7 +44,7 @@ class BasePredictor(ABC, Generic[Result]):
 
     Args:
         class_names: in the order of the network's outputs
-        preprocessing: of the checkpoint: input_size (C, H, W), mean, std, ...
+        preprocessing: of the checkpoint: input_size (C, H, W), mean, std, and what else turns outputs into results
         options: of `Options`, checked
     """
 
@@ -59,6 +59,11 @@ class BasePredictor(ABC, Generic[Result]):
     def __init__(self, class_names: Sequence[str], preprocessing: dict[str, Any], options: Any):
         self.class_names, self.preprocessing, self.options = tuple(class_names), preprocessing, options
         self.channels: int = preprocessing["input_size"][0]
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What to call the classes in results: timm's descriptions where the names are WordNet ids."""
+        return tuple(self.preprocessing.get("label_descriptions") or self.class_names)
 
     @classmethod
     def make_options(cls, **given: Any) -> Any:

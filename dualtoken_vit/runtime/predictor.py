@@ -206,7 +206,7 @@ class Classifier(ImageClassifier[Classes]):
         shares = softmax(outputs.astype(np.float32), -1)
         best = np.argsort(-shares, -1, kind="stable")[:, : self.options.top_k]
         return [
-            Classes(tuple(self.class_names[label] for label in row), row, each[row])
+            Classes(tuple(self.titles[label] for label in row), row, each[row])
             for row, each in zip(best, shares, strict=True)
         ]
 

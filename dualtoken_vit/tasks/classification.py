@@ -1,5 +1,6 @@
 """Image classification: loss, mixing of images, metrics, prediction."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
-from timm.data import Mixup
+from timm.data import ImageNetInfo, Mixup
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
@@ -90,7 +91,7 @@ class ClassificationPredictor(ImagePredictor[Classes]):
             raise InputError("the network produced NaN or Inf; use another checkpoint")
         top, labels = probabilities.topk(min(self.options.top_k, len(self.class_names)))
         return [
-            Classes(tuple(self.class_names[label] for label in row.tolist()), row.numpy(), shares.numpy())
+            Classes(tuple(self.titles[label] for label in row.tolist()), row.numpy(), shares.numpy())
             for row, shares in zip(labels, top, strict=True)
         ]
 
@@ -245,6 +246,15 @@ def data_config(model: nn.Module, data: ClassificationInput, channels: int) -> d
     )
 
 
+def label_descriptions(names: Sequence[str]) -> dict[str, Any]:
+    """timm's cfg entry for classes that are WordNet ids, as ImageNet's folders are; empty for other classes."""
+    info = ImageNetInfo()
+    try:
+        return {"label_descriptions": [info.label_name_to_description(name) for name in names]}
+    except KeyError:
+        return {}
+
+
 class ClassificationTask(Task[Classification]):
     name = "classification"
     recipe = Classification
@@ -267,7 +277,7 @@ class ClassificationTask(Task[Classification]):
         if len(names) < 2:
             raise InputError(f"there is only one class, {names[0]!r}; classification needs two or more")
         model, model_args = create_model(start, len(names), recipe.data.image_size, recipe.data.start_size)
-        preprocessing = data_config(model, recipe.data, start.in_chans)
+        preprocessing = data_config(model, recipe.data, start.in_chans) | label_descriptions(names)
         predictor = ClassificationPredictor.create(model, names, preprocessing, recipe.data)
         teacher = load_teacher(self, recipe, predictor) if recipe.distill.teacher else None
         module = ClassificationModule(predictor, recipe, teacher)

@@ -9,18 +9,10 @@ import timm
 import torch
 from torch import nn
 
+from dualtoken_vit.checkpoint import own_weights
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.models.backbone import check_size, constructor_arguments
 from dualtoken_vit.recipes import Model, model_kwargs
-
-
-def own_weights(name: str) -> str | None:
-    """The timm name, with its tag, of the weights that come with the installed package for a network; None: none."""
-    architecture, _, tag = name.partition(".")
-    for candidate in timm.list_pretrained(f"{architecture}.{tag or '*'}"):
-        if timm.get_pretrained_cfg(candidate).file:  # type: ignore[union-attr]  # the name is timm's own
-            return candidate
-    return None
 
 
 def choose_weights(recipe: Model) -> Model:

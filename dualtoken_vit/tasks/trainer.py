@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
-from dualtoken_vit.checkpoint import load_weights
+from dualtoken_vit.checkpoint import load_weights, own_weights
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.recipes import RECIPES, Recipe, Run
@@ -27,7 +27,7 @@ from dualtoken_vit.tasks.budget import TimeBudget, with_epochs
 from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.loggers import check_logger
-from dualtoken_vit.tasks.networks import choose_weights, own_weights
+from dualtoken_vit.tasks.networks import choose_weights
 from dualtoken_vit.tasks.optim import build_optimizer, ema_update
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task

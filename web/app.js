@@ -21,8 +21,15 @@ export const state = { pixels: null, result: null, segments: null, token: null, 
 const $ = (id) => document.getElementById(id);
 const image = $("image");
 const overlay = $("overlay");
-const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const tell = (message) => ($("message").textContent = message);
+
+/** A new element with a text and a variable for its style. */
+function make(tag, text, variable, value) {
+  const element = Object.assign(document.createElement(tag), { textContent: text });
+  if (variable) element.style.setProperty(variable, value);
+  return element;
+}
 
 /** Runs the networks on the image. */
 async function predict() {
@@ -49,6 +56,7 @@ function take(source, width, height) {
   overlay.height = Math.round((1024 * height) / width);
   image.hidden = overlay.hidden = false;
   $("hint").hidden = true;
+  $("stage").style.setProperty("--ratio", width / height);
   $("stage").classList.remove("empty");
   return predict();
 }
@@ -73,13 +81,8 @@ function showClasses() {
   const names = state.networks.about.classifier.class_names;
   const best = probabilities.map((share, label) => [share, label]).sort((a, b) => b[0] - a[0]);
   const rows = best.slice(0, TOP).map(([share, label]) => {
-    const row = document.createElement("li");
-    row.append(
-      ...[names[label], percent(share)].map((text) =>
-        Object.assign(document.createElement("span"), { textContent: text }),
-      ),
-    );
-    row.style.setProperty("--share", share);
+    const row = make("li", "", "--share", share);
+    row.append(make("span", names[label]), make("span", percent(share)));
     return row;
   });
   $("classes").replaceChildren(...rows);
@@ -91,7 +94,7 @@ function extent({ shape: [rows], size }) {
   return { cell: stride / size, grid: (rows * stride) / size };
 }
 
-/** Draws the attention of the token, or the segments, over the image, and says in words what is shown. */
+/** Draws the attention of the token, or the segments, over the image, and describes what is shown. */
 function showOverlay() {
   const context = overlay.getContext("2d");
   context.clearRect(0, 0, overlay.width, overlay.height);
@@ -107,6 +110,15 @@ function showOverlay() {
   drawAttention(context);
 }
 
+/** Draws colours (height * width) as an image that fills a rectangle from the origin. */
+function paint(context, colours, [height, width], across, down) {
+  const pixels = new ImageData(width, height);
+  colours.forEach((rgb, index) => pixels.data.set([...rgb, 255], 4 * index));
+  const canvas = new OffscreenCanvas(width, height);
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  context.drawImage(canvas, 0, 0, across, down);
+}
+
 function drawAttention(context) {
   const { maps, shape, place } = state.result;
   const [rows, columns, height, width] = shape;
@@ -116,11 +128,6 @@ function drawAttention(context) {
   const low = Math.min(...map);
   const high = Math.max(...map);
   const { cell, grid } = extent(state.result);
-
-  const colours = new ImageData(width, height);
-  map.forEach((value, index) => colours.data.set([...colour((value - low) / (high - low || 1)), 255], 4 * index));
-  const small = new OffscreenCanvas(width, height);
-  small.getContext("2d").putImageData(colours, 0, 0);
 
   context.save();
   context.scale(overlay.width, overlay.height);
@@ -133,7 +140,8 @@ function drawAttention(context) {
   context.clip();
   context.clearRect(0, 0, 1, 1);
   context.globalAlpha = 0.6;
-  context.drawImage(small, 0, 0, grid, grid);
+  const colours = Array.from(map, (value) => colour((value - low) / (high - low || 1)));
+  paint(context, colours, [height, width], grid, grid);
   context.globalAlpha = 1;
   for (const [style, line] of [
     ["black", 0.014],
@@ -165,20 +173,17 @@ function drawSegments(context) {
   if (!state.segments) return;
   const { labels, size } = state.segments;
   const { class_names: names, colours } = state.networks.about.segmenter;
-  const picture = new ImageData(size[1], size[0]);
-  labels.forEach((label, pixel) => picture.data.set([...colours[label], 255], 4 * pixel));
-  const small = new OffscreenCanvas(size[1], size[0]);
-  small.getContext("2d").putImageData(picture, 0, 0);
   context.globalAlpha = 0.55;
-  context.drawImage(small, 0, 0, overlay.width, overlay.height);
+  paint(
+    context,
+    Array.from(labels, (label) => colours[label]),
+    size,
+    overlay.width,
+    overlay.height,
+  );
   context.globalAlpha = 1;
-  const rows = [...new Set(labels)]
-    .sort((a, b) => a - b)
-    .map((label) => {
-      const row = Object.assign(document.createElement("li"), { textContent: names[label] });
-      row.style.setProperty("--colour", `rgb(${colours[label]})`);
-      return row;
-    });
+  const found = [...new Set(labels)].sort((a, b) => a - b);
+  const rows = found.map((label) => make("li", names[label], "--colour", `rgb(${colours[label]})`));
   $("legend").replaceChildren(...rows);
 }
 
@@ -220,10 +225,13 @@ let stream = null;
 
 async function startCamera() {
   tell("");
+  $("camera").disabled = true;
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   } catch (error) {
     return tell(`The camera cannot be used (${error.message}). Allow it in the browser, or choose an image.`);
+  } finally {
+    $("camera").disabled = false;
   }
   const video = Object.assign(document.createElement("video"), { srcObject: stream, muted: true, playsInline: true });
   $("camera").textContent = "Stop the camera";
@@ -272,7 +280,7 @@ async function start() {
   const { classifier, segmenter } = about;
   for (const size of new Set([classifier.image_size, Math.max(classifier.image_size, FINE)])) {
     const note = size === classifier.image_size ? "as trained" : "finer maps";
-    $("size").append(new Option(`${size} pixels, ${note}`, size));
+    $("size").append(new Option(`${size} px, ${note}`, size));
   }
   $("overlays").hidden = !segmenter;
   $("names").textContent = classifier.class_names.join(", ");

@@ -93,7 +93,7 @@ def _export(checkpoint: Path, task: str, folder: Path, precision: Precision, ima
         fp16=precision == "fp16",
     )
     description, size = read_description(file), file.stat().st_size
-    names = description["class_names"]
+    names = description["preprocessing"].get("label_descriptions") or description["class_names"]
     about = dict(
         asdict(default_options(file)),
         file=file.name,

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from build_page import build
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from torchvision.transforms.functional import pil_to_tensor
 
-from dualtoken_vit import create_segmenter, load_predictor
+from dualtoken_vit import create_segmenter, load_model, load_predictor
 from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.segmentation import draw_scenes
+from dualtoken_vit.deploy.quantise import quantise
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.paper.attention import recording
 from dualtoken_vit.recipes import RECIPES, to_dict
@@ -42,9 +45,11 @@ def checkpoints(tmp_path_factory):
     segmenter = create_segmenter("lraspp", "dualtoken_vit_tiny", 4, **SHALLOW)
     with torch.no_grad():
         classifier.head.weight.normal_(std=0.3)
-        classifier.stages[-1].blocks[-1].broadcast_attn.q.weight.mul_(20)
+        classifier.stages[-1].blocks[-1].broadcast_attn.q.weight.mul_(60)
         for name in segmenter.class_layers:
             segmenter.get_submodule(name).weight.normal_(std=0.3)
+        logits = segmenter.eval()(pil_to_tensor(draw_scenes("train", 64).sources(0)[0])[None] / 255)
+        segmenter.head.high_classifier.bias -= logits.mean((0, 2, 3))  # else one class has every pixel
     cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     resizing = {"input_size": (3, 96, 96), "crop_pct": 0.875, "interpolation": "bicubic", "temperature": 1.5}
     for model, recipe, names, preprocessing in (
@@ -71,7 +76,9 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="module")
 def site(checkpoints, tmp_path_factory):
     out = tmp_path_factory.mktemp("site") / "dist"
-    build(checkpoints / "classification.safetensors", checkpoints / "segmentation.safetensors", out=out)
+    networks = checkpoints / "classification.safetensors", checkpoints / "segmentation.safetensors"
+    build(*networks, precision="float32", out=out)
+    quantise(out / "classifier.onnx", out / "int8.onnx", "int8-dynamic")
     return out
 
 
@@ -178,10 +185,23 @@ def test_classes_and_probabilities_are_those_of_pytorch(page, images, checkpoint
     show(page, images / name)
     expected = load_predictor(checkpoints / "classification.safetensors", "cpu", top_k=len(NAMES))(images / name)
     found = np.array(state(page, "state.result.probabilities"))
-    assert found[expected.labels] == pytest.approx(expected.probabilities, abs=0.01)
+    lossless = name.endswith(".png")  # browsers may decode a JPEG differently by one level
+    assert found[expected.labels] == pytest.approx(expected.probabilities, abs=1e-4 if lossless else 5e-3)
     order = sorted(range(len(NAMES)), key=lambda label: -found[label])[:5]
     assert shown(page) == [(NAMES[label], f"{100 * found[label]:.1f} %") for label in order]
     assert shown(page)[0][0] == expected.name
+
+
+def test_int8_weights(page, images, checkpoints):
+    """The precision of `make web` runs in the browser."""
+    show(page, images / "wide.png")
+    network = "new Network({ ...state.networks.about.classifier, file: 'int8.onnx' })"
+    code = f"const {{ Network, classify }} = await import('./network.js'); return classify({network}, state.pixels, 96)"
+    found = page.evaluate(f"async () => {{ const {{ state }} = await import('./app.js'); {code} }}")
+    expected = load_predictor(checkpoints / "classification.safetensors", "cpu", top_k=len(NAMES))(images / "wide.png")
+    probabilities = np.array(found["probabilities"])[expected.labels]
+    assert probabilities == pytest.approx(expected.probabilities, abs=0.02)
+    assert not np.allclose(probabilities, expected.probabilities, atol=1e-6)  # it is not float32
 
 
 def pytorch_maps(checkpoints, file, size):
@@ -196,10 +216,10 @@ def test_attention_of_the_token_at_the_pointer_and_by_keyboard(page, images, che
     file = images / "wide.png"
     show(page, file)
     maps = pytorch_maps(checkpoints, file, 96)
-    assert maps.max() > 2 * maps.min()
+    assert maps.max() > 1.5 * maps.min()
     assert state(page, "state.result.shape") == [3, 3, 7, 7]
     found = np.array(state(page, "Array.from(state.result.maps)")).reshape(maps.shape)
-    assert found == pytest.approx(maps, abs=0.002)
+    assert found == pytest.approx(maps, abs=2e-4)
 
     def told(row, column):
         """Whether the page shows this token and the range of its map."""
@@ -209,6 +229,8 @@ def test_attention_of_the_token_at_the_pointer_and_by_keyboard(page, images, che
         return text.startswith(f"Token in row {row + 1} of 3, column {column + 1} of 3") and scale == expected
 
     box = page.locator("#overlay").bounding_box()
+    assert box == page.locator("#image").bounding_box()
+    assert box["width"] / box["height"] == pytest.approx(311 / 207, rel=0.01)
     # The square is 96 / 109 of the short side (207 pixels), in the middle.
     side = 96 / 109 * box["height"]
     left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
@@ -229,19 +251,21 @@ def test_attention_of_the_token_at_the_pointer_and_by_keyboard(page, images, che
     refresh(page, lambda: page.select_option("#size", "224"))
     fine = pytorch_maps(checkpoints, file, 224)
     assert fine.shape == (7, 7, 7, 7)
-    assert np.array(state(page, "Array.from(state.result.maps)")).reshape(fine.shape) == pytest.approx(fine, abs=0.002)
+    assert np.array(state(page, "Array.from(state.result.maps)")).reshape(fine.shape) == pytest.approx(fine, abs=2e-4)
 
 
+@torch.inference_mode()
 def test_segmentation_is_that_of_pytorch(page, images, checkpoints):
     show(page, images / "wide.png")
     page.select_option("#show", "segmentation")
     page.locator("#legend li").first.wait_for()
     height, width = state(page, "state.segments.size")
     found = np.array(state(page, "Array.from(state.segments.labels)")).reshape(height, width)
-    predictor = load_predictor(checkpoints / "segmentation.safetensors", "cpu")
-    expected = np.array(Image.fromarray(predictor(images / "wide.png").labels).resize((width, height), Image.NEAREST))
-    assert min(np.bincount(expected.ravel())[np.unique(expected)]) < expected.size  # more than one class
-    assert (found == expected).mean() > 0.97  # PyTorch enlarges the logits before it decides
+    x = pil_to_tensor(Image.open(images / "wide.png").convert("RGB"))[None] / 255
+    x = F.interpolate(x, (64, round(311 * 64 / 207)), mode="bilinear", antialias=True)
+    expected = load_model(checkpoints / "segmentation.safetensors")[0](x).argmax(1)[0].numpy()
+    assert np.bincount(expected.ravel()).max() < 0.9 * expected.size  # of several classes
+    assert (found == expected).mean() > 0.999
     legend = page.locator("#legend li").all_inner_texts()
     assert legend == [NAMES[label] for label in np.unique(found)]
 
@@ -257,7 +281,7 @@ def test_the_camera(page, checkpoints):
     frame = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     expected = load_predictor(checkpoints / "classification.safetensors", "cpu", top_k=len(NAMES))(frame)
     found = np.array(state(page, "state.result.probabilities"))
-    assert found[expected.labels] == pytest.approx(expected.probabilities, abs=0.01)
+    assert found[expected.labels] == pytest.approx(expected.probabilities, abs=1e-4)
 
 
 def test_a_file_that_is_no_image_leaves_the_page_as_it_was(page, images, tmp_path):

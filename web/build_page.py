@@ -104,7 +104,7 @@ def _export(checkpoint: Path, task: str, folder: Path, precision: Precision, ima
     )
     if task == "classification":
         temperature = description["preprocessing"].get("temperature", 1.0)
-        return about | {"temperature": temperature, "top1": description["metrics"].get("top1")}
+        return about | {"temperature": temperature, "top1": description["metrics"].get("val_top1")}
     if size > LARGEST:
         raise InputError(f"--segmenter {checkpoint}: {size / 1e6:.0f} MB is too much for a page; use LR-ASPP or int8")
     return about | {"colours": [color_of(label) for label in range(len(names))]}

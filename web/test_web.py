@@ -67,7 +67,7 @@ def checkpoints(tmp_path_factory):
             class_names=names,
             preprocessing=preprocessing | cfg,
             recipe=stored,
-            metrics={"top1": 0.625},
+            metrics={"val_top1": 0.625},
             model_args=SHALLOW if task == "classification" else {**SHALLOW, "segmenter": "lraspp"},
         )
     return folder

@@ -41,7 +41,7 @@ def recipe(root, **sections) -> Classification:
     small = {
         "model": {"name": "dualtoken_vit_tiny", "args": ARGS, "pretrained": False},
         "data": {"root": str(root), "image_size": 32, "workers": 0},
-        "optim": {"batch_size": 12, "epochs": 2},
+        "optim": {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "batch_size": 12, "epochs": 2},
         "run": {"device": "cpu"},
     }
     changes = {name: small.get(name, {}) | sections.get(name, {}) for name in small.keys() | sections.keys()}

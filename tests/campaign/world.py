@@ -87,8 +87,8 @@ def _data(world: Path) -> None:
                 pixels = rng.integers(0, 120, (24 + 4 * index, 32, 3))
                 pixels[..., channel] += 120
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
-    save_scenes(world / "objects", SIDE, train=4, val=3)
-    save_masks(world / "masks", SIDE, train=4, val=3)
+    save_scenes(world / "objects", SIDE, train=8, val=3)
+    save_masks(world / "masks", SIDE, train=8, val=3)
     (world / "tags" / "images").mkdir(parents=True)
     (world / "csv").mkdir()
     (world / "labelme").mkdir()

@@ -123,7 +123,7 @@ def one(name: str, number: int) -> Callable[[Random, Path, Path], Verdict]:
         args = [arg.replace("OUT", str(out)) for arg in commands(world)[name]]
         before = sound(out)
         ended = finish(start(failing, args, out, number, code, folder / "log", folder=folder), folder)
-        what = f"{name}: {(folder / 'log').read_text().splitlines()[-1]}: {errno.errorcode[code]}"
+        what = f"{name}: {(folder / 'log').read_text().splitlines()[-1:]}: {errno.errorcode[code]}"
         fault = ended.fault or after_failure(name, out, before, ended.message if ended.status else ended.err)
         again = args
         if name.startswith("train") and (out / "recipe.json").exists() and "--resume" not in args:

@@ -25,7 +25,7 @@ from campaign import PARTS
 from campaign.core import Case, Verdict
 
 WARM = (
-    *("matplotlib.pyplot", "onnxruntime", "openvino", "torch._dynamo", "dualtoken_vit.deploy.export"),
+    *("matplotlib.pyplot", "torch._dynamo", "dualtoken_vit.deploy.export"),
     *("dualtoken_vit.evaluation", "dualtoken_vit.predict", "dualtoken_vit.tasks.trainer", "dualtoken_vit.paper.study"),
 )
 MARKERS = "<!-- counts -->", "<!-- end of counts -->"

@@ -395,7 +395,10 @@ def main() -> None:
         _end(f"error: {printable(message.strip())}")
     except ModuleNotFoundError as error:
         _end(f"error: {error}; {INSTALL}")
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        known = "allocate memory", "start new thread"  # PyTorch's and Python's other errors for lack of memory
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in known):
+            raise
         _end("error: out of memory; give smaller images, batches or networks")
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

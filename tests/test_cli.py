@@ -280,6 +280,7 @@ def test_an_interrupt_ends_with_one_line(call, monkeypatch):
     ("error", "line"),
     [
         (MemoryError(), "error: out of memory; give smaller images, batches or networks"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "error: out of memory; give smaller images"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 5000), f"error: {'a' * 100}...: File name too long"),
         (OSError(errno.EROFS, "Read-only file system", "b"), "error: cannot write b: Read-only file system; what was"),
     ],

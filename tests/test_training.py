@@ -385,7 +385,7 @@ def interrupted(made, out, monkeypatch) -> None:
 
     with monkeypatch.context() as context:
         context.setattr(RunFolder, "on_validation_epoch_end", stop)
-        with pytest.raises(SystemExit):
+        with pytest.raises(KeyboardInterrupt):
             train(made, out)
 
 

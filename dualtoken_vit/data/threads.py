@@ -37,7 +37,11 @@ def in_threads(
     if len(first) < 2:
         yield from map(function, chain(first, items))
         return
-    with ThreadPool(min(cores(), len(first))) as pool:
+    try:
+        threads = ThreadPool(min(cores(), len(first)))
+    except (RuntimeError, AttributeError) as error:  # the latter where a pool without some of its threads is ended
+        raise MemoryError("can't start new threads") from error
+    with threads as pool:
         results: Iterable[Result] = chain.from_iterable(pool.imap(function, chunk) for chunk in chain([first], chunks))
         yield from track(results, total, title) if title else results
 

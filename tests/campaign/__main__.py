@@ -24,6 +24,10 @@ from rich.table import Table
 from campaign import PARTS
 from campaign.core import Case, Verdict
 
+WARM = (
+    *("matplotlib.pyplot", "torch._dynamo", "dualtoken_vit.deploy.export"),
+    *("dualtoken_vit.evaluation", "dualtoken_vit.predict", "dualtoken_vit.tasks.trainer", "dualtoken_vit.paper.study"),
+)
 MARKERS = "<!-- counts -->", "<!-- end of counts -->"
 
 
@@ -80,11 +84,8 @@ def count_of(out: Path, part: str, given: int | None) -> int:
 
 def prepare(out: Path) -> None:
     """Import what the cases need, so that forks start at once, and build their world."""
-    import dualtoken_vit.deploy.export
-    import dualtoken_vit.evaluation
-    import dualtoken_vit.predict
-    import dualtoken_vit.tasks.trainer  # noqa: F401
-
+    for name in WARM:
+        import_module(name)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # notes on runs that were resumed
     from campaign import world
 

@@ -106,8 +106,8 @@ def _call(function: Callable[..., Any], args: Sequence[Any]) -> int:
 
 
 def finish(pid: int, folder: Path, limit: float = LIMIT) -> Outcome:
-    """Wait for a process of `start`, and end it and all that it started after `limit` seconds."""
-    end = time.monotonic() + limit
+    """Wait for a process of `start`, and end it and all that it started after `limit` seconds of an idle machine."""
+    end = time.monotonic() + limit * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     status: int | None = None
     while time.monotonic() < end:
         found, state, usage = os.wait4(pid, os.WNOHANG)

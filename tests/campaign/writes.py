@@ -28,10 +28,10 @@ def commands(world: Path) -> dict[str, list[str]]:
     """Commands that write into OUT; a run that is resumed has begun there."""
     network, photos = str(best(world, "classification")), str(world / "photos" / "val")
     return {
-        "export": ["export", network, "--out", "OUT/model.onnx"],
         "check-data": ["check-data", "folder", "--data.root", str(world / "photos"), "--out", "OUT"],
         "convert": ["convert", str(world / "objects"), "OUT", "--to", "coco"],
         "evaluate": ["evaluate", network, "--out", "OUT"],
+        "export": ["export", network, "--out", "OUT/model.onnx"],
         "train": training("classification", world, "OUT", optim__epochs=1),
         "train --resume": training("classification", world, "OUT", "--resume"),
         "predict": ["predict", network, photos, "--out", "OUT"],
@@ -123,7 +123,10 @@ def one(name: str, number: int) -> Callable[[Random, Path, Path], Verdict]:
         args = [arg.replace("OUT", str(out)) for arg in commands(world)[name]]
         before = sound(out)
         ended = finish(start(failing, args, out, number, code, folder / "log", folder=folder), folder)
-        what = f"{name}: {(folder / 'log').read_text().splitlines()[-1]}: {errno.errorcode[code]}"
+        done = (folder / "log").read_text().splitlines()
+        if len(done) < number:
+            return Verdict(name, f"operation {number} of {len(done)}", "did not come to it", ended.fault)
+        what = f"{name}: {done[-1]}: {errno.errorcode[code]}"
         fault = ended.fault or after_failure(name, out, before, ended.message if ended.status else ended.err)
         again = args
         if name.startswith("train") and (out / "recipe.json").exists() and "--resume" not in args:

@@ -146,7 +146,15 @@ def _with_data(
     given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
     chosen = _parse(default, stored, args, flags, prog, "")
     found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
+    _check_overlap(chosen.data, args)
     return chosen, found
+
+
+def _check_overlap(options: Any, args: list[str]) -> None:
+    """An InputError for an overlap of tiles without tiles."""
+    flags = [arg for arg in args if arg.partition("=")[0] in ("--overlap", "--data.overlap")]
+    if flags and options.tile is None:
+        raise InputError("--overlap is that of tiles: give --tile too, the side of a tile in pixels")
 
 
 def _known(kind: str, name: str, names: Iterable[str]) -> str:
@@ -215,6 +223,7 @@ def predict(args: list[str]) -> bool:
     options = default_options(checkpoint)
     about = describe(predict.__doc__, "predict")
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", about)
+    _check_overlap(chosen.options, args)
     options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
     return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 

@@ -21,7 +21,7 @@ from dualtoken_vit.recipes import Recipe
 from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.tasks.base import Evaluation
-from dualtoken_vit.tasks.calibration import fit_temperature
+from dualtoken_vit.tasks.calibration import HOTTEST, fit_temperature
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 from dualtoken_vit.tasks.run_folder import RUN
@@ -64,6 +64,11 @@ def _calibrate(module: Any, checkpoint: str | Path, before: Evaluation) -> Evalu
     logits, targets = map(torch.cat, zip(*module.kept or [], strict=True))
     logits = logits * module.predictor.temperature  # as the network computes them
     temperature = fit_temperature(logits, targets)
+    if not 1 / HOTTEST < temperature < 0.99 * HOTTEST:  # the search ends just below it
+        raise InputError(
+            f"--calibrate: the best temperature is {temperature:.3g}, at its bound: the network's confidence says "
+            "nothing about these images; nothing is stored"
+        )
     store_preprocessing(checkpoint, temperature=temperature)
     module.add(logits / temperature, targets)
     after = module.evaluate()

@@ -79,7 +79,7 @@ def predict(
                 drawing, small, caption = report.draw(source.path.name, prediction.image, prediction.result)
                 save_image(drawing, place)
                 if sheet:
-                    sheet.add(small, *caption)
+                    sheet.add(small, source.path.name, *caption)
     if len(record["unreadable"]) == len(sources):
         raise InputError(none_readable(record["unreadable"]))
     if sheet:

@@ -103,7 +103,8 @@ def report(suspects: Sequence[Suspect], out: Path) -> None:
         writer.writerows(map(printable, row) for row in rows)  # names may have bytes that are not UTF-8
     sheet = Sheet(out / "suspects")
     for one in suspects[: COLUMNS * ROWS]:
-        sheet.add(load_image(one.source, 3, one.image), f"{one.label}: {one.predicted}?", one.predicted_probability)
+        image, asked = load_image(one.source, 3, one.image), f"{one.label}: {one.predicted}?"
+        sheet.add(image, Path(one.image).name, asked, one.predicted_probability)
     sheet.close()
     print(table_text(("<image", "<label", "probability", "<more likely", "probability"), [rows[:10]]))
     doubtful = sum(one.margin < 0 for one in suspects)

@@ -115,6 +115,18 @@ def test_a_broken_network_is_not_calibrated(copied):
     assert best.read_bytes() == before
 
 
+def test_a_network_at_chance_is_not_calibrated(copied):
+    best = copied[1] / "best.safetensors"
+    with safe_open(best, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors["head.weight"] = -10 * tensors["head.weight"]  # sure of what is wrong
+        save_file(tensors, best, file.metadata())
+    before = best.read_bytes()
+    with pytest.raises(InputError, match="says nothing about these images; nothing is stored"):
+        evaluate(best, calibrate=True, device="cpu")
+    assert best.read_bytes() == before
+
+
 @pytest.mark.parametrize("data", [MultiLabelData(holdout=0.1), DetectionData(), SegmentationData(holdout=0.3)])
 def test_other_held_out_images_were_trained_on(data):
     assert _check_held_out(data, {"holdout": data.holdout}) is _check_held_out(data, {"holdout": 0.0}) is None

@@ -102,6 +102,9 @@ def test_the_run_folder_agrees_with_pycocotools(trained, scenes, capsys):
     status, printed = call(capsys, "evaluate", out / "best.safetensors", "--json", "--device", "cpu")
     result = json.loads(printed)
     assert status == 0
+    for command in (("evaluate", "--overlap", "0.3"), ("predict", "--overlap=0.3", scenes / "images")):
+        with pytest.raises(InputError, match="--overlap is that of tiles: give --tile too"):
+            cli.run([command[0], str(out / "best.safetensors"), *map(str, command[1:])])
     assert result.keys() == {*kinds, "images"}
     assert result["images"] == 5
     for kind in kinds:

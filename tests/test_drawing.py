@@ -118,7 +118,7 @@ def test_every_drawing_takes_odd_names(name, fonts, tmp_path, capsys):
     shared = {"mode": "eager", "precision": "float32", "threads": 1, "batch_size": 1}
     result = SimpleNamespace(**shared, model=name or "x", input_size="8x8", latency_ms=1.0)
     sheet = Sheet(tmp_path)
-    sheet.add(image, name, 0.5)
+    sheet.add(image, name, name, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sheet.close()
@@ -280,9 +280,9 @@ def test_contact_sheets_go_on_after_a_page_that_failed(tmp_path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(drawing, "fit_text", lambda *_, **__: fail())
         for _ in range(COLUMNS * ROWS):
-            sheet.add(image, "a", None)
-    sheet.add(None, "b", None)
-    sheet.add(image, "c", None)
+            sheet.add(image, "f", "a", None)
+    sheet.add(None, "f", "b", None)
+    sheet.add(image, "f", "c", None)
     sheet.close()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in lines] == [

@@ -217,32 +217,31 @@ def test_a_mask_rcnn_with_and_without_objects(tmp_path):
     assert min(counts) == 0 < max(counts)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def classifier_file(path, model, args):
     """An untrained classifier as if of a run on this machine's files."""
-    torch.manual_seed(0)
-    model = timm.create_model("dualtoken_vit_tiny", num_classes=3, **SHALLOW).eval()
     recipe = to_dict(RECIPES["folder"])
     recipe["data"] |= {"root": str(Path.cwd()), "image_size": 64}
     recipe["model"] |= {"checkpoint": str(Path.home() / "best.safetensors")}
-    path = tmp_path_factory.mktemp("run") / "best.safetensors"
+    shape = {"input_size": (3, 64, 64), "mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bicubic"}
+    names, metrics = ("blue", "green", "red"), {"top1": 0.5}
     save_checkpoint(
         path,
         model,
         task="classification",
-        class_names=("blue", "green", "red"),
-        preprocessing={
-            "input_size": (3, 64, 64),
-            "mean": MEAN,
-            "std": STD,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-        },
+        class_names=names,
+        preprocessing=shape,
         recipe=recipe,
-        metrics={"top1": 0.5},
-        model_args=SHALLOW,
+        metrics=metrics,
+        model_args=args,
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=3, **SHALLOW).eval()
+    return classifier_file(tmp_path_factory.mktemp("run") / "best.safetensors", model, SHALLOW)
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +402,19 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
 def test_sizes():
     assert parse_size("224") == (224, 224)
     assert parse_size("640x480") == (480, 640)
+
+
+@pytest.mark.slow
+def test_a_network_whose_graph_is_of_one_size(tmp_path, capsys):  # MobileViT folds the map into patches
+    torch.manual_seed(0)
+    model = timm.create_model("mobilevit_xxs", num_classes=3).eval()
+    file = export(classifier_file(tmp_path / "best.safetensors", model, {}))
+    assert "takes images of 64x64" in capsys.readouterr().out
+    x = noise(2, 3, 64, 64)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    with torch.inference_mode():
+        wanted = model((x - mean) / std).numpy()
+    np.testing.assert_allclose(ExportedModel(file)(x.numpy())["logits"], wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_a_file_that_differs_is_not_kept(checkpoint, tmp_path, monkeypatch):

@@ -339,6 +339,12 @@ def test_labelme_shapes(export):
     assert np.array_equal(reference.decode(mask["segmentation"]), whole)
 
 
+def test_two_folders_of_one_split(export):
+    root = export("labelme-splits", files={"valid/a.json": labelme(), "val/b.json": labelme()})
+    with pytest.raises(InputError, match=r"val and valid are both the val split: rename one"):
+        read(str(root), "auto", "val")
+
+
 def test_one_folder_is_split_the_same_way_every_time(export):
     files = {f"{name}.png": B for name in "cdefghij"}
     root = export("yolo-labelimg", files=files)

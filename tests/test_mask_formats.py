@@ -105,6 +105,13 @@ def test_without_background(tmp_path):
     assert np.array_equal(train[0][1].numpy(), np.where(labels == IGNORE, IGNORE, labels - 1))
 
 
+def test_objects_name_their_classes(tmp_path):
+    coco(tmp_path)
+    (names := tmp_path / "names.txt").write_text("a\nb\nc\n")
+    with pytest.raises(InputError, match=r"--data\.classes .*names\.txt: these labels name their classes"):
+        build_dataset(SegmentationData(root=str(tmp_path), classes=str(names)), "train", 3)
+
+
 def test_problems_of_objects(tmp_path, capsys):
     labelme(tmp_path)
     path = tmp_path / "train/b.json"

@@ -386,6 +386,8 @@ def _objects(data: SegmentationData, name: str) -> MaskedImages:
 
     With `reduce_zero_label`, the background is ignored.
     """
+    if data.classes:
+        raise InputError(f"--data.classes {printable(data.classes)}: these labels name their classes; leave it out")
     split = formats.read(data.root, data.format, name)
     coco, problems = split.sift(masks=True)
     categories = sorted(coco["categories"], key=lambda one: one["id"])

@@ -26,9 +26,14 @@ def split_of(name: str) -> str | None:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders in `root` that are named after a split."""
-    named = [(split_of(path.name), path) for path in sorted(root.iterdir()) if path.is_dir()]
-    return {split: path for split, path in named if split}
+    """The folders in `root` that are named after a split; an InputError if two of them stand for the same."""
+    found: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and (split := split_of(path.name)):
+            if split in found:
+                raise InputError(f"{printable(found[split])} and {path.name} are both the {split} split: rename one")
+            found[split] = path
+    return found
 
 
 def inside(root: str | Path, path: str | Path) -> bool:

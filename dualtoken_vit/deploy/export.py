@@ -117,7 +117,12 @@ def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, imag
     channels = about.preprocessing["input_size"][0]
     inputs = batches(chosen, channels, images)  # first: a folder without images is found at once
     file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
-    _verify(ExportedModel(file), chosen, inputs)
+    try:
+        _verify(ExportedModel(file), chosen, inputs)
+    except ConversionError:
+        raise
+    except InputError as error:  # the graph is made for the size that it was traced with
+        raise ConversionError(str(error).replace(str(file), "the file")) from error
 
 
 def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, inputs: list[np.ndarray]) -> None:

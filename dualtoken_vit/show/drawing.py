@@ -200,17 +200,17 @@ def sheet_name(page: int) -> str:
 
 
 class Sheet:
-    """Contact sheets sheet.png, sheet-2.png, ... in a folder: a grid of images, each with a name and a share."""
+    """Contact sheets sheet.png, sheet-2.png, ... in a folder: a grid of images, each with its file and a caption."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.cells: list[tuple[Image.Image, str, float | None]] = []
+        self.cells: list[tuple[Image.Image, str, str, float | None]] = []
         self.page = 1
 
-    def add(self, image: Image.Image, name: str, share: float | None) -> None:
+    def add(self, image: Image.Image, file: str, caption: str, share: float | None) -> None:
         """Add an image; write the page if this fills it."""
         with guard(self._path):
-            self.cells.append((fit(image, THUMB), name, share))
+            self.cells.append((fit(image, THUMB), file, caption, share))
         if len(self.cells) == COLUMNS * ROWS:
             self.close()
 
@@ -226,13 +226,15 @@ class Sheet:
         return self.folder / sheet_name(self.page)
 
     def _draw(self) -> Image.Image:
-        gap, caption = 28, 64
-        width, height = THUMB + gap, THUMB + caption + gap
+        gap, below = 28, 84
+        width, height = THUMB + gap, THUMB + below + gap
         columns = min(COLUMNS, len(self.cells))
         page = Image.new("RGB", (columns * width + gap, ceil(len(self.cells) / columns) * height + gap), "white")
         draw = ImageDraw.Draw(page)
-        for index, (image, name, share) in enumerate(self.cells):
+        for index, (image, file, caption, share) in enumerate(self.cells):
             x, y = gap + index % columns * width, gap + index // columns * height
             page.paste(image, (x + (THUMB - image.width) // 2, y + (THUMB - image.height) // 2))
-            _row(draw, x, y + THUMB + 12, THUMB, 18, name, share)
+            name, font = fit_text(file, 14, THUMB)
+            draw.text((x, y + THUMB + 8), name, MUTED, font)
+            _row(draw, x, y + THUMB + 30, THUMB, 18, caption, share)
         return page

@@ -172,8 +172,9 @@ class RunFolder(Callback):
         if not self.begun and self.recipe.run.max_minutes is None:
             self.begin(trainer, self.recipe)
         if trainer.is_global_zero:
-            train, val = trainer.datamodule.images
-            print(f"{train} training and {val} validation images, {task.steps_per_epoch} steps an epoch", flush=True)
+            (train, val), steps = trainer.datamodule.images, task.steps_per_epoch
+            each = "step" if steps == 1 else "steps"
+            print(f"{train} training and {val} validation images, {steps} {each} an epoch", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
         kind, before = self.recipe.run.logger, self.tracked.get(self.recipe.run.logger)
         trainer.logger = Tracker(kind, self.out, trainer.global_step, before, flatten(self.recipe))

@@ -127,7 +127,10 @@ def inside(workspace, monkeypatch):
         options |= {"input_sizes": ("64",), "precision": ("float32",)}
         return benchmark(*models, **options)
 
-    monkeypatch.setattr(trainer, "train", lambda recipe, *args, **kwargs: train(shrink(recipe), *args, **kwargs))
+    def small(recipe, out, resume, name):
+        train(recipe if resume else shrink(recipe), out, resume, name)
+
+    monkeypatch.setattr(trainer, "train", small)
     monkeypatch.setattr("dualtoken_vit.paper.benchmark.benchmark", short)
     monkeypatch.chdir(workspace)
     return workspace
@@ -148,8 +151,8 @@ def test_the_commands_of_the_documentation_run(page, inside):
         out = Path(args[args.index("--out") + 1]) if "--out" in args else None
         if args[0] == "convert":
             shutil.rmtree(args[2], ignore_errors=True)
-        if out and args[0] == "train" and "--resume" not in args:
-            shutil.rmtree(out, ignore_errors=True)
+        if args[0] == "train" and "--resume" not in args:
+            shutil.rmtree(out or Path("runs", args[1]), ignore_errors=True)
         assert cli.run(args) == 0, args
         assert out is None or out.exists(), args
 

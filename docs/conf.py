@@ -14,7 +14,7 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"{project} {version}"
-html_static_path: list[str] = []
+html_show_copyright = False
 
 myst_heading_anchors = 4  # as GitHub's, to which the pages link
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -1,4 +1,4 @@
-"""Networks of similar cost that the paper does not compare with, most of them published after it."""
+"""Networks of similar cost that the paper does not compare with, half of them published after it."""
 
 import csv
 from functools import cache
@@ -26,7 +26,7 @@ class Modern(NamedTuple):
     size: int  # side of the images, in pixels
     score: str  # published top-1 on ImageNet-1k, in percent
     distilled: bool
-    source: str  # of the network and its accuracy
+    source: str  # of the network and its accuracy; an arXiv number starts with year and month
     counts: Counts
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import dualtoken_vit  # noqa: F401  registers the models
+from dualtoken_vit.data.threads import track
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS, create_detector
 from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
@@ -157,7 +158,7 @@ def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
 def compare(studies: Sequence[dict[str, Any]] = ()) -> list[Row]:
     """The rows of the paper's tables with the counts of every network and the accuracies from `read_studies`."""
     rows = []
-    for row in PUBLISHED:
+    for row in track(PUBLISHED, len(PUBLISHED), "counting"):
         counts = _counts(row.key)
         flops = None if counts is None else counts.flops - (row.table in DENSE) * counts.attention
         rows.append(Row(row, counts, flops, _measured(row, studies)))
@@ -191,7 +192,7 @@ def tables(*, json: bool = False, markdown: bool = False, modern: bool = False, 
     Args:
         json: print one JSON object.
         markdown: print the table as Markdown.
-        modern: print the networks of similar cost that the paper does not compare with, most of them newer.
+        modern: print the networks of similar cost that the paper does not compare with, half of them newer.
         results: folder with the study-*.json files of `study`; by default `results`, if it exists.
 
     Raises:

@@ -8,12 +8,12 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualtoken_vit import __version__
 from dualtoken_vit.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def _system() -> str:
 
 def print_environment() -> None:
     """Print versions and hardware, a line for each, as bug reports need them."""
-    found = {"dualtoken-vit": f"{__version__} {commit() or ''}", "system": _system()}
+    package = sys.modules["dualtoken_vit"].__version__  # not imported: the architectures are above this module
+    found = {"dualtoken-vit": f"{package} {commit() or ''}", "system": _system()}
     found |= {"CPU": f"{_cpu()}, {cores()} cores"}
     if find_spec("torch"):
         import torch

@@ -106,7 +106,8 @@ def workspace(tmp_path_factory):
     folder = shrink(RECIPES["folder"])
     data = replace(folder.data, root=str(root / "photos"))
     for name, args in (("photos", ()), ("large", ()), ("position", ()), ("normal", ("global_tokens=normal",))):
-        model = replace(folder.model, args=(*TINY, *args))
+        network = "dualtoken_vit_tiny" if args else folder.model.name
+        model = replace(folder.model, name=network, args=(*TINY, *args))
         trainer.train(replace(folder, model=model, data=data), root / "runs" / name)
     lite = shrink(RECIPES["coco-lite"])
     trainer.train(replace(lite, data=replace(lite.data, root=str(root / "cells"))), root / "runs/objects")

@@ -24,11 +24,9 @@ POSITIVE = 1e-6, 1e6
 SHARE = 0, 1
 
 FIELDS = {"task": Entry(str), "class_names": Entry(tuple[str, ...]), "preprocessing": Entry(dict)}
-PREPROCESSING = {
-    "input_size": Entry(tuple[int, int, int], *SIDES),
-    "mean": Entry(Numbers, -1e6, 1e6),
-    "std": Entry(Numbers, *POSITIVE),
-}
+INPUT = {"input_size": Entry(tuple[int, int, int], *SIDES)}
+NORMALISED = INPUT | {"mean": Entry(Numbers, -1e6, 1e6), "std": Entry(Numbers, *POSITIVE)}
+TASKS = ("classification", "multilabel", "detection", "segmentation")  # the package's; others have their own entries
 EXPORT = {"size": Entry(tuple[int, int] | None, *SIDES), "raw": Entry(bool)}
 DETECTOR = EXPORT | {"score_threshold": Entry(float, *SHARE)}
 RAW_DETECTOR = DETECTOR | {
@@ -67,7 +65,7 @@ def check_header(found: Mapping[str, Any], path: object) -> None:
 
 def _all_faults(found: Mapping[str, Any]) -> Iterator[str]:
     yield from faults("", found, FIELDS)
-    yield from faults("preprocessing", found["preprocessing"], PREPROCESSING)
+    yield from faults("preprocessing", found["preprocessing"], NORMALISED if found["task"] in TASKS else INPUT)
     yield from faults("recipe", found.get("recipe", {}), {})
     if "export" in found:
         detector = RAW_DETECTOR if found["export"].get("raw") else DETECTOR
@@ -77,8 +75,11 @@ def _all_faults(found: Mapping[str, Any]) -> Iterator[str]:
     if channels not in (1, 3):
         yield f"preprocessing.input_size has {channels} channels"
     lengths = {
-        "preprocessing.mean": (len(preprocessing["mean"]), channels),
-        "preprocessing.std": (len(preprocessing["std"]), channels),
+        **{
+            f"preprocessing.{key}": (len(preprocessing[key]), channels)
+            for key in ("mean", "std")
+            if key in preprocessing
+        },
         "preprocessing.thresholds": (len(preprocessing.get("thresholds") or names), len(names)),
         "preprocessing.label_descriptions": (len(preprocessing.get("label_descriptions") or names), len(names)),
         "category_ids": (len(found.get("category_ids") or names), len(names)),

@@ -298,7 +298,8 @@ def test_constructor_arguments_include_those_of_base_classes(name, inherited):
 def test_starting_from_other_files(tmp_path, kind, layers):
     source = create(kind)
     args = dict(dims=(16, 32, 32), depths=(1, 1, 1))
-    about = dict(preprocessing={"input_size": (3, 32, 32)}, recipe={}, metrics={})
+    shape = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    about = dict(preprocessing=shape, recipe={}, metrics={})
     made = {**args, "segmenter": kind, "width": 16}
     save_checkpoint(
         tmp_path / "a.safetensors", source, task="segmentation", class_names=("a", "b", "c"), model_args=made, **about

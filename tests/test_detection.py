@@ -37,6 +37,7 @@ def scenes(tmp_path_factory):
 
 def arguments(scenes, out, *more, detector="retinanet", **settings):
     settings = {
+        "model.name": "dualtoken_vit_small",
         "data.images": scenes / "images",
         "data.train-json": scenes / "annotations" / "instances_train.json",
         "data.val-json": scenes / "annotations" / "instances_val.json",

@@ -41,6 +41,7 @@ def scenes(tmp_path_factory):
 
 def arguments(scenes, out, *more, segmenter="deeplabv3", **settings):
     settings = {
+        "model.name": "dualtoken_vit_tiny",
         "data.root": scenes,
         "data.workers": 0,
         "width": 8,

@@ -249,6 +249,7 @@ def _trained(variant: str, tag: str) -> dict[str, Any]:
         num_classes=len(labels),
         label_names=labels,
         input_size=(3, 96, 96),
+        pool_size=(3, 3),
         crop_pct=1.0,
     )
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-TESTS_PER_MODEL = 11  # a lower count means that the plugin or an import failed, even if all tests pass
-MODELS = 5
+# A lower count means that the plugin or an import failed, even if all tests pass.
+TESTS_PER_MODEL, MODELS = 11, 5
+TESTS_PER_WEIGHTS, WEIGHTS = 3, 1  # the cfg of their tag, loading them, and features from them
 
 
 def _download(version: str, folder: Path) -> None:
@@ -69,5 +70,5 @@ def test_timm_model_suite(timm_tests):
     assert run.returncode == 0, report
     summary = re.search(r"(\d+) passed.*", run.stdout)
     assert summary is not None, report
-    assert int(summary[1]) == TESTS_PER_MODEL * MODELS, report
+    assert int(summary[1]) == TESTS_PER_MODEL * MODELS + TESTS_PER_WEIGHTS * WEIGHTS, report
     assert "skipped" not in summary[0], report

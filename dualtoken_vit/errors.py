@@ -11,8 +11,8 @@ class InputError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message that is not empty, or its type."""
+    return next(filter(str.strip, str(error).splitlines()), type(error).__name__)
 
 
 def reason(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Trackers of experiments, read back with the packages' own readers."""
 
 import csv
+import threading
 
 import mlflow
 import pytest
@@ -82,6 +83,23 @@ def test_a_failing_tracker_does_not_stop_the_run(photos, tmp_path, monkeypatch, 
     assert capsys.readouterr().err.count(warning) == 1
     best = [torch.load(tmp_path / name / "last.ckpt")["state_dict"]["model.head.weight"] for name in ("run", "other")]
     assert torch.equal(*best)
+
+
+def test_a_file_of_events_that_cannot_be_written(tmp_path, capsys):
+    """TensorBoard writes in a thread, whose traceback Python would print."""
+    hook = threading.excepthook
+    tracker = loggers.Tracker("tensorboard", tmp_path, 0, None, {})
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.save()
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    events.unlink()
+    events.mkdir()
+    tracker.log_metrics({"loss": 2.0}, 2)
+    tracker.finalize("failed")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: --run.logger tensorboard: [Errno 21] Is a directory")
+    assert warning.endswith(f"{events.name}'; training without it")
+    assert threading.excepthook is hook
 
 
 def test_a_dead_server_keeps_the_name_of_the_run(tmp_path, monkeypatch, capsys):

@@ -2,9 +2,11 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -65,6 +67,7 @@ class Tracker(Logger):
 
     def __init__(self, name: str, out: Path, step: int, run: str | None, settings: dict[str, Any]):
         self.kind, self.failed, self.run = name, False, run
+        self.excepthook, threading.excepthook = threading.excepthook, self._in_thread
         self.logger: Any = self._try(lambda: LOGGERS[name](out, step, run))
         if name not in ("tensorboard", "csv"):  # the folder has its recipe.json
             self.log_hyperparams(settings)
@@ -75,9 +78,21 @@ class Tracker(Logger):
         try:
             return call()
         except Exception as error:  # whatever a tracker's package may raise
-            self.failed = True
-            print(f"warning: --run.logger {self.kind}: {first_line(error)}; training without it", file=sys.stderr)
+            self._fail(error)
             return None
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed:
+            print(f"warning: --run.logger {self.kind}: {first_line(error)}; training without it", file=sys.stderr)
+        self.failed = True
+
+    def _in_thread(self, args: Any) -> None:
+        """As `threading.excepthook`: an error in a thread of the tracker, such as TensorBoard's writer, is its own."""
+        names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(args.exc_traceback))
+        if args.exc_value is not None and any(name.partition(".")[0] == self.kind for name in names):
+            self._fail(args.exc_value)
+        else:
+            self.excepthook(args)
 
     @property
     def name(self) -> str | None:
@@ -102,3 +117,4 @@ class Tracker(Logger):
 
     def finalize(self, status: str) -> None:
         self._try(lambda: self.logger.finalize(status))
+        threading.excepthook = self.excepthook

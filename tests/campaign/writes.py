@@ -61,7 +61,7 @@ def failing(args: list[str], out: Path, number: int, code: int, log: Path) -> No
     def hook(event: str, values: tuple) -> None:
         if event == "open" and isinstance(values[2], int) and values[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             operation("open", values[0])
-        elif event in EVENTS:
+        elif event in EVENTS and not (event == "os.mkdir" and os.path.isdir(values[0])):  # it would do nothing
             operation(event, values[EVENTS[event]])
 
     def checked(descriptor: int) -> None:
@@ -126,7 +126,7 @@ def one(name: str, number: int) -> Callable[[Random, Path, Path], Verdict]:
         done = (folder / "log").read_text().splitlines()
         if len(done) < number:
             return Verdict(name, f"operation {number} of {len(done)}", "did not come to it", ended.fault)
-        what = f"{name}: {done[-1]}: {errno.errorcode[code]}"
+        what = f"{name}: {done[number - 1]}: {errno.errorcode[code]}"
         fault = ended.fault or after_failure(name, out, before, ended.message if ended.status else ended.err)
         again = args
         if name.startswith("train") and (out / "recipe.json").exists() and "--resume" not in args:

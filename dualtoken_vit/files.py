@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,11 @@ def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
+
+
+def _reason(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "the disk is full; free some space" if full else error.strerror or first_line(error)  # the latter: Pillow's
 
 
 @contextmanager
@@ -56,9 +62,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         cause = _os_error(error)
         if cause is None:
             raise
-        reason = "the disk is full; free some space" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else cause.strerror
         kept = "; the file that was there is kept" if path.is_file() else ""
-        raise InputError(f"cannot write {path}: {reason}{kept}") from error
+        raise InputError(f"cannot write {path}: {_reason(cause)}{kept}") from error
     finally:
         if own:
             with suppress(OSError):
@@ -116,11 +121,42 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {printable(path)}: {error.strerror}; nothing was written") from error
+        raise InputError(f"cannot write {printable(path)}: {_reason(error)}; nothing was written") from error
     finally:
         if own is not None:
             shutil.rmtree(temporary, ignore_errors=True)
             os.close(own)
+
+
+class Spool(list[Any]):
+    """A list of plain data that only grows; beyond 64 kB it is in a temporary file, which ends with it.
+
+    It can be appended to, iterated over, measured by `len` and written by `json.dump`. `json.dumps` takes the list for
+    empty, because it does not iterate.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.file = tempfile.SpooledTemporaryFile(2**16)
+
+    def __del__(self) -> None:
+        self.file.close()
+
+    def append(self, item: Any) -> None:
+        """Add an item; an InputError where the system refuses."""
+        try:
+            self.file.seek(0, os.SEEK_END)
+            self.file.write(json.dumps(item).encode() + b"\n")
+        except OSError as error:
+            raise InputError(f"cannot write a temporary file: {_reason(error)}") from error
+        self.length += 1
+
+    def __iter__(self) -> Iterator[Any]:
+        self.file.seek(0)
+        return map(json.loads, self.file)
+
+    def __len__(self) -> int:
+        return self.length
 
 
 def write_json(value: Any, path: str | Path) -> None:

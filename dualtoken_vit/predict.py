@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from itertools import islice
-from json import dumps
+from json import dump, dumps
 from math import ceil
 from os.path import realpath  # Path.resolve fails on a link to itself
 from pathlib import Path
@@ -25,6 +25,7 @@ from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_n
 from dualtoken_vit.show.video import Video, VideoWriter, is_video
 
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
+TOGETHER = 100  # images in memory for the table
 
 
 class Source(NamedTuple):
@@ -90,7 +91,8 @@ def predict(
     if out:
         write_json(record, out / RECORD)
     if json:
-        print(dumps(record))
+        dump(record, sys.stdout)
+        print()
     else:
         print_table(report)
     return tell_unreadable(record["unreadable"], len(sources))
@@ -159,6 +161,7 @@ def print_table(report: Report[Any]) -> None:
     """Print a report's table; without the train extra as plain lines."""
     try:
         from rich import box
+        from rich.cells import cell_len
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -166,20 +169,31 @@ def print_table(report: Report[Any]) -> None:
         for path, rows in report.table:
             print(printable(path), *("  ".join(map(printable, ("", *row))) for row in rows), sep="\n")
         return
-    table = Table("image", *report.columns, box=box.SIMPLE_HEAD)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.no_wrap = True
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for path, rows in report.table:  # one row of the table each: a row for each class takes several times as long
-        styles = ["dim" if number else "bold" for number in range(len(rows))] if report.ranked else [""] * len(rows)
-        cells = (
-            [Text(printable(cell), style) for cell, style in zip(column, styles, strict=True)]
-            for column in zip(*rows, strict=True)
-        )
-        table.add_row(Text(printable(path)), *map(Text("\n").join, cells), end_section=True)
-    Console().print(table)
+    console, titles = Console(), ("image", *report.columns)
+    natural = [*map(cell_len, titles)]
+    for path, rows in report.table:
+        for row in rows:
+            natural = [max(pair) for pair in zip(natural, map(cell_len, map(printable, (path, *row))), strict=True)]
+    room = console.width - sum(natural[1:]) - 3 * len(natural) - 1  # for the names of the files, without the frame
+    widths = [min(natural[0], room), *natural[1:]] if room > 0 else [None] * len(natural)  # None: left to rich
+    images, first = iter(report.table), True
+    while part := list(islice(images, TOGETHER)):
+        table = Table(box=box.SIMPLE_HEAD, show_header=first)
+        for number, (title, width) in enumerate(zip(titles, widths, strict=True)):
+            how: dict[str, Any] = {"no_wrap": True} if number else {"overflow": "fold"}
+            table.add_column(title, width=width, justify="right" if number > 1 else "left", **how)
+        for path, rows in part:  # one row of the table each: a row for each class takes several times as long
+            styles = ["dim" if number else "bold" for number in range(len(rows))] if report.ranked else [""] * len(rows)
+            cells = (
+                [Text(printable(cell), style) for cell, style in zip(column, styles, strict=True)]
+                for column in zip(*rows, strict=True)
+            )
+            table.add_row(Text(printable(path)), *map(Text("\n").join, cells), end_section=True)
+        with console.capture() as printed:
+            console.print(table)
+        lines = printed.get()
+        print(lines if first else lines.partition("\n")[2], end="")  # the blank line above is there from the last part
+        first = False
 
 
 def none_readable(unreadable: list[dict[str, str]]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dualtoken_vit.data.rle import encode_mask
+from dualtoken_vit.files import Spool
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.show.drawing import SIDE, draw_card, draw_objects, draw_scene, fit, palette
 
@@ -17,7 +18,7 @@ Caption = tuple[str, float | None]  # text and share
 
 
 class Report(ABC, Generic[Result]):
-    """Collects predictions for the command line: a record for JSON, a table, drawings."""
+    """Collects predictions for the command line: a record for JSON, a table, drawings; in little memory."""
 
     columns: ClassVar[tuple[str, ...]]
     """Headings of the table, after "image"."""
@@ -26,16 +27,16 @@ class Report(ABC, Generic[Result]):
 
     def __init__(self, predictor: Any):
         self.predictor = predictor
-        self.predictions: list[dict[str, Any]] = []
-        self.table: list[tuple[Path, list[Sequence[str]]]] = []  # of each image the rows: the cells of `columns`
+        self.predictions = Spool()
+        self.table = Spool()  # of each image its file and rows: the cells of `columns`
 
     def add(self, path: Path, image: Image.Image, result: Result) -> None:
         """Add the prediction for an image file to the record and the table."""
         self.predictions.append({"image": str(path), **self.entry(result)})
-        self.table.append((path, list(self.rows(result))))
+        self.table.append((str(path), list(self.rows(result))))
 
     def record(self) -> dict[str, Any]:
-        """All predictions, for JSON."""
+        """All predictions, for `json.dump`."""
         return {"predictions": self.predictions}
 
     @abstractmethod
@@ -103,10 +104,14 @@ class ObjectsReport(Report[Objects]):
         super().__init__(predictor)
         self.category_ids = predictor.category_ids or tuple(range(1, len(predictor.class_names) + 1))
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, predictor.class_names, strict=True)]
-        self.coco: dict[str, list[dict[str, Any]]] = {"images": [], "categories": categories, "annotations": []}
+        self.coco: dict[str, list[dict[str, Any]]] = {
+            "images": Spool(),
+            "categories": categories,
+            "annotations": Spool(),
+        }
 
     def add(self, path: Path, image: Image.Image, result: Objects) -> None:
-        self.table.append((path, list(self.rows(result))))
+        self.table.append((str(path), list(self.rows(result))))
         images, annotations = self.coco["images"], self.coco["annotations"]
         width, height = image.size
         images.append({"id": len(images) + 1, "file_name": str(path), "width": width, "height": height})

@@ -1,0 +1,93 @@
+"""What `predict` keeps of many images: little in memory, and the same output as of all at once."""
+
+import json
+import os
+import tracemalloc
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dualtoken_vit.files import Spool, write_json
+from dualtoken_vit.predict import TOGETHER, print_table
+from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
+from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, LabelsReport, ObjectsReport
+
+NAMES = ("ant", "bee 蜂", "cat [x]")
+PREDICTOR = SimpleNamespace(category_ids=(3, 5, 7), class_names=NAMES)
+IMAGE = Image.new("RGB", (40, 30))
+KINDS = ClassesReport, LabelsReport, ObjectsReport, LabelMapReport
+BOXES = np.array([[1, 2, 11, 22], [0, 0, 5, 5.5]], dtype=np.float32)
+
+
+def result(kind, index):
+    shares = np.array([1, 0.5], dtype=np.float32) / (index + 1)
+    labels, names = np.array([2, 0]), (NAMES[2], NAMES[0])
+    if kind is ClassesReport:
+        return Classes(names, labels, shares)
+    if kind is LabelsReport:
+        return Labels(names[: index % 3], labels[: index % 3], shares[: index % 3], shares)
+    if kind is ObjectsReport:
+        return Objects(names, labels, BOXES, shares)
+    return LabelMap(NAMES, np.full((6, 7), index % 3, dtype=np.uint8))
+
+
+def add(report, numbers):
+    for number in numbers:
+        report.add(Path(f"folder {number % 7}/{'ä' * (number % 30)}{number}.png"), IMAGE, result(type(report), number))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_take_little_memory(kind):
+    report = kind(PREDICTOR)
+    with open(os.devnull, "w") as nowhere:
+        for numbers in range(300), range(300, 900):  # the first fill the buffers
+            tracemalloc.start()
+            add(report, numbers)
+            json.dump(report.record(), nowhere)
+            kept, most = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+    assert kept < 150_000  # bytes; plain lists need a million
+    assert most < 300_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_record_is_that_of_plain_lists(kind, tmp_path):
+    report = kind(PREDICTOR)
+    empty = {key: [] if isinstance(value, Spool) else value for key, value in report.record().items()}
+    write_json(report.record(), tmp_path / "empty.json")
+    assert (tmp_path / "empty.json").read_text() == json.dumps(empty, indent=2)
+    add(report, range(300))
+    plain = {key: list(value) for key, value in report.record().items()}
+    assert max(map(len, plain.values())) >= 300
+    write_json(report.record(), tmp_path / "whole.json")
+    assert (tmp_path / "whole.json").read_text() == json.dumps(plain, indent=2)
+    json.dump(report.record(), stream := StringIO())
+    assert stream.getvalue() == json.dumps(plain)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 200])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_is_that_of_all_images_at_once(kind, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    report = kind(PREDICTOR)
+    add(report, range(2 * TOGETHER + 3))
+    print_table(report)
+    table = Table("image", *report.columns, box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for path, rows in report.table:
+        table.add_row(*map(Text, (path, *map("\n".join, zip(*rows, strict=True)))), end_section=True)
+    found = capsys.readouterr().out
+    Console().print(table)
+    assert found == capsys.readouterr().out

@@ -137,7 +137,7 @@ class Spool(list[Any]):
 
     def __init__(self) -> None:
         self.length = 0
-        self.file = tempfile.SpooledTemporaryFile(2**16)
+        self.file = tempfile.SpooledTemporaryFile(2**16)  # noqa: SIM115
 
     def __del__(self) -> None:
         self.file.close()

@@ -1,21 +1,26 @@
 """Run the campaign: `python -m campaign --out FOLDER [--only PART ...] [--count N] [--minutes M] [--seed S]`.
 
 Case N of a part depends on the seed and N alone. `--case mutations 17` repeats one and keeps its files. Finished cases
-are in OUT/cases.jsonl, and a campaign that is started again with the same OUT goes on after them. `--report FILE`
-writes the counts between two markers in a Markdown file.
+are in OUT/cases.jsonl, and a campaign that is started again with the same OUT goes on after them; with `--again` it
+also repeats those that had a fault. Several may work on different parts in the same OUT. `--report FILE` writes the
+counts of all finished cases between two markers in a Markdown file, after each part.
 """
 
 import argparse
+import fcntl
 import json
 import logging
 import os
+import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,6 +33,7 @@ WARM = (
     *("matplotlib.pyplot", "torch._dynamo", "dualtoken_vit.deploy.export"),
     *("dualtoken_vit.evaluation", "dualtoken_vit.predict", "dualtoken_vit.tasks.trainer", "dualtoken_vit.paper.study"),
 )
+HEADINGS = "part", "cases", "of which", "CPU minutes", "faults"
 MARKERS = "<!-- counts -->", "<!-- end of counts -->"
 
 
@@ -41,6 +47,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, help="the first cases of each part only")
     parser.add_argument("--share", type=float, default=1.0, help="of the cases of each part, chosen by the seed")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this time")
+    parser.add_argument("--again", action="store_true", help="repeat the finished cases that had a fault")
     parser.add_argument("--case", nargs=2, metavar=("PART", "NUMBER"), help="repeat one case, and keep its files")
     parser.add_argument("--report", type=Path, help="Markdown file for the table of counts")
     chosen = parser.parse_args()
@@ -51,23 +58,25 @@ def main() -> int:
         verdict = run_case(out, chosen.case[0], chosen.seed, int(chosen.case[1]), keep=True)
         print(*verdict, sep="\n")
         return bool(verdict.fault)
-    cases = []
-    for part in chosen.only:
-        numbers = range(count_of(out, part, chosen.count))
-        some = Random(chosen.seed).sample(numbers, int(chosen.share * len(numbers)))
-        cases += [(part, number) for number in sorted(some)]
-    found = run_all(out, chosen.seed, cases, time.monotonic() + 60 * chosen.minutes)
-    rows = summary(found)
-    table = Table("part", "cases", "of which", "faults")
-    for row in rows:
+    end = time.monotonic() + 60 * chosen.minutes
+    try:
+        for part in chosen.only:
+            numbers = range(count_of(out, part, chosen.count))
+            some = sorted(Random(chosen.seed).sample(numbers, int(chosen.share * len(numbers))))
+            run_part(out, chosen.seed, part, some, end, chosen.again)
+            if chosen.report:
+                write_report(chosen.report, chosen.seed, finished(out, chosen.seed))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+    found = finished(out, chosen.seed)
+    table = Table(*HEADINGS)
+    for row in summary(found):
         table.add_row(*row)
     Console().print(table)
-    for (part, number), verdict in found.items():
-        if verdict.fault:
-            print(f"{part} {number}: {verdict.what}: {verdict.fault}")
-    if chosen.report:
-        write_report(chosen.report, chosen.seed, rows)
-    return any(verdict.fault for verdict in found.values())
+    faulty = {case: one for case, one in found.items() if one.verdict.fault}
+    for (part, number), one in faulty.items():
+        print(f"{part} {number}: {one.verdict.what}: {one.verdict.fault}")
+    return bool(faulty)
 
 
 def cases_of(out: Path, part: str) -> list[Case]:
@@ -90,7 +99,9 @@ def prepare(out: Path) -> None:
     from campaign import world
 
     out.mkdir(parents=True, exist_ok=True)
-    world.build(out / "world")
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        world.build(out / "world")
 
 
 def run_case(out: Path, part: str, seed: int, number: int, keep: bool = False) -> Verdict:
@@ -108,58 +119,101 @@ def run_case(out: Path, part: str, seed: int, number: int, keep: bool = False) -
     return verdict
 
 
-def run_all(out: Path, seed: int, cases: list[tuple[str, int]], end: float) -> dict[tuple[str, int], Verdict]:
-    """The verdicts on all cases, read from OUT/cases.jsonl where they are there."""
+class Finished(NamedTuple):
+    """A line of cases.jsonl."""
+
+    verdict: Verdict
+    seconds: float  # of CPU time
+    commit: str
+
+
+def finished(out: Path, seed: int) -> dict[tuple[str, int], Finished]:
+    """All finished cases of a seed."""
     path = out / "cases.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(one["part"], one["number"]): Verdict(*one["verdict"]) for one in lines if one["seed"] == seed}
-    found = {case: done[case] for case in cases if case in done}
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return {
+        (one["part"], one["number"]): Finished(Verdict(*one["verdict"]), one["seconds"], one["commit"])
+        for one in lines
+        if one["seed"] == seed
+    }
+
+
+def commit() -> str:
+    """The commit of the code, with a + where the code is not quite that."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parents[2]
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    return (git("rev-parse", "--short", "HEAD") or "?") + "+" * bool(git("status", "-s", "dualtoken_vit", "tests"))
+
+
+def run_part(out: Path, seed: int, part: str, numbers: list[int], end: float, again: bool) -> None:
+    """Run the cases of a part that OUT/cases.jsonl does not have."""
+    found, code, said = finished(out, seed), commit(), 0.0
+    done = {number for name, number in found if name == part and not (again and found[name, number].verdict.fault)}
+    left = [number for number in numbers if number not in done]
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TimeElapsedColumn(), TimeRemainingColumn()),
     )
     # Without a thread for the bar: forks of a process with threads may hang.
     with (
         Progress(*columns, auto_refresh=False, console=Console(stderr=True), speed_estimate_period=600) as bar,
-        path.open("a") as file,
+        (out / "cases.jsonl").open("a") as file,
     ):
-        task = bar.add_task("", total=len(cases), completed=len(found))
-        for part, number in cases:
-            if (part, number) in found or time.monotonic() > end:
-                continue
-            bar.update(task, description=part)
+        task = bar.add_task(part, total=len(numbers), completed=len(numbers) - len(left))
+        for place, number in enumerate(left):
+            if time.monotonic() > end:
+                break
+            if not bar.console.is_terminal and time.monotonic() > said + 60:  # where there is no bar
+                said = time.monotonic()
+                bar.console.print(f"{time.strftime('%H:%M')} {part}: {len(numbers) - len(left) + place}/{len(numbers)}")
             bar.refresh()
-            verdict = found[part, number] = run_case(out, part, seed, number)
+            before = used()
+            verdict = run_case(out, part, seed, number)
             if verdict.fault:
                 bar.console.print(f"{part} {number}: {verdict.what}: {verdict.fault}", markup=False, highlight=False)
-            file.write(json.dumps({"part": part, "number": number, "seed": seed, "verdict": verdict}) + "\n")
+            line = {"part": part, "number": number, "seed": seed, "commit": code, "verdict": verdict}
+            file.write(json.dumps(line | {"seconds": round(used() - before, 2)}) + "\n")
             file.flush()
             bar.advance(task)
-    return found
 
 
-def summary(found: dict[tuple[str, int], Verdict]) -> list[tuple[str, str, str, str]]:
-    """A row for each group: its name, the number of cases, how they ended, the number of faults."""
-    groups: dict[tuple[str, str], list[Verdict]] = {}
-    for (part, _), verdict in found.items():
-        groups.setdefault((part, verdict.group), []).append(verdict)
+def used() -> float:
+    """CPU seconds of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def summary(found: dict[tuple[str, int], Finished]) -> list[tuple[str, ...]]:
+    """A row of HEADINGS for each group."""
+    groups: dict[tuple[str, str], list[Finished]] = {}
+    for part, number in sorted(found, key=lambda case: (PARTS.index(case[0]), case[1])):
+        one = found[part, number]
+        groups.setdefault((part, one.verdict.group), []).append(one)
     rows = []
-    for (part, group), verdicts in groups.items():
-        ended = Counter(verdict.ended for verdict in verdicts)
+    for (part, group), cases in sorted(groups.items(), key=lambda item: PARTS.index(item[0][0])):
+        ended = Counter(one.verdict.ended for one in cases)
         text = ", ".join(f"{count} {name}" for name, count in sorted(ended.items()))
-        rows.append((f"{part}: {group}", str(len(verdicts)), text, str(sum(bool(one.fault) for one in verdicts))))
+        faults = sum(bool(one.verdict.fault) for one in cases)
+        minutes = sum(one.seconds for one in cases) / 60
+        rows.append((f"{part}: {group}", str(len(cases)), text, f"{minutes:.1f}", str(faults)))
     return rows
 
 
-def write_report(path: Path, seed: int, rows: list[tuple[str, str, str, str]]) -> None:
+def write_report(path: Path, seed: int, found: dict[tuple[str, int], Finished]) -> None:
     """Put the table of counts between the markers of a Markdown file."""
-    table = ["| part | cases | of which | faults |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    commits = ", ".join(sorted({one.commit for one in found.values()}))
+    faults, minutes = (
+        sum(bool(one.verdict.fault) for one in found.values()),
+        sum(o.seconds for o in found.values()) / 60,
+    )
+    about = f"Seed {seed}, commit {commits}: {len(found)} cases, {faults} faults, {minutes:.0f} minutes of CPU time."
+    table = [f"| {' | '.join(row)} |" for row in (HEADINGS, ["---"] * len(HEADINGS), *summary(found))]
     text = path.read_text()
     before, after = text.partition(MARKERS[0])[0], text.partition(MARKERS[1])[2]
-    path.write_text("\n".join([before + MARKERS[0], f"Seed {seed}.", "", *table, MARKERS[1]]) + after)
+    path.write_text("\n".join([before + MARKERS[0], about, "", *table, MARKERS[1]]) + after)
 
 
 if __name__ == "__main__":

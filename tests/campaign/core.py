@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from dualtoken_vit import cli
 
-LIMIT = 60.0  # seconds that a command may take
+LIMIT = 60.0  # seconds of CPU time that a command may take, and seconds that it may do nothing
+PATIENCE = 10  # times the limit: the longest that a command may take on a busy machine
 
 
 class Outcome(NamedTuple):
@@ -30,7 +31,7 @@ class Outcome(NamedTuple):
     def fault(self) -> str:
         """What must never happen; "" where the command ended well, with or without an error of its own."""
         if self.status is None:
-            return f"still running after {LIMIT:g} s"
+            return f"still running after {LIMIT:g} s of CPU time, as long without any, or {PATIENCE} times as long"
         if "Traceback" in self.err:
             return f"traceback: {self.err.strip().splitlines()[-1][:200]}"
         if self.status < 0:
@@ -106,15 +107,25 @@ def _call(function: Callable[..., Any], args: Sequence[Any]) -> int:
 
 
 def finish(pid: int, folder: Path, limit: float = LIMIT) -> Outcome:
-    """Wait for a process of `start`, and end it and all that it started after `limit` seconds of an idle machine."""
-    end = time.monotonic() + limit * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    status: int | None = None
-    while time.monotonic() < end:
+    """Wait for a process of `start`; end it and all that it started if it hangs.
+
+    It does if they use `limit` seconds of CPU time, or hardly any for as long. A busy machine does not matter, but for
+    `PATIENCE`.
+    """
+    begin = look = moved = time.monotonic()
+    used, status = 0.0, None
+    while (now := time.monotonic()) - begin < PATIENCE * limit:
         found, state, usage = os.wait4(pid, os.WNOHANG)
         if found:
             status = os.waitstatus_to_exitcode(state)
             break
-        time.sleep(0.005)
+        if now >= look:
+            look, seconds = now + 1, cpu_seconds(pid)
+            if seconds > used + limit / 200:
+                used, moved = seconds, now
+            if seconds > limit or now - moved > limit:
+                break
+        time.sleep(0.01)
     left = _kill_group(pid, status is not None and status >= 0)
     if status is None:
         _, _, usage = os.wait4(pid, 0)
@@ -123,12 +134,37 @@ def finish(pid: int, folder: Path, limit: float = LIMIT) -> Outcome:
     return Outcome(status, *texts, left, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 
 
+def cpu_seconds(group: int) -> float:
+    """The CPU time that the processes of a group have used, and those that they have waited for."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def running(pid: int) -> bool:
+    """Whether a process of `start` has not ended yet."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def wait_until(holds: Callable[[], Any], pid: int) -> Any:
+    """What the function returns as soon as that is true, or when the process has ended or the patience has."""
+    end = time.monotonic() + PATIENCE * LIMIT
+    while not (found := holds()) and running(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
 def kill_after(pids: Sequence[int], seconds: float, number: signal.Signals = signal.SIGKILL) -> None:
     """Send a signal to processes when the first of them has used that much CPU time, unless it has ended."""
     clock = (~pids[0] << 3) | 2  # Linux's clock of a process
+    end = time.monotonic() + PATIENCE * LIMIT
     with suppress(OSError):
         while time.clock_gettime(clock) < seconds:
-            if os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if not running(pids[0]) or time.monotonic() > end:
                 return
             time.sleep(0.002)
         for pid in pids:
@@ -136,9 +172,9 @@ def kill_after(pids: Sequence[int], seconds: float, number: signal.Signals = sig
 
 
 def _kill_group(group: int, patient: bool) -> bool:
-    """End all processes of a group; returns whether there were any, after two seconds to end by themselves."""
+    """End all processes of a group; returns whether there were any, after twenty seconds to end by themselves."""
     try:
-        for _ in range(200 if patient else 0):
+        for _ in range(2000 if patient else 0):
             os.killpg(group, 0)
             time.sleep(0.01)
         os.killpg(group, signal.SIGKILL)

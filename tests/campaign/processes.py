@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
-from campaign.core import Case, Verdict, command, finish, kill_after, run, start
+from campaign.core import Case, Verdict, command, finish, kill_after, run, start, wait_until
 from campaign.crashes import launch, same_run, whole
 from campaign.world import TASKS, best, training
 
@@ -80,7 +80,7 @@ def partner(rng: Random, world: Path, folder: Path) -> Verdict:
     task, rank = rng.choice(TASKS), rng.randrange(2)
     out = folder / "run"
     pids = launch(training(task, world, out, optim__epochs=20), folder, 2)
-    wait_for(out / "recipe.json")
+    wait_until((out / "recipe.json").exists, pids[0])
     time.sleep(rng.uniform(0, 1))
     os.kill(pids[rank], signal.SIGKILL)
     begin = time.monotonic()
@@ -99,13 +99,10 @@ def child(rng: Random, world: Path, folder: Path) -> Verdict:
 
     __main__.__spec__ = find_spec("dualtoken_vit.cli")  # what Lightning starts again
     pid = start(command, *training("classification", world, folder / "run", run__devices=2), folder=folder)
-    children: list[str] = []
-    while not children and Path(f"/proc/{pid}").exists():
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        time.sleep(0.05)
+    second = wait_until(lambda: children_of(pid), pid)
     time.sleep(rng.uniform(0, 15))
-    with suppress(ProcessLookupError):
-        os.kill(int(children[0]), signal.SIGKILL)
+    with suppress(ProcessLookupError, IndexError):
+        os.kill(second[0], signal.SIGKILL)
     begin = time.monotonic()
     ended = finish(pid, folder, PARTNER)
     silent = not ended.message and "terminated with code -9" not in ended.err
@@ -115,23 +112,19 @@ def child(rng: Random, world: Path, folder: Path) -> Verdict:
     return Verdict("the second of two processes killed, Lightning's launcher", what, f"status {ended.status}", fault)
 
 
-def wait_for(path: Path) -> None:
-    """Return when there is such a file, or after a minute."""
-    end = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < end:
-        time.sleep(0.005)
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def worker(rng: Random, world: Path, folder: Path) -> Verdict:
     """A data loading process is killed."""
     out = folder / "run"
     pid = start(command, *training("classification", world, out, data__workers=2, optim__epochs=50), folder=folder)
-    end, children = time.monotonic() + 30, []
-    while len(children) < 2 and time.monotonic() < end:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        time.sleep(0.01)
+    wait_until(lambda: len(children_of(pid)) > 1, pid)
     time.sleep(rng.uniform(0, 0.5))
-    os.kill(int(rng.choice(children)), signal.SIGKILL)
+    with suppress(ProcessLookupError, IndexError):
+        os.kill(rng.choice(children_of(pid)), signal.SIGKILL)
     ended = finish(pid, folder)
     fault = ended.fault or ("" if "--data.workers" in ended.message else f"does not name the cause: {ended.message}")
     return Verdict("a data loading process killed", ended.message, f"status {ended.status}", fault)

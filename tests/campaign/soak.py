@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from campaign.core import Case, Verdict, command, finish, start
+from campaign.core import Case, Verdict, command, finish, running, start
 from campaign.world import best, training
 
 GROWTH = 1.0  # MB for 1,000 images
@@ -35,13 +35,13 @@ def watch(pid: int, folder: Path, images: int, limit: float) -> tuple[str, str]:
     The slope of the memory is that of a line through the samples between the first third and the end.
     """
     samples, times, begin = [], [], time.monotonic()
-    while True:
+    while time.monotonic() - begin < limit:
         try:
             samples.append(sample(pid))
             times.append(time.monotonic() - begin)
         except (OSError, StopIteration):  # it ended
             break
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if not running(pid):
             break
         time.sleep(0.2)
     ended = finish(pid, folder, limit)

@@ -45,7 +45,7 @@ docs: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 campaign: $(DEV)
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m campaign --out runs/campaign-$(SEED) --seed $(SEED) \
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m campaign --out runs/campaign-$(SEED) --seed $(SEED) \
 		--report results/RELIABILITY.md
 
 lint: $(DEV)

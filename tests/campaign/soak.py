@@ -58,15 +58,19 @@ def watch(pid: int, folder: Path, images: int, limit: float) -> tuple[str, str]:
     return seen, f"grows: {seen}" if growth > GROWTH or more else ""
 
 
+def link(sources: list[Path], folder: Path, count: int) -> None:
+    """Many images, which are links to a few."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        os.link(sources[index % len(sources)], folder / f"{index:06}.png")
+
+
 def predicting(count: int) -> Case:
-    """`predict` over many images, which are links to a few."""
+    """`predict` over many images."""
 
     def case(rng: Random, world: Path, folder: Path) -> Verdict:
-        sources = sorted((world / "photos").rglob("*.png"))
         images = folder / "images"
-        images.mkdir()
-        for index in range(count):
-            os.link(sources[index % len(sources)], images / f"{index:06}.png")
+        link(sorted((world / "photos").rglob("*.png")), images, count)
         pid = start(command, "predict", best(world, "classification"), images, "--json", folder=folder)
         seen, fault = watch(pid, folder, count, 3600)
         return Verdict("predict", f"{count} images: {seen}", seen or "?", fault)
@@ -75,14 +79,16 @@ def predicting(count: int) -> Case:
 
 
 def training_run(epochs: int, workers: int) -> Case:
-    """A training of many tiny epochs."""
+    """A training of many short epochs."""
 
     def case(rng: Random, world: Path, folder: Path) -> Verdict:
-        args = training(
-            "classification", world, folder / "run", optim__epochs=epochs, data__workers=workers, run__save_every=100
-        )
-        pid = start(command, *args, folder=folder)
-        seen, fault = watch(pid, folder, epochs * 18, 3600)  # 12 training and 6 validation images
+        photos, count = folder / "photos", {"train": 100, "val": 20}  # images of each class
+        for source in (world / "photos").glob("*/*"):
+            link(sorted(source.iterdir()), photos / source.parent.name / source.name, count[source.parent.name])
+        changed = {"data__root": photos, "data__workers": workers, "run__save_every": 1000}
+        changed |= {"optim__epochs": epochs, "optim__batch_size": 32}
+        pid = start(command, *training("classification", world, folder / "run", **changed), folder=folder)
+        seen, fault = watch(pid, folder, epochs * 3 * sum(count.values()), 3600)
         return Verdict("training", f"{epochs} epochs, {workers} workers: {seen}", seen or "?", fault)
 
     return case

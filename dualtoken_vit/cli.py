@@ -217,9 +217,11 @@ def evaluate(args: list[str]) -> None:
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
     checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
+    from dualtoken_vit.machine import tune_cpu
     from dualtoken_vit.predict import predict as run
     from dualtoken_vit.predictors import default_options
 
+    tune_cpu()
     options = default_options(checkpoint)
     about = describe(predict.__doc__, "predict")
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", about)

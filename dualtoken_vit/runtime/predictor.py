@@ -6,6 +6,7 @@ result = predictor("image.jpg")             # or a PIL image, an array, a folder
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product
 from math import ceil, floor
 from pathlib import Path
@@ -25,7 +26,6 @@ __all__ = ["ExportedPredictor", "load_predictor", "predictor_class"]
 
 LEAST_SIDE = 32  # of images, in pixels
 SIDES = f"from {LEAST_SIDE} to {MOST_SIDE}"
-LOGITS = 2**26  # maximum number at image resolution held at once, see models.segmenters
 
 
 def load_predictor(
@@ -295,14 +295,12 @@ class Segmenter(ExportedPredictor[LabelMap]):
             scores.append(self._scores(x))
             if options.flip:
                 scores[-1] = scores[-1] + self._scores(x[..., ::-1])[..., ::-1]
-        # A few classes at a time: all of them at the size of a large image may not fit into memory.
-        step = max(1, LOGITS // (size[0] * size[1]))
+        # One class at a time: faster than argmax, and all of them at the size of a large image may not fit into memory.
         best, classes = np.full(size, -np.inf, np.float32), np.zeros(size, np.int64)
-        for start in range(0, len(scores[0]), step):
-            total = np.sum([resize(each[start : start + step], size) for each in scores], 0)
-            highest = total.max(0)
-            classes = np.where(highest > best, total.argmax(0) + start, classes)
-            best = np.maximum(best, highest)
+        for label in range(len(scores[0])):
+            total = reduce(np.add, (resize(each[label], size) for each in scores))
+            np.copyto(classes, label, where=total > best)
+            np.maximum(best, total, out=best)
         return classes
 
     def _scores(self, x: np.ndarray) -> np.ndarray:

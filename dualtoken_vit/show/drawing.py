@@ -31,7 +31,7 @@ def save_image(image: Image.Image | Callable[[], Image.Image], path: Path) -> No
     with guard(path):
         drawing = image() if callable(image) else image
         with atomic_write(path) as file:
-            drawing.save(file, "PNG")
+            drawing.save(file, "PNG", compress_level=3)  # half the time of the default 6, files 1 % larger
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:

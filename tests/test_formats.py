@@ -491,6 +491,11 @@ def test_wrong_flags(export):
         read(str(root), "voc", "train")
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         read(str(root / "nowhere"), "auto", "train")
+    for field in ({"format": "yolo"}, {"val_split": "test"}):
+        with pytest.raises(
+            InputError, match=r"--data\.format, --data\.train-split and --data\.val-split need --data\.root"
+        ):
+            build_datasets(DetectionData(images="a", train_json="b", val_json="c", **field), False, 3)
 
 
 def test_all_problems_are_reported(export, tmp_path, capsys):
@@ -515,8 +520,10 @@ def test_evaluation_on_other_data_forgets_where_the_training_data_was():
         "format": "auto",
     }
     given = {"images": "x", "val_json": "y"}
-    follows = {"dataset": "coco", "limit": None, "holdout": 0.0, "root": "", "val_images": None}
+    follows = {"dataset": "coco", "format": "auto", "limit": None, "holdout": 0.0, "root": "", "val_images": None}
+    follows |= {"train_split": "train", "val_split": "val"}
     assert TASK.relocate(Detection(data=data), given) == follows
+    assert TASK.relocate(Detection(data=data), {"val_split": "test"}) == {"holdout": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -252,8 +252,7 @@ def test_a_image_that_breaks_while_it_is_read(call, photos, tmp_path):
     assert json.loads(call("evaluate", run / "best.safetensors", *skip)[1])["images"] == 17
 
 
-def test_demo_needs_no_file(call, tmp_path):
-    """The recipe of `train` without a name, on a few images' worth of steps."""
+def test_train_without_a_name_draws_its_images():
     chosen = cli._recipe_name(["--optim.epochs", "1"], "train", "")
     assert chosen == ("", ["--optim.epochs", "1"])
     assert RECIPES[cli.DEFAULT].data.dataset == "shapes"

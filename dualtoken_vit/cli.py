@@ -140,10 +140,11 @@ def _with_data(
 
     section_help(args, command, about, {"data": stored}, show)
     short = {"--data.split": "--data.val-split", "--tile": "--data.tile", "--overlap": "--data.overlap"}
-    args = [short.get(arg, arg) for arg in args]
+    args = [short.get(flag, flag) + equals + value for flag, equals, value in (arg.partition("=") for arg in args)]
     before = asdict(stored)
     flags = {f"data.{key}": value for key, value in before.items()}
-    given = {arg.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for arg in args}
+    names = (arg.partition("=")[0].removeprefix("--data.") for arg in args if arg.startswith("--data."))
+    given = {name.removeprefix("no-").replace("-", "_") for name in names}
     chosen = _parse(default, stored, args, flags, prog, "")
     found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
     _check_overlap(chosen.data, args)
@@ -242,9 +243,13 @@ def export(args: list[str]) -> None:
         args.insert(args.index("--int8") + 1, "dynamic")
     recipe = stored_recipe(checkpoint, read_checkpoint(checkpoint, weights=False))
     chosen, data = _with_data(Export(recipe.data), recipe.data, args, checkpoint, "export", export.__doc__)
+    if chosen.evaluate and chosen.format != "onnx":
+        raise InputError(f"--evaluate: not available for --format {chosen.format}; leave it out")
+    if data and not chosen.evaluate:
+        raise InputError(f"--data.{next(iter(data)).replace('_', '-')}: for --evaluate; give both, or neither")
     options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
     file = run(checkpoint, **options)
-    if chosen.evaluate and chosen.format == "onnx":
+    if chosen.evaluate:
         for path in (checkpoint, file):
             print(f"{path}: {measure(path, data=data, recipe=recipe).headline}")  # the file has no paths
 

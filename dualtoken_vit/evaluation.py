@@ -118,6 +118,8 @@ def evaluate(
         raise InputError(f"--calibrate: {checkpoint} is not the best.safetensors of a classifier; leave it out")
     if calibrate and (file := locate(checkpoint)) != Path(checkpoint):
         raise InputError(f"--calibrate would change the installed package: give a copy of {file}")
+    if is_exported(checkpoint) and precision != "32-true":
+        raise InputError(f"--precision {precision}: {checkpoint} has a precision of its own; leave it out")
     known = {field.name for field in fields(recipe.data)}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     for name in given:

@@ -81,10 +81,10 @@ def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
         for (name, source, target), one in zip(images.records(), results, strict=True):
             if one.result is None:
                 continue  # unreadable, which check-data reports
-            shares = dict(zip(one.result.names, one.result.probabilities.tolist(), strict=True))
-            label = predictor.class_names[target]
-            other = next(each for each in one.result.names if each != label)
-            found[name] = Suspect(name, source, label, other, shares[label], shares[other])
+            shares = dict(zip(one.result.labels.tolist(), one.result.probabilities.tolist(), strict=True))
+            other = next(label for label in shares if label != target)
+            asked, likely = predictor.class_names[target], predictor.class_names[other]  # as in the data
+            found[name] = Suspect(name, source, asked, likely, shares[target], shares[other])
     return sorted(found.values(), key=lambda each: each.margin)
 
 

@@ -75,3 +75,17 @@ def _photos(tmp_path_factory):
 def photos(_photos, tmp_path):
     """A fresh image-folder tree: {train,val}/{blue,green,red}/, 12 and 6 noisy JPEGs a class, 24 to 60 px a side."""
     return shutil.copytree(_photos, tmp_path / "photos")
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Writes one of `label_files.EXPORTS`, with some files changed or (None) left out, into a folder."""
+    from label_files import EXPORTS, save  # a bare install has the models only
+
+    def write(kind, **changes):
+        for name, content in (EXPORTS[kind] | changes.pop("files", {})).items():
+            if content is not None:
+                save(tmp_path / kind, name, content)
+        return tmp_path / kind
+
+    return write

@@ -1,6 +1,7 @@
 """Attention maps against timm's extraction, key tokens against brute force, and the command."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from test_predict import NAMES, save, solid
 from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 
-from dualtoken_vit import cli
+from dualtoken_vit import cli, load_predictor
+from dualtoken_vit.checkpoint import store_preprocessing
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.paper.attention import (
     blocks_of,
@@ -162,6 +164,16 @@ def test_command(checkpoint, tmp_path, capsys):
     assert run(checkpoint, tmp_path / "a.png", "--out", tmp_path / "one", "--block", "0", "--token", "2,3") == 0
     assert "2, 3" in capsys.readouterr().out
     assert np.load(tmp_path / "one" / "a.png.npy").shape == (4, 4, 7, 7)  # 32 pixels at stride 8
+
+
+def test_wordnet_ids_are_described_as_in_predict(checkpoint, tmp_path, capsys):
+    words = [f"{name}, described" for name in NAMES]
+    store_preprocessing(copy := shutil.copy(checkpoint, tmp_path), label_descriptions=words)
+    solid(tmp_path / "a.png")
+    assert run(copy, tmp_path / "a.png", "--out", tmp_path / "out", "--json") == 0
+    (one,) = json.loads(capsys.readouterr().out)["images"]
+    assert one["class"] == load_predictor(copy)(tmp_path / "a.png").name
+    assert one["class"] in words
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from PIL import Image
 
 import dualtoken_vit
 from dualtoken_vit import cli
+from dualtoken_vit.arguments import Evaluate
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ABOUT, RECIPES
 
@@ -171,6 +172,11 @@ def test_the_documented_exit_statuses_are_those_of_these_tests():
         (["evaluate", "nothing.safetensors"], "nothing.safetensors: no such checkpoint"),
         (["evaluate"], "name the checkpoint first: dualtoken-vit evaluate CHECKPOINT"),
         (["predict", "nothing.safetensors", "nothing.jpg"], "nothing"),
+        (
+            ["export", "dualtoken_vit_tiny_mix", "--data.root", "x"],
+            "--data.root: for --evaluate; give both, or neither",
+        ),
+        (["export", "dualtoken_vit_tiny_mix", "--format=litert", "--evaluate"], "not available for --format litert"),
         (["benchmark", "dualtoken_vit_tinny"], "dualtoken_vit_tiny"),
     ],
 )
@@ -180,6 +186,19 @@ def test_mistakes_are_told_in_short(call, args, message):
     assert message in words(out + err)
     assert "Traceback" not in err
     assert len((out + err).splitlines()) <= 14
+
+
+def test_only_the_flags_of_the_data_name_other_data():
+    """A folder may be called like a field."""
+    stored = RECIPES["folder"].data
+
+    def named(*args):
+        return cli._with_data(Evaluate(stored), stored, list(args), Path("best.safetensors"), "evaluate", "")[1]
+
+    assert named("--out", "root") == {}
+    assert named("--data.root", "") == {"root": ""}
+    assert named("--data.split=test") == named("--data.val-split", "test") == {"val_split": "test"}
+    assert named("--data.no-verify") == named("--data.verify", "false") == {"verify": False}
 
 
 def test_from_images_to_predictions(call, photos, tmp_path):
@@ -233,8 +252,7 @@ def test_a_image_that_breaks_while_it_is_read(call, photos, tmp_path):
     assert json.loads(call("evaluate", run / "best.safetensors", *skip)[1])["images"] == 17
 
 
-def test_demo_needs_no_file(call, tmp_path):
-    """The recipe of `train` without a name, on a few images' worth of steps."""
+def test_train_without_a_name_draws_its_images():
     chosen = cli._recipe_name(["--optim.epochs", "1"], "train", "")
     assert chosen == ("", ["--optim.epochs", "1"])
     assert RECIPES[cli.DEFAULT].data.dataset == "shapes"

@@ -353,6 +353,10 @@ def test_shapes():
     assert train[0][0].size == (32, 32)
     assert train.verify() == []
     again, _ = build_datasets(ClassificationData(dataset="shapes", image_size=32), 3)
+    with pytest.raises(InputError, match=r"--data\.dataset shapes has the splits train and val; leave out --data"):
+        build_datasets(ClassificationData(dataset="shapes", val_split="test"), 3)
+    with pytest.raises(InputError, match=r"--data\.dataset shapes draws its own images; for files give .* folder"):
+        build_datasets(ClassificationData(dataset="shapes", root="photos"), 3)
     assert all(train[index][0].tobytes() == again[index][0].tobytes() for index in (0, 1, 2999))
     images = {dataset[index][0].tobytes() for dataset in (train, val) for index in range(50)}
     assert len(images) == 100

@@ -297,6 +297,8 @@ def test_the_commands_take_the_file(checkpoint, exported, photos, capsys):
     assert [one["classes"][0]["class"] for one in found] == [one.name for one in after]
     shares = [one["classes"][0]["probability"] for one in found]
     assert shares == pytest.approx([one.probability for one in after], abs=1e-4)
+    with pytest.raises(InputError, match=r"--precision bf16-mixed: .* has a precision of its own; leave it out"):
+        run(["evaluate", str(exported), "--data.root", str(photos), "--precision", "bf16-mixed"])
 
 
 @pytest.mark.slow

@@ -3,13 +3,16 @@
 import json
 from copy import deepcopy
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from test_predict import checkpoint  # noqa: F401  a fixture
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.header import check_header
 from dualtoken_vit.predictors import read_header
 from dualtoken_vit.runtime.predictor import AnySizeDetector, Classifier, Segmenter
+from dualtoken_vit.runtime.session import FORMAT, KEY
 
 SOUND = {
     "task": "detection",
@@ -89,6 +92,18 @@ def test_of_a_checkpoint(checkpoint, tmp_path):  # noqa: F811
     (file := tmp_path / "best.safetensors").write_bytes(content.replace(names, names.replace(b'\\"dog\\"', b"    123")))
     with pytest.raises(InputError, match=r"class_names is .* must be tuple"):
         read_header(file)
+
+
+@pytest.mark.parametrize("name", ["recipe", "category_ids", "export"])
+def test_of_an_exported_file_without_an_entry(name, tmp_path):
+    about = {"format": FORMAT, **{key: value for key, value in SOUND.items() if key != name}}
+    image, logits = (helper.make_tensor_value_info(key, TensorProto.FLOAT, [1]) for key in ("image", "logits"))
+    graph = helper.make_graph([helper.make_node("Identity", ["image"], ["logits"])], "same", [image], [logits])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
+    helper.set_model_props(model, {KEY: json.dumps(about)})
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(InputError, match=r"a\.onnx was written by another version of dualtoken-vit; export it again"):
+        read_header(tmp_path / "a.onnx")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,17 @@ def test_mlflow_continues_a_run(photos, tmp_path, monkeypatch, capsys):
     assert history == dict(zip((3, 6), losses, strict=True))
 
 
+def test_the_epochs_that_fit_into_the_time_are_logged(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    settings = {"device": "cpu", "logger": "mlflow", "max_minutes": 1e-5}  # one epoch
+    train(recipe(photos, optim={"epochs": 9}, run=settings), tmp_path / "run")
+    client = mlflow.MlflowClient((tmp_path / "server").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("dualtoken-vit").experiment_id])
+    assert found.data.params["optim.epochs"] == "1"
+    assert [each.step for each in client.get_metric_history(found.info.run_id, "epoch/val_loss")] == [3]
+
+
 def test_wandb(photos, tmp_path, monkeypatch):
     for name, value in (("MODE", "offline"), ("SILENT", "true")):
         monkeypatch.setenv(f"WANDB_{name}", value)
@@ -113,7 +124,8 @@ def test_a_dead_server_keeps_the_name_of_the_run(tmp_path, monkeypatch, capsys):
         name = version = property(gone)
 
     monkeypatch.setitem(loggers.LOGGERS, "mlflow", lambda *_: Dead())
-    tracker = loggers.Tracker("mlflow", tmp_path, 0, "before", {})
+    tracker = loggers.Tracker("mlflow", tmp_path, 0, "before")
+    tracker.log_hyperparams({})
     assert (tracker.version, tracker.version, tracker.failed) == ("before", "before", True)
     assert capsys.readouterr().err.count("the server is gone") == 1
 

@@ -23,6 +23,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.models.segmenters import segment
 from dualtoken_vit.predictors import load_model
+from dualtoken_vit.recipes import Segmentation
 from dualtoken_vit.recipes import SegmentationInput as View
 from dualtoken_vit.show.drawing import color_of, draw_scene
 from dualtoken_vit.tasks import segmentation
@@ -245,7 +246,11 @@ def test_evaluation_of_another_split_and_by_other_views(trained, scenes, tmp_pat
     given = "--data.root", tmp_path / "data", "--data.split", "test"
     assert json.loads(call(capsys, "evaluate", best, *given, *common)[1]) == before
     whole = "--data.mode", "slide", "--data.window", "48", "--data.window-stride", "32"  # one window
-    assert json.loads(call(capsys, "evaluate", best, *given, *whole, *common)[1]) == before
+    again = *given[:2], "--data.split=test"
+    assert json.loads(call(capsys, "evaluate", best, *again, *whole, *common)[1]) == before
+    assert segmentation.TASK.relocate(Segmentation(), {"val_split": "test"}) == {
+        "holdout": 0.0
+    }  # not the held-out images
     other = "--data.scales", "0.75", "1", "--data.flip", "True", "--data.image-size", "40"
     _, printed = call(capsys, "evaluate", best, *given, *other, *common, "--out", tmp_path / "out")
     figures, _ = own_scores(best, scenes, View(scales=(0.75, 1.0), flip=True, image_size=40))

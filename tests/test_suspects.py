@@ -5,14 +5,19 @@ import shutil
 from collections import Counter
 
 import pytest
+import timm
+import torch
 from PIL import Image
+from test_predict import PREPROCESSING, solid
 from test_training import recipe, trained  # noqa: F401  a fixture
 
 from dualtoken_vit import cli, load_predictor
+from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.classification import build_datasets, build_val_dataset
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import RECIPES
+from dualtoken_vit.recipes import RECIPES, to_dict
 from dualtoken_vit.suspects import Suspect, rank, report
+from dualtoken_vit.tasks.classification import label_descriptions
 
 
 @pytest.mark.parametrize(("share", "folds"), [(0.5, 2), (0.25, 4), (0.2, 5), (0.3, 3)])
@@ -84,6 +89,26 @@ def test_changed_labels_come_first(trained, tmp_path, capsys):  # noqa: F811
     assert margins == sorted(margins)
     assert f"{sum(margin < 0 for margin in margins)} of 18 labels are doubtful: another class is more likely" in printed
     assert (tmp_path / "report" / "suspects" / "sheet.png").stat().st_size > 1000
+
+
+def test_wordnet_ids_of_one_description(tmp_path):
+    """A crane is a bird and a machine: the classes are told apart by their names in the data."""
+    names = ("n02012849", "n03126707")
+    described = label_descriptions(names)
+    assert described == {"label_descriptions": ["crane", "crane"]}
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=2, depths=(1, 1, 1))
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.25, 0.75]).log()
+    made = recipe(tmp_path)
+    info = dict(task="classification", class_names=names, recipe=to_dict(made), metrics={})
+    args = dict(model_args={"depths": (1, 1, 1)}, preprocessing=PREPROCESSING | described)
+    save_checkpoint(tmp_path / "best.safetensors", model, **info, **args)
+    bird, machine = (str(solid(tmp_path / "val" / name / "0.png")) for name in names)
+    found = [
+        (one.image, one.label, round(one.label_probability, 4), one.predicted, round(one.predicted_probability, 4))
+        for one in rank(made, [tmp_path / "best.safetensors"])
+    ]
+    assert found == [(bird, names[0], 0.25, names[1], 0.75), (machine, names[1], 0.75, names[0], 0.25)]
 
 
 def test_runs_must_fit(trained, photos):  # noqa: F811

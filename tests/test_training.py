@@ -467,6 +467,18 @@ def test_a_resumed_run_does_not_read_everything_again(photos, tmp_path, monkeypa
             {"model": {"args": ("token_grid=5",), "pretrained": True}},
             r"^--model\.name dualtoken_vit_tiny: No pretrained weights",
         ),
+        (
+            {"model": {"name": "dualtoken_vit_tiny_mix", "args": ("token_grid=5",), "pretrained": True}},
+            r"^--model\.args token_grid=5: the pretrained weights of dualtoken_vit_tiny_mix do not fit; leave it out",
+        ),
+        (
+            {"model": {"name": "dualtoken_vit_tiny_mix.in1k", "args": ()}},
+            r"^--model\.name dualtoken_vit_tiny_mix\.in1k: timm has no such weights; there are dualtoken_vit_tiny",
+        ),
+        (
+            {"model": {"name": "resnet10t", "args": (), "pretrained": True, "checkpoint": "best.safetensors"}},
+            r"^--model\.checkpoint, --model\.pretrained true: a run starts from one of them; give one",
+        ),
         ({"model": {"name": "local-dir:nowhere", "args": ("alpha=0",)}}, r"^--model\.name local-dir:nowhere: "),
         (
             {"model": {"name": "dla46_c", "args": (), "drop_path_rate": 0.1}},

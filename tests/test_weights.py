@@ -1,6 +1,7 @@
 """Weights that come with a package, by the example of a small model that this module registers with timm."""
 
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from timm.data import ImageNetInfo
 from timm.models import generate_default_cfgs, register_model
@@ -16,6 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from dualtoken_vit import cli, load_model, load_predictor
 from dualtoken_vit.checkpoint import own_weights, read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.hub import inherited_license, save_for_hub
 from dualtoken_vit.models.dualtoken import DualTokenViT
 from dualtoken_vit.models.two_stream import create, model_cfg
 from dualtoken_vit.predictors import read_header
@@ -23,14 +26,16 @@ from dualtoken_vit.recipes import RECIPES, ClassificationInput, Model, to_dict
 from dualtoken_vit.tasks.classification import data_config, label_descriptions
 from dualtoken_vit.tasks.networks import choose_weights
 
-FILE = Path(tempfile.gettempdir()) / "dualtoken_vit_test_weights.safetensors"
+FILE = Path(tempfile.mkdtemp(), "weights.safetensors")
 NAME = "dualtoken_vit_test_weights"
 ARGS = dict(dims=(16, 32, 48), depths=(1, 1, 1), num_heads=(2, 2, 2), head_hidden_size=32)
 LABELS = ["n02124075", "n02099601", "n01622779"]
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{NAME}.own": model_cfg(file=str(FILE), num_classes=3, input_size=(3, 64, 64), label_names=LABELS),
+        f"{NAME}.own": model_cfg(
+            file=str(FILE), num_classes=3, input_size=(3, 64, 64), label_names=LABELS, license="cc-by-4.0"
+        ),
         f"{NAME}.untrained*": model_cfg(),  # last, or timm makes the one with weights the default
     }
 )
@@ -56,7 +61,7 @@ def donor():
         model_args=ARGS,
     )
     yield model.float()  # rounded as the file is
-    FILE.unlink()
+    shutil.rmtree(FILE.parent)
 
 
 def test_the_name_alone_loads_the_weights_and_their_cfg(donor):
@@ -127,7 +132,8 @@ def test_training_starts_from_them(donor, photos, tmp_path, capsys, monkeypatch,
     assert cli.run([*args.split(), "--data.workers", "0", "--optim.lr", "1e-12", "--out", "run", *flags]) == 0
     assert ("starting from the weights dualtoken_vit_test_weights.own" in capsys.readouterr().out) == expected
     assert json.loads(Path("run/recipe.json").read_text())["model"]["pretrained"] is expected
-    trained = load_model("run/best.safetensors")[0]
+    trained, about = load_model("run/best.safetensors")
+    assert inherited_license(about) == ("cc-by-4.0" if expected else None)
     same = torch.allclose(trained.token_embed, donor.token_embed, atol=1e-6)
     assert same == expected
 
@@ -141,7 +147,7 @@ def test_there_are_weights():
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_weights(name):
+def test_shipped_weights(name, tmp_path):
     cfg = timm.get_pretrained_cfg(name)
     file = Path(cfg.file)
     about = read_checkpoint(file)
@@ -159,6 +165,8 @@ def test_shipped_weights(name):
     assert torch.equal(model.token_embed, about.state_dict["token_embed"].float())
     assert timm.create_model(architecture).num_classes == 1000
     card = file.with_suffix(".md").read_text()
+    save_for_hub(architecture, tmp_path / "hub", "me/own")
+    assert ModelCard.load(tmp_path / "hub" / "README.md").data.license == cfg.license
     assert cfg.license == "cc-by-nc-4.0"
     assert "license: cc-by-nc-4.0" in card
     assert f"{about.metrics['val_top1']:.1%}".replace("%", " %") in card

@@ -287,7 +287,8 @@ async function start() {
   const top1 = classifier.top1 === null ? "" : `, right for ${percent(classifier.top1)} of its validation images`;
   $("about").textContent =
     `The network is ${classifier.model} (${classifier.precision}, ${(classifier.bytes / 1e6).toFixed(1)} MB). It knows ` +
-    `${classifier.class_names.length} classes, listed below${top1}.`;
+    `${classifier.class_names.length} classes, listed below${top1}.` +
+    (classifier.license ? ` Licence of its weights: ${classifier.license.toUpperCase()}.` : "");
   state.networks = { about, classifier: new Network(classifier) };
   listen();
   await state.networks.classifier.ready;

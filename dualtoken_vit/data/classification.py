@@ -18,7 +18,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import Imagenette
 
-from dualtoken_vit.data.contract import Formats, ImageData, check_trained, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_splits, check_trained, some, split_name
 from dualtoken_vit.data.folders import contains, is_folder, read_lines, scan, skipped_note
 from dualtoken_vit.data.images import MODES, load_image
 from dualtoken_vit.data.sampling import mix
@@ -183,8 +183,7 @@ def _labelled(found: Labelled, channels: int) -> ImageDataset:
 
 
 def _shapes(data: ClassificationData, split: str, channels: int) -> ImageDataset:
-    if data.root:
-        raise InputError("--data.dataset shapes draws its own images; for files give --data.dataset folder")
+    check_drawn(data, "folder")
     images = ShapeImages(split, data.image_size)
     names = [f"{split}/{CLASSES[label]}-{index:04d}" for index, label in enumerate(images.targets)]
     dataset = ImageDataset(images, images.targets, CLASSES, names, channels)
@@ -194,6 +193,7 @@ def _shapes(data: ClassificationData, split: str, channels: int) -> ImageDataset
 
 def _imagenette(data: ClassificationData, split: str, channels: int) -> ImageDataset:
     """torchvision's Imagenette at 160 pixels, downloaded to ROOT/imagenette2-160 if it is not there."""
+    check_splits(data)
     folder = Path(data.root, "imagenette2-160")
     try:
         classes = Imagenette(data.root, split, size="160px", download=not folder.is_dir()).classes

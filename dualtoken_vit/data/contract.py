@@ -63,6 +63,20 @@ def split_name(data: Any, split: str) -> str:
     return {"train": data.train_split, "val": data.val_split}[split]
 
 
+def check_splits(data: Any) -> None:
+    """Raise an InputError for other splits than train and val, where a dataset has no others."""
+    if (data.train_split, data.val_split) != ("train", "val"):
+        flags = "--data.train-split and --data.val-split"
+        raise InputError(f"--data.dataset {data.dataset} has the splits train and val; leave out {flags}")
+
+
+def check_drawn(data: Any, kind: str, named: bool = False) -> None:
+    """Raise an InputError for fields that name files (`root`, or `named`) where images are drawn; `kind` reads them."""
+    if data.root or named:
+        raise InputError(f"--data.dataset {data.dataset} draws its own images; for files give --data.dataset {kind}")
+    check_splits(data)
+
+
 def held_out(names: Sequence[str], share: float) -> set[int]:
     """The positions of `share` of the images of these names, for `--data.holdout`: the same ones in every run."""
     if len(names) < 2:

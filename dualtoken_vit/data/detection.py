@@ -25,7 +25,7 @@ from dualtoken_vit.data.coco import (
     read_coco,
     size_fault,
 )
-from dualtoken_vit.data.contract import Formats, ImageData, check_trained, held_out, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, held_out, some, split_name
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
@@ -224,6 +224,8 @@ def _coco(data: DetectionData, split: str) -> AnnotatedImages:
     """A folder in any of the label formats, or COCO json files and a folder of images."""
     if data.root:
         return formats.read(data.root, data.format, split_name(data, split))
+    if data.format != "auto" or (data.train_split, data.val_split) != ("train", "val"):
+        raise InputError("--data.format, --data.train-split and --data.val-split need --data.root; leave them out")
     images = data.val_images if split == "val" and data.val_images else data.images
     path = {"train": data.train_json, "val": data.val_json}[split]
     for flag, value, what in (
@@ -236,8 +238,7 @@ def _coco(data: DetectionData, split: str) -> AnnotatedImages:
 
 
 def _shapes(data: DetectionData, split: str) -> AnnotatedImages:
-    if data.root or data.images or data.train_json or data.val_json:
-        raise InputError("--data.dataset shapes draws its own images; for files give --data.dataset coco")
+    check_drawn(data, "coco", named=bool(data.images or data.train_json or data.val_json))
     return draw_scenes(split, data.image_size, data.limit)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from dualtoken_vit.data.contract import Formats, ImageData, check_trained, held_out, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, held_out, some, split_name
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.tables import read_labels
@@ -81,8 +81,7 @@ def _table(data: MultiLabelData, split: str, channels: int) -> MultiLabelDataset
 
 
 def _shapes(data: MultiLabelData, split: str, channels: int) -> MultiLabelDataset:
-    if data.root:
-        raise InputError("--data.dataset shapes draws its own images; for files give --data.dataset table")
+    check_drawn(data, "table")
     scenes = [scene(split, index, data.image_size) for index in range(SCENES[split])]
     labels = [tuple(sorted({shape.label for shape in shapes})) for _, shapes in scenes]
     names = [f"{split}-{index:04d}" for index in range(len(scenes))]

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from dualtoken_vit.data import formats
 from dualtoken_vit.data.coco import AnnotatedImages, Packed, decode_masks, object_area
-from dualtoken_vit.data.contract import Formats, ImageData, check_trained, held_out, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, held_out, some, split_name
 from dualtoken_vit.data.folders import read_lines, scan, skipped_note
 from dualtoken_vit.data.images import load_image, naming, open_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
@@ -415,8 +415,7 @@ def _render(
 
 
 def _shapes(data: SegmentationData, split: str) -> MaskedImages:
-    if data.root or data.reduce_zero_label or data.ignore_index != IGNORE:
-        raise InputError("--data.dataset shapes draws its own images and masks; for files give --data.dataset masks")
+    check_drawn(data, "masks", named=data.reduce_zero_label or data.ignore_index != IGNORE)
     return draw_scenes(split, max(data.crop_size))
 
 

@@ -37,7 +37,6 @@ from dualtoken_vit.models.layers import Attention
 from dualtoken_vit.predict import find_images, none_readable, tell_unreadable
 from dualtoken_vit.predictors import load_predictor
 from dualtoken_vit.runtime.predictor import ExportedPredictor
-from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
@@ -247,10 +246,9 @@ def load_classifier(checkpoint: Path, device: str, image_size: int | None) -> Cl
     return predictor
 
 
-def _load_exported(file: Path, image_size: int | None, token: tuple[int, int] | None) -> ExportedPredictor[Any]:
+def _load_exported(file: Path, device: str, image_size: int | None, token: tuple[int, int] | None) -> Any:
     """An exported classifier with attention maps; an InputError for another file, or without a token."""
-    options: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
-    predictor = load_exported(file, **options)
+    predictor: Any = load_predictor(file, device, **({} if image_size is None else {"image_size": image_size}))
     if "attention" not in predictor.export:
         raise InputError(f"{file} has no attention maps; write it with dualtoken-vit export --attention")
     if token is None:
@@ -271,7 +269,7 @@ def _examine(predictor: Any, block: str, x: Any, token: tuple[int, int] | None) 
             logits = predictor.forward(x[None])
         mean, std = (torch.tensor(predictor.preprocessing[key])[:, None, None] for key in ("mean", "std"))
     probability, best = logits.softmax(-1).max(-1)
-    name = predictor.class_names[int(best)]
+    name = predictor.titles[int(best)]
     entry: dict[str, Any] = {"class": name, "probability": round(probability.item(), 6)}
     height, width = maps[block].shape[1:3]
     if token is None:
@@ -332,7 +330,7 @@ def attention(
     sources = find_images(images, out, RECORD)
     predictor: Any
     if is_exported(checkpoint):
-        predictor = _load_exported(checkpoint, image_size, place)
+        predictor = _load_exported(checkpoint, device, image_size, place)
         blocks = [predictor.export["attention"]]
     else:
         predictor = load_classifier(checkpoint, device, image_size)

@@ -65,6 +65,20 @@ class DataSection:
 
 
 @dataclass(frozen=True)
+class SplitData(DataSection):
+    """The data fields of tasks with a training and a validation split."""
+
+    root: Annotated[str, FREE] = ""
+    """Dataset folder."""
+    train_split: str = "train"
+    """Name of the training split or its folder."""
+    val_split: str = "val"
+    """Name of the validation split or its folder."""
+    holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
+    """Fraction of the training images to validate on, instead of the validation split."""
+
+
+@dataclass(frozen=True)
 class Optim:
     """Optimiser and learning rate schedule, which is updated at every step and starts with a linear warm-up."""
 

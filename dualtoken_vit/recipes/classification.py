@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Interval
 
 from dualtoken_vit.bounds import ASCENDING
-from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Range, Recipe, Run, Share, Side, register
+from dualtoken_vit.recipes.base import FREE, Count, Model, Optim, Range, Recipe, Run, Share, Side, SplitData, register
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ClassificationInput:
 
 
 @dataclass(frozen=True)
-class ClassificationData(ClassificationInput, DataSection):
+class ClassificationData(ClassificationInput, SplitData):
     """The images."""
 
     dataset: str = "folder"
@@ -31,10 +31,6 @@ class ClassificationData(ClassificationInput, DataSection):
     dataset: wds/..., hfds/..., tfds/... (install the package that reads it)."""
     root: Annotated[str, FREE] = ""
     """Dataset folder, or one table."""
-    train_split: str = "train"
-    """Name of the training split or folder."""
-    val_split: str = "val"
-    """Name of the validation split or folder."""
     holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
     """Fraction of each class's training images to validate on instead of the validation split. Use it for tuning, or
     where there is no validation split."""

@@ -7,7 +7,7 @@ from annotated_types import Interval
 
 from dualtoken_vit.bounds import ASCENDING
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Range, Recipe, Share, Side, register
+from dualtoken_vit.recipes.base import FREE, Count, Model, Optim, Range, Recipe, Share, Side, SplitData, register
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DetectionInput:
 
 
 @dataclass(frozen=True)
-class DetectionData(DetectionInput, DataSection):
+class DetectionData(DetectionInput, SplitData):
     """The images and their objects."""
 
     dataset: str = "coco"
@@ -35,12 +35,6 @@ class DetectionData(DetectionInput, DataSection):
     """Folder of images with labels in any of the formats. It takes precedence over images and the json files."""
     format: str = "auto"
     """Label format in root: coco (also as exported by Roboflow), yolo, voc, csv or labelme; auto: detect it."""
-    train_split: str = "train"
-    """Name of the training split in root."""
-    val_split: str = "val"
-    """Name of the validation split in root."""
-    holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
-    """Fraction of the training images to validate on, instead of a validation split."""
     images: Annotated[str, FREE] = ""
     """Folder of the images that the json files name."""
     val_images: Annotated[str | None, FREE] = None

@@ -3,32 +3,24 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Interval
-
-from dualtoken_vit.recipes.base import FREE, DataSection, Model, Recipe, Share, register
+from dualtoken_vit.recipes.base import FREE, Model, Recipe, Share, Side, SplitData, register
 from dualtoken_vit.recipes.classification import ADAMW, FOLDER, ClassificationInput, ImageAugment
 
 
 @dataclass(frozen=True)
-class MultiLabelData(ClassificationInput, DataSection):
+class MultiLabelData(ClassificationInput, SplitData):
     """The images and their labels."""
 
     dataset: str = "table"
     """table: images, and a CSV or Parquet table of files and labels; shapes: generated images."""
     root: Annotated[str, FREE] = ""
     """Folder with tables for the splits, or one with a column split; or one table."""
-    train_split: str = "train"
-    """Name of the training split."""
-    val_split: str = "val"
-    """Name of the validation split."""
-    holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
-    """Fraction of the training images to validate on, instead of the validation split."""
     separator: str = ","
     """What stands between the labels in a cell of the table."""
     balanced: Share = 0.0
     """Class-balanced sampling: an epoch draws as many images as there are, each in proportion to f ** -balanced, where
     f is the share of the images that have its rarest label. 0: every image once."""
-    start_size: Annotated[int | None, Interval(ge=1, le=16384)] = None
+    start_size: Annotated[int | None, Side] = None
     """Progressive resizing, as in classification. None: always image_size."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Interval
 
 from dualtoken_vit.bounds import ASCENDING
-from dualtoken_vit.recipes.base import FREE, Count, DataSection, Model, Optim, Range, Recipe, Share, Side, register
+from dualtoken_vit.recipes.base import FREE, Count, Model, Optim, Range, Recipe, Share, Side, SplitData, register
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,15 @@ class SegmentationInput:
 
 
 @dataclass(frozen=True)
-class SegmentationData(SegmentationInput, DataSection):
+class SegmentationData(SegmentationInput, SplitData):
     """The images and their masks."""
 
     dataset: str = "masks"
     """masks: images and labels in files; shapes: generated images."""
-    root: Annotated[str, FREE] = ""
-    """Dataset folder."""
     format: str = "auto"
     """Format of the labels. masks: ROOT/images/SPLIT/**/NAME.jpg and ROOT/annotations/SPLIT/**/NAME.png, or the layout
     of Pascal VOC; coco, yolo, voc, labelme: polygons or masks of objects, drawn on a class background; auto: detect it.
     """
-    train_split: str = "train"
-    """Folder name of the training split."""
-    val_split: str = "val"
-    """Folder name of the validation split."""
-    holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
-    """Fraction of the training images to validate on, instead of a validation split."""
     classes: Annotated[str | None, FREE] = None
     """File of class names, one per line in label order, or as LABEL<TAB>NAME; for coloured masks, as NAME,R,G,B. None:
     ROOT/classes.txt, objectInfo150.txt, labelmap.txt or class_dict.csv if it exists, otherwise the label numbers."""

@@ -369,7 +369,7 @@ class Detector(ExportedPredictor[Objects]):
         found = {key: value[keep] for key, value in found.items()}
         ratio = np.array([old[1] / new[1], old[0] / new[0]] * 2, np.float32)
         if "masks" in found:
-            # torchvision crops target masks half a pixel too far right and down, see `models.detectors.Transform`
+            # torchvision crops target masks half a pixel too far right and down, see `models.resizing.Transform`
             found["masks"] = paste(found["masks"][:, 0], (found["boxes"] + 0.5) * ratio, old)[:, None]
         found["boxes"] = clip(found["boxes"], new) * ratio
         return found
@@ -461,7 +461,7 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, groups: np.ndarray, threshol
 
 
 def paste(masks: np.ndarray, boxes: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """The masks (N, M, M) of boxes (N, 4) in an image of (height, width), by `models.detectors.paste_mask`."""
+    """The masks (N, M, M) of boxes (N, 4) in an image of (height, width), by `models.resizing.paste_mask`."""
     height, width = size
     canvas = np.zeros((len(masks), height, width), dtype=bool)
     side = masks.shape[-1]

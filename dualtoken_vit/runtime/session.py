@@ -103,7 +103,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
         )
     try:
         found = json.loads(text)
-        known = found["format"] == FORMAT
+        known = found["format"] == FORMAT and {"recipe", "category_ids", "export"} <= found.keys()
     except (ValueError, TypeError, KeyError):
         known = False
     if not known:

@@ -207,9 +207,10 @@ class DetectionTask(Task[Detection]):
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:
         if not given.keys() & {"root", "images", "val_json"}:
-            return {}
-        follows: dict[str, Any] = {"dataset": "coco", "limit": None, "holdout": 0.0}
-        follows |= {"format": "auto"} if "root" in given else {"root": ""}
+            return {"holdout": 0.0} if "val_split" in given else {}
+        follows: dict[str, Any] = {"dataset": "coco", "format": "auto", "limit": None, "holdout": 0.0}
+        if "root" not in given:
+            follows |= {"root": "", "train_split": "train", "val_split": "val"}
         return follows | ({"val_images": None} if "images" in given else {})
 
 

@@ -65,12 +65,10 @@ def check_logger(name: str) -> None:
 class Tracker(Logger):
     """Passes everything on to a logger of `LOGGERS`, whose first failure ends the tracking, but not the run."""
 
-    def __init__(self, name: str, out: Path, step: int, run: str | None, settings: dict[str, Any]):
+    def __init__(self, name: str, out: Path, step: int, run: str | None):
         self.kind, self.failed, self.run = name, False, run
         self.excepthook, threading.excepthook = threading.excepthook, self._in_thread
         self.logger: Any = self._try(lambda: LOGGERS[name](out, step, run))
-        if name not in ("tensorboard", "csv"):  # the folder has its recipe.json
-            self.log_hyperparams(settings)
 
     def _try(self, call: Callable[[], Any]) -> Any:
         if self.failed:
@@ -105,7 +103,8 @@ class Tracker(Logger):
         return self.run
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self._try(lambda: self.logger.log_hyperparams(params))
+        if self.kind not in ("tensorboard", "csv"):  # the folder has its recipe.json
+            self._try(lambda: self.logger.log_hyperparams(params))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         # without Lightning's own "epoch": a folder of that name holds our metrics where MLflow keeps them in files

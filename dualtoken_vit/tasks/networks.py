@@ -22,15 +22,28 @@ def choose_weights(recipe: Model) -> Model:
     return replace(recipe, pretrained=not (recipe.args or recipe.checkpoint) and own_weights(recipe.name) is not None)
 
 
+def _known_cfg(name: str) -> Any:
+    """timm's cfg of a network, None for a place (hf-hub:, local-dir:); an InputError for an unknown name or tag."""
+    if ":" in name:
+        return None
+    if not timm.is_model(name):  # which takes any tag
+        near = get_close_matches(name, timm.list_models())
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
+        raise InputError(f"--model.name {name}: timm has no such model{hint}")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        architecture = name.partition(".")[0]
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or f"none of {architecture}"
+        raise InputError(f"--model.name {name}: timm has no such weights; there are {known}") from error
+
+
 def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Module:
     """The recipe's timm network; an InputError names the field that timm refuses.
 
     0 classes: no classifier; None: that of the pretrained weights.
     """
-    if ":" not in recipe.name and not timm.is_model(recipe.name):  # hf-hub:, local-dir: name a place
-        near = get_close_matches(recipe.name, timm.list_models())
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
-        raise InputError(f"--model.name {recipe.name}: timm has no such model{hint}")
+    _known_cfg(recipe.name)
     common: dict[str, Any] = dict(num_classes=num_classes, in_chans=recipe.in_chans)
     common["pretrained"] = recipe.pretrained is True  # "auto" that nobody decided: from scratch
     if recipe.drop_path_rate > 0:  # not every network takes it
@@ -54,11 +67,9 @@ def create_model(
 
     A network whose size is fixed (deit, vit, ...) is made for `image_size`. It must also take `start_size`.
     """
-    args = model_kwargs(recipe)
-    if ":" not in recipe.name and timm.is_model(recipe.name):
-        cfg = timm.get_pretrained_cfg(recipe.name)
-        if cfg is not None and cfg.fixed_input_size:
-            args = {"img_size": image_size, **args}
+    args, cfg = model_kwargs(recipe), _known_cfg(recipe.name)
+    if cfg is not None and cfg.fixed_input_size:
+        args = {"img_size": image_size, **args}
     model = create_network(recipe, num_classes, **args)
     check_size(model, recipe.in_chans, image_size)
     if start_size is not None:
@@ -79,6 +90,9 @@ def _refusal(recipe: Model, error: Exception) -> str:
         return f"--model.args {key}={args[key]}: {name} has no such argument; {hint}"
     if key == "drop_path_rate":
         return f"--model.drop-path-rate {recipe.drop_path_rate}: {name} has no stochastic depth; give 0"
+    if args and recipe.pretrained and "loading state_dict" in reason:
+        fault = f"the pretrained weights of {name} do not fit; leave it out, or give --model.pretrained false"
+        return f"--model.args {' '.join(recipe.args)}: {fault}"
     fetched = recipe.pretrained or ":" in name
     if args and not (fetched and isinstance(error, RuntimeError | OSError)):
         return f"--model.args {' '.join(recipe.args)}: {reason}"

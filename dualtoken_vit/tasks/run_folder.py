@@ -186,23 +186,26 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Trainer, task: Module) -> None:
         """Begin to write, now that the data is known to be sound."""
-        if not self.begun and self.recipe.run.max_minutes is None:
+        kind, before = self.recipe.run.logger, self.tracked.get(self.recipe.run.logger)
+        trainer.logger = Tracker(kind, self.out, trainer.global_step, before)
+        if self.begun:
+            trainer.logger.log_hyperparams(flatten(self.recipe))
+        elif self.recipe.run.max_minutes is None:  # otherwise `TimeBudget` begins
             self.begin(trainer, self.recipe)
         if trainer.is_global_zero:
             (train, val), steps = trainer.datamodule.images, task.steps_per_epoch
             each = "step" if steps == 1 else "steps"
             print(f"{train} training and {val} validation images, {steps} {each} an epoch", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
-        kind, before = self.recipe.run.logger, self.tracked.get(self.recipe.run.logger)
-        trainer.logger = Tracker(kind, self.out, trainer.global_step, before, flatten(self.recipe))
         for row in self.history:
             if row["step"] == trainer.global_step:
                 self._log(trainer, row)
         trainer.should_stop = self._exhausted(task)  # a resumed run that had stopped
 
     def begin(self, trainer: Trainer, recipe: Recipe) -> None:
-        """Write the recipe that the run follows from now on."""
+        """Write the recipe that the run follows from now on, also into its tracker."""
         self.recipe, self.begun = recipe, True
+        trainer.logger.log_hyperparams(flatten(recipe))
         if trainer.is_global_zero:
             write_recipe(self.out, recipe, self.name)
 

@@ -225,7 +225,7 @@ class SegmentationTask(Task[Segmentation]):
 
     def relocate(self, recipe: Segmentation, given: dict[str, Any]) -> dict[str, Any]:
         if "root" not in given:
-            return {}
+            return {"holdout": 0.0} if "val_split" in given else {}
         follows: dict[str, Any] = {"dataset": "masks", "format": "auto", "limit": None, "holdout": 0.0}
         if recipe.data.classes and not Path(recipe.data.classes).is_file():
             follows["classes"] = None  # it stayed with the training images; the checkpoint has the names

@@ -113,11 +113,14 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
             f"--run.validate-every {recipe.run.validate_every}: must divide --optim.epochs {recipe.optim.epochs}, "
             "so that the last epoch is validated"
         )
-    if recipe.model.pretrained == "auto" and recipe.model.args and own_weights(recipe.model.name):
-        print("--model.args makes another network than that of the pretrained weights: starting from scratch")
-    recipe = replace(recipe, model=choose_weights(recipe.model))
-    check_logger(recipe.run.logger)
+    start = recipe.model
+    if start.pretrained is True and start.checkpoint:
+        raise InputError("--model.checkpoint, --model.pretrained true: a run starts from one of them; give one")
     main = getattr(rank_zero_only, "rank", 0) == 0  # other processes run this too, after the first has begun to write
+    if main and start.pretrained == "auto" and start.args and not start.checkpoint and own_weights(start.name):
+        print("--model.args makes another network than that of the pretrained weights: starting from scratch")
+    recipe = replace(recipe, model=choose_weights(start))
+    check_logger(recipe.run.logger)
     with run_folder.in_use(out) if main else nullcontext():
         _train(recipe, out, resume, name, main)
 

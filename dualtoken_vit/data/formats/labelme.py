@@ -33,11 +33,11 @@ def _detect(root: Path) -> dict[str, list[Path]]:
 def _files(folder: Path) -> list[Path]:
     """All JSON files in a folder, if LabelMe wrote the first."""
     paths = [Path(path) for path in scan(folder)[1] if path.lower().endswith(".json")]
-    for path in paths[:1]:
-        with path.open("rb") as file:  # its beginning: another tool's file may be huge
-            if b'"shapes"' in file.read(4096):
-                return paths
-    return []
+    first = next((path for path in paths if path.is_file()), None)
+    if first is None:
+        return []
+    with first.open("rb") as file:  # its beginning: another tool's file may be huge
+        return paths if b'"shapes"' in file.read(4096) else []
 
 
 def _read(root: Path, files: list[Path]) -> AnnotatedImages:

@@ -35,7 +35,7 @@ def _detect(root: Path) -> dict[str, list[Path]]:
             found = {split: files for split, files in folders.items() if files}
     if not found and (files := _xml_files(root)):
         found = {ALL: files}
-    first = next((files[0] for files in found.values() if files), None)
+    first = next((path for files in found.values() for path in files if path.is_file()), None)
     return found if first and _is_voc(first) else {}
 
 

@@ -45,7 +45,8 @@ def _detect(root: Path) -> dict[str, list[str]]:
 def _yaml(root: Path) -> Path | None:
     """The YAML file with the names of the classes; data.yaml if there are several."""
     paths = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda path: (path.stem != "data", path.name))
-    return next((path for path in paths if b"names" in path.read_bytes() and "names" in _load(path)), None)
+    found = (path for path in paths if path.is_file() and b"names" in path.read_bytes())
+    return next((path for path in found if "names" in _load(path)), None)
 
 
 def _load(path: Path) -> dict[Any, Any]:

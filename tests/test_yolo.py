@@ -1,0 +1,76 @@
+"""YOLO's labels: polygons, rotated images, and what is wrong in a file."""
+
+import numpy as np
+import pytest
+from label_files import LINES, TRIANGLE, YOLO, assert_one_error, objects
+from PIL import Image
+from pycocotools import mask as reference
+
+from dualtoken_vit.data.detection import build_datasets, build_val_dataset
+from dualtoken_vit.data.formats import read
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import DetectionData
+
+
+def test_yolo_polygons_as_pycocotools_draws_them(export):
+    """Segments of Ultralytics: fractions of the image; beside a box in another line, which has no mask."""
+    line = "1 0.1 0.1 0.6 0.1 0.6 0.6\n"
+    root = export("yolo-ultralytics", files={"labels/train/a.txt": line, "labels/val/a.txt": line + LINES})
+    train, val = build_datasets(DetectionData(root=str(root)), masks=False, channels=3)
+    assert train[0][1]["boxes"].tolist() == [[4, 2, 24, 12]]
+    assert len(val[0][1]["labels"]) == 3
+    mask = build_datasets(DetectionData(root=str(root), val_split="train"), masks=True, channels=3)[1][0][1]["masks"]
+    coded = reference.merge(reference.frPyObjects([list(map(float, TRIANGLE))], 20, 40))
+    assert np.array_equal(mask[0].numpy(), reference.decode(coded))
+    with pytest.raises(InputError, match=r"\(val\): labels/val/a\.txt, line 2: has no segmentation, which Mask R-CNN"):
+        build_val_dataset(DetectionData(root=str(root)), True, 3, ["cat", "dog"])
+
+
+def test_yolo_fractions_are_of_the_rotated_image(export):
+    root = export("yolo-labelimg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    Image.open(root / "a.png").save(root / "a.jpg", exif=exif)
+    (root / "a.png").unlink()
+    split = read(str(root), "auto", "train")
+    assert split.coco["images"][0] == {"id": 1, "file_name": "a.jpg", "width": 20, "height": 40}
+    assert objects(split)["a.jpg"][0] == ("cat", [2, 4, 10, 20])
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        (YOLO, {"labels/train/a.txt": "0 0.5 0.5 0.5\n"}, "labels/train/a.txt, line 1: 3 numbers after the class"),
+        (YOLO, {"labels/train/a.txt": LINES + "0 1 1 1 1 1\n"}, "labels/train/a.txt, line 3: 5 numbers after the"),
+        (YOLO, {"labels/train/a.txt": "2 0.5 0.5 0.5 0.5"}, "line 1: class '2' must be a number from 0 to 1"),
+        (YOLO, {"labels/train/a.txt": "cat 0.5 0.5 0.5 0.5"}, "line 1: class 'cat' must be a number from 0 to 1"),
+        (YOLO, {"labels/train/a.txt": "0 14 7 20 10"}, "line 1: 20 must be a fraction of the image's width or height"),
+        (YOLO, {"labels/train/a.txt": "0 x 7 20 10"}, "line 1: 'x' is not a number"),
+        (YOLO, {"labels/train/a.txt": "0 nan 0.5 0.1 0.1"}, "line 1: 'nan' is not a finite number"),
+        (YOLO, {"images/train/a.png": "no image"}, "images/train/a.png: cannot be read as an image"),
+        (YOLO, {"labels/train/a.txt": None}, "none of the 2 images has a label file; expected"),
+        (YOLO, {"coco8.yaml": "names: ["}, "coco8.yaml: cannot be read as YAML"),
+        (
+            YOLO,
+            {"coco8.yaml": "names: [cat]\ndate: 2024-13-01"},
+            "cannot be read as YAML (month must be in",
+        ),
+        (YOLO, {"coco8.yaml": "names: !!python/object/apply:os.getcwd []"}, "coco8.yaml: cannot be read as YAML"),
+        (YOLO, {"coco8.yaml": "train: images/train\nnames: {1: cat, 2: dog}"}, "its keys must be the numbers from 0"),
+        (YOLO, {"coco8.yaml": "train: images/train\nnames: [cat, no]"}, "names: class 1 is False; put the name in quo"),
+        (YOLO, {"coco8.yaml": "train: images/train\nnames: [cat, cat]"}, "names: a class is listed twice"),
+        (YOLO, {"coco8.yaml": "train: images/train\nnc: 3\nnames: [cat, dog]"}, "nc is 3, but there are 2 names"),
+        (YOLO, {"coco8.yaml": "train: images/train\nkpt_shape: [1, 2]\nnames: [cat]"}, "keypoints are not supported"),
+        (YOLO, {"coco8.yaml": "train: images/no\nnames: [cat, dog]"}, "coco8.yaml: images/no: is not in"),
+        (YOLO, {"coco8.yaml": "train: ../../x\nnames: [cat, dog]"}, "coco8.yaml: ../../x: is not in"),
+        ("yolo-cvat", {"train.txt": "images/train/z.png\n"}, "train.txt, line 1: images/train/z.png: no such file in"),
+        ("yolo-cvat", {"train.txt": "a\n../../etc/x.png\n"}, "train.txt, line 1: a: no such file"),
+        (
+            "yolo-cvat",
+            {"train.txt": "../../../x.png\n"},
+            "train.txt, line 1: the file name '../../../x.png' leads out of",
+        ),
+    ],
+)
+def test_one_clear_error(export, kind, files, message):
+    assert_one_error(export(kind, files=files), message)

@@ -314,6 +314,9 @@ def convert(args: list[str]) -> None:
     run(chosen.source, chosen.target, chosen.to, chosen.format)
 
 
+PLAIN = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)  # a switch without its opposite
+
+
 def function(command: str) -> Callable[..., Any]:
     """The function of that name in `paper`, whose parameters are the options of the command."""
     return getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
@@ -323,8 +326,8 @@ def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
     def call(args: list[str]) -> Any:
         chosen = function(command)
         first, *more = (getdoc(chosen) or "").partition("\n\nArgs:")[0].split("\n\n")
-        about, config = describe(first, command, *map(fill, more)), (tyro.conf.PositionalRequiredArgs,)
-        return tyro.cli(chosen, args=args, prog=f"dualtoken-vit {command}", description=about, config=config)
+        about = describe(first, command, *map(fill, more))
+        return tyro.cli(chosen, args=args, prog=f"dualtoken-vit {command}", description=about, config=PLAIN)
 
     call.__doc__ = about
     return call

@@ -52,6 +52,7 @@ OPTIONAL: dict[str, dict[str, Entry]] = {
         "temperature": Entry(float, *POSITIVE),
         "thresholds": Entry(Numbers | None, *SHARE),
         "label_descriptions": Entry(tuple[str, ...]),
+        "held_out": Entry(str),
     },
     "recipe": {"data": Entry(dict)},
 }

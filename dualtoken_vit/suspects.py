@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_vit.data.classification import ImageDataset, build_val_dataset
+from dualtoken_vit.data.contract import fingerprint
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable
@@ -63,8 +64,8 @@ def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
         runs: folders of training runs, or their best.safetensors
 
     Raises:
-        InputError: for a recipe or a run of another task, images that it does not know, or an image that two runs held
-            out.
+        InputError: for a recipe or a run of another task, a run on other images or classes, or an image that two runs
+            held out.
     """
     found: dict[str, Suspect] = {}
     for path, trained in open_runs(recipe, runs):
@@ -76,6 +77,11 @@ def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
         if twice := next((name for name in images.image_names if name in found), None):
             raise InputError(
                 f"--suspects {path}: another run held out {printable(twice)} too; give each another data.fold"
+            )
+        if predictor.preprocessing.get("held_out", known := fingerprint(images.image_names)) != known:
+            raise InputError(
+                f"--suspects {path}: these are not the images that it held out, so it may have been trained on them; "
+                "give the data that it was trained with, or train it again"
             )
         results = predictor.stream(images.sources, title=f"predicting by {printable(path)}")
         for (name, source, target), one in zip(images.records(), results, strict=True):

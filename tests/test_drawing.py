@@ -12,7 +12,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, fontManager
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dualtoken_vit.files import guard
 from dualtoken_vit.show import drawing, plots, text
@@ -37,6 +37,18 @@ ODD = {
     "empty": "",
     "long": "n" * 30_000,
 }
+
+
+def test_colours_of_classes_are_far_apart():
+    """By CIE76 in LittleCMS: more than 30 among the 12 first classes, and 20 among the 21 of Pascal VOC."""
+    colours = np.array([[drawing.color_of(label) for label in range(21)]], np.uint8)
+    srgb, lab = (ImageCms.createProfile(space) for space in ("sRGB", "LAB"))
+    found = ImageCms.applyTransform(Image.fromarray(colours), ImageCms.buildTransform(srgb, lab, "RGB", "LAB"))
+    light, *ab = (np.asarray(band)[0].astype(float) for band in found.split())
+    points = np.stack([light / 2.55, *(band - 256 * (band > 127) for band in ab)], 1)  # a and b are signed bytes
+    apart = np.linalg.norm(points[:, None] - points, axis=2) + 1e3 * np.eye(21)
+    assert apart[:12, :12].min() > 30
+    assert apart.min() > 20
 
 
 @pytest.fixture

@@ -125,6 +125,24 @@ def test_measure_is_the_mean_over_images_of_the_mean_over_objects(tokens):
     assert max(abs(score.lift - 1) for score in scores) > 0.005  # otherwise all maps are uniform
 
 
+def test_objects_of_the_predicted_class_alone():
+    """With a network that always predicts its last class, whose name varies."""
+    images = DetectionDataset(draw_scenes("val", 64, 6), masks=True)
+    images.transform = v2.ToDtype(torch.float32, scale=True)
+    model = create(num_classes=len(images.class_names))
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.arange(float(len(images.class_names)))  # always predicts the last class
+    labels = [[int(label) for label in target["labels"]] for _, target in map(images.__getitem__, range(6))]
+    for wanted in sorted(set(sum(labels, [])))[:2]:
+        names = [name for name in images.class_names if name != images.class_names[wanted]]
+        names.append(images.class_names[wanted])
+        score = measure(model, images, correct=names)[0]
+        assert score.objects == sum(one.count(wanted) for one in labels)
+        assert score.images == sum(wanted in one for one in labels)
+    with pytest.raises(InputError, match="no objects of the predicted class"):
+        measure(model, images, correct=[f"other {name}" for name in images.class_names])
+
+
 def test_measure_converts_maps_as_the_network_resizes():
     """At 512 pixels X_ga is 16x16 and resized to 7x7, with or without antialiasing; the maps themselves are equal."""
     images = DetectionDataset(draw_scenes("val", 512, 2), masks=True)

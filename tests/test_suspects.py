@@ -65,12 +65,11 @@ def test_images_of_each_class(photos):
 def test_changed_labels_come_first(trained, tmp_path, capsys):  # noqa: F811
     photos, out = trained
     copy = shutil.copytree(photos, tmp_path / "copy")
-    wrong = {}
-    for name, other in (("red", "blue"), ("green", "red")):
-        first = min((copy / "val" / name).iterdir())
-        moved = copy / "val" / other / f"moved-{name}{first.suffix}"
-        first.rename(moved)
-        wrong[str(moved)] = (other, name)
+    first, last = (min((copy / "val" / name).iterdir()) for name in ("red", "blue"))
+    content = first.read_bytes()
+    first.write_bytes(last.read_bytes())
+    last.write_bytes(content)
+    wrong = {str(first): ("red", "blue"), str(last): ("blue", "red")}
     args = f"check-data folder --data.root {copy} --suspects {out} --out {tmp_path / 'report'}"
     assert cli.run(args.split()) == 0
     printed = capsys.readouterr().out
@@ -118,10 +117,12 @@ def test_runs_must_fit(trained, photos):  # noqa: F811
         rank(recipe(photos), [photos / "none"])
     with pytest.raises(InputError, match="--suspects: not available for detection"):
         rank(RECIPES["demo-detect"], [trained[1]])
+    first = min((photos / "val" / "red").iterdir())
+    first.rename(first.with_name("x.jpg"))
+    with pytest.raises(InputError, match=r"best\.safetensors: these are not the images that it held out, .* train it"):
+        rank(recipe(photos), [trained[1]])
     (photos / "val" / "yellow").mkdir()
-    (photos / "val" / "red" / min(p.name for p in (photos / "val" / "red").iterdir())).rename(
-        photos / "val" / "yellow" / "x.jpg"
-    )
+    first.with_name("x.jpg").rename(photos / "val" / "yellow" / "x.jpg")
     with pytest.raises(InputError, match="'yellow' is not among the 3 trained classes"):
         rank(recipe(photos), [trained[1]])
 

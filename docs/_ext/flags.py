@@ -21,6 +21,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train
+from dualtoken_vit.cli import PLAIN
 from dualtoken_vit.recipes import ABOUT, KINDS, RECIPES, flatten
 from dualtoken_vit.tasks.registry import get_task
 
@@ -52,7 +53,7 @@ def parser(command: str, task: str = "") -> ArgumentParser:
         target, default = study.Study, study.PRESETS["cpu"][1]
     else:
         target = getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
-        config = (tyro.conf.PositionalRequiredArgs,)
+        config = PLAIN
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other public description of its flags
         return tyro.extras.get_parser(target, default=default, config=config, prog=f"dualtoken-vit {command}")

@@ -1,5 +1,7 @@
 """What training and evaluation need from a dataset, and the choice of its format by `--data.dataset`."""
 
+import hashlib
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -83,6 +85,11 @@ def held_out(names: Sequence[str], share: float) -> set[int]:
         raise InputError(f"--data.holdout {share}: there are fewer than two images")
     ordered = sorted(range(len(names)), key=lambda index: names[index])
     return set(random.Random(0).sample(ordered, round(share * len(names)) or 1))
+
+
+def fingerprint(names: Iterable[str]) -> str:
+    """Identifies a set of images by their file names; neither their order nor their folders matter."""
+    return hashlib.sha256("\0".join(sorted(map(os.path.basename, names))).encode(errors="replace")).hexdigest()
 
 
 def check_trained(names: Iterable[str], trained: Sequence[str], where: str) -> None:

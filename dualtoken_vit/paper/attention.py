@@ -286,7 +286,8 @@ def _examine(predictor: Any, block: str, x: Any, token: tuple[int, int] | None) 
     entry["token"] = token
     pixels = (x.cpu() * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
     found = {key: value[0].cpu().numpy() for key, value in maps.items()}
-    return Seen(pixels, f"{name} {probability.item():.0%}", token, found[block], found), entry
+    shown = re.sub(r"^n\d{8}_", "", predictor.titles[int(best)].partition(",")[0]).replace("_", " ")
+    return Seen(pixels, f"{shown} {probability.item():.0%}", token, found[block], found), entry
 
 
 def attention(
@@ -364,8 +365,8 @@ def attention(
     if not first:
         raise InputError(none_readable(record["unreadable"]))
     if len(first) > 1:
-        save_figure(partial(draw_key_tokens, first), out / "figure-1.png", dpi=150)
-        save_figure(partial(draw_maps, first), out / "figure-4.png", dpi=150)
+        save_figure(partial(draw_key_tokens, first), out / "figure-1.png", dpi=200)
+        save_figure(partial(draw_maps, first), out / "figure-4.png", dpi=200)
     write_json(record, out / RECORD)
     if json:
         print(dumps(record))

@@ -125,30 +125,38 @@ def _covers(target: dict) -> Tensor:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, images: DetectionDataset, name: str = "") -> list[Score]:
+def measure(
+    model: nn.Module, images: DetectionDataset, name: str = "", correct: Sequence[str] | None = None
+) -> list[Score]:
     """Evaluate the maps of every block for every object; objects without a pixel in the input are skipped.
 
     `model` is a DualToken-ViT in evaluation mode, called `name` in the scores, and the `transform` of `images` returns
-    its input. An InputError for another network, or a dataset without objects.
+    its input. With `correct`, the names of the classes of `model`, only objects of the predicted class count. An
+    InputError for another network, or where no object is left.
     """
     device, blocks = next(model.parameters()).device, blocks_of(model)
     found: dict[str, list[np.ndarray]] = {name: [] for name in blocks}  # a mean `Place` per image
     positions: list[int] = []  # of X_ga, per image
     objects = 0
     for x, target in in_threads(images.__getitem__, range(len(images)), len(images), name, 16):
-        covers = [cover for cover in _covers(target) if cover.any()]
+        covers = [(cover, label) for cover, label in zip(_covers(target), target["labels"], strict=True) if cover.any()]
         if not covers:
             continue
         grid = (math.ceil(x.shape[1] / STRIDE), math.ceil(x.shape[2] / STRIDE))
         with recording(model) as maps:
-            model(x[None].to(device))
+            best = int(model(x[None].to(device)).argmax())
+        if correct is not None:
+            covers = [(cover, label) for cover, label in covers if images.class_names[label] == correct[best]]
+            if not covers:
+                continue
         for key, attended in maps.items():
             over_places = gathered(attended[0].float().cpu(), grid, getattr(blocks[key].fusion, "antialias", False))
-            found[key].append(np.mean([astuple(places_of(over_places, cover)) for cover in covers], axis=0))
+            found[key].append(np.mean([astuple(places_of(over_places, cover)) for cover, _ in covers], axis=0))
         positions.append(math.prod(grid))
         objects += len(covers)
     if not objects:
-        raise InputError(f"{images.name}: no objects, which are needed to evaluate attention")
+        kind = "no objects" if correct is None else "no objects of the predicted class"
+        raise InputError(f"{images.name}: {kind}, which are needed to evaluate attention")
     number, own_chance, scores = len(positions), mean(1 / count for count in positions), []
     for key, places in found.items():
         values = np.stack(places)  # (images, 4)
@@ -185,6 +193,7 @@ def localise(
     images: Path | None = None,
     annotations: Path | None = None,
     masks: bool = False,
+    correct: bool = False,
     image_size: int | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -203,6 +212,7 @@ def localise(
         images: Folder of images with labelled objects; by default, scenes of shapes with masks are drawn.
         annotations: COCO JSON file of these images.
         masks: Use the masks of the objects instead of their boxes. Drawn shapes always use masks.
+        correct: Use only the objects whose category has the name of the predicted class.
         image_size: Short side of the input in pixels; by default as in training. Larger inputs resolve more positions,
             because global aggregation has a stride of 32.
         limit: Use only the first LIMIT images.
@@ -234,7 +244,7 @@ def localise(
         normalize = v2.Normalize(predictor.preprocessing["mean"], predictor.preprocessing["std"])
         dataset.channels, dataset.transform = predictor.channels, v2.Compose([resize, scale, normalize])
         name = str(checkpoint.parent) if checkpoint.name == "best.safetensors" else str(checkpoint)
-        scores += measure(predictor.model, dataset, name)
+        scores += measure(predictor.model, dataset, name, predictor.class_names if correct else None)
     if plot is not None:
         save_figure(partial(draw, scores), plot, dpi=150)
     if json:

@@ -184,7 +184,7 @@ register(
             replace(FOLDER, data=replace(FOLDER.data, dataset="imagenette", root="data", image_size=128)),
         ),
         "tin190": (
-            "Pretrain on 190 classes of Tiny-ImageNet: --data.root DIR with train/WNID/*.JPEG and val/WNID/*.JPEG.",
+            "Pretrain on 190 classes of Tiny-ImageNet: --data.root DIR with {train,val}/WNID/*.JPEG.",
             TIN190,
         ),
         "in1k-tiny-mix": ("Table 2, DualToken-ViT-T (mix): 75.4 % on ImageNet-1k.", _paper("dualtoken_vit_tiny_mix")),

@@ -137,7 +137,7 @@ register(
             ),
         ),
         "coco": (
-            "Detect your own objects: --data.root DIR with labels in COCO, YOLO, Pascal VOC, CSV or LabelMe form.",
+            "Detect your own objects: --data.root DIR with COCO, YOLO, Pascal VOC, CSV or LabelMe labels.",
             Detection(
                 model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
                 optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),

@@ -57,7 +57,7 @@ register(
             ),
         ),
         "multilabel": (
-            "Images with any number of labels: --data.root DIR with a CSV or Parquet table of files and labels.",
+            "Images with any number of labels: --data.root DIR with a CSV or Parquet table of labels.",
             MultiLabel(
                 model=FOLDER.model,
                 data=MultiLabelData(crop_pct=1.0),

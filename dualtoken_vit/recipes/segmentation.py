@@ -114,7 +114,7 @@ register(
             ),
         ),
         "masks": (
-            "Segment your own images: --data.root DIR with images/{train,val}/*.jpg and annotations/{train,val}/*.png.",
+            "Segment your own images: --data.root DIR with {images,annotations}/{train,val}/.",
             Segmentation(
                 model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
                 optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2),

@@ -45,17 +45,31 @@ def rows(out):
 
 
 # 36 images in batches of 4: 9 steps of 2 s; 18 in validation: 4.5 batches of 1 s
-@pytest.mark.parametrize(("minutes", "epochs"), [(0.01, 1), (1.1, 2), (1.2, 3)])
+@pytest.mark.parametrize(("minutes", "epochs"), [(1.1, 2), (1.2, 3)])
 def test_as_many_epochs_as_fit(photos, tmp_path, clock, capsys, minutes, epochs):
     out, cosine = tmp_path / "run", ("--optim.schedule", "cosine", "--optim.optimizer", "adamw", "--optim.lr", "1e-3")
     assert call("--data.root", photos, *SETTINGS, *cosine, "--run.max-minutes", minutes, "--out", out) == 0
-    assert epochs == max(1, int(60 * minutes // 22.5))
+    assert epochs == int(60 * minutes // 22.5)
     assert [row["epoch"] for row in rows(out)] == [str(n) for n in range(1, epochs + 1)]
     assert f"an epoch takes about 22.5 s: {epochs} of them in {minutes:g} minutes" in capsys.readouterr().out
     stored = json.loads((out / "recipe.json").read_text())
     assert stored["optim"]["epochs"] == epochs
     assert stored["recipe"] == "folder"
     assert float(rows(out)[-1]["lr"]) < 1e-5  # the schedule ends with the run
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [  # epochs of 18 s for training, and 4.5 s for each validation
+        (1, "22.5 s: 1 of them need 0.375 minutes, not 0.01"),
+        (3, "19.5 s: 3 of them need 0.975 minutes, not 0.01, and --run.validate-every 3 allows no fewer"),
+    ],
+)
+def test_a_budget_that_is_too_small_is_said(photos, tmp_path, clock, capsys, every, said):
+    settings = *SETTINGS, "--run.validate-every", every, "--run.max-minutes", 0.01
+    assert call("--data.root", photos, *settings, "--out", tmp_path / "run") == 0
+    assert f"an epoch takes about {said}\n" in capsys.readouterr().out
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(every)]
 
 
 def test_a_fitted_run_is_resumed_bit_by_bit(photos, tmp_path, clock, monkeypatch):

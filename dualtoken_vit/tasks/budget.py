@@ -70,7 +70,11 @@ class TimeBudget(Callback):
         left = 60 * minutes - (self.ends[-1] - self.start) + seconds * (len(self.ends) - 1)
         epochs = trainer.strategy.broadcast(max(int(left / epoch) // every, 1) * every)
         if trainer.is_global_zero:
-            print(f"an epoch takes about {epoch:.3g} s: {epochs} of them in {minutes:g} minutes", flush=True)
+            time = f"in {minutes:g} minutes"
+            if epochs * epoch > left:  # the fewest that there can be
+                time = f"need {minutes + (epochs * epoch - left) / 60:.3g} minutes, not {minutes:g}"
+                time += f", and --run.validate-every {every} allows no fewer" * (every > 1)
+            print(f"an epoch takes about {epoch:.3g} s: {epochs} of them {time}", flush=True)
 
         recipe = with_epochs(recipe, epochs)
         task.recipe = trainer.datamodule.recipe = recipe

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,7 +23,7 @@ from dualtoken_vit.deploy.convert import to_onnx
 from dualtoken_vit.deploy.export import export, parse_size
 from dualtoken_vit.deploy.mobile import run_litert, to_litert
 from dualtoken_vit.deploy.plans import Plan, plan
-from dualtoken_vit.deploy.verify import difference, expected
+from dualtoken_vit.deploy.verify import difference, expected, usual_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.models.segmenters import Bins
@@ -406,6 +407,15 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--format onnx needs onnxscript: pip install"):
         export(checkpoint, other)
     assert other.read_text() == "kept"
+
+
+def test_the_size_for_most_images():
+    """The short side is resized to 320 unless the long one would exceed 512; then both are padded to a multiple."""
+    model, multiple = detector("ssdlite", image_size=320, max_size=512), 32
+    images = [Image.new("RGB", size) for size in ((480, 640), (640, 480), (1280, 960), (2000, 500))]
+    assert model.transform.size_divisible == multiple
+    assert usual_size(model, images) == (320, 448)  # 640x480 -> 427x320, twice
+    assert usual_size(model, images[-1:]) == (128, 512)
 
 
 def test_sizes():

@@ -25,7 +25,7 @@ from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
 from dualtoken_vit.recipes import SegmentationInput
 from dualtoken_vit.runtime import predictor as runtime
-from dualtoken_vit.runtime.session import FORMAT, KEY
+from dualtoken_vit.runtime.session import FORMAT, KEY, ExportedModel
 from dualtoken_vit.show.drawing import MARGIN, SIDE
 
 NAMES = ["a", "b", "c"]
@@ -150,6 +150,13 @@ def test_a_segmenter_predicts_as_in_pytorch(segmenter, network, image, options):
     assert (found == labels).mean() > 0.999  # the others are ties but for rounding
 
 
+def test_openvino_takes_any_size_after_the_first(segmenter):
+    openvino, onnxruntime = (ExportedModel(segmenter, name) for name in ("openvino", "onnxruntime"))
+    for shape in ((2, 3, 40, 50), (1, 3, 33, 71), (3, 3, 48, 32), (2, 3, 40, 50)):
+        x = np.random.default_rng(0).random(shape, dtype=np.float32)
+        assert openvino(x)["logits"] == pytest.approx(onnxruntime(x)["logits"], abs=1e-5)
+
+
 def test_a_label_map_is_the_argmax_of_the_logits(segmenter, image):
     predictor = runtime.load_predictor(segmenter)
     x = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / np.float32(255)
@@ -266,6 +273,28 @@ def test_other_files_are_rejected_in_one_line(classifier, spoil, message):
         load_predictor(classifier)
     assert str(classifier) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "shapes", "export"),
+    [
+        ("classification", {"logits": (1, 3)}, {}),
+        ("multilabel", {"logits": (1, 3)}, {}),
+        ("segmentation", {"logits": (1, 3, 71, 93)}, {}),
+        ("detection", {"boxes": (2, 4), "scores": (2,), "labels": (2,)}, {"size": (64, 64), "score_threshold": 0.0}),
+        ("detection", {"boxes": (1, 2, 4), "scores": (1, 2, 3)}, {"raw": True, "score_threshold": 0.0, "multiple": 32}),
+    ],
+    ids=["classification", "multilabel", "segmentation", "detection", "raw detection"],
+)
+def test_a_network_that_produces_nan(image, task, shapes, export):
+    def network(image):
+        return {name: np.full(shape, np.nan, np.float32) for name, shape in shapes.items()}
+
+    network.description = about = description(task, **export)
+    kind = runtime.predictor_class(about)
+    predictor = kind(network, kind.make_options(**kind.stored_options(about)))
+    with pytest.raises(InputError, match="the network produced NaN or Inf; use another checkpoint"):
+        predictor(image)
 
 
 def test_options_are_checked(classifier, segmenter, monkeypatch):

@@ -363,8 +363,9 @@ class Detector(ExportedPredictor[Objects]):
         old, (new, frame) = image.shape[1:], self.fit(image.shape[1:])
         x = np.broadcast_to(self.border, (len(image), *frame)).copy()
         x[:, : new[0], : new[1]] = shrink(image, new)
-        found = self.choose(self.model(x[None]), new, frame)
-        check_finite(found["scores"])
+        outputs = self.model(x[None])
+        check_finite(outputs["scores"])
+        found = self.choose(outputs, new, frame)
         keep = found["scores"] > self.options.score
         found = {key: value[keep] for key, value in found.items()}
         ratio = np.array([old[1] / new[1], old[0] / new[0]] * 2, np.float32)

@@ -52,10 +52,20 @@ def _run_openvino(path: Path, options: dict[str, Any]) -> Callable[[np.ndarray],
     settings = {"INFERENCE_PRECISION_HINT": "f32"}  # else it computes in bfloat16 where the processor can
     if threads := options.get("threads"):
         settings["INFERENCE_NUM_THREADS"] = str(threads)
-    model = openvino.Core().compile_model(path, "CPU", settings)
+    core = openvino.Core()
+    model = core.read_model(path)
+    networks: dict[tuple[int, ...] | None, Any] = {}  # by the shape that they take, None: any
 
     def run(image: np.ndarray) -> Arrays:
-        return {name: value.copy() for output, value in model(image).items() for name in output.names}
+        # For one shape, that of the first call, OpenVINO takes up to a fifth less time than for any.
+        first = not networks and model.is_dynamic()
+        shape = image.shape if first or image.shape in networks else None
+        if shape not in networks:
+            network = model.clone()
+            if shape:
+                network.reshape(list(shape))
+            networks[shape] = core.compile_model(network, "CPU", settings)
+        return {name: value.copy() for output, value in networks[shape](image).items() for name in output.names}
 
     return run
 

@@ -174,6 +174,12 @@ def module(model, made, names):
     return ClassificationModule(predictor, made)
 
 
+@pytest.mark.parametrize(("classes", "curves"), [(20, ["top-1"]), (21, ["top-1", "top-5"])])
+def test_top5_of_few_classes_is_not_drawn(classes, curves):
+    made = module(torch.nn.Identity(), RECIPES["demo"], list(map(str, range(classes))))
+    assert list(made.panels["accuracy (%)"].values()) == curves
+
+
 def test_metrics_of_known_logits():
     """Top-5 and the mean loss over unequal batches, against numpy."""
     rng = np.random.default_rng(0)

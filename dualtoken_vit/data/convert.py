@@ -48,7 +48,7 @@ def convert(source: str | Path, target: str | Path, to: str, format: str = "auto
     assert write is not None
     splits = {}
     for each, part in found.items():
-        splits["train" if each == ALL else each] = _valid(FORMATS[name].read(Path(source), part))
+        splits["train" if each == ALL else each] = _valid(FORMATS[name].read(Path(source), part), each)
     before = {each: _count(split) for each, split in splits.items()}
     with atomic_folder(target) as folder:
         notes += write(splits, folder)
@@ -59,8 +59,8 @@ def convert(source: str | Path, target: str | Path, to: str, format: str = "auto
     return counts
 
 
-def _valid(split: AnnotatedImages) -> AnnotatedImages:
-    """The split, its images named relative to its folder; an InputError for what is broken in it."""
+def _valid(split: AnnotatedImages, title: str) -> AnnotatedImages:
+    """The split of this title, its images named relative to its folder; an InputError for what is broken in it."""
     coco, problems = split.sift(masks=False)
     images = {image["id"]: image for image in coco["images"]}
     for one in coco["annotations"]:
@@ -68,7 +68,7 @@ def _valid(split: AnnotatedImages) -> AnnotatedImages:
             problems.append(f"{entry_name('annotations', one)}: {fault}")
     name = printable(split.name)
     paths = [Path(split.path(image)) for image in coco["images"]]
-    for image, path, size in zip(coco["images"], paths, sizes(paths, "reading the sizes of the images"), strict=True):
+    for image, path, size in zip(coco["images"], paths, sizes(paths, f"checking {printable(title)}"), strict=True):
         fault = size if isinstance(size, str) else size_fault(str(path), size, image, split.name)
         relative = os.path.relpath(path, split.folder)
         if relative.startswith(".."):

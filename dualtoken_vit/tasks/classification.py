@@ -37,6 +37,8 @@ from dualtoken_vit.tasks.distill import Teacher, distillation_loss, load_teacher
 from dualtoken_vit.tasks.networks import create_model
 from dualtoken_vit.tasks.predictor import Predictor, Result
 
+FEW = 20  # classes: top-5 is then close to 100 %, and would flatten the curve of top-1
+
 
 @dataclass(frozen=True)
 class ClassificationOptions(ClassificationInput):
@@ -107,6 +109,8 @@ class ClassificationModule(TaskModule):
 
     def __init__(self, predictor: ClassificationPredictor, recipe: Classification, teacher: Teacher | None = None):
         super().__init__(predictor, recipe)
+        if len(predictor.class_names) <= FEW:
+            self.panels = self.panels | {"accuracy (%)": {"val_top1": "top-1"}}
         self.teacher = teacher
         self.class_weights: Tensor | None = None
         """(classes,) in the loss, with a mean of 1 over the training images; None: all are 1."""

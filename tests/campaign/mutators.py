@@ -159,7 +159,10 @@ def litter(rng: Random, folder: Path) -> str:
     elif kind == "link to itself":
         os.symlink(os.path.basename(name), name)
     elif kind == "loop":
-        os.symlink(rng.choice([b".", b"..", base]), os.path.join(base, b"loop"))
+        target, loop = rng.choice([b".", b"..", base]), os.path.join(base, b"loop")
+        if os.path.lexists(loop):
+            return "nothing"
+        os.symlink(target, loop)
     elif kind == "pipe":
         os.mkfifo(name)
     elif kind == "socket":

@@ -133,7 +133,7 @@ def test_objects_of_the_predicted_class_alone():
     torch.nn.init.zeros_(model.head.weight)
     model.head.bias.data = torch.arange(float(len(images.class_names)))  # always predicts the last class
     labels = [[int(label) for label in target["labels"]] for _, target in map(images.__getitem__, range(6))]
-    for wanted in sorted(set(sum(labels, [])))[:2]:
+    for wanted in sorted({label for one in labels for label in one})[:2]:
         names = [name for name in images.class_names if name != images.class_names[wanted]]
         names.append(images.class_names[wanted])
         score = measure(model, images, correct=names)[0]

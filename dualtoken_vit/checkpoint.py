@@ -72,7 +72,8 @@ def locate(path: str | Path) -> Path:
         return path
     if len(path.parts) == 1 and (name := own_weights(path.name)) is not None:
         return Path(timm.get_pretrained_cfg(name).file)  # type: ignore[union-attr, arg-type]  # it has a file
-    raise InputError(f"{path}: no such checkpoint")
+    known = ", and no weights of this network come with the package" * timm.is_model(str(path))
+    raise InputError(f"{path}: no such checkpoint{known}")
 
 
 def save_checkpoint(

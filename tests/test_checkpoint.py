@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.models import adapt_input_conv
 
-from dualtoken_vit.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from dualtoken_vit.checkpoint import load_weights, locate, read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_folder, atomic_write
 from dualtoken_vit.predictors import load_model
@@ -79,6 +79,12 @@ def test_metadata_is_plain_json(tmp_path):
 def test_a_missing_file(tmp_path, read):
     with pytest.raises(InputError, match=r"nothing\.safetensors: no such checkpoint"):
         read(tmp_path / "nothing.safetensors")
+
+
+def test_a_network_without_weights_is_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^dualtoken_vit_tiny: no such checkpoint, and no weights of this"):
+        locate("dualtoken_vit_tiny")
 
 
 @pytest.mark.parametrize("read", [read_checkpoint, lambda path: load_weights(make(), path)])

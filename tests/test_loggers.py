@@ -99,7 +99,7 @@ def test_a_failing_tracker_does_not_stop_the_run(photos, tmp_path, monkeypatch, 
 def test_a_file_of_events_that_cannot_be_written(tmp_path, capsys):
     """TensorBoard writes in a thread, whose traceback Python would print."""
     hook = threading.excepthook
-    tracker = loggers.Tracker("tensorboard", tmp_path, 0, None, {})
+    tracker = loggers.Tracker("tensorboard", tmp_path, 0, None)
     tracker.log_metrics({"loss": 1.0}, 1)
     tracker.save()
     (events,) = (tmp_path / "tensorboard").glob("events*")

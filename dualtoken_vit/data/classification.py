@@ -142,7 +142,8 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
     for path in (Path(data.root), folder):
         if not path.is_dir():
             holdout = "; without a val folder give --data.holdout 0.1" if path == folder and split == "val" else ""
-            raise InputError(f"{printable(path)}: no such folder; expected {printable(folder)}/CLASS/*.jpg{holdout}")
+            expected = f"expected {printable(folder)}/CLASS/*.jpg in --data.root"
+            raise InputError(f"{printable(path)}: no such folder; {expected}{holdout}")
     visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     real = os.path.realpath(folder)
     names = [each.name for each in visible if is_folder(each) and not contains(os.path.realpath(each.path), real)]

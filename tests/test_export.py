@@ -42,6 +42,8 @@ ABOUT = {
     "class_names": ["a"],
     "preprocessing": {"input_size": [3, 32, 32], "mean": MEAN, "std": STD},
     "export": {"size": None, "raw": False},
+    "recipe": {},
+    "category_ids": [],
 }
 
 

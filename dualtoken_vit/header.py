@@ -53,6 +53,7 @@ OPTIONAL: dict[str, dict[str, Entry]] = {
         "thresholds": Entry(Numbers | None, *SHARE),
         "label_descriptions": Entry(tuple[str, ...]),
         "held_out": Entry(str),
+        "usual_size": Entry(tuple[int, int], *SIDES),
     },
     "recipe": {"data": Entry(dict)},
 }

@@ -88,6 +88,7 @@ def test_the_run_folder_agrees_with_pycocotools(trained, scenes, capsys):
     score = f"val_{list(kinds)[-1]}_AP"
     best = max(rows, key=lambda row: float(row[score]))
     assert json.loads((out / "recipe.json").read_text())["task"] == "detection"
+    assert read_checkpoint(out / "best.safetensors").preprocessing["usual_size"] == [64, 64]
     truth = COCO(str(scenes / "annotations" / "instances_val.json"))
     for kind, theirs in kinds.items():
         detections = json.loads((out / f"detections-{kind}.json").read_text())

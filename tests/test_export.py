@@ -1,9 +1,11 @@
 """Exported files against PyTorch, timm and the checkpoints they come from."""
 
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -23,9 +25,10 @@ from dualtoken_vit.deploy.convert import to_onnx
 from dualtoken_vit.deploy.export import export, parse_size
 from dualtoken_vit.deploy.mobile import run_litert, to_litert
 from dualtoken_vit.deploy.plans import Plan, plan
-from dualtoken_vit.deploy.verify import difference, expected, usual_size
+from dualtoken_vit.deploy.verify import difference, expected
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS
+from dualtoken_vit.models.resizing import Transform
 from dualtoken_vit.models.segmenters import Bins
 from dualtoken_vit.paper.attention import recording
 from dualtoken_vit.paper.benchmark import benchmark
@@ -414,10 +417,30 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
 def test_the_size_for_most_images():
     """The short side is resized to 320 unless the long one would exceed 512; then both are padded to a multiple."""
     model, multiple = detector("ssdlite", image_size=320, max_size=512), 32
-    images = [Image.new("RGB", size) for size in ((480, 640), (640, 480), (1280, 960), (2000, 500))]
+    sizes = (480, 640), (640, 480), (1280, 960), (2000, 500)
     assert model.transform.size_divisible == multiple
-    assert usual_size(model, images) == (320, 448)  # 640x480 -> 427x320, twice
-    assert usual_size(model, images[-1:]) == (128, 512)
+    assert model.transform.usual(sizes) == (320, 448)  # 640x480 -> 427x320, twice
+    assert model.transform.usual(sizes[-1:]) == (128, 512)
+
+
+@pytest.mark.parametrize(("stored", "size"), [({"usual_size": [64, 96]}, (64, 96)), ({}, None)])
+def test_a_detector_s_file_has_the_size_of_most_training_images(tmp_path, monkeypatch, stored, size):
+    module = sys.modules["dualtoken_vit.deploy.export"]
+    about = SimpleNamespace(task="detection", preprocessing={"input_size": [3, 64, 64]} | stored)
+    model = SimpleNamespace(transform=Transform(64, 96, (), (0, 0, 0), (1, 1, 1)))
+    monkeypatch.setattr(module, "load_model", lambda path: (model, about))
+
+    def planned(model, about, size, *options):
+        raise InputError(f"size {size}")
+
+    monkeypatch.setattr(module, "plan", planned)
+    with pytest.raises(InputError, match=re.escape(f"size {size}")):
+        export(tmp_path / "best.safetensors")
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=re.escape("size (64, 96)")):  # 64 x 96 of a short side of 64
+        export(tmp_path / "best.safetensors", images=tmp_path)
+    with pytest.raises(InputError, match=re.escape("size (40, 50)")):
+        export(tmp_path / "best.safetensors", images=tmp_path, size="50x40")
 
 
 def test_sizes():

@@ -59,6 +59,7 @@ SOUND = {
         ("preprocessing.label_descriptions", ["a"], "preprocessing.label_descriptions: 1, but 2 expected"),
         ("preprocessing.crop_pct", 0, "preprocessing.crop_pct is 0: out of range"),
         ("preprocessing.held_out", 1, "preprocessing.held_out is 1: must be str"),
+        ("preprocessing.usual_size", [64], "preprocessing.usual_size is"),
         ("preprocessing.temperature", "1", "preprocessing.temperature is '1': must be float"),
         ("export.size", [10**400, 64], "export.size is"),
         ("export.raw", 1, "export.raw is 1: must be bool"),

@@ -221,6 +221,17 @@ def test_a_detector_of_fixed_size_returns_pixels_of_the_image(tmp_path):
         load_predictor(path, image_size=100)
 
 
+def test_boxes_in_the_padding_are_no_objects(tmp_path):
+    """An image of 50x100 fills the left half of an input of 64x64: nothing is left of boxes in the right half."""
+    boxes = [[40, 8, 60, 30], [8, 8, 16, 16], [24, 0, 48, 64], [32, 0, 40, 8]]
+    nodes, outputs, constants = detections(boxes, [0.9, 0.8, 0.7, 0.6], [0, 0, 1, 1])
+    about = description("detection", size=[64, 64], score_threshold=0.05)
+    path = save(tmp_path / "detector.onnx", nodes, outputs, about, constants)
+    result = load_predictor(path, score=0.2)(Image.new("RGB", (50, 100)))
+    assert result.boxes.tolist() == [[12.5, 12.5, 25, 25], [37.5, 0, 50, 100]]
+    assert result.scores.tolist() == pytest.approx([0.8, 0.7])
+
+
 def test_a_detector_of_any_size_resizes_as_in_pytorch(tmp_path):
     about = description("detection", raw=True, score_threshold=0.05, multiple=32, nms_threshold=0.5)
     about["export"] |= {"anchors": 1, "strides": [8], "candidates": 9, "detections": 9}

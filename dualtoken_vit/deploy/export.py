@@ -17,7 +17,7 @@ from dualtoken_vit.checkpoint import Checkpoint, locate
 from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
 from dualtoken_vit.deploy.mobile import TARGETS
 from dualtoken_vit.deploy.plans import Plan, Size, plan
-from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images, usual_size
+from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable
 from dualtoken_vit.predictors import load_model, stored_recipe
@@ -67,10 +67,15 @@ def export(
         raise InputError("--int8, --fp16: give one of them")
     if int8 == "static" and images is None:
         raise InputError("--int8 static needs --images FOLDER, to measure the range of the activations")
+    model: Any
     model, about = load_model(checkpoint)
     sides = parse_size(size) if size else None
-    if sides is None and images is not None and about.task == "detection":
-        sides = usual_size(model, load_images(images, about.preprocessing["input_size"][0], CALIBRATION))
+    if sides is None and about.task == "detection":
+        if images is not None:
+            loaded = load_images(images, about.preprocessing["input_size"][0], CALIBRATION)
+            sides = model.transform.usual(image.size for image in loaded)
+        elif stored := about.preprocessing.get("usual_size"):
+            sides = tuple(stored)
     chosen = plan(model, about, sides, raw, attention)
     if format != "onnx":
         return _mobile(format, out, chosen, about, checkpoint, images)
@@ -92,7 +97,7 @@ def export(
     height, width = chosen.size
     takes = f"images of {width}x{height}" if chosen.fixed else "images of any size"
     if chosen.one and sides is None:
-        takes += "; for images that are not square give --images FOLDER, or --size WIDTHxHEIGHT"
+        takes += "; in images that are not square, objects become smaller than in training: give --images FOLDER"
     print(f"{printable(out)}: {len(data) / 1e6:.1f} MB, takes {takes}")
     return out
 

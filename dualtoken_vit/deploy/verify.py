@@ -1,8 +1,6 @@
 """The comparison of an exported file with PyTorch."""
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,12 +50,6 @@ def load_images(folder: Path, channels: int, most: int) -> list[Image.Image]:
     if not names:
         raise InputError(f"--images {folder}: not a folder of images")
     return [load_image(name, channels) for name in names[:: ceil_div(len(names), most)]]
-
-
-def usual_size(detector: Any, images: list[Image.Image]) -> Size:
-    """Height and width, resized and padded, at which a detector processes most of the images."""
-    shapes = (torch.empty(1, image.height, image.width, device="meta") for image in images)
-    return Counter(map(detector.transform.padded, shapes)).most_common(1)[0][0]
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Images and targets as detectors process them, and detections back in the pixels of the image."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from math import ceil, floor
 
 import torch
@@ -67,6 +68,11 @@ class Transform(GeneralizedRCNNTransform):
         height, width = self.fit(image.shape[-2:], self.min_size[-1])
         multiple = self.size_divisible
         return ceil(height / multiple) * multiple, ceil(width / multiple) * multiple
+
+    def usual(self, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        """Height and width, as by `padded`, of most of the images of these (width, height)."""
+        shapes = (torch.empty(1, height, width, device="meta") for width, height in sizes)
+        return Counter(map(self.padded, shapes)).most_common(1)[0][0]
 
     def postprocess(self, result, image_shapes, original_image_sizes) -> list[dict[str, Tensor]]:
         for found, size, original in zip(result, image_shapes, original_image_sizes, strict=False):  # [] in training

@@ -366,13 +366,15 @@ class Detector(ExportedPredictor[Objects]):
         outputs = self.model(x[None])
         check_finite(outputs["scores"])
         found = self.choose(outputs, new, frame)
-        keep = found["scores"] > self.options.score
+        boxes = clip(found["boxes"], new)
+        # The padding, which is wider than in training where the shape differs, may hold boxes: nothing is left of them.
+        keep = (found["scores"] > self.options.score) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         found = {key: value[keep] for key, value in found.items()}
         ratio = np.array([old[1] / new[1], old[0] / new[0]] * 2, np.float32)
         if "masks" in found:
             # torchvision crops target masks half a pixel too far right and down, see `models.resizing.Transform`
             found["masks"] = paste(found["masks"][:, 0], (found["boxes"] + 0.5) * ratio, old)[:, None]
-        found["boxes"] = clip(found["boxes"], new) * ratio
+        found["boxes"] = boxes[keep] * ratio
         return found
 
     def fit(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:

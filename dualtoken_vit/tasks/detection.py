@@ -191,7 +191,10 @@ class DetectionTask(Task[Detection]):
         )
         names, size = train.class_names, recipe.data.image_size
         model = build_detector(model=network, num_classes=len(names), multi_scale=recipe.augment.multi_scale, **made)
-        preprocessing = dict(input_size=(start.in_chans, size, size), mean=made["mean"], std=made["std"])
+        usual = model.transform.usual(val.sizes)
+        preprocessing = dict(
+            input_size=(start.in_chans, size, size), mean=made["mean"], std=made["std"], usual_size=usual
+        )
         predictor = DetectionPredictor.create(model, names, preprocessing, recipe.data, **self.evaluation_options)
         predictor.category_ids = tuple(train.category_ids)
         module = DetectionModule(predictor, recipe, val)

@@ -18,7 +18,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.machine import print_environment
 
-INSTALL = "install the train extra, in the project's folder: pip install -e '.[train]'"
+INSTALL = "install the train extra: pip install 'dualtoken-vit[train]', or -e '.[train]' in a clone"
 try:
     import tyro
     from rich.console import Console
@@ -34,7 +34,8 @@ except ModuleNotFoundError as error:  # without the train extra, exported files 
     try:
         from dualtoken_vit.cli_runtime import main as predict_exported
     except ModuleNotFoundError:
-        sys.exit(f"dualtoken-vit: error: {hint}")
+        print(f"dualtoken-vit: error: {hint}", file=sys.stderr)
+        sys.exit(2)
     predict_exported(sys.argv[1:], hint)
 
 DEFAULT = "demo"

@@ -12,13 +12,25 @@ from dualtoken_vit.predict import predict
 from dualtoken_vit.runtime.predictor import predictor_class
 from dualtoken_vit.runtime.session import RUNTIMES, is_exported, read_description
 
+USAGE = """usage: dualtoken-vit predict FILE.onnx IMAGES [--option VALUE ...]
+       dualtoken-vit predict FILE.onnx --help      all options, which depend on the file's task
+       dualtoken-vit env                           versions and hardware
+
+The other commands need the train extra: pip install 'dualtoken-vit[train]'"""
+
 
 def main(args: list[str], hint: str) -> NoReturn:
     """Run the command and exit; `hint` is the message for every other command."""
-    if args[:1] != ["predict"] or len(args) < 2 or not is_exported(args[1]):
-        sys.exit(f"dualtoken-vit: error: {hint}")
+    command, *others = args or ["--help"]
+    if command in ("-h", "--help") or (command == "predict" and (others or ["-h"])[0] in ("-h", "--help")):
+        print(USAGE)
+        sys.exit()
     try:
-        sys.exit(0 if predict(Path(args[1]), **parse(Path(args[1]), args[2:])) else 1)
+        if command != "predict":
+            raise InputError(hint)
+        if not is_exported(others[0]):
+            raise InputError(f"{others[0]}: without PyTorch, predict takes a FILE.onnx of dualtoken-vit export; {hint}")
+        sys.exit(0 if predict(Path(others[0]), **parse(Path(others[0]), others[1:])) else 1)
     except InputError as error:
         print(f"dualtoken-vit: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -333,6 +333,11 @@ for name in ("torch", "timm", "torchvision", "lightning", "rich", "tyro", "annot
 """
 
 
+def test_a_checkpoint_needs_pytorch(tmp_path):
+    with pytest.raises(InputError, match=r"best\.safetensors: a checkpoint needs PyTorch; dualtoken-vit export writes"):
+        runtime.load_predictor(tmp_path / "best.safetensors")
+
+
 def test_without_torch(classifier, image, tmp_path, capsys):
     """In a process that cannot import torch: the same predictions and drawings, from Python and on the command line."""
     image.save(tmp_path / "image.png")
@@ -388,6 +393,10 @@ def test_the_runtime_extra_alone_is_enough(classifier, image, tmp_path):
     assert [one["class"] for one in entry["classes"]] == list(result.names)
     assert [one["probability"] for one in entry["classes"]] == pytest.approx(result.probabilities.tolist(), abs=1e-6)
     assert (tmp_path / "out" / "image.png.png").is_file()
-    refused = call("dualtoken-vit", "train")
-    assert refused.stderr.count("\n") == 1
-    assert "is not installed; install the train extra" in refused.stderr
+    for args in (["train"], ["predict", "best.safetensors", "image.png"]):
+        refused = call("dualtoken-vit", *args)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1
+        assert "is not installed; install the train extra" in refused.stderr
+    helped = [call("dualtoken-vit", *args) for args in ([], ["--help"], ["predict"], ["predict", "--help"])]
+    assert [(done.returncode, done.stdout) for done in helped] == [(0, f"{cli_runtime.USAGE}\n")] * 4

@@ -141,7 +141,8 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
             folder = Path(data.root)
     for path in (Path(data.root), folder):
         if not path.is_dir():
-            holdout = "; without a val folder give --data.holdout 0.1" if path == folder and split == "val" else ""
+            without = {"val": "without a val folder", "train": "for class folders without splits"}.get(split)
+            holdout = f"; {without} give --data.holdout 0.1" if path == folder and without else ""
             expected = f"expected {printable(folder)}/CLASS/*.jpg in --data.root"
             raise InputError(f"{printable(path)}: no such folder; {expected}{holdout}")
     visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]

@@ -46,6 +46,8 @@ def load_predictor(
     Raises:
         InputError: for a file, runtime or option that cannot be used.
     """
+    if str(path).endswith(".safetensors"):  # with PyTorch, `load_predictor` takes checkpoints too
+        raise InputError(f"{path}: a checkpoint needs PyTorch; dualtoken-vit export writes a file that does not")
     model = ExportedModel(path, runtime, threads)
     kind = predictor_class(model.description)
     return kind(model, kind.make_options(**kind.stored_options(model.description) | options))

@@ -1,6 +1,9 @@
 """What ends a run from outside is named in one line."""
 
+import errno
+
 import pytest
+import torch
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.tasks.failures import explained
@@ -19,6 +22,11 @@ from dualtoken_vit.tasks.failures import explained
             "out of memory.*HINT",
         ),
         (MemoryError(), 1, "out of memory.*HINT"),
+        (RuntimeError("could not create a primitive"), 1, "out of memory.*HINT"),  # oneDNN's
+        (RuntimeError("Resource temporarily unavailable"), 1, "out of memory.*HINT"),  # C++'s, of a thread
+        (RuntimeError("std::bad_alloc"), 1, "out of memory.*HINT"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory.*HINT"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "out of memory.*HINT"),
     ],
 )
 def test_causes(error, processes, message):
@@ -28,7 +36,15 @@ def test_causes(error, processes, message):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("Connection closed by peer"), RuntimeError("a bug"), ValueError("gloo")]
+    "error",
+    [
+        RuntimeError("Connection closed by peer"),
+        RuntimeError("a bug"),
+        ValueError("gloo"),
+        RuntimeError("could not create a primitive descriptor"),  # oneDNN's for what it does not support
+        ImportError("b.so: cannot allocate memory in static TLS block"),  # the linker's, of another kind of memory
+        InputError("CUDA out of memory.png"),
+    ],
 )
 def test_other_errors_stay(error):
     with pytest.raises(type(error), match=str(error)), explained("HINT"):

@@ -49,6 +49,8 @@ def test_labelme_shapes(export):
         ({"a.json": labelme(shapes=[shape("", [[1, 2], [3, 4], [5, 9]])])}, "a.json, shape 1: has no label"),
         ({"a.json": labelme(shapes=[shape("x", [[1, 2], [3, 4]], "line")])}, "shape 1: line of 2 points"),
         ({"a.json": labelme(shapes=[shape("x", [[1, "y"], [3, 4]])])}, "shape 1: 'y' is not a number"),
+        ({"a.json": labelme(shapes=[shape("x", [[10**400, 2], [3, 4]])])}, "shape 1: 1000000000"),
+        ({"a.json": labelme(size=(10**400, 20))}, "a.json: its size of 10000000000000000000 x 20 is"),
         ({"a.json": labelme(shapes=[shape("x", [1, 2, 3])])}, "shape 1: points must be a list of pairs"),
         (
             {"a.json": labelme(shapes=[shape("x", [[1, 2], [3, 4]], "mask", mask="?")])},

@@ -13,7 +13,7 @@ import numpy as np
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.folders import scan
-from dualtoken_vit.data.formats.base import Format, Labels, number
+from dualtoken_vit.data.formats.base import Format, Labels, number, stated_size
 from dualtoken_vit.data.images import image_size, open_image
 from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.splits import ALL, find, split_folders
@@ -46,9 +46,7 @@ def _read(root: Path, files: list[Path]) -> AnnotatedImages:
         try:
             content = _load(file)
             path = _image(root, file, content)
-            stated = content.get("imageWidth"), content.get("imageHeight")
-            known = all(type(side) is int and side > 0 for side in stated)
-            size: Any = stated if known else image_size(path)
+            size = stated_size(map(content.get, ("imageWidth", "imageHeight"))) or image_size(path)
         except (ValueError, InputError) as error:
             labels.problems.append(f"{labels.place(file)}: {error}")
             continue

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dualtoken_vit.data.coco import AnnotatedImages
-from dualtoken_vit.data.formats.base import Format, Labels, number
+from dualtoken_vit.data.formats.base import Format, Labels, number, stated_size
 from dualtoken_vit.data.images import image_size
 from dualtoken_vit.data.splits import find
 from dualtoken_vit.data.tables import CLASS, FILE, SPLIT, Part, cells, split_tables
@@ -65,10 +65,9 @@ def _read(root: Path, part: Part) -> AnnotatedImages:
             path = find(root, name, folders) if name else None
             if path is None:
                 raise InputError(f"image {name!r:.200} is not in {folders[0].name} or images")
-            stated = [row.get(key, "") for key in ("width", "height")]
-            known = all(value.isdecimal() and int(value) for value in stated)
-            labels.add_image(path, (int(stated[0]), int(stated[1])) if known else image_size(path))
-        except InputError as error:
+            size = stated_size(row.get(key, "") for key in ("width", "height"))
+            labels.add_image(path, size or image_size(path))
+        except (ValueError, InputError) as error:
             labels.problems.append(f"{labels.place(part.path, f'line {line}')}: {error}")
             continue
         for line, row in rows:

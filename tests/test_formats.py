@@ -104,6 +104,11 @@ def test_one_folder_is_split_the_same_way_every_time(export):
             {"train/_annotations.csv": CSV + ROWS.replace("a.png", "a" * 5000)},
             "_annotations.csv, line 2: image 'aaaa",
         ),
+        (
+            "csv-roboflow",
+            {"train/_annotations.csv": CSV.replace("xmax", "xmaz") + ROWS, "valid/_annotations.csv": CSV + ROWS},
+            "train/_annotations.csv: its first line does not name the columns filename, class, xmin, ymin, xmax, ymax",
+        ),
         (YOLO, {"_annotations.csv": CSV}, "has labels in several formats: yolo, csv; choose one with --data.format"),
         (
             YOLO,

@@ -44,6 +44,7 @@ def test_labelme_shapes(export):
     ("files", "message"),
     [
         ({"a.json": '{"shapes": '}, "a.json: cannot be read as JSON"),
+        ({"train/a.json": "{}", "val/a.json": labelme(), "a.json": None}, "a.json: is not a file of LabelMe: no list"),
         ({"a.json": labelme("z.png")}, "a.json: its image 'z.png' is not there"),
         ({"a.json": labelme("../../z.png")}, "a.json: its image '../../z.png' is not there"),
         ({"a.json": labelme(shapes=[shape("", [[1, 2], [3, 4], [5, 9]])])}, "a.json, shape 1: has no label"),

@@ -9,6 +9,7 @@ from dualtoken_vit.data.images import image_size
 from dualtoken_vit.data.splits import find
 from dualtoken_vit.data.tables import CLASS, FILE, SPLIT, Part, cells, split_tables
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
 
 COLUMNS = {  # what a column may be called, in lower case
     "file": FILE,
@@ -53,6 +54,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _read(root: Path, part: Part) -> AnnotatedImages:
+    if not _columns(part.path):
+        names = ", ".join(synonyms[0] for synonyms in COLUMNS.values())
+        raise InputError(f"{printable(part.path)}: its first line does not name the columns {names}, as others here do")
     labels = Labels(root)
     of_image: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(part.path):

@@ -1,10 +1,13 @@
-"""What ends a run from outside is named in one line."""
+"""What ends a run is named in one line: memory, other processes, labels that are not finite."""
 
 import errno
+import math
 
 import pytest
 import torch
 
+from dualtoken_vit import cli
+from dualtoken_vit.data.detection import DetectionDataset, save_scenes
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.tasks.failures import explained
 
@@ -49,3 +52,25 @@ def test_causes(error, processes, message):
 def test_other_errors_stay(error):
     with pytest.raises(type(error), match=str(error)), explained("HINT"):
         raise error
+
+
+@pytest.mark.parametrize(("detector", "bad"), [("ssdlite", math.inf), ("mask-rcnn", math.nan)])
+def test_a_box_that_is_not_finite_names_its_image(tmp_path, monkeypatch, detector, bad):
+    """torchvision finds some of them with an AssertionError, others become a loss of NaN."""
+    save_scenes(tmp_path, size=32, train=4, val=2)
+    sample = DetectionDataset.__getitem__
+
+    def spoilt(self, index):
+        image, target = sample(self, index)
+        if index == 2 and "train" in self.image_names[index]:
+            target["boxes"][0, 2] = bad
+        return image, target
+
+    monkeypatch.setattr(DetectionDataset, "__getitem__", spoilt)
+    args = ["train", "coco", "--detector", detector, "--data.images", tmp_path / "images", "--out", tmp_path / "run"]
+    for split in ("train", "val"):
+        args += [f"--data.{split}-json", tmp_path / "annotations" / f"instances_{split}.json"]
+    args += ["--model.name", "dualtoken_vit_small", "--model.args", "dims=(16,32,32)", "depths=(1,1,1)"]
+    args += ["--data.image-size", 32, "--data.workers", 0, "--optim.batch-size", 4, "--run.device", "cpu"]
+    with pytest.raises(InputError, match=r"images/train-0002\.png: a box is NaN or Inf at step 1, after augmentation"):
+        cli.run(list(map(str, args)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dualtoken_vit
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, lacks_memory
 from dualtoken_vit.files import printable
 from dualtoken_vit.machine import print_environment
 
@@ -396,6 +396,19 @@ def _end(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def _end_of_files(error: OSError) -> None:
+    """Exit with one line where a disk, a permission or a name prevents reading or writing; return for other errors."""
+    if error.errno == errno.ENAMETOOLONG:
+        _end(f"error: {printable(str(error.filename))[:100]}...: {error.strerror}")
+    where = f" {printable(error.filename)}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        _end(f"error: cannot write{where}: {error.strerror}; what was saved is kept")
+    if error.errno == errno.EACCES:
+        there = error.filename and os.path.exists(error.filename)
+        action = "read" if there and not os.access(error.filename, os.R_OK) else "write" if there else "read or write"
+        _end(f"error: cannot {action}{where}: {error.strerror}; what was saved is kept")
+
+
 def main() -> None:
     """The entry point: errors that a user can fix end with one line and status 2."""
     try:
@@ -406,18 +419,12 @@ def main() -> None:
         _end(f"error: {printable(message.strip())}")
     except ModuleNotFoundError as error:
         _end(f"error: {error}; {INSTALL}")
-    except (MemoryError, RuntimeError) as error:
-        known = "allocate memory", "start new thread"  # PyTorch's and Python's other errors for lack of memory
-        if not isinstance(error, MemoryError) and not any(text in str(error) for text in known):
-            raise
-        _end("error: out of memory; give smaller images, batches or networks")
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            _end(f"error: {printable(str(error.filename))[:100]}...: {error.strerror}")
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        _end(f"error: cannot write{where}: {error.strerror}; what was saved is kept")
+    except Exception as error:
+        if lacks_memory(error):
+            _end("error: out of memory; give smaller images, batches or networks")
+        if isinstance(error, OSError):
+            _end_of_files(error)
+        raise
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns the former into the latter.
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):

@@ -1,6 +1,13 @@
-"""The one error for bad input."""
+"""The one error for bad input, and what is read in the errors of others."""
 
+import errno
+import re
 from textwrap import shorten
+
+MEMORY = re.compile(  # of PyTorch, C++, Python, oneDNN, the dynamic linker, C++'s threads
+    r"out of memory|allocate memory(?! in static TLS)|bad_alloc|start new thread|create a primitive(?! desc)"
+    r"|failed to map segment|Resource temporarily unavailable"
+)
 
 
 class InputError(Exception):
@@ -18,3 +25,12 @@ def first_line(error: BaseException) -> str:
 def reason(error: BaseException) -> str:
     """An error's message on one line of at most 300 characters, or its type."""
     return shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is for lack of memory, or of threads, which need some: each library has its own."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        not isinstance(error, InputError) and MEMORY.search(str(error)) is not None
+    )

@@ -165,7 +165,7 @@ def evaluate(
     )
     with explained("give a smaller --batch-size, or smaller images (--data.*)"):
         trainer.validate(module, batches, verbose=False)
-    evaluation = module.evaluate()
+        evaluation = module.evaluate()
     if not all(map(math.isfinite, evaluation.scores.values())):
         raise InputError("the network produced NaN or Inf; use another checkpoint or --precision 32-true")
     if calibrate:

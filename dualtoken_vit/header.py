@@ -90,8 +90,11 @@ def _all_faults(found: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name}: {count}, but {right} expected" for name, (count, right) in lengths.items() if count != right)
 
 
-def faults(part: str, values: Mapping[str, Any], needed: Mapping[str, Entry]) -> Iterator[str]:
-    """The entries of an object that are missing, of the wrong type or out of range."""
+def faults(part: str, values: Any, needed: Mapping[str, Entry]) -> Iterator[str]:
+    """The entries of an object that are missing, of the wrong type or out of range; or that it is no object."""
+    if not isinstance(values, Mapping):
+        yield f"{part} is {values!r:.60}: must be an object"
+        return
     yield from (f"{part} lacks {name}".strip() for name in needed if name not in values)
     for name, (hint, low, high) in ({**needed, **OPTIONAL.get(part, {})}).items():
         value = tuple(values[name]) if isinstance(values.get(name), list) else values.get(name)

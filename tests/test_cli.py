@@ -305,8 +305,12 @@ def test_an_interrupt_ends_with_one_line(call, monkeypatch):
     [
         (MemoryError(), "error: out of memory; give smaller images, batches or networks"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "error: out of memory; give smaller images"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "b"), "error: out of memory; give smaller images"),
+        (ImportError("b.so: failed to map segment from shared object"), "error: out of memory; give smaller images"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 5000), f"error: {'a' * 100}...: File name too long"),
         (OSError(errno.EROFS, "Read-only file system", "b"), "error: cannot write b: Read-only file system; what was"),
+        (OSError(errno.EACCES, "Permission denied", "no\nb"), r"error: cannot read or write no\nb: Permission"),
+        (OSError(errno.EACCES, "Permission denied", os.devnull), "error: cannot write /dev/null: Permission"),
     ],
 )
 def test_errors_of_the_system_end_with_one_line(call, monkeypatch, error, line):
@@ -317,6 +321,15 @@ def test_errors_of_the_system_end_with_one_line(call, monkeypatch, error, line):
     status, out, err = call("tables")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"dualtoken-vit: {line}")
+
+
+def test_what_cannot_be_read(call, monkeypatch, tmp_path):
+    def broken(args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setitem(cli.COMMANDS, "tables", broken)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)  # to root all is readable
+    assert call("tables")[2].startswith(f"dualtoken-vit: error: cannot read {tmp_path}: Permission denied")
 
 
 def test_problems_in_the_data_set_the_status(call, photos):

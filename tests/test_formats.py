@@ -76,6 +76,11 @@ def test_one_folder_is_split_the_same_way_every_time(export):
         ("csv-roboflow", {"train/_annotations.csv": CSV + "a.png,40,20,,4,2,3,12"}, "line 2: has no class"),
         (
             "csv-roboflow",
+            {"train/_annotations.csv": CSV + f"a.png,{'9' * 5000},20,cat,4,2,3,12"},
+            "line 2: its size of 99999999999999999999 x 20 is that of no image",
+        ),
+        (
+            "csv-roboflow",
             {"train/_annotations.csv": CSV + "z.png,40,20,cat,4,2,3,12"},
             "line 2: image 'z.png' is not in",
         ),
@@ -98,6 +103,11 @@ def test_one_folder_is_split_the_same_way_every_time(export):
             "csv-roboflow",
             {"train/_annotations.csv": CSV + ROWS.replace("a.png", "a" * 5000)},
             "_annotations.csv, line 2: image 'aaaa",
+        ),
+        (
+            "csv-roboflow",
+            {"train/_annotations.csv": CSV.replace("xmax", "xmaz") + ROWS, "valid/_annotations.csv": CSV + ROWS},
+            "train/_annotations.csv: its first line does not name the columns filename, class, xmin, ymin, xmax, ymax",
         ),
         (YOLO, {"_annotations.csv": CSV}, "has labels in several formats: yolo, csv; choose one with --data.format"),
         (

@@ -44,11 +44,14 @@ def test_labelme_shapes(export):
     ("files", "message"),
     [
         ({"a.json": '{"shapes": '}, "a.json: cannot be read as JSON"),
+        ({"train/a.json": "{}", "val/a.json": labelme(), "a.json": None}, "a.json: is not a file of LabelMe: no list"),
         ({"a.json": labelme("z.png")}, "a.json: its image 'z.png' is not there"),
         ({"a.json": labelme("../../z.png")}, "a.json: its image '../../z.png' is not there"),
         ({"a.json": labelme(shapes=[shape("", [[1, 2], [3, 4], [5, 9]])])}, "a.json, shape 1: has no label"),
         ({"a.json": labelme(shapes=[shape("x", [[1, 2], [3, 4]], "line")])}, "shape 1: line of 2 points"),
         ({"a.json": labelme(shapes=[shape("x", [[1, "y"], [3, 4]])])}, "shape 1: 'y' is not a number"),
+        ({"a.json": labelme(shapes=[shape("x", [[10**400, 2], [3, 4]])])}, "shape 1: 1000000000"),
+        ({"a.json": labelme(size=(10**400, 20))}, "a.json: its size of 10000000000000000000 x 20 is"),
         ({"a.json": labelme(shapes=[shape("x", [1, 2, 3])])}, "shape 1: points must be a list of pairs"),
         (
             {"a.json": labelme(shapes=[shape("x", [[1, 2], [3, 4]], "mask", mask="?")])},

@@ -207,6 +207,7 @@ def test_a_file_of_the_classes_from_another_editor(tree):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (f"{'9' * 5000}\tsky\nroad\n", r"classes\.txt, line 1: '999.* is neither NAME nor NUMBER<TAB>"),
         ("sky\nroad\ncar\tvehicle\nperson\n", r"classes\.txt, line 3: 'car\\tvehicle' is neither NAME nor NUMBER<TAB>"),
         ("0\tsky\n2\troad\n", r"classes\.txt, line 2: label 2, but labels must count up from 0"),
         ("sky\n", r"classes\.txt: 1 classes, but 2 to 254 are supported"),

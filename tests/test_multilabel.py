@@ -76,6 +76,9 @@ def test_roboflow_s_columns_and_separators(root, tmp_path):
     train, val = build_datasets(MultiLabelData(root=str(tmp_path)), 3)
     assert train.class_names == ("blue", "red")
     assert [train.labels, val.labels] == [[(0,), (0, 1)], [(), (1,)]]
+    (tmp_path / "train/_classes.csv").write_text("filename, blue, red\n1.png, 1, 2\n5.png, 1, 1\n")
+    with pytest.raises(InputError, match=r"train/_classes\.csv: its first line does not name a column of files and"):
+        build_datasets(MultiLabelData(root=str(tmp_path)), 3)
     (tmp_path / "tags.csv").write_text("image,tags,split\ntrain/1.png,sea|sky,train\ntrain/5.png,sky,val\n")
     for split in ("train", "valid"):
         (tmp_path / split / "_classes.csv").unlink()

@@ -273,6 +273,10 @@ def test_damaged_files(uninterrupted, tmp_path):
     (out / "last.ckpt").write_bytes((out / "last.ckpt").read_bytes()[:1000])
     with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
         cli.run(arguments(photos, out, "--resume"))
+    for state, message in ({"run": 0.5}, r"its state is 0\.5: must be an object"), ([1], r"last\.ckpt is damaged"):
+        torch.save(state, out / "last.ckpt")
+        with pytest.raises(InputError, match=message):
+            cli.run(arguments(photos, out, "--resume"))
     (out / "recipe.json").write_text('{"model": {"nmae": 1}}')
     with pytest.raises(InputError, match=r"recipe\.json: not a recipe of this version"):
         cli.run(arguments(photos, out, "--resume"))

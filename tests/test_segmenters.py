@@ -280,6 +280,15 @@ def test_refusals(kind, name, message):
         create(kind, name)
 
 
+def test_lack_of_memory_is_no_refusal(monkeypatch):
+    def full(*args, **more):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(F, "conv2d", full)
+    with pytest.raises(RuntimeError, match="primitive"):
+        create()
+
+
 @pytest.mark.parametrize(
     ("name", "inherited"),
     [("dualtoken_vit_tiny", "output_stride"), ("deit_tiny_distilled_patch16_224", "dynamic_img_size")],

@@ -35,6 +35,10 @@ def test_voc_polygons_and_difficult_objects(export):
         ({"Annotations/a.xml": voc(boxes=[("", CAT)])}, "Annotations/a.xml, object 1: has no name"),
         ({"Annotations/a.xml": voc().replace("xmax", "right")}, "Annotations/a.xml, object 1: its bndbox has no xmax"),
         ({"Annotations/a.xml": voc().replace(">24<", ">x<")}, "Annotations/a.xml, object 1: 'x' is not a number"),
+        (
+            {"Annotations/a.xml": voc(size=("9" * 5000, 20))},
+            "a.xml: its size of 99999999999999999999 x 20 is that of no",
+        ),
         ({"Annotations/a.xml": voc("../../../x.png")}, "a.xml: the file name '../../../x.png' leads out of"),
         ({"Annotations/a.xml": voc("/etc/x.png")}, "Annotations/a.xml: the file name '/etc/x.png' leads out of"),
         ({"Annotations/a.xml": voc("z.png")}, "its image 'z.png' is neither beside it nor in JPEGImages or images"),

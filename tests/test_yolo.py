@@ -45,6 +45,8 @@ def test_yolo_fractions_are_of_the_rotated_image(export):
         (YOLO, {"labels/train/a.txt": "2 0.5 0.5 0.5 0.5"}, "line 1: class '2' must be a number from 0 to 1"),
         (YOLO, {"labels/train/a.txt": "cat 0.5 0.5 0.5 0.5"}, "line 1: class 'cat' must be a number from 0 to 1"),
         (YOLO, {"labels/train/a.txt": "0 14 7 20 10"}, "line 1: 20 must be a fraction of the image's width or height"),
+        (YOLO, {"labels/train/a.txt": f"{'9' * 5000} 0.5 0.5 0.1 0.1"}, "9 must be a number from 0 to 1"),
+        (YOLO, {"labels/train/a.txt": f"0 {'9' * 5000} 0.5 0.1 0.1"}, "9 is not a finite number"),
         (YOLO, {"labels/train/a.txt": "0 x 7 20 10"}, "line 1: 'x' is not a number"),
         (YOLO, {"labels/train/a.txt": "0 nan 0.5 0.1 0.1"}, "line 1: 'nan' is not a finite number"),
         (YOLO, {"images/train/a.png": "no image"}, "images/train/a.png: cannot be read as an image"),

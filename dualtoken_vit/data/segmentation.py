@@ -251,8 +251,8 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
         number, *columns = line.strip().split("\t")
         if not number or (columns and place == 1 and not number.isdecimal()):  # empty, or the header of ADE20K's table
             continue
-        if columns and not number.isdecimal():
-            raise InputError(f"{file}, line {place}: {line.strip()!r} is neither NAME nor NUMBER<TAB>NAME")
+        if columns and (not number.isdecimal() or len(number) > 9):
+            raise InputError(f"{file}, line {place}: {line.strip()!r:.200} is neither NAME nor NUMBER<TAB>NAME")
         if columns:  # ADE20K has more columns, with the name in the last
             if int(number) == data.ignore_index:
                 continue

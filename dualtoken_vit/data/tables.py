@@ -2,7 +2,7 @@
 
 import csv
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +55,18 @@ def column(header: Sequence[Any], names: Sequence[str]) -> int | None:
 def split_tables(root: Path, fits: Callable[[Path], bool]) -> dict[str, Part]:
     """The splits of a folder whose tables are those that `fits` accepts; or those of one table, `root`.
 
-    They are ROOT/SPLIT/*, ROOT/SPLIT[_labels].*, or the values of a column `SPLIT`; else all of the first table.
+    They are ROOT/SPLIT/*, ROOT/SPLIT[_labels].*, or the values of a column `SPLIT`; else all of the first table. Beside
+    a split whose table fits, one whose tables do not is a split, too: it is damaged, and whoever reads it says so.
     """
     folders = split_folders(root) if root.is_dir() else {}
-    within = {split: _tables(path, fits) for split, path in folders.items()}
-    found = {split: Part(tables[0]) for split, tables in within.items() if tables}
-    tables = [] if found else _tables(root, fits)
-    for path in tables if root.is_dir() else []:
-        if split := split_of(path.stem.removesuffix("labels").removesuffix("annotations")):
-            found[split] = Part(path)
+    found = _fitting({split: _tables(path) for split, path in folders.items()}, fits)
+    tables = [] if found else list(filter(fits, _tables(root)))
+    if tables and root.is_dir():
+        named: dict[str, list[Path]] = {}
+        for path in _tables(root):
+            if split := split_of(path.stem.removesuffix("labels").removesuffix("annotations")):
+                named.setdefault(split, []).insert(0, path)
+        found = _fitting(named, fits)
     if tables and not found:
         header, *rows = cells(tables[0])
         place = column(header, SPLIT)
@@ -73,9 +76,15 @@ def split_tables(root: Path, fits: Callable[[Path], bool]) -> dict[str, Part]:
     return found
 
 
-def _tables(place: Path, fits: Callable[[Path], bool]) -> list[Path]:
-    files = [place] if place.is_file() else [*sorted(place.glob("*.csv")), *sorted(place.glob("*.parquet"))]
-    return [path for path in files if fits(path)]
+def _tables(place: Path) -> list[Path]:
+    return [place] if place.is_file() else [*sorted(place.glob("*.csv")), *sorted(place.glob("*.parquet"))]
+
+
+def _fitting(tables: Mapping[str, list[Path]], fits: Callable[[Path], bool]) -> dict[str, Part]:
+    """The first table of each split that fits, or the first; none where no table of any split fits."""
+    fitting = {split: next(filter(fits, paths), None) for split, paths in tables.items()}
+    found = {split: Part(fitting[split] or paths[0]) for split, paths in tables.items() if paths}
+    return found if any(fitting.values()) else {}
 
 
 class Labelled(NamedTuple):
@@ -123,6 +132,9 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
             f"{printable(root)}: no table for the split {split!r}; there is {there}: give --data.holdout 0.1"
         )
     path = parts[wanted].path
+    if not has_labels(path):
+        what = "a column of files and one of classes, or columns of 0 and 1"
+        raise InputError(f"{printable(path)}: its first line does not name {what}")
     rows = cells(path)
     header, *body = rows
     file, label, part = (column(header, names) for names in (FILE, CLASS, SPLIT))

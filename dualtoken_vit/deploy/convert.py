@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dualtoken_vit.deploy.plans import Plan
-from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.errors import InputError, first_line, lacks_memory
 from dualtoken_vit.runtime.session import KEY
 
 INSTALL = "pip install 'dualtoken-vit[export]'"
@@ -65,6 +65,8 @@ def to_onnx(plan: Plan, channels: int, description: dict[str, Any]) -> bytes:
             )
     except Exception as error:  # of any kind, at any depth
         cause = error.__cause__ or error
+        if lacks_memory(cause):
+            raise cause from None
         raise ConversionError(f"the network cannot be converted to ONNX: {first_line(cause)[:300]}") from error
     assert program is not None
     model = program.model_proto

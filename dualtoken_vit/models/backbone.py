@@ -12,7 +12,7 @@ from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.errors import InputError, first_line, lacks_memory
 
 T = TypeVar("T")
 REFUSALS = (AssertionError, RuntimeError, ValueError)  # by which timm's networks reject an image or an argument
@@ -61,6 +61,8 @@ class Backbone(FeatureGetterNet):
             try:
                 self.sizes = self._try(in_chans, size)  # height and width of each map of the trial image
             except REFUSALS as error:
+                if lacks_memory(error):
+                    raise
                 reason = reason or error
                 continue
             places = zip(self.sizes, self.strides, strict=True)
@@ -176,6 +178,8 @@ def check_size(model: nn.Module, in_chans: int, image_size: int, flag: str = "--
     try:
         model.eval()(torch.zeros(1, in_chans, image_size, image_size))
     except REFUSALS as error:
+        if lacks_memory(error):
+            raise
         raise InputError(f"{refusal}: {first_line(error)}") from error
 
 
@@ -184,4 +188,6 @@ def create_body(name: str, **model_args: Any) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=0, **model_args)
     except (TypeError, OSError, *REFUSALS) as error:
+        if lacks_memory(error):
+            raise
         raise InputError(f"--model.name {name}: {first_line(error)}") from error

@@ -18,7 +18,7 @@ from torch import nn
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import Prepare, mix
-from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.errors import InputError, first_line, lacks_memory
 from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
 from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
@@ -157,6 +157,8 @@ class Task(ABC, Generic[R]):
         except InputError:
             raise
         except Exception as error:  # its arguments may be anything
+            if lacks_memory(error):
+                raise
             reason = first_line(error)
             raise InputError(f"{path} does not fit timm {timm.__version__}'s {checkpoint.model}: {reason}") from error
         if not all(parameter.isfinite().all() for parameter in model.parameters()):

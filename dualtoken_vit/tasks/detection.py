@@ -20,6 +20,7 @@ from dualtoken_vit.data.detection import DetectionDataset, build_datasets, build
 from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
 from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector
 from dualtoken_vit.models.tiles import detect_in_tiles
@@ -100,11 +101,21 @@ class DetectionModule(TaskModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
+        if not torch.cat([target["boxes"] for target in targets]).isfinite().all():
+            raise InputError(self._not_finite(targets))
         losses = self.model([image / 255 for image in images], targets)
         loss = sum(losses.values())
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
+
+    def _not_finite(self, targets: list[dict[str, Any]]) -> str:
+        train: Any = self.trainer.datamodule.train  # type: ignore[attr-defined]
+        bad = next(target["image_id"] for target in targets if not target["boxes"].isfinite().all())
+        return (
+            f"{printable(train.image_names[train.image_ids.index(bad)])}: a box is NaN or Inf at step "
+            f"{self.global_step + 1}, after augmentation; correct its labels, or leave out augmentations (--augment.*)"
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch

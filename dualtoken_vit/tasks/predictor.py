@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualtoken_vit.bounds import check_bounds
-from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.errors import InputError, first_line, lacks_memory
 from dualtoken_vit.runtime.base import BasePredictor
 
 Result = TypeVar("Result")
@@ -76,7 +76,7 @@ def naming_memory(hint: str) -> Iterator[None]:
     """A failed allocation inside becomes an `OutOfMemory` with a hint what to do."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # the CPU's allocator raises a RuntimeError
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+    except Exception as error:
+        if lacks_memory(error):
             raise OutOfMemory(f"out of memory ({first_line(error)[:80]}): {hint}") from error
         raise

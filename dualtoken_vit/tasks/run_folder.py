@@ -135,7 +135,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with ZipFile(path) as archive:  # PyTorch does not compare the checksums of its archive
                 if archive.testzip():
                     raise ValueError("checksum")
-            return super().load_checkpoint(path, *args, **kwargs)
+            found = super().load_checkpoint(path, *args, **kwargs)
+            if not isinstance(found, dict):
+                raise ValueError("no dictionary")
+            return found
         except Exception as error:  # a damaged file raises any
             raise InputError(f"{path} is damaged and cannot be resumed from; start another run with --out") from error
 

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.util import _exit_function
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,8 +90,6 @@ def start(function: Callable[..., Any], *args: Any, folder: Path, env: dict[str,
 
 def _call(function: Callable[..., Any], args: Sequence[Any]) -> int:
     """As the interpreter ends: with the status of SystemExit, or a traceback and 1."""
-    from multiprocessing.util import _exit_function
-
     try:
         function(*args)
         status = 0
@@ -101,7 +100,10 @@ def _call(function: Callable[..., Any], args: Sequence[Any]) -> int:
     except BaseException:
         traceback.print_exc()
         status = 1
-    _exit_function()  # ends the workers of data loaders
+    try:
+        _exit_function()  # ends the workers of data loaders
+    except Exception as error:  # the interpreter prints it, too, and keeps the status
+        print(f"ignored at the end: {error!r}", file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
     return status
 

@@ -198,7 +198,8 @@ def masks(rng: Random, world: Path, folder: Path) -> Verdict:
             mask = mask.resize((rng.randrange(1, 60), rng.randrange(1, 60)))
         if rng.random() < 0.3:
             mask = mask.point(lambda value: rng.choice([0, 1, value, 6, 7, 8, 254, 255]))
-        mask.convert(mode).save(path, "TIFF" if mode == "F" else rng.choice(["PNG", "TIFF"]))
+        kind = "TIFF" if mode == "F" else rng.choice(["PNG", "TIFF"])
+        mask.convert(mode).save(path, "TIFF" if mode == "I" else kind)
         what = f"mask: mode {mode}"
     command = rng.choice(["evaluate", "evaluate", "check-data", "train"])
     fault = ""

@@ -34,6 +34,12 @@ def box(values: Any) -> tuple[int, ...]:
     return tuple(round(100 * float(value)) for value in values)
 
 
+def _json(path: Path) -> Any:
+    """What a JSON file has, in whichever encoding; undecodable bytes as the system keeps those of names."""
+    content = path.read_bytes()
+    return json.loads(content.decode(json.detect_encoding(content), "surrogateescape"))
+
+
 def objects_of(kind: str, root: Path) -> Objects:
     """All objects of a folder in one of the label formats; raises anything where it makes no sense."""
     return Counter(READERS[kind](root))
@@ -41,7 +47,7 @@ def objects_of(kind: str, root: Path) -> Objects:
 
 def _coco(root: Path):
     for path in sorted((root / "annotations").glob("*.json")):
-        coco = json.loads(path.read_bytes())
+        coco = _json(path)
         names = {one["id"]: one["name"] for one in coco["categories"]}
         images = {one["id"]: os.path.basename(one["file_name"]) for one in coco["images"]}
         for one in coco["annotations"]:
@@ -95,7 +101,7 @@ def _csv(root: Path):
 
 def _labelme(root: Path):
     for path in sorted(root.glob("*.json")):
-        content = json.loads(path.read_bytes())
+        content = _json(path)
         for shape in content["shapes"]:
             points = np.array(shape["points"], dtype=float)
             low, high = points.min(0), points.max(0)
@@ -111,11 +117,13 @@ def average_precision(labels: Path, results: Path) -> float:
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(labels)
+        truth = COCO()
+        truth.dataset = _json(labels)  # COCO itself reads UTF-8 alone
         for one in truth.dataset["annotations"]:  # pycocotools needs both
             one.setdefault("iscrowd", 0)
             if one.get("area") is None:
                 one["area"] = one["bbox"][2] * one["bbox"][3]
+        truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(str(results)), "bbox")
         evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
     return float(evaluation.stats[0])

@@ -31,9 +31,22 @@ def number(text: Any) -> float:
         value = float(text)
     except (TypeError, ValueError):
         raise ValueError(f"{text!r:.50} is not a number") from None
+    except OverflowError:  # an integer of JSON that no float can have
+        value = float("inf")
     if not abs(value) < float("inf"):
         raise ValueError(f"{text!r:.50} is not a finite number")
     return value
+
+
+def stated_size(sides: Iterable[Any]) -> tuple[int, int] | None:
+    """Width and height as a label file states them, None where it does not; a ValueError for those of no image."""
+    stated = [str(side).strip() for side in sides]
+    if not all(map(str.isdecimal, stated)):
+        return None
+    if max(map(len, stated)) > 9:
+        raise ValueError(f"its size of {' x '.join(f'{side:.20}' for side in stated)} is that of no image")
+    width, height = map(int, stated)
+    return (width, height) if width and height else None
 
 
 def sizes(paths: Sequence[Path], title: str) -> list[tuple[int, int] | str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.folders import scan
-from dualtoken_vit.data.formats.base import Format, Labels, number
+from dualtoken_vit.data.formats.base import Format, Labels, number, stated_size
 from dualtoken_vit.data.images import image_size, open_image
 from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.splits import ALL, find, split_folders
@@ -23,21 +23,24 @@ CIRCLE = 64  # corners of the polygon for a circle
 
 
 def _detect(root: Path) -> dict[str, list[Path]]:
-    """The JSON files of LabelMe in ROOT/SPLIT, or all of them."""
-    found = {split: _files(path) for split, path in split_folders(root).items()}
-    found = {split: files for split, files in found.items() if files}
-    files = [] if found else _files(root)
-    return {ALL: files} if files else found
+    """The JSON files in ROOT/SPLIT if LabelMe wrote the first of a split, or all of them."""
+    found = {split: files for split, path in split_folders(root).items() if (files := _files(path))}
+    if any(map(_is_labelme, found.values())):
+        return found
+    files = _files(root)
+    return {ALL: files} if _is_labelme(files) else {}
 
 
 def _files(folder: Path) -> list[Path]:
-    """All JSON files in a folder, if LabelMe wrote the first."""
-    paths = [Path(path) for path in scan(folder)[1] if path.lower().endswith(".json")]
+    return [Path(path) for path in scan(folder)[1] if path.lower().endswith(".json")]
+
+
+def _is_labelme(paths: list[Path]) -> bool:
     first = next((path for path in paths if path.is_file()), None)
     if first is None:
-        return []
+        return False
     with first.open("rb") as file:  # its beginning: another tool's file may be huge
-        return paths if b'"shapes"' in file.read(4096) else []
+        return b'"shapes"' in file.read(4096)
 
 
 def _read(root: Path, files: list[Path]) -> AnnotatedImages:
@@ -46,9 +49,7 @@ def _read(root: Path, files: list[Path]) -> AnnotatedImages:
         try:
             content = _load(file)
             path = _image(root, file, content)
-            stated = content.get("imageWidth"), content.get("imageHeight")
-            known = all(type(side) is int and side > 0 for side in stated)
-            size: Any = stated if known else image_size(path)
+            size = stated_size(map(content.get, ("imageWidth", "imageHeight"))) or image_size(path)
         except (ValueError, InputError) as error:
             labels.problems.append(f"{labels.place(file)}: {error}")
             continue

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dualtoken_vit.data.coco import AnnotatedImages
-from dualtoken_vit.data.formats.base import Format, Labels, number
+from dualtoken_vit.data.formats.base import Format, Labels, number, stated_size
 from dualtoken_vit.data.images import image_size
 from dualtoken_vit.data.splits import find
 from dualtoken_vit.data.tables import CLASS, FILE, SPLIT, Part, cells, split_tables
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import printable
 
 COLUMNS = {  # what a column may be called, in lower case
     "file": FILE,
@@ -53,6 +54,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _read(root: Path, part: Part) -> AnnotatedImages:
+    if not _columns(part.path):
+        names = ", ".join(synonyms[0] for synonyms in COLUMNS.values())
+        raise InputError(f"{printable(part.path)}: its first line does not name the columns {names}, as others here do")
     labels = Labels(root)
     of_image: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(part.path):
@@ -65,10 +69,9 @@ def _read(root: Path, part: Part) -> AnnotatedImages:
             path = find(root, name, folders) if name else None
             if path is None:
                 raise InputError(f"image {name!r:.200} is not in {folders[0].name} or images")
-            stated = [row.get(key, "") for key in ("width", "height")]
-            known = all(value.isdecimal() and int(value) for value in stated)
-            labels.add_image(path, (int(stated[0]), int(stated[1])) if known else image_size(path))
-        except InputError as error:
+            size = stated_size(row.get(key, "") for key in ("width", "height"))
+            labels.add_image(path, size or image_size(path))
+        except (ValueError, InputError) as error:
             labels.problems.append(f"{labels.place(part.path, f'line {line}')}: {error}")
             continue
         for line, row in rows:

@@ -16,7 +16,7 @@ from defusedxml.ElementTree import parse
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.folders import read_lines, scan
-from dualtoken_vit.data.formats.base import Format, Labels, labelled, number, polygons_of, sizes, text
+from dualtoken_vit.data.formats.base import Format, Labels, labelled, number, polygons_of, sizes, stated_size, text
 from dualtoken_vit.data.splits import ALL, find, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
@@ -66,17 +66,18 @@ def _is_voc(path: Path) -> bool:
 
 def _read(root: Path, files: list[Path]) -> AnnotatedImages:
     labels = Labels(root)
-    found: list[tuple[Path, Element, Path]] = []
+    found: list[tuple[Path, Element, Path, tuple[int, int] | None]] = []
     for file in files:
         try:
             tree = _parse(file)
-            found.append((file, tree, _image(root, file, tree)))
+            stated = stated_size(tree.findtext(f"size/{key}") for key in ("width", "height"))
+            found.append((file, tree, _image(root, file, tree), stated))
         except (ValueError, InputError) as error:
             labels.problems.append(f"{labels.place(file)}: {error}")
-    unsized = [path for _, tree, path in found if not _size(tree)]
+    unsized = [path for *_, path, stated in found if not stated]
     measured = dict(zip(unsized, sizes(unsized, "reading the sizes of the images"), strict=True))
-    for file, tree, path in found:
-        size = _size(tree) or measured[path]
+    for file, tree, path, stated in found:
+        size = stated or measured[path]
         if isinstance(size, str):
             labels.problems.append(size)
             continue
@@ -114,14 +115,6 @@ def _image(root: Path, file: Path, tree: Element) -> Path:
     if path is None:
         raise ValueError(f"its image {name!r:.200} is neither beside it nor in JPEGImages or images")
     return path
-
-
-def _size(tree: Element) -> tuple[int, int] | None:
-    """Width and height as the file states them, None where it does not."""
-    values = [(tree.findtext(f"size/{key}") or "").strip() for key in ("width", "height")]
-    if not all(value.isdecimal() and int(value) for value in values):
-        return None
-    return int(values[0]), int(values[1])
 
 
 def _corners(one: Element) -> list[float]:

@@ -159,7 +159,7 @@ def _read(root: Path, entries: list[str]) -> AnnotatedImages:
 def _parse(line: str, size: tuple[int, int], classes: int) -> tuple[int, list[float], list[list[float]]]:
     """Class, corners of the box and polygons in pixels of a line; a ValueError for what it must be instead."""
     first, *rest = line.split()
-    if not first.isdecimal() or int(first) >= classes:
+    if not first.isdecimal() or len(first) > 9 or int(first) >= classes:
         raise ValueError(f"class {first!r:.50} must be a number from 0 to {classes - 1}")
     values = list(map(number, rest))
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):

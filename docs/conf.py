@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).with_name("_ext")))
 
 project = "DualToken-ViT"
 version = release = dualtoken_vit.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "flags"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "flags", "pages"]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"

@@ -188,7 +188,7 @@ def test_the_commands_of_the_documentation_are_understood(page, monkeypatch, tmp
 def test_the_python_of_the_documentation_runs(page):
     names = {}
     for block in blocks(FILES[page], "python"):
-        if "runs/photos" not in block:  # needs a trained network, see below
+        if "runs/" not in block:  # needs a trained network, see below
             exec(block, names)
     if page == "README.md":
         assert [tuple(m.shape) for m in names["maps"]] == [(1, 48, 20, 28), (1, 96, 10, 14), (1, 192, 5, 7)]
@@ -206,10 +206,11 @@ def test_the_python_of_the_documentation_runs(page):
 @pytest.mark.slow
 def test_the_python_of_the_documentation_runs_on_a_trained_network(inside):
     cli.run(["export", "runs/photos/best.safetensors"])
+    cli.run(["export", "runs/objects/best.safetensors", "--images", "cells/images"])
     shutil.rmtree("runs/photos/hub", ignore_errors=True)
     for text in FILES.values():
         for block in blocks(text, "python"):
-            if "runs/photos" in block and "checkpoint_path" not in block:
+            if "runs/" in block and "checkpoint_path" not in block:
                 names = {}
                 exec(block, names)
                 assert "result" not in names or names["result"].name in ("cat", "dog")
@@ -231,21 +232,42 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", FILES)
+def links(page, text):
+    """(link, file, anchor) of each link of a page that does not leave the repository."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    for link in (a or b for a, b in found):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            yield link, (ROOT / page).parent / path if path else ROOT / page, anchor
+
+
+LINKED = [*FILES, "CHANGELOG.md", "web/README.md", "dualtoken_vit/weights/dualtoken_vit_tiny_mix.tin190.md"]
+
+
+@pytest.mark.parametrize("page", LINKED)
 def test_the_links_of_the_documentation_lead_somewhere(page):
-    text = re.sub(r"^```.*?^```", "", FILES[page], flags=re.MULTILINE | re.DOTALL)
-    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
-    for link in (a or b for a, b in links):
-        if link.startswith("http"):
-            continue
-        path, _, anchor = link.partition("#")
-        target = (ROOT / page).parent / path if path else ROOT / page
+    """On GitHub, which does not include files: an anchor is a heading of the very file."""
+    for link, target, anchor in links(page, (ROOT / page).read_text(encoding="utf-8")):
         assert target.exists(), link
-        if anchor:
-            content = target.read_text(encoding="utf-8")
-            if included := re.search(r"\{include\} (\S+)", content):
-                content = (target.parent / included[1]).read_text(encoding="utf-8")
-            assert anchor in anchors(content), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_links_of_the_site_lead_to_the_pages_that_include_files_of_the_repository(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs/_ext"))
+    from pages import INCLUDED, for_site
+
+    assert len(INCLUDED) == 5
+    for page in PAGES[1:]:
+        name = page.relative_to(ROOT).as_posix()
+        text = for_site(page, FILES[name])
+        assert "On GitHub" not in text
+        for link, target, anchor in links(name, text):
+            assert target.suffix != ".md" or target.resolve().is_relative_to(ROOT / "docs"), link
+            if anchor and (included := re.search(r"\{include\} (\S+)", target.read_text(encoding="utf-8"))):
+                assert anchor in anchors((target.parent / included[1]).read_text(encoding="utf-8")), link
+    tutorial = ROOT / "docs/tutorials/classification.md"
+    assert "](../results/index.md#wrong-labels)" in for_site(tutorial, "](../../results/README.md#wrong-labels)")
 
 
 def test_the_reference_has_every_recipe_and_command():

@@ -421,6 +421,7 @@ def main() -> None:
         _end(f"error: {error}; {INSTALL}")
     except Exception as error:
         if lacks_memory(error):
+            error.__traceback__ = error.__context__ = None  # frees what their frames hold: a message needs memory, too
             _end("error: out of memory; give smaller images, batches or networks")
         if isinstance(error, OSError):
             _end_of_files(error)

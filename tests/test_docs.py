@@ -268,6 +268,8 @@ def test_the_links_of_the_site_lead_to_the_pages_that_include_files_of_the_repos
                 assert anchor in anchors((target.parent / included[1]).read_text(encoding="utf-8")), link
     tutorial = ROOT / "docs/tutorials/classification.md"
     assert "](../results/index.md#wrong-labels)" in for_site(tutorial, "](../../results/README.md#wrong-labels)")
+    included = for_site(ROOT / "results/README.md", "](../REPRODUCTION.md#the-ablations) [](../docs/guides/data.md)")
+    assert included == "](../explanation/reproduction.md#the-ablations) [](../docs/guides/data.md)"
 
 
 def test_the_reference_has_every_recipe_and_command():

@@ -18,7 +18,7 @@ from dualtoken_vit.errors import InputError, lacks_memory
 from dualtoken_vit.files import printable
 from dualtoken_vit.machine import print_environment
 
-INSTALL = "install the train extra: pip install 'dualtoken-vit[train]', or -e '.[train]' in a clone"
+INSTALL = "install the train extra: pip install 'dualtoken-vit[train]', or in a clone: pip install -e '.[train]'"
 try:
     import tyro
     from rich.console import Console

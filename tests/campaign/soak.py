@@ -32,7 +32,8 @@ def sample(pid: int) -> Sample:
 def watch(pid: int, folder: Path, images: int, limit: float) -> tuple[str, str]:
     """Sample a process until it ends; returns what was seen in its second half, and a fault or "".
 
-    The slope of the memory is that of a line through the samples between the first third and the end.
+    The slope of the memory is that of a line through these samples: before, what is needed once is allocated, such as
+    that of the first drawings.
     """
     samples, times, begin = [], [], time.monotonic()
     while time.monotonic() - begin < limit:
@@ -45,10 +46,10 @@ def watch(pid: int, folder: Path, images: int, limit: float) -> tuple[str, str]:
             break
         time.sleep(0.2)
     ended = finish(pid, folder, limit)
-    later = samples[len(samples) // 3 : -3]
+    later = samples[len(samples) // 2 : -3]
     if ended.status or len(later) < 10:
         return "", ended.fault or ended.message or "too short to be measured"
-    slope = np.polyfit(times[len(samples) // 3 : -3], [one.memory for one in later], 1)[0]
+    slope = np.polyfit(times[len(samples) // 2 : -3], [one.memory for one in later], 1)[0]
     growth = slope * times[-1] / images * 1000
     half, more, seen = len(later) // 2, [], f"{growth:+.2f} MB for 1,000 images"
     for name in ("files", "threads"):
@@ -82,7 +83,7 @@ def training_run(epochs: int, workers: int) -> Case:
     """A training of many short epochs."""
 
     def case(rng: Random, world: Path, folder: Path) -> Verdict:
-        photos, count = folder / "photos", {"train": 100, "val": 20}  # images of each class
+        photos, count = folder / "photos", {"train": 400, "val": 80}  # images of each class
         for source in (world / "photos").glob("*/*"):
             link(sorted(source.iterdir()), photos / source.parent.name / source.name, count[source.parent.name])
         changed = {"data__root": photos, "data__workers": workers, "run__save_every": 1000}

@@ -87,7 +87,7 @@ class Export(Generic[D]):
     size: str | None = None
     """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
     up to multiples of 32, and others are resized and padded to it: by default the size at which the detector processes
-    most of --images, without these a square. Other files take any size."""
+    most of --images, or of the validation images. Other files take any size."""
     raw: bool = False
     """RetinaNet, FCOS, SSDLite: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the
     predictor of the file chooses among them."""

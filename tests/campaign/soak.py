@@ -84,7 +84,7 @@ def training_run(epochs: int, workers: int) -> Case:
     """A training of many short epochs."""
 
     def case(rng: Random, world: Path, folder: Path) -> Verdict:
-        photos, count = folder / "photos", {"train": 100, "val": 20}  # images of each class
+        photos, count = folder / "photos", {"train": 400, "val": 80}  # images of each class
         for source in (world / "photos").glob("*/*"):
             link(sorted(source.iterdir()), photos / source.parent.name / source.name, count[source.parent.name])
         changed = {"data__root": photos, "data__workers": workers, "run__save_every": 1000}
@@ -96,6 +96,6 @@ def training_run(epochs: int, workers: int) -> Case:
     return case
 
 
-CASES: list[Case] = [predicting(20_000), training_run(200, 1)]
+CASES: list[Case] = [predicting(20_000), training_run(50, 1)]
 COUNT = len(CASES)
 EXPECTED = "less than 1 MB more for 1,000 images; files and threads do not become more"

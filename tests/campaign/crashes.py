@@ -11,7 +11,7 @@ from random import Random
 from test_resume import assert_same_run
 
 from campaign.core import Case, Outcome, Verdict, command, finish, kill_after, run, start
-from campaign.world import TASKS, best, training
+from campaign.world import TASKS, best, study, training
 
 FILES = {"classification": ("metrics.csv", "confusion.csv", "recipe.json")}
 
@@ -90,21 +90,7 @@ def _commands(world: Path) -> dict[str, list[str]]:
         "predict": ["predict", str(best(world, "classification")), str(world / "photos"), "--out", "OUT"],
         "convert": ["convert", str(world / "objects"), "OUT", "--to", "voc"],
         "export": ["export", str(best(world, "classification")), "--out", "OUT/model.onnx"],
-        "study": [
-            *(
-                "study",
-                "mlp",
-                "--out",
-                "OUT",
-                "--data.root",
-                str(world / "photos"),
-                "--data.image-size",
-                "32",
-                "--seeds",
-                "1",
-            ),
-            *("--optim.batch-size", "4", "--data.workers", "0", "--base", "tiny"),
-        ],
+        "study": study(world, "OUT"),
     }
 
 

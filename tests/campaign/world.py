@@ -56,6 +56,13 @@ def training(task: str, world: Path, out: Any, *more: Any, **changed: Any) -> li
     return ["train", recipe, *NETWORK, *first, *given, "--out", str(out), *map(str, more)]
 
 
+def study(world: Path, out: Any) -> list[str]:
+    """The arguments of a comparison of two networks, in a training of one epoch each."""
+    given = {"data.root": world / "photos", "data.image-size": SIDE, "data.workers": 0, "optim.batch-size": 4}
+    options = (str(text) for key, value in given.items() for text in (f"--{key}", value))
+    return ["study", "mlp", "--out", str(out), "--seeds", "1", "--base", "tiny", *options]
+
+
 def best(world: Path, task: str) -> Path:
     """The checkpoint of the task's run."""
     return world / "runs" / task / "best.safetensors"

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from campaign.core import Verdict, command, finish, run, start
-from campaign.world import best, training
+from campaign.world import best, study, training
 
 ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT)
 EVENTS = {"os.rename": 1, "os.mkdir": 0, "os.truncate": 0, "os.symlink": 1, "os.link": 1}  # place of the path written
@@ -41,6 +41,12 @@ def commands(world: Path) -> dict[str, list[str]]:
         "predict segmentation": ["predict", str(best(world, "segmentation")), photos, "--out", "OUT"],
         "train detection": training("detection", world, "OUT", optim__epochs=1),
         "train segmentation": training("segmentation", world, "OUT", optim__epochs=1),
+        "train multilabel": training("multilabel", world, "OUT", optim__epochs=1),
+        "predict detection": ["predict", str(best(world, "detection")), photos, "--out", "OUT"],
+        "check-data detection": ["check-data", "coco", "--data.root", str(world / "objects"), "--out", "OUT"],
+        "check-data segmentation": ["check-data", "masks", "--data.root", str(world / "masks"), "--out", "OUT"],
+        "export int8": ["export", network, "--int8", "--out", "OUT/model.onnx"],
+        "study": study(world, "OUT"),
     }
 
 

@@ -4,8 +4,9 @@ Exported files need neither PyTorch nor the train extra.
 """
 
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import islice
 from json import dump, dumps
@@ -25,7 +26,6 @@ from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_n
 from dualtoken_vit.show.video import Video, VideoWriter, is_video
 
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
-TOGETHER = 100  # images in memory for the table
 
 
 class Source(NamedTuple):
@@ -158,42 +158,35 @@ def _predict_video(
 
 
 def print_table(report: Report[Any]) -> None:
-    """Print a report's table; without the train extra as plain lines."""
-    try:
-        from rich import box
-        from rich.cells import cell_len
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ModuleNotFoundError:
-        for path, rows in report.table:
-            print(printable(path), *("  ".join(map(printable, ("", *row))) for row in rows), sep="\n")
-        return
-    console, titles = Console(), ("image", *report.columns)
-    natural = [*map(cell_len, titles)]
+    """Print a report's table in the width of the terminal; a path that leaves no room for the rest has its own line."""
+    width: Callable[[str], int] = len
+    with suppress(ModuleNotFoundError):  # without the train extra, one cell for each character
+        from rich.cells import cell_len as width
+    titles = "image", *report.columns
+    widths = [*map(width, titles)]
     for path, rows in report.table:
         for row in rows:
-            natural = [max(pair) for pair in zip(natural, map(cell_len, map(printable, (path, *row))), strict=True)]
-    room = console.width - sum(natural[1:]) - 3 * len(natural) - 1  # for the names of the files, without the frame
-    widths = [min(natural[0], room), *natural[1:]] if room > 0 else [None] * len(natural)  # None: left to rich
-    images, first = iter(report.table), True
-    while part := list(islice(images, TOGETHER)):
-        table = Table(box=box.SIMPLE_HEAD, show_header=first)
-        for number, (title, width) in enumerate(zip(titles, widths, strict=True)):
-            how: dict[str, Any] = {"no_wrap": True} if number else {"overflow": "fold"}
-            table.add_column(title, width=width, justify="right" if number > 1 else "left", **how)
-        for path, rows in part:  # one row of the table each: a row for each class takes several times as long
-            styles = ["dim" if number else "bold" for number in range(len(rows))] if report.ranked else [""] * len(rows)
-            cells = (
-                [Text(printable(cell), style) for cell, style in zip(column, styles, strict=True)]
-                for column in zip(*rows, strict=True)
-            )
-            table.add_row(Text(printable(path)), *map(Text("\n").join, cells), end_section=True)
-        with console.capture() as printed:
-            console.print(table)
-        lines = printed.get()
-        print(lines if first else lines.partition("\n")[2], end="")  # the blank line above is there from the last part
-        first = False
+            widths = [max(pair) for pair in zip(widths, map(width, map(printable, (path, *row))), strict=True)]
+    room = shutil.get_terminal_size().columns - sum(widths[1:]) - 2 * len(report.columns)
+    widths[0] = max(min(widths[0], room), len(titles[0]))
+
+    def show(*cells: str) -> None:
+        spaces = [" " * (most - width(cell)) for most, cell in zip(widths, cells, strict=True)]
+        aligned = (
+            f"{s}{c}" if number > 1 else f"{c}{s}" for number, (c, s) in enumerate(zip(cells, spaces, strict=True))
+        )
+        print("  ".join(aligned).rstrip())
+
+    show(*titles)
+    show(*("-" * most for most in widths))
+    for path, rows in report.table:
+        name = printable(path)
+        if width(name) > widths[0]:
+            print(name)
+            name = ""
+        for row in rows:
+            show(name, *map(printable, row))
+            name = ""
 
 
 def none_readable(unreadable: list[dict[str, str]]) -> str:

@@ -310,7 +310,7 @@ def test_offline_and_at_phone_width(context, page, images, requests):
         assert shown(page) == before
     finally:
         context.set_offline(False)
-    assert set(requests) <= {"/sw.js", "/files.js"}  # the browser looks for a newer worker, at times despite set_offline
+    assert set(requests) <= {"/sw.js", "/files.js"}  # its look for a newer worker, despite set_offline
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     for place in (".button", "#camera", "#size", "#show"):
         box = page.locator(place).bounding_box()

@@ -22,7 +22,6 @@ class Report(ABC, Generic[Result]):
 
     columns: ClassVar[tuple[str, ...]]
     """Headings of the table, after "image"."""
-    ranked: ClassVar[bool] = False  # whether the first row of an image is its answer
     suffixes: ClassVar[tuple[str, ...]] = (".png",)  # of the files for an image: the drawing, and those of `files`
 
     def __init__(self, predictor: Any):
@@ -60,7 +59,6 @@ class ClassesReport(Report[Classes]):
     """The classes of each image with their probabilities."""
 
     columns = "class", "probability"
-    ranked = True
 
     def entry(self, result: Classes) -> dict[str, Any]:
         return {"classes": [{"class": name, "probability": share} for name, share in _pairs(result)]}

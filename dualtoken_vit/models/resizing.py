@@ -41,6 +41,9 @@ class Transform(GeneralizedRCNNTransform):
         super().__init__(image_size, max_size, list(mean), list(std))
         self.multi_scale = multi_scale
 
+    def normalize(self, image: Tensor) -> Tensor:
+        return image  # after resizing, which commutes with it: images become smaller there
+
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         old = image.shape[-2:]
         short = self.torch_choice(self.multi_scale) if self.training and self.multi_scale else self.min_size[-1]
@@ -51,7 +54,7 @@ class Transform(GeneralizedRCNNTransform):
                 target[key] = resize_boxes(target[key], old, new)
             if "masks" in target:
                 target["masks"] = F.interpolate(target["masks"][:, None].float(), new)[:, 0].byte()
-        return image, target
+        return super().normalize(image), target
 
     def fit(self, size: Sequence[int], short: int) -> tuple[int, int]:
         """Height and width of an image of this size after resizing to the given short side."""

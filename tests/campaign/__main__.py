@@ -107,6 +107,8 @@ def prepare(out: Path) -> None:
 def run_case(out: Path, part: str, seed: int, number: int, keep: bool = False) -> Verdict:
     """One case in a new folder, which is kept if there is a fault."""
     folder = out / "cases" / f"{part}-{number}"
+    if (folder / "disk").is_mount():  # of a campaign that was killed
+        subprocess.run(["umount", folder / "disk"], check=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     cases = cases_of(out, part)

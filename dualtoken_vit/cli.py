@@ -219,11 +219,16 @@ def evaluate(args: list[str]) -> None:
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
     checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
-    from dualtoken_vit.machine import tune_cpu
     from dualtoken_vit.predict import predict as run
-    from dualtoken_vit.predictors import default_options
+    from dualtoken_vit.runtime.session import is_exported
 
-    tune_cpu()
+    if is_exported(checkpoint):  # needs no PyTorch, and starts in a tenth of the time
+        from dualtoken_vit.runtime.predictor import default_options
+    else:
+        from dualtoken_vit.machine import tune_cpu
+        from dualtoken_vit.predictors import default_options
+
+        tune_cpu()
     options = default_options(checkpoint)
     about = describe(predict.__doc__, "predict")
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", about)

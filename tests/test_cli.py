@@ -340,22 +340,13 @@ def test_problems_in_the_data_set_the_status(call, photos):
     assert "twin.png" in out
 
 
-def test_help_imports_neither_lightning_nor_matplotlib():
-    code = (
-        "import sys; from dualtoken_vit import cli; cli.run(['--help']);"
-        "print([name for name in ('lightning', 'matplotlib', 'torchmetrics') if name in sys.modules])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
-    assert found.stdout.splitlines()[-1] == "[]"
-
-
 @pytest.mark.parametrize("given", [None, "active"])
 def test_threads_wait_passively_unless_the_user_decided(given):
     """Set before PyTorch is imported, whose OpenMP reads it once."""
     code = (
         "import os, sys, dualtoken_vit_command\n"
         "assert 'torch' not in sys.modules\n"
-        "sys.argv = ['dualtoken-vit', '--version']\n"
+        "sys.argv = ['dualtoken-vit', 'env']\n"
         "sys.meta_path.insert(0, type('Spy', (), {'find_spec': staticmethod(\n"
         "    lambda name, *args: print(os.environ['OMP_WAIT_POLICY']) if name == 'torch' else None)}))\n"
         "dualtoken_vit_command.main()\n"
@@ -363,5 +354,4 @@ def test_threads_wait_passively_unless_the_user_decided(given):
     env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     env |= {"OMP_WAIT_POLICY": given} if given else {}
     finished = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    *policies, version = finished.stdout.split()
-    assert (set(policies), version) == ({given or "passive"}, dualtoken_vit.__version__), finished.stderr
+    assert finished.stdout.split()[0] == (given or "passive"), finished.stderr

@@ -18,7 +18,7 @@ import dualtoken_vit
 from dualtoken_vit import cli
 from dualtoken_vit.arguments import Evaluate
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import ABOUT, RECIPES
+from dualtoken_vit.recipes import ABOUT, KINDS, RECIPES
 
 TINY = (
     "--model.name",
@@ -258,10 +258,27 @@ def test_a_image_that_breaks_while_it_is_read(call, photos, tmp_path):
     assert json.loads(call("evaluate", run / "best.safetensors", *skip)[1])["images"] == 17
 
 
-def test_train_without_a_name_draws_its_images():
-    chosen = cli._recipe_name(["--optim.epochs", "1"], "train", "")
-    assert chosen == ("", ["--optim.epochs", "1"])
-    assert RECIPES[cli.DEFAULT].data.dataset == "shapes"
+@pytest.mark.parametrize(
+    "args", [["train"], ["train", "--optim.epochs", "1"], ["check-data"], ["check-data", "--out", "x"]]
+)
+def test_without_a_recipe_nothing_starts(call, args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(*args)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"dualtoken-vit {args[0]} --help lists all" in err
+    named = re.search("name the recipe first: (.*) for images of your own, (.*) for generated ones", err)
+    assert {RECIPES[name].task for name in re.split(", | or ", named[1])} == {*KINDS}
+    assert RECIPES[named[2]].data.dataset == "shapes"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_without_a_recipe_needs_a_run(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for args in (["--resume"], ["--resume", "--out", "nowhere"]):
+        status, _, err = call("train", *args)
+        assert status == 2
+        assert f"--out {args[2] if args[2:] else '.'}: no run to resume there; name the recipe first" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

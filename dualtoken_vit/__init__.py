@@ -4,18 +4,21 @@ The other public names are loaded when they are first used: the import needs tor
 are no models, and `load_predictor` opens exported files only.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-if find_spec("torch") and find_spec("timm"):
-    from dualtoken_vit.models.dualtoken import DualTokenViT
-    from dualtoken_vit.models.lightvit import LightViT
+# The installed command imports the models where it needs them: its help would take seconds.
+if "dualtoken_vit_command" not in sys.modules and find_spec("torch") and find_spec("timm"):
+    import_module(f"{__name__}.models")
 
 if TYPE_CHECKING:
     from dualtoken_vit.deploy.export import export
     from dualtoken_vit.evaluation import evaluate
     from dualtoken_vit.models.detectors import create_detector
+    from dualtoken_vit.models.dualtoken import DualTokenViT
+    from dualtoken_vit.models.lightvit import LightViT
     from dualtoken_vit.models.segmenters import create_segmenter
     from dualtoken_vit.predictors import load_model, load_predictor
     from dualtoken_vit.recipes import RECIPES
@@ -37,6 +40,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "DualTokenViT": "models.dualtoken",
+    "LightViT": "models.lightvit",
     "RECIPES": "recipes",
     "create_detector": "models.detectors",
     "create_segmenter": "models.segmenters",

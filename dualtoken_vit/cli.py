@@ -38,7 +38,10 @@ except ModuleNotFoundError as error:  # without the train extra, exported files 
         sys.exit(2)
     predict_exported(sys.argv[1:], hint)
 
-DEFAULT = "demo"
+NO_RECIPE = (
+    "name the recipe first: folder, multilabel, coco or masks for images of your own, demo for generated ones; "
+    "dualtoken-vit {} --help lists all"
+)
 PRETRAINED = "--model.pretrained"  # true, false or auto: no switch for tyro, which wants True, False or auto
 
 # Commands import what they need themselves: `--help` is quick, and works without another command's dependencies.
@@ -50,20 +53,22 @@ def _runtime(chosen: Any) -> dict[str, Any]:
 
 
 def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str, list[str]]:
-    """The recipe that the arguments start with ("" without one), and the other arguments.
+    """The recipe that the arguments start with ("" where --resume finds it in a folder), and the other arguments.
 
     The recipe's own arguments are then parsed alone, so that messages do not mention other recipes.
     """
     if help_page(
         args,
-        f"{command} [RECIPE] [--section.field VALUE ...]",
-        f"{describe(about, command)}\n\nRecipes (default: {DEFAULT}):",
+        f"{command} RECIPE [--section.field VALUE ...]",
+        f"{describe(about, command)}\n\nRecipes:",
         ABOUT,
         f"\nTheir fields with type, default and meaning: dualtoken-vit {command} RECIPE --help",
     ):
         sys.exit()
     if not args or args[0].startswith("-"):
-        return "", args
+        if command == "train" and "--resume" in args:
+            return "", args
+        raise InputError(NO_RECIPE.format(command))
     return _known("recipe", args[0], RECIPES), args[1:]
 
 
@@ -159,6 +164,13 @@ def _check_overlap(options: Any, args: list[str]) -> None:
         raise InputError("--overlap is that of tiles: give --tile too, the side of a tile in pixels")
 
 
+def _peek(args: list[str], flag: str) -> str | None:
+    """The value of a flag on which the defaults of all others depend."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(flag, nargs="?", dest="value")
+    return finder.parse_known_args(args)[0].value
+
+
 def _known(kind: str, name: str, names: Iterable[str]) -> str:
     """The name, if it is one of `names`; else an error with similar ones."""
     if name in names:
@@ -170,24 +182,28 @@ def _known(kind: str, name: str, names: Iterable[str]) -> str:
 
 def train(args: list[str]) -> None:
     """Train a network with a recipe; writes its weights, metrics and curves into a folder."""
-    named, args = _recipe_name(args, "train", train.__doc__)
-    name = named or DEFAULT
+    name, args = _recipe_name(args, "train", train.__doc__)
 
     def parse(recipe: Recipe) -> Train:
-        return _with_recipe(Train, recipe, args, f"train {name}", f"train {recipe.task}", ABOUT[name])
+        return _with_recipe(Train, recipe, args, f"train {name}", f"train {recipe.task}", ABOUT.get(name))
 
-    chosen = parse(RECIPES[name])
-    out = chosen.out or Path("runs", name)
+    if name:
+        chosen = parse(RECIPES[name])
+        out, resume = chosen.out or Path("runs", name), chosen.resume
+    else:
+        out, resume = Path(_peek(args, "--out") or "."), True
     from dualtoken_vit.tasks.run_folder import stored_recipe
     from dualtoken_vit.tasks.trainer import train as run
 
-    stored = stored_recipe(out, named) if chosen.resume else None
+    stored = stored_recipe(out, name) if resume else None
     if stored is not None:
         chosen = parse(stored)
+    elif not name:
+        raise InputError(f"--out {out}: no run to resume there; {NO_RECIPE.format('train')}")
     epochs = chosen.recipe.optim.epochs
     if chosen.recipe.run.max_minutes is not None and epochs != (stored or RECIPES[name]).optim.epochs:
         raise InputError(f"--optim.epochs {epochs}: --run.max-minutes sets the epochs; leave out one of the two")
-    run(chosen.recipe, out, chosen.resume, named if stored is not None else name)
+    run(chosen.recipe, out, chosen.resume, name)
 
 
 def evaluate(args: list[str]) -> None:
@@ -219,11 +235,16 @@ def evaluate(args: list[str]) -> None:
 def predict(args: list[str]) -> bool:
     """Print and draw the predictions of a trained network for images."""
     checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
-    from dualtoken_vit.machine import tune_cpu
     from dualtoken_vit.predict import predict as run
-    from dualtoken_vit.predictors import default_options
+    from dualtoken_vit.runtime.session import is_exported
 
-    tune_cpu()
+    if is_exported(checkpoint):  # needs no PyTorch, and starts in a tenth of the time
+        from dualtoken_vit.runtime.predictor import default_options
+    else:
+        from dualtoken_vit.machine import tune_cpu
+        from dualtoken_vit.predictors import default_options
+
+        tune_cpu()
     options = default_options(checkpoint)
     about = describe(predict.__doc__, "predict")
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", about)
@@ -274,9 +295,7 @@ def study(args: list[str]) -> None:
     if not args or args[0].startswith("-"):
         raise InputError(f"name the study first: dualtoken-vit study {'|'.join(STUDIES)}")
     name, args = _known("study", args[0], STUDIES), args[1:]
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)  # the defaults of all that follows depend on it
-    finder.add_argument("--preset", nargs="?", default="cpu")
-    _, default = PRESETS.get(finder.parse_known_args(args)[0].preset, PRESETS["cpu"])
+    _, default = PRESETS.get(_peek(args, "--preset") or "cpu", PRESETS["cpu"])
 
     def make(recipe: Any) -> Study:
         return replace(default, recipe=recipe)
@@ -287,7 +306,6 @@ def study(args: list[str]) -> None:
 def check_data(args: list[str]) -> bool:
     """Read all data of a recipe once, report what it holds and what is wrong."""
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
-    name = name or DEFAULT
     about = f"{check_data.__doc__} {ABOUT[name]}"
     chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about)
     from dualtoken_vit.bounds import check_bounds

@@ -9,8 +9,8 @@ from typing import Any, NoReturn, get_args
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.predict import predict
-from dualtoken_vit.runtime.predictor import predictor_class
-from dualtoken_vit.runtime.session import RUNTIMES, is_exported, read_description
+from dualtoken_vit.runtime.predictor import default_options
+from dualtoken_vit.runtime.session import RUNTIMES, is_exported
 
 USAGE = """usage: dualtoken-vit predict FILE.onnx IMAGES [--option VALUE ...]
        dualtoken-vit predict FILE.onnx --help      all options, which depend on the file's task
@@ -50,10 +50,8 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--batch-size", type=int, help="images in a forward pass")
     parser.add_argument("--runtime", choices=RUNTIMES, default="onnxruntime")
-    description = read_description(path)
-    kind = predictor_class(description)
-    stored = kind.make_options(**kind.stored_options(description))
-    for field in fields(kind.Options):
+    stored = default_options(path)
+    for field in fields(stored):
         default = getattr(stored, field.name)
         how: dict[str, Any] = {"type": type(default)}
         if isinstance(default, bool):

@@ -21,7 +21,10 @@ import dualtoken_vit
 from dualtoken_vit.data.folders import contains, scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, guard, printable, write_json
+from dualtoken_vit.runtime.base import BasePredictor
+from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.report import Report
+from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
 from dualtoken_vit.show.video import Video, VideoWriter, is_video
 
@@ -59,7 +62,7 @@ def predict(
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     if any(map(is_video, images)):
         return _predict_video(checkpoint, images, out, json, batch_size, options)
-    predictor = dualtoken_vit.load_predictor(checkpoint, **options)
+    predictor = _load(checkpoint, options)
     report = predictor.report(predictor)
     sources = find_images(images, out, suffixes=report.suffixes)
 
@@ -98,6 +101,12 @@ def predict(
     return tell_unreadable(record["unreadable"], len(sources))
 
 
+def _load(checkpoint: Path, options: dict[str, Any]) -> BasePredictor[Any]:
+    """`load_predictor`, without PyTorch for an exported file."""
+    load = load_exported if is_exported(checkpoint) else dualtoken_vit.load_predictor
+    return load(checkpoint, **options)
+
+
 def _predict_video(
     checkpoint: Path,
     videos: tuple[Path, ...],
@@ -116,7 +125,7 @@ def _predict_video(
         there = out if out.is_file() else record
         raise InputError(f"--out {out}: {there} exists and is not from an earlier run; name another file")
     video = Video(videos[0])
-    predictor = dualtoken_vit.load_predictor(checkpoint, **options)
+    predictor = _load(checkpoint, options)
     report = predictor.report(predictor)
     count, problems = 0, []
 

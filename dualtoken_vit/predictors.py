@@ -58,9 +58,7 @@ def read_header(path: str | Path) -> Checkpoint:
 def default_options(path: str | Path) -> Any:
     """The options of `load_predictor` for a file, with the values of the validation of its training run."""
     if is_exported(path):
-        found = read_description(path)
-        kind = exported.predictor_class(found)
-        return kind.make_options(**kind.stored_options(found))
+        return exported.default_options(path)
     header = read_header(path)
     predictor = get_task(header.task).predictor
     return predictor.make_options(**predictor.stored_options(stored_recipe(path, header).data, header.preprocessing))
@@ -84,9 +82,7 @@ def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> Ba
         InputError: for a file, device or option that cannot be used.
     """
     if is_exported(path):
-        if device not in ("auto", "cpu"):
-            raise InputError(f"--device {device}: exported files run on the CPU; leave it out")
-        return exported.load_predictor(path, **options)
+        return exported.load_predictor(path, device=device, **options)
     if "runtime" in options:
         raise InputError(f"--runtime {options['runtime']}: for files that dualtoken-vit export wrote, not for {path}")
     model, checkpoint = load_model(path)

@@ -89,7 +89,7 @@ def test_evaluate_reports_and_stores_it(copied, tmp_path, capsys):
     assert calibrated["ece"] == pytest.approx(expected(temperature), abs=1e-5)
     assert calibrated["loss"] == pytest.approx(cross_entropy(logits.numpy(), targets.numpy(), temperature), abs=1e-5)
     assert calibrated["loss"] <= plain["loss"]
-    assert (calibrated["top1"], calibrated["top5"]) == (plain["top1"], plain["top5"])
+    assert calibrated["top1"] == plain["top1"]
     assert after.metrics == before.metrics
     assert all(torch.equal(value, before.state_dict[key]) for key, value in after.state_dict.items())
 

@@ -63,7 +63,6 @@ def trained(photos, tmp_path_factory) -> Path:
 def test_a_short_training_learns_and_predict_agrees_with_evaluate(trained, photos):
     result = json.loads(run("evaluate", trained, "--json"))
     assert result["images"] == VAL * len(CLASSES)
-    assert result["top5"] == 1.0  # of four classes
     # 160 photos of four classes: guessing gets 25 %, with a standard deviation of 3.4 %. Four and more of those above
     # is no luck, and yet far enough below what a training that works reaches, whatever the machine's rounding.
     assert result["top1"] > 0.40

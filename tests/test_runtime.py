@@ -55,7 +55,7 @@ def description(task, **export):
     ],
 )
 def test_arguments_without_pytorch(tmp_path, monkeypatch, task, args, options):
-    monkeypatch.setattr(cli_runtime, "read_description", lambda path: description(task))
+    monkeypatch.setattr(runtime, "read_description", lambda path: description(task))
     found = cli_runtime.parse(tmp_path / "model.onnx", ["a.png", *args])
     assert options.items() <= found.items()
     assert found["images"] == [Path("a.png")]
@@ -359,6 +359,24 @@ def test_without_torch(classifier, image, tmp_path, capsys):
     bare, full = (np.asarray(Image.open(tmp_path / name / "image.png.png")) for name in ("bare", "full"))
     assert bare.shape == full.shape
     assert np.array_equal(bare[:, : SIDE + MARGIN], full[:, : SIDE + MARGIN])  # beside it there is text, in other fonts
+
+
+def test_the_command_predicts_without_importing_torch(classifier, image, tmp_path):
+    """Where it is installed: its import would take most of the time."""
+    image.save(tmp_path / "image.png")
+    args = ["predict", str(classifier), str(tmp_path / "image.png"), "--json", "--device", "cpu"]
+    code = (
+        "import sys, dualtoken_vit_command\n"
+        f"sys.argv = {['dualtoken-vit', *args]!r}\n"
+        "try: dualtoken_vit_command.main()\n"
+        "finally: print([name for name in ('torch', 'timm', 'lightning') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    record, heavy = done.stdout.splitlines()
+    assert heavy == "[]"
+    (entry,) = json.loads(record)["predictions"]
+    result = load_predictor(classifier)(image)
+    assert [one["probability"] for one in entry["classes"]] == pytest.approx(result.probabilities.tolist(), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ import pytest
 import timm
 
 from dualtoken_vit import cli
+from dualtoken_vit.data.classification import ImageDataset
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.paper import study
 from dualtoken_vit.paper.counting import Counts
-from dualtoken_vit.paper.study import PRESETS, STUDIES, Result, networks, verdict
+from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
 from dualtoken_vit.paper.tables import PUBLISHED, Published
+from dualtoken_vit.paper.verdict import Result, chance, verdict
 from dualtoken_vit.recipes import Model
 from dualtoken_vit.tasks.run_folder import in_use
 
@@ -32,31 +34,63 @@ def test_spread():
     assert result("a", 70, 0.50).spread is None
 
 
+def judged(results):
+    """The verdict where chance is far below."""
+    return verdict(results, chance=0.1, images=1000)
+
+
 def test_verdict():
     """For three networks and two seeds 0.02 apart, Tukey's bound is q(3 means, 3 df) = 5.91 times 0.01, or 0.0591."""
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 72, 0.64, 0.66)])
-    assert lines[0] == "Best network: c, 65.0 %; in the paper: c, 72 %."
+    lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 72, 0.64, 0.66)])
+    assert lines[0] == "Best network: c, 65.0 %; in the paper: c, 72.0 %."
     assert lines[1] == "Pairs ranked as in the paper: 3 of 3."
     assert "5 %): 3 as in the paper, 0 contrary to it." in lines[2]
     assert lines[-1] == "All significant differences at this budget are as in the paper."
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.555, 0.575), result("c", 72, 0.61, 0.63)])
+    lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.555, 0.575), result("c", 72, 0.61, 0.63)])
     assert "5 %): 1 as in the paper, 0 contrary to it." in lines[2]  # 0.055 is within the bound, 0.11 is not
     assert "Significant, as in the paper: c over a by 11.0." in lines
-    lines = verdict([result("a", 72, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 70, 0.51, 0.53)])
+    lines = judged([result("a", 72, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 70, 0.51, 0.53)])
     assert lines[1] == "Pairs ranked as in the paper: 1 of 3."
     assert "Significant, contrary to the paper: b over a by 7.0." in lines
     assert "Significant, as in the paper: b over c by 6.0." in lines
     assert lines[-1] == "The paper's ranking does not hold at this budget."
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.53, 0.55)])  # q(2 means, 2 df) = 6.08: 0.0608
+    lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.53, 0.55)])  # q(2 means, 2 df) = 6.08: 0.0608
     assert lines[-1] == "This budget is too small to confirm or refute the paper's ranking."
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.565, 0.585)])
+    lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.565, 0.585)])
     assert lines[-1] == "All significant differences at this budget are as in the paper."
-    lines = verdict([result("a", 70, 0.50), result("b", 71, 0.60)])
+    lines = judged([result("a", 70, 0.50), result("b", 71, 0.60)])
     assert lines[-1] == "One seed per network: significance cannot be tested."
-    lines = verdict([result("a", 79.2, 0.50, 0.52), result("b", 79.2, 0.60, 0.62)])  # equal in the paper
+    lines = judged([result("a", 79.2, 0.50, 0.52), result("b", 79.2, 0.60, 0.62)])  # equal in the paper
     assert lines[1] == "Pairs ranked as in the paper: 0 of 0."
-    lines = verdict([result("a", 70, 0.50, 0.52), result("b", 71, 0.52, 0.50)])  # equal in the study
+    lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.52, 0.50)])  # equal in the study
     assert lines[1] == "Pairs ranked as in the paper: 0 of 0."
+
+
+def test_networks_at_chance_are_not_compared():
+    """Of 300 images, P(X >= 114) is 5.1 % and P(X >= 115) 4.0 % for the share 1 / 3 (exact binomial sums)."""
+    tail = [sum(math.comb(300, k) * 2 ** (300 - k) for k in range(least, 301)) / 3**300 for least in (114, 115)]
+    assert tail[0] > 0.05 > tail[1]
+    level = "33.3 %, the share of the most frequent class"
+    same = [result(name, score, 1 / 3, 1 / 3) for name, score in (("a", 70), ("b", 71), ("c", 72))]
+    assert verdict(same, 1 / 3, 300) == [
+        f"Not above chance ({level}), so not compared: a, b, c.",
+        "No network learned at this budget: it says nothing about the paper's ranking.",
+    ]
+    below, above = result("d", 73, 114 / 300, 114 / 300), result("e", 74, 115 / 300, 115 / 300)
+    lines = verdict([*same, below, above], 1 / 3, 300)
+    assert lines == [
+        f"Not above chance ({level}), so not compared: a, b, c, d.",
+        "Only e learned at this budget: it says nothing about the paper's ranking.",
+    ]
+    better = result("f", 72, 0.9, 0.9), result("g", 72, 0.9, 0.9)
+    lines = verdict([below, above, *better], 1 / 3, 300)
+    assert lines[1] == "Best network: f and g, 90.0 %; in the paper: e, 74.0 %."
+    assert lines[2] == "Pairs ranked as in the paper: 0 of 2."
+
+
+def test_chance_is_the_share_of_the_most_frequent_class():
+    images = ImageDataset([None] * 4, [0, 1, 1, 1], ("a", "b"), list("wxyz"))
+    assert chance(images) == 0.75
 
 
 def test_networks_are_the_papers():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import timm
 import torch
 
-import dualtoken_vit  # noqa: F401  registers the models
+import dualtoken_vit.models  # noqa: F401  registers the models
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.show.console import table_text
 

@@ -13,7 +13,6 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.ssd import SSD
 
-import dualtoken_vit  # noqa: F401  registers the models
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS, create_detector
 from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter

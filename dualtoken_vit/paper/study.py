@@ -22,19 +22,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
 from textwrap import wrap
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from annotated_types import Interval
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from scipy.stats import tukey_hsd
 
 from dualtoken_vit import machine
 from dualtoken_vit.bounds import check_bounds
@@ -43,6 +39,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.paper.tables import PUBLISHED, Published, bare, model_of
+from dualtoken_vit.paper.verdict import Result, chance, verdict
 from dualtoken_vit.recipes import RECIPES, Classification, Model, Optim, Run, flatten, free_on_resume
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
@@ -54,7 +51,6 @@ from dualtoken_vit.tasks.run_folder import LAST, in_use, stored_recipe, write_re
 Base = Literal["small", "tiny"]
 
 MACHINE = "machine.json"
-ALPHA = 0.05  # family-wise error rate of Tukey's test
 
 # name: (the paper's table, keys that select rows of it; none: all rows that can be trained)
 STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -120,27 +116,6 @@ PRESETS: dict[str, tuple[str, Study]] = {
     ),
     "gpu": ("20 epochs at 112 pixels, three seeds, on one GPU", Study(_GPU, "gpu", base="small", seeds=3, jobs=4)),
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """One network of a study."""
-
-    published: Published
-    name: str  # the paper's name, or that of the smaller network in its place
-    model: Model
-    lr: float
-    counts: Counts  # at the image size and number of classes of the study
-    top1: tuple[float, ...]  # accuracy after the last epoch for each seed, between 0 and 1
-
-    @property
-    def mean(self) -> float:
-        return mean(self.top1)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over the seeds."""
-        return stdev(self.top1) if len(self.top1) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -334,47 +309,6 @@ def _run(plan: Sequence[_Job], parallel: int) -> None:
         raise InputError(f"{problems[0]}{more}; fix this, then repeat the command to resume")
 
 
-def verdict(results: Sequence[Result]) -> list[str]:
-    """Whether the measured ranking agrees with the paper's, in sentences.
-
-    Differences are tested for all pairs at once by Tukey's HSD: they are compared with the spread of the seeds within
-    the networks, which the test assumes to be equal. Pairs that are equal here or in the paper are not counted.
-    """
-    best, theirs = max(results, key=lambda r: r.mean), max(results, key=lambda r: float(r.published.score))
-    lines = [
-        f"Best network: {best.name}, {100 * best.mean:.1f} %; in the paper: {theirs.name}, {theirs.published.score} %."
-    ]
-    several = min(len(result.top1) for result in results) > 1
-    with np.errstate(divide="ignore", invalid="ignore"):  # p is NaN where all seeds give exactly the same accuracy
-        p_values = tukey_hsd(*(result.top1 for result in results)).pvalue if several else None
-    agreements: list[bool] = []  # of the counted pairs
-    significant: dict[bool, list[str]] = {True: [], False: []}  # by agreement
-    for i, j in combinations(range(len(results)), 2):
-        worse, better = sorted((results[i], results[j]), key=lambda r: r.mean)
-        gain = float(better.published.score) - float(worse.published.score)
-        if gain == 0 or better.mean == worse.mean:
-            continue
-        agreements.append(gain > 0)
-        if p_values is not None and p_values[i, j] < ALPHA:
-            by = 100 * (better.mean - worse.mean)
-            significant[gain > 0].append(f"{better.name} over {worse.name} by {by:.1f}")
-    lines.append(f"Pairs ranked as in the paper: {sum(agreements)} of {len(agreements)}.")
-    if p_values is None:
-        return [*lines, "One seed per network: significance cannot be tested."]
-    lines.append(
-        f"Significant differences (Tukey's HSD, {100 * ALPHA:.0f} %): {len(significant[True])} as in the paper, "
-        f"{len(significant[False])} contrary to it."
-    )
-    for agrees, words in ((True, "as in"), (False, "contrary to")):
-        if significant[agrees]:
-            lines.append(f"Significant, {words} the paper: {', '.join(significant[agrees])}.")
-    if significant[False]:
-        return [*lines, "The paper's ranking does not hold at this budget."]
-    if significant[True]:
-        return [*lines, "All significant differences at this budget are as in the paper."]
-    return [*lines, "This budget is too small to confirm or refute the paper's ranking."]
-
-
 def _text(recipe: Classification, base: Base, seeds: int, search: Sequence[float], data: dict[str, Any]) -> str:
     """The budget in one line."""
     optim = recipe.optim
@@ -443,7 +377,8 @@ def study(name: str, options: Study) -> None:
     check_bounds(options)
     recipes = {row.key: _with(recipe, model) for row, model in networks(name, base)}
     plan = [] if search else _plan(recipes, seeds, out)  # with a search, the learning rates are not known yet
-    data = _fingerprint(*build_datasets(recipe.data, recipe.model.in_chans), recipe.data.root)
+    train, val = build_datasets(recipe.data, recipe.model.in_chans)
+    data = _fingerprint(train, val, recipe.data.root)
     counts = {key: _counts(own, len(data["classes"])) for key, own in recipes.items()}
     table, _ = STUDIES[name]
     text = _text(recipe, base, seeds, search, data)
@@ -471,7 +406,7 @@ def study(name: str, options: Study) -> None:
         called = row.network.replace("ViT-S", "ViT-T") if base == "tiny" else row.network
         top1 = tuple(job.top1 for job in plan if job.key == row.key)
         results.append(Result(row, called, model, recipes[row.key].optim.lr, counts[row.key], top1))
-    lines = verdict(results)
+    lines = verdict(results, chance(val), len(val))
     machines = dict.fromkeys((job.folder / MACHINE).read_text(encoding="utf-8") for job in plan)
     record: dict[str, Any] = {
         "study": name,
@@ -488,6 +423,7 @@ def study(name: str, options: Study) -> None:
             | {"top1": r.top1, "mean": round(r.mean, 6), "spread": r.spread, "published": r.published.score}
             for r in results
         ],
+        "chance": chance(val),
         "verdict": lines,
         "machines": [json.loads(each) for each in machines],
     }

@@ -17,7 +17,6 @@ import timm
 import torch
 from torch import Tensor
 
-import dualtoken_vit  # noqa: F401  registers the models
 from dualtoken_vit.data.threads import track
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS, create_detector

@@ -20,16 +20,16 @@ from dualtoken_vit.header import MOST_SIDE
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.base import BasePredictor, Result
 from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, LabelsReport, ObjectsReport
-from dualtoken_vit.runtime.session import Arrays, ExportedModel
+from dualtoken_vit.runtime.session import Arrays, ExportedModel, read_description
 
-__all__ = ["ExportedPredictor", "load_predictor", "predictor_class"]
+__all__ = ["ExportedPredictor", "default_options", "load_predictor"]
 
 LEAST_SIDE = 32  # of images, in pixels
 SIDES = f"from {LEAST_SIDE} to {MOST_SIDE}"
 
 
 def load_predictor(
-    path: str | Path, runtime: str = "onnxruntime", threads: int | None = None, **options: Any
+    path: str | Path, runtime: str = "onnxruntime", threads: int | None = None, device: str = "auto", **options: Any
 ) -> "ExportedPredictor[Any]":
     """An exported file as a function of images, ready to call; see `BasePredictor` for what it accepts.
 
@@ -39,6 +39,7 @@ def load_predictor(
         path: a file written by `dualtoken-vit export`
         runtime: onnxruntime or openvino
         threads: CPU threads; None: the runtime's default
+        device: auto or cpu, where exported files run
         options: how to predict; by default as in the validation of the training run. Classification: image_size,
             crop_pct, interpolation, top_k (5); multilabel: threshold instead of top_k. Detection: score (0.5), and for
             files of any size image_size, max_size. Segmentation: image_size, mode, window, window_stride, scales, flip
@@ -48,9 +49,18 @@ def load_predictor(
     """
     if str(path).endswith(".safetensors"):  # with PyTorch, `load_predictor` takes checkpoints too
         raise InputError(f"{path}: a checkpoint needs PyTorch; dualtoken-vit export writes a file that does not")
+    if device not in ("auto", "cpu"):
+        raise InputError(f"--device {device}: exported files run on the CPU; leave it out")
     model = ExportedModel(path, runtime, threads)
     kind = predictor_class(model.description)
     return kind(model, kind.make_options(**kind.stored_options(model.description) | options))
+
+
+def default_options(path: str | Path) -> Any:
+    """The options of `load_predictor` for an exported file, with the values of the validation of its training run."""
+    found = read_description(path)
+    kind = predictor_class(found)
+    return kind.make_options(**kind.stored_options(found))
 
 
 def predictor_class(description: dict[str, Any]) -> type["ExportedPredictor[Any]"]:

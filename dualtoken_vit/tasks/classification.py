@@ -123,14 +123,12 @@ class ClassificationModule(TaskModule):
                 label_smoothing=augment.label_smoothing,
                 num_classes=num_classes,
             )
-        self.metrics = MetricCollection(
-            {
-                "top1": MulticlassAccuracy(num_classes, average="micro"),
-                "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-                "confusion": MulticlassConfusionMatrix(num_classes),
-            },
-            compute_groups=False,
-        )
+        self.accuracies = {f"top{k}": k for k in (1, 5) if k == 1 or k < num_classes}  # top-5 of five classes is 100 %
+        metrics: dict[str, Any] = {
+            name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in self.accuracies.items()
+        }
+        metrics["confusion"] = MulticlassConfusionMatrix(num_classes)
+        self.metrics = MetricCollection(metrics, compute_groups=False)
         self.loss = MeanMetric(nan_strategy="disable")  # NaN must stop the run
         self.confidence, self.right = CatMetric(nan_strategy="disable"), CatMetric(nan_strategy="disable")
         self.kept: list[tuple[Tensor, Tensor]] | None = None
@@ -203,20 +201,22 @@ class ClassificationModule(TaskModule):
         for metric in (self.metrics, self.loss, self.confidence, self.right):
             metric.reset()
         scores = {name: round(value.item(), 6) for name, value in found.items()}
-        top1, top5, loss = (scores[name] for name in ("top1", "top5", "loss"))
+        top = {name: scores[name] for name in self.accuracies}
         counts = self.confusion.sum(1)
         accuracies = (self.confusion.diagonal() / np.maximum(counts, 1)).tolist()
         per_class = dict(zip(self.predictor.class_names, zip(accuracies, counts.tolist(), strict=True), strict=True))
         return Evaluation(
             scores=scores,
-            metrics={"top1": top1, "top5": top5, "loss": loss, "ece": round(ece, 6), "images": int(counts.sum())},
-            headline=f"val loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}",
+            metrics=top | {"loss": scores["loss"], "ece": round(ece, 6), "images": int(counts.sum())},
+            headline="  ".join(
+                [f"val loss {scores['loss']:.4f}", *(f"top-{k} {top[name]:.2%}" for name, k in self.accuracies.items())]
+            ),
             columns=("class", "images", "top-1"),
             classes=[
                 (name, str(count) if count else "absent", f"{accuracy:.1%}" if count else "-")
                 for name, (accuracy, count) in per_class.items()
             ],
-            totals=[("all", str(counts.sum()), f"{top1:.1%}")],
+            totals=[("all", str(counts.sum()), f"{top['top1']:.1%}")],
             details={"per_class": per_class},
         )
 

@@ -1,12 +1,19 @@
 """The timm network of a recipe."""
 
 import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from dualtoken_vit.checkpoint import own_weights
@@ -38,6 +45,25 @@ def _known_cfg(name: str) -> Any:
         raise InputError(f"--model.name {name}: timm has no such weights; there are {known}") from error
 
 
+def _reaches(url: str) -> bool:
+    """Whether the name of a server can be resolved; behind a proxy, that is the proxy's task."""
+    try:
+        return bool(getproxies() or socket.getaddrinfo(urlsplit(url).hostname, None))
+    except OSError:
+        return False
+
+
+@contextmanager
+def _cached_without_network() -> Iterator[None]:
+    """Inside, without a network, huggingface_hub looks into its cache alone: else it tries again for half a minute."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reaches(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Module:
     """The recipe's timm network; an InputError names the field that timm refuses.
 
@@ -49,7 +75,9 @@ def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Mo
     if recipe.drop_path_rate > 0:  # not every network takes it
         common["drop_path_rate"] = recipe.drop_path_rate
     try:
-        model: Any = timm.create_model(recipe.name, **common, **args)
+        local = not (common["pretrained"] or ":" in recipe.name) or own_weights(recipe.name)
+        with nullcontext() if local else _cached_without_network():
+            model: Any = timm.create_model(recipe.name, **common, **args)
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError) as error:
         raise InputError(_refusal(recipe, error)) from error
     if recipe.grad_checkpointing:
@@ -93,6 +121,9 @@ def _refusal(recipe: Model, error: Exception) -> str:
     if args and recipe.pretrained and "loading state_dict" in reason:
         fault = f"the pretrained weights of {name} do not fit; leave it out, or give --model.pretrained false"
         return f"--model.args {' '.join(recipe.args)}: {fault}"
+    if isinstance(error, LocalEntryNotFoundError):
+        fault = f"{constants.ENDPOINT} cannot be reached, and the cache of huggingface_hub does not have these weights"
+        return f"--model.name {name}: {fault}; connect once, or copy the folder HF_HOME from a machine that has them"
     fetched = recipe.pretrained or ":" in name
     if args and not (fetched and isinstance(error, RuntimeError | OSError)):
         return f"--model.args {' '.join(recipe.args)}: {reason}"

@@ -300,7 +300,7 @@ class RunFolder(Callback):
                 )
                 task.save_details(self.out, evaluation)
             with atomic_write(self.out / "metrics.csv", "w") as file:
-                writer = csv.DictWriter(file, row)
+                writer = csv.DictWriter(file, row, extrasaction="ignore")  # rows of an older version may have more
                 writer.writeheader()
                 writer.writerows(self.history)
             plots.save_curves(self.history, task.panels, f"val_{task.score}", best, self.out / "curves.png")

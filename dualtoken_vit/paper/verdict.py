@@ -1,0 +1,106 @@
+"""What a study's results say about the paper's ranking."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import mean, stdev
+
+import numpy as np
+from scipy.stats import binomtest, tukey_hsd
+
+from dualtoken_vit.data.classification import Images
+from dualtoken_vit.data.streams import ImageStream
+from dualtoken_vit.paper.counting import Counts
+from dualtoken_vit.paper.tables import Published
+from dualtoken_vit.recipes import Model
+
+ALPHA = 0.05  # error rate of the tests, in Tukey's family-wise
+
+
+@dataclass(frozen=True)
+class Result:
+    """One network of a study."""
+
+    published: Published
+    name: str  # the paper's name, or that of the smaller network in its place
+    model: Model
+    lr: float
+    counts: Counts  # at the image size and number of classes of the study
+    top1: tuple[float, ...]  # accuracy after the last epoch for each seed, between 0 and 1
+
+    @property
+    def mean(self) -> float:
+        return mean(self.top1)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds."""
+        return stdev(self.top1) if len(self.top1) > 1 else None
+
+
+def chance(val: Images) -> float:
+    """The accuracy of a network that always predicts the most frequent class; for a stream 1 / classes."""
+    if isinstance(val, ImageStream):
+        return 1 / len(val.class_names)
+    return max(Counter(val.targets).values()) / len(val)
+
+
+def _leaders(results: Sequence[Result], score: Callable[[Result], float]) -> str:
+    """The networks with the highest score."""
+    highest = max(map(score, results))
+    return f"{' and '.join(r.name for r in results if score(r) == highest)}, {highest:.1f} %"
+
+
+def verdict(results: Sequence[Result], chance: float, images: int) -> list[str]:
+    """Whether the measured ranking agrees with the paper's, in sentences.
+
+    Differences are tested for all pairs at once by Tukey's HSD: they are compared with the spread of the seeds within
+    the networks, which the test assumes to be equal. Pairs that are equal here or in the paper are not counted.
+    Networks that did not learn are left out: their mean accuracy on `images` validation images is not above `chance` by
+    a binomial test.
+    """
+    able = [
+        r for r in results if binomtest(round(r.mean * images), images, chance, alternative="greater").pvalue < ALPHA
+    ]
+    lines = []
+    if failed := [r.name for r in results if r not in able]:
+        level = f"{100 * chance:.1f} %, the share of the most frequent class"
+        lines.append(f"Not above chance ({level}), so not compared: {', '.join(failed)}.")
+    if len(able) < 2:
+        who = "No network" if not able else f"Only {able[0].name}"
+        return [*lines, f"{who} learned at this budget: it says nothing about the paper's ranking."]
+    results = able
+    lines.append(
+        f"Best network: {_leaders(results, lambda r: 100 * r.mean)}; "
+        f"in the paper: {_leaders(results, lambda r: float(r.published.score))}."
+    )
+    several = min(len(result.top1) for result in results) > 1
+    with np.errstate(divide="ignore", invalid="ignore"):  # p is NaN where all seeds give exactly the same accuracy
+        p_values = tukey_hsd(*(result.top1 for result in results)).pvalue if several else None
+    agreements: list[bool] = []  # of the counted pairs
+    significant: dict[bool, list[str]] = {True: [], False: []}  # by agreement
+    for i, j in combinations(range(len(results)), 2):
+        worse, better = sorted((results[i], results[j]), key=lambda r: r.mean)
+        gain = float(better.published.score) - float(worse.published.score)
+        if gain == 0 or better.mean == worse.mean:
+            continue
+        agreements.append(gain > 0)
+        if p_values is not None and p_values[i, j] < ALPHA:
+            by = 100 * (better.mean - worse.mean)
+            significant[gain > 0].append(f"{better.name} over {worse.name} by {by:.1f}")
+    lines.append(f"Pairs ranked as in the paper: {sum(agreements)} of {len(agreements)}.")
+    if p_values is None:
+        return [*lines, "One seed per network: significance cannot be tested."]
+    lines.append(
+        f"Significant differences (Tukey's HSD, {100 * ALPHA:.0f} %): {len(significant[True])} as in the paper, "
+        f"{len(significant[False])} contrary to it."
+    )
+    for agrees, words in ((True, "as in"), (False, "contrary to")):
+        if significant[agrees]:
+            lines.append(f"Significant, {words} the paper: {', '.join(significant[agrees])}.")
+    if significant[False]:
+        return [*lines, "The paper's ranking does not hold at this budget."]
+    if significant[True]:
+        return [*lines, "All significant differences at this budget are as in the paper."]
+    return [*lines, "This budget is too small to confirm or refute the paper's ranking."]

@@ -1,0 +1,58 @@
+"""What the installed command imports before it does anything: each package that it does not need costs a second."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "torchvision", "timm", "lightning", "torchmetrics", "matplotlib", "scipy", "tensorboard", "wandb"}
+QUICK = ["--help", "--version", "train --help", "train folder --help", "train coco --help all", "check-data --help"]
+QUICK += ["check-data masks --help", "evaluate --help", "predict --help", "export --help", "convert --help"]
+
+
+def imported(*commands: str) -> dict[str, list[str]]:
+    """The heavy modules that a new process has imported after each of the commands, one after the other."""
+    code = (
+        "import sys, json, dualtoken_vit_command\n"
+        "from contextlib import suppress, redirect_stdout\n"
+        "found = {}\n"
+        f"for command in {commands!r}:\n"
+        "    sys.argv = ['dualtoken-vit', *command.split()]\n"
+        "    with suppress(SystemExit), redirect_stdout(sys.stderr):\n"
+        "        dualtoken_vit_command.main()\n"
+        f"    found[command] = sorted({HEAVY!r} & sys.modules.keys())\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_help_and_version_import_neither_torch_nor_anything_heavy():
+    assert imported(*QUICK) == {command: [] for command in QUICK}
+
+
+def test_the_environment_imports_torch_alone():
+    assert imported("env") == {"env": ["torch"]}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from dualtoken_vit import DualTokenViT",
+        "import dualtoken_vit.checkpoint",
+        "import dualtoken_vit.models.backbone",
+        "import dualtoken_vit.paper.modern",
+    ],
+)
+def test_what_creates_networks_by_name_registers_them(statement):
+    """In the command, where `import dualtoken_vit` alone does not."""
+    code = (
+        "import sys, dualtoken_vit_command, dualtoken_vit\n"
+        "assert 'timm' not in sys.modules\n"
+        f"{statement}\n"
+        "import timm\n"
+        "print(timm.is_model('dualtoken_vit_tiny'), timm.is_model('lightvit_tiny'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True True\n", "")

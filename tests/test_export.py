@@ -12,9 +12,8 @@ import onnx
 import pytest
 import timm
 import torch
+from helpers import edit
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dualtoken_vit import create_detector, create_segmenter, load_model, load_predictor
@@ -310,10 +309,8 @@ def test_the_commands_take_the_file(checkpoint, exported, photos, capsys):
 @pytest.mark.slow
 def test_export_evaluates_the_file_on_the_data_of_the_run(checkpoint, photos, tmp_path, capsys):
     """Without --data.root: the checkpoint knows its data, the exported file has no paths."""
-    with safe_open(checkpoint, "pt") as file:
-        about = {key: value.replace(str(Path.cwd()), str(photos)) for key, value in file.metadata().items()}
-    path = tmp_path / "best.safetensors"
-    save_file(load_file(checkpoint), path, about)
+    path, here = tmp_path / "best.safetensors", str(Path.cwd())
+    edit(checkpoint, path, metadata=lambda found: {k: value.replace(here, str(photos)) for k, value in found.items()})
     assert run(["export", str(path), "--evaluate"]) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.partition(": ")[0] for line in lines] == [str(path), str(tmp_path / "model.onnx")]

@@ -239,6 +239,16 @@ def test_weights_that_are_nan(files, tmp_path, task):
         dualtoken_vit.load_predictor(path, "cpu")
 
 
+def test_a_detector_whose_activations_are_not_finite(files, image):
+    """Its weights are, so that it can be loaded; no object would be found."""
+    predictor = dualtoken_vit.load_predictor(files["detection"][0], "cpu")
+    for weight in predictor.model.heads[0].parameters():
+        weight.data.fill_(1e38)
+    with pytest.raises(InputError, match="the network produced NaN or Inf; use another checkpoint"):
+        predictor(image)
+    assert len(predictor.forward([predictor.preprocess(image)], check=False)[0]["boxes"]) == 0
+
+
 def test_predictors_may_share_a_network(files, image):
     path, _ = files["detection"]
     one = dualtoken_vit.load_predictor(path, "cpu", score=0.0)

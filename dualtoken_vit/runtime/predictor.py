@@ -366,7 +366,8 @@ class Detector(ExportedPredictor[Objects]):
         x = np.broadcast_to(self.border, (len(image), *frame)).copy()
         x[:, : new[0], : new[1]] = shrink(image, new)
         outputs = self.model(x[None])
-        check_finite(outputs["scores"])
+        for values in outputs.values():
+            check_finite(values)
         found = self.choose(outputs, new, frame)
         boxes = clip(found["boxes"], new)
         # The padding, which is wider than in training where the shape differs, may hold boxes: nothing is left of them.

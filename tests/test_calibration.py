@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import edit
 from PIL import Image
-from test_training import recipe, trained  # noqa: F401  a fixture
+from runs import recipe
 from torchmetrics.classification import MulticlassCalibrationError
 
 from dualtoken_vit import cli, load_model, load_predictor
@@ -42,7 +42,7 @@ def test_the_temperature_is_the_best(true):
 
 
 @pytest.fixture
-def copied(trained, tmp_path):  # noqa: F811
+def copied(trained, tmp_path):
     photos, out = trained
     return photos, shutil.copytree(out, tmp_path / "run")
 

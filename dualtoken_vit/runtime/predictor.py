@@ -357,7 +357,7 @@ class Detector(ExportedPredictor[Objects]):
             raise InputError(f"--score {options.score}: the file has the objects above {least} only")
         self.border = np.array(self.preprocessing["mean"], np.float32)[:, None, None]  # 0 after normalisation
 
-    def forward(self, batch: Sequence[np.ndarray]) -> list[Arrays]:
+    def forward(self, batch: Sequence[np.ndarray], check: bool = True) -> list[Arrays]:
         """(C, H, W) uint8 each -> boxes, labels, scores and masks (N, 1, H, W) in the image's pixels."""
         return [self._detect(to_float(image)) for image in batch]
 

@@ -1,13 +1,15 @@
 """The file that training exports, best.safetensors: weights and everything needed to use them, without pickle.
 
 A safetensors file whose tensors are the timm model's plain state dict, so that `timm.create_model(name,
-checkpoint_path=...)` reads it too, and whose metadata describes network, classes and preprocessing in JSON.
+checkpoint_path=...)` reads it too, and whose metadata describes network, classes and preprocessing in JSON. Its entry
+`sha256` is the checksum of all of that.
 """
 
+import hashlib
 import json
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from dualtoken_vit.header import check_header
 from dualtoken_vit.models.backbone import layer_names, pretrained_cfg
 
 FORMAT = "dualtoken-vit checkpoint 1"
+CHECKSUM = "sha256"  # its key in the metadata; files of early versions lack it
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,31 @@ def save_checkpoint(
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in model.state_dict().items()
     }
+    _write(path, tensors, metadata)
+
+
+def _write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file with its checksum, atomically."""
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, metadata))
+        file.write(safetensors.torch.save(tensors, metadata | {CHECKSUM: _checksum(tensors, metadata)}))
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the metadata, but for the checksum itself, and of the tensors with their names, types and shapes."""
+    about = sorted((key, value) for key, value in metadata.items() if key != CHECKSUM)
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise an InputError where a file's content is not what was saved: a flipped bit is another network."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    if metadata.get(CHECKSUM) not in (None, _checksum(tensors, metadata)):
+        raise InputError(f"{path} is damaged: its content does not match its checksum; copy it again from its source")
 
 
 def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
@@ -117,10 +143,10 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
 
     Args:
         path: the file, or a network's name for the weights that come with the package
-        weights: read the weights too; else `state_dict` is empty
+        weights: read the weights too, and verify the checksum; else `state_dict` is empty
 
     Raises:
-        InputError: for a file that is missing, truncated or of another kind.
+        InputError: for a file that is missing, truncated, damaged or of another kind.
     """
     path = locate(path)
     if path.is_dir():
@@ -143,6 +169,8 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
     if missing := [key for key in _FIELDS[:-1] if key not in metadata]:  # older files lack category_ids
         raise InputError(f"{path} was written by another version of dualtoken-vit: it lacks {', '.join(missing)}")
     check_header(metadata, path)
+    if weights:
+        _verify(path, state_dict)
     return Checkpoint(**metadata, state_dict=state_dict)
 
 
@@ -156,8 +184,7 @@ def store_preprocessing(path: str | Path, **values: Any) -> None:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     metadata["preprocessing"] = json.dumps(checkpoint.preprocessing | values)
-    with atomic_write(path) as file:
-        file.write(safetensors.torch.save(checkpoint.state_dict, metadata))
+    _write(path, checkpoint.state_dict, metadata)
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -210,7 +237,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     different kinds only the backbone is loaded. Pickled files are read with `weights_only`.
 
     Raises:
-        InputError: for a file that is missing, cannot be read, or belongs to another network.
+        InputError: for a file that is missing, damaged, cannot be read, or belongs to another network.
     """
     path = locate(path)
     if path.suffix in (".onnx", ".tflite"):
@@ -224,6 +251,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
         raise InputError(f"{path} has no state dict") from error
     if metadata:
         check_header(metadata, path)
+        _verify(path, found)
     if all(key.startswith("model.") for key in found):  # Lightning's
         found = {key.removeprefix("model."): value for key, value in found.items()}
 

@@ -278,7 +278,7 @@ def export(args: list[str]) -> None:
 
 def study(args: list[str]) -> None:
     """Train the networks of one of the paper's comparisons with an equal budget and several seeds."""
-    from dualtoken_vit.paper.study import PRESETS, STUDIES, Study, networks
+    from dualtoken_vit.paper.study import PRESETS, STUDIES, TRAINING, Study, networks
     from dualtoken_vit.paper.study import study as run
 
     sizes = {name: len(networks(name, "small")) for name in STUDIES}
@@ -287,7 +287,7 @@ def study(args: list[str]) -> None:
         "study STUDY [--preset NAME] [OPTIONS]",
         f"{describe(study.__doc__, 'study')}\n\nStudies:",
         {name: f"{table} of the paper, {sizes[name]} networks" for name, (table, _) in STUDIES.items()},
-        "\nPresets:",
+        f"\nPresets (all with {TRAINING.optim.optimizer} and a {TRAINING.optim.schedule} schedule for every network):",
         {name: about for name, (about, _) in PRESETS.items()},
         "\nEvery option with type, default and meaning: dualtoken-vit study STUDY --help",
     ):

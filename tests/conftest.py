@@ -77,6 +77,33 @@ def photos(_photos, tmp_path):
     return shutil.copytree(_photos, tmp_path / "photos")
 
 
+@pytest.fixture(scope="module")
+def trained(_photos, tmp_path_factory):
+    """(the photos, the folder of a run that learnt to tell them apart)"""
+    from runs import recipe, train  # a bare install has the models only
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(recipe(_photos, optim={"epochs": 6, "lr": 0.01}, data={"crop_pct": 0.9}), out)
+    return _photos, out
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two training images and one for validation, 20x12 with labels 0 to 2 and 255; classes sky, road, car."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1)):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 256, (12, 20, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / split / f"{index}.jpg")
+            labels = rng.integers(0, 3, (12, 20)).astype(np.uint8)
+            labels[0, :5] = 255
+            Image.fromarray(labels).save(tmp_path / "annotations" / split / f"{index}.png")
+    (tmp_path / "classes.txt").write_text("sky\nroad\n\ncar\n")
+    return tmp_path
+
+
 @pytest.fixture
 def export(tmp_path):
     """Writes one of `label_files.EXPORTS`, with some files changed or (None) left out, into a folder."""

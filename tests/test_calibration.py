@@ -6,10 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import edit
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from test_training import recipe, trained  # noqa: F401  a fixture
+from runs import recipe
 from torchmetrics.classification import MulticlassCalibrationError
 
 from dualtoken_vit import cli, load_model, load_predictor
@@ -43,7 +42,7 @@ def test_the_temperature_is_the_best(true):
 
 
 @pytest.fixture
-def copied(trained, tmp_path):  # noqa: F811
+def copied(trained, tmp_path):
     photos, out = trained
     return photos, shutil.copytree(out, tmp_path / "run")
 
@@ -107,8 +106,7 @@ def test_evaluate_reports_and_stores_it(copied, tmp_path, capsys):
 
 def test_a_broken_network_is_not_calibrated(copied):
     best = copied[1] / "best.safetensors"
-    with safe_open(best, framework="pt") as file:
-        save_file({key: file.get_tensor(key) * 1e30 for key in file.keys()}, best, file.metadata())  # noqa: SIM118
+    edit(best, best, lambda tensors: {key: value * 1e30 for key, value in tensors.items()})
     before = best.read_bytes()
     with pytest.raises(InputError, match="the network produced NaN or Inf"):
         evaluate(best, calibrate=True, device="cpu")
@@ -117,10 +115,7 @@ def test_a_broken_network_is_not_calibrated(copied):
 
 def test_a_network_at_chance_is_not_calibrated(copied):
     best = copied[1] / "best.safetensors"
-    with safe_open(best, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        tensors["head.weight"] = -10 * tensors["head.weight"]  # sure of what is wrong
-        save_file(tensors, best, file.metadata())
+    edit(best, best, lambda tensors: tensors | {"head.weight": -10 * tensors["head.weight"]})  # sure of what is wrong
     before = best.read_bytes()
     with pytest.raises(InputError, match="says nothing about these images; nothing is stored"):
         evaluate(best, calibrate=True, device="cpu")

@@ -8,9 +8,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import edit
 from timm.models import adapt_input_conv
 
-from dualtoken_vit.checkpoint import load_weights, locate, read_checkpoint, save_checkpoint
+from dualtoken_vit.checkpoint import load_weights, locate, read_checkpoint, save_checkpoint, store_preprocessing
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_folder, atomic_write
 from dualtoken_vit.predictors import load_model
@@ -94,6 +95,31 @@ def test_a_truncated_file(tmp_path, read, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(InputError, match="cannot be read"):
         read(path)
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, load_model, lambda path: load_weights(make(), path)])
+@pytest.mark.parametrize("where", ["weights", "preprocessing"])
+def test_a_flipped_bit(tmp_path, read, where):
+    """In the first weight, whose sign changes, or in a digit of the mean: neither is noticed without the checksum."""
+    path = save(tmp_path / "best.safetensors", make())
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    begin = json.loads(content[8:header])["head.weight"]["data_offsets"][0]
+    place, bit = (header + begin + 3, 128) if where == "weights" else (content.index(b"[0.5") + 3, 1)
+    content[place] ^= bit
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"best\.safetensors is damaged: its content does not match its checksum"):
+        read(path)
+    edit(path, path)  # a file of an early version has none
+    read(path)
+
+
+def test_the_checksum_is_kept_up(tmp_path):
+    path = save(tmp_path / "best.safetensors", make())
+    store_preprocessing(path, temperature=2.0)
+    assert read_checkpoint(path).preprocessing["temperature"] == 2.0
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert len(file.metadata()["sha256"]) == 64
 
 
 def test_files_of_other_kinds(tmp_path):

@@ -1,41 +1,28 @@
-"""Classification datasets of every format: their content, its order, and what is rejected."""
+"""Classification datasets of every format but shards: their content, its order, and what is rejected."""
 
-import io
-import json
 import os
 import shutil
-import threading
 from collections import Counter
-from copy import copy
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
 import torch
+from helpers import truncate
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from dualtoken_vit.data import classification, threads
+from dualtoken_vit.data import classification
 from dualtoken_vit.data.classification import build_datasets, build_val_dataset
-from dualtoken_vit.data.sampling import loader
-from dualtoken_vit.data.shapes import CLASSES, ShapeImages, draw
-from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Classification, ClassificationData, from_dict
+from dualtoken_vit.recipes import Classification, ClassificationData
 from dualtoken_vit.tasks.registry import get_task
 
 
 @pytest.fixture
 def data(photos):
     return ClassificationData(root=str(photos))
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:300])
 
 
 def save(path, colour, size=(8, 6)):
@@ -302,116 +289,6 @@ def test_unreadable_images_are_found_by_verify_only(data):
     build_datasets(replace(data, verify=False), 3)
 
 
-def test_in_threads_keeps_the_order_and_passes_errors_on(capfd):
-    assert list(in_threads(lambda x: x * x, range(1000), 1000, "")) == [x * x for x in range(1000)]
-    assert capfd.readouterr() == ("", "")
-    assert list(in_threads(str, range(3), 3, "counting")) == ["0", "1", "2"]
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "counting" in err
-    assert "3/3" in err
-    assert "/s" not in err  # the rate is not yet known
-    with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda x: 1 / x, range(3), 3, ""))
-
-
-def test_in_threads_starts_no_more_threads_than_items(monkeypatch, capfd):
-    pools = []
-    monkeypatch.setattr(threads, "ThreadPool", lambda count: pools.append(count) or ThreadPool(count))
-    monkeypatch.setattr(threads, "cores", lambda: 8)
-    assert list(in_threads(str, range(3), 3, "")) == ["0", "1", "2"]
-    assert list(in_threads(str, iter(range(20)), None, "")) == [str(x) for x in range(20)]
-    assert pools == [3, 8]
-    here = threading.get_ident()
-    assert list(in_threads(lambda x: (x, threading.get_ident()), [7], 1, "counting")) == [(7, here)]
-    assert list(in_threads(str, [], 0, "counting")) == []
-    assert list(in_threads(str, range(3), 3, "", ahead=1)) == ["0", "1", "2"]
-    assert pools == [3, 8]
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("ahead", [1, 4])
-def test_in_threads_reads_few_items_ahead(ahead):
-    read = []
-    results = in_threads(str, (read.append(x) or x for x in range(100)), 100, "", ahead)
-    for index in range(10):
-        assert next(results) == str(index)
-        assert len(read) <= index // ahead * ahead + ahead
-
-
-@pytest.mark.parametrize("usable", [1, 3])
-def test_one_thread_per_usable_core(monkeypatch, usable):
-    """Not per core of the machine: a job scheduler or `taskset` may allow fewer."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(usable)), raising=False)
-    start = threading.Barrier(usable)  # passes once that many threads wait
-    assert all(index >= 0 for index in in_threads(lambda _: start.wait(60), range(3 * usable), None, ""))
-    assert len(set(in_threads(lambda _: threading.get_ident(), range(100), None, ""))) <= usable
-
-
-# Shapes
-
-
-def test_shapes():
-    train, val = build_datasets(ClassificationData(dataset="shapes", image_size=32), 3)
-    assert train.class_names == val.class_names == CLASSES
-    assert Counter(train.targets) == dict.fromkeys(range(6), 500)
-    assert Counter(val.targets) == dict.fromkeys(range(6), 100)
-    assert train[0][0].size == (32, 32)
-    assert train.verify() == []
-    again, _ = build_datasets(ClassificationData(dataset="shapes", image_size=32), 3)
-    with pytest.raises(InputError, match=r"--data\.dataset shapes has the splits train and val; leave out --data"):
-        build_datasets(ClassificationData(dataset="shapes", val_split="test"), 3)
-    with pytest.raises(InputError, match=r"--data\.dataset shapes draws its own images; for files give .* folder"):
-        build_datasets(ClassificationData(dataset="shapes", root="photos"), 3)
-    assert all(train[index][0].tobytes() == again[index][0].tobytes() for index in (0, 1, 2999))
-    images = {dataset[index][0].tobytes() for dataset in (train, val) for index in range(50)}
-    assert len(images) == 100
-
-
-@pytest.mark.parametrize(
-    ("name", "area"),
-    [
-        ("circle", np.pi),
-        ("cross", 2 * 0.6 * 2 * np.sqrt(1 - 0.3**2) - 0.6**2),  # two bars less the square where they meet
-        ("ring", np.pi * (1 - 0.55**2)),
-        ("square", 2.0),
-        ("star", 10 * 0.5 * 0.42 * np.sin(np.pi / 5)),
-        ("triangle", 3 * np.sqrt(3) / 4),
-    ],
-)
-def test_a_shape_has_its_area_and_box(name, area):
-    for seed in range(5):
-        _, (shape,) = draw(np.random.default_rng(seed), 256, [CLASSES.index(name)])
-        rows, columns = np.nonzero(shape.mask)
-        assert shape.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-        corner = np.stack([columns, rows], 1).max(0) - np.stack([columns, rows], 1).min(0)
-        radius = np.sqrt(shape.mask.sum() / area)
-        assert radius * 1.02 >= 0.2 * 256
-        assert radius <= 0.45 * 256 * 1.02
-        assert (corner >= 1.1 * radius).all()
-        assert (corner <= 2.05 * radius).all()
-
-
-def test_of_several_shapes_each_mask_is_what_is_seen():
-    for seed in range(5):
-        image, shapes = draw(np.random.default_rng(seed), 64, [0, 3, 5])
-        assert [shape.label for shape in shapes] == [0, 3, 5]
-        assert sum(shape.mask.astype(int) for shape in shapes).max() == 1
-        inside = np.asarray(image)[shapes[-1].mask].astype(float)
-        assert np.abs(inside - np.median(inside, 0)).mean() < 20  # one colour, but for noise and strokes
-
-
-def test_a_linear_classifier_does_not_tell_the_shapes():
-    def pixels(split, count):
-        drawn = ShapeImages(split, 16)
-        flat = np.stack([np.asarray(drawn[index]).ravel() for index in range(count)]) / 128 - 1
-        return np.concatenate([flat, np.ones((count, 1))], 1), np.array(drawn.targets[:count])
-
-    (x, y), (x_val, y_val) = pixels("train", 3000), pixels("val", 600)
-    weights = np.linalg.solve(x.T @ x + 30 * np.eye(x.shape[1]), x.T @ np.eye(6)[y])
-    assert ((x_val @ weights).argmax(1) == y_val).mean() < 0.3  # chance is 0.17
-
-
 # Imagenette
 
 
@@ -478,191 +355,6 @@ def test_hugging_face_folder(photos, tmp_path, monkeypatch):
         train.verify(progress=False)
     with pytest.raises(InputError, match=r"split 'none'.*validation"):
         build_datasets(replace(data, val_split="none"), 3)
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """webdataset: 3 shards of 5 and 2 of 5 images in 2 classes; image i of a split has the colour (i, i, i)."""
-    wds = pytest.importorskip("webdataset")
-    info = {}
-    for split, count in (("train", 3), ("val", 2)):
-        names = [f"{split}-{shard:04d}.tar" for shard in range(count)]
-        for shard, name in enumerate(names):
-            with wds.TarWriter(str(tmp_path / name)) as tar:
-                for index in range(5 * shard, 5 * shard + 5):
-                    file = io.BytesIO()
-                    Image.new("RGB", (9, 7), (index,) * 3).save(file, "png")
-                    tar.write({"__key__": f"{index:04d}", "png": file.getvalue(), "cls": str(index % 2).encode()})
-        info[split] = dict(name=split, num_samples=5 * count, filenames=names, shard_lengths=[5] * count)
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": info}))
-    return ClassificationData(dataset="wds/photos", root=str(tmp_path))
-
-
-def stream(dataset, size, **args):
-    """[(colour, class), ...] of each batch."""
-    dataset.transform = to_tensor
-    batches = loader(dataset, size, seed=1, **args)
-    read = [list(zip((255 * x[:, 0, 0, 0]).round().int().tolist(), y.tolist(), strict=True)) for x, y in batches]
-    assert len(read) == len(batches)
-    return read
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_shards_are_validated_exactly_once(shards, world, workers):
-    _, val = build_datasets(shards, 3)
-    assert (len(val), val.class_names) == (10, ("0", "1"))
-    read = [stream(val, 4, train=False, rank=rank, world=world, workers=workers) for rank in range(world)]
-    assert sorted(chain(*chain(*read))) == [(index, index % 2) for index in range(10)]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_shards_are_trained_on_by_seed_and_epoch(shards, workers):
-    train, _ = build_datasets(shards, 3)
-    epochs = [stream(train, 4, train=True, epoch=epoch, workers=workers) for epoch in range(2)]
-    assert all(len(batch) == 4 for epoch in epochs for batch in epoch)
-    assert all(colour % 2 == label for epoch in epochs for batch in epoch for colour, label in batch)
-    assert len(set(chain(*epochs[0]))) >= 12
-    assert epochs[0] != epochs[1]
-    assert stream(train, 4, train=True, workers=workers) == epochs[0]
-    assert stream(train, 4, train=True, skip=2, workers=workers) == epochs[0][2:]
-
-
-def test_shards_are_dealt_out_to_processes(shards):
-    train, _ = build_datasets(shards, 3)
-    parts = [stream(train, 2, train=True, rank=rank, world=3, workers=4) for rank in range(3)]
-    assert {len(part) for part in parts} == {3}
-    seen = [{colour // 5 for batch in part for colour, _ in batch} for part in parts]
-    assert sorted(map(sorted, seen)) == [[0], [1], [2]]  # a shard each
-    with pytest.raises(InputError, match="3 training shards cannot be divided among 4 processes"):
-        loader(train, 2, train=True, seed=0, world=4)
-
-
-def test_shards_augmented_alike(shards):
-    train, _ = build_datasets(shards, 3)
-    train.transform = lambda image: torch.rand(2)
-    for workers in (0, 1):
-        these, those = ([x for x, _ in loader(train, 4, train=True, seed=5, workers=workers)] for _ in range(2))
-        assert torch.equal(torch.cat(these), torch.cat(those))
-        assert len(torch.cat(these).unique()) == 2 * 16
-
-
-def test_class_names_of_shards(shards, tmp_path):
-    assert build_val_dataset(shards, 3, ["odd", "even", "none"]).class_names == ("odd", "even", "none")
-    (tmp_path / "classnames.txt").write_text("even\nodd\n")
-    train, val = build_datasets(shards, 3)
-    assert train.class_names == val.class_names == ("even", "odd")
-    val = build_val_dataset(shards, 3, ["odd", "even"])
-    assert sorted(chain(*stream(val, 4, train=False))) == [(index, 1 - index % 2) for index in range(10)]
-    (tmp_path / "classnames.txt").write_text("even\n")
-    with pytest.raises(InputError, match=r"train-0000\.tar/0001: class 1, but there are 1 class names"):
-        build_datasets(shards, 3)[0].verify(progress=False)
-
-
-def test_shards_by_their_names(shards, tmp_path):
-    (tmp_path / "_info.json").unlink()
-    named = replace(shards, train_split="train-{0000..0002}.tar|15", val_split="val-{0000..0001}.tar")
-    train, val = build_datasets(named, 3)
-    assert (len(train), len(val)) == (15, 10)
-    with pytest.raises(InputError, match=r"_info\.json: split 'train' cannot be read \(.*No such file"):
-        build_datasets(shards, 3)
-    with pytest.raises(InputError, match=r"val-0002\.tar: cannot be read \(.*No such file"):
-        build_datasets(replace(named, val_split="val-{0000..0002}.tar"), 3)
-    with pytest.raises(InputError, match=r"--data\.holdout"):
-        build_datasets(replace(named, holdout=0.1), 3)
-    with pytest.raises(InputError, match=r"^--data\.exclude is not available for data that is read as a stream"):
-        build_datasets(replace(named, exclude=("0",)), 3)
-
-
-def test_options_that_need_the_number_of_an_image(shards):
-    sections = {"augment": {"hflip": "alternate"}, "class_weights": "inverse"}
-    recipe = from_dict({"data": vars(shards) | {"balanced": 0.5}} | sections)
-    flags = "--augment.hflip alternate, --data.balanced, --class-weights"
-    with pytest.raises(InputError, match=f"^{flags}: not available for data that is read as a stream"):
-        get_task("classification").prepare(recipe, recipe.model)
-
-
-@pytest.mark.parametrize("place", ["split", "_info.json"])
-@pytest.mark.parametrize("name", ["pipe:touch PWNED; cat val-0000.tar", "scp://a/$(touch PWNED).tar", "file:x.tar"])
-def test_shards_run_no_commands(shards, tmp_path, monkeypatch, name, place):
-    """The names may come from a stranger's checkpoint or data set."""
-    monkeypatch.chdir(tmp_path)
-    if place == "split":
-        shards = replace(shards, val_split=f"{name}|1")
-    else:
-        info = json.loads((tmp_path / "_info.json").read_text())
-        info["splits"]["val"]["filenames"] = ["val-0000.tar", name]
-        (tmp_path / "_info.json").write_text(json.dumps(info))
-    with pytest.raises(InputError) as caught:
-        list(build_val_dataset(shards, 3))
-    scheme = name.partition(":")[0]
-    assert str(caught.value) == f"shard {name!r}: must be a file or an http(s) URL, not {scheme}:"
-    assert not (tmp_path / "PWNED").exists()
-
-
-def test_shards_from_the_web(shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.chdir(tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        val = build_val_dataset(replace(shards, val_split=f"{url}/val-{{0000..0001}}.tar"), 3)
-        assert sorted(chain(*stream(val, 4, train=False))) == [(index, index % 2) for index in range(10)]
-        with pytest.raises(InputError, match=r"x\.tar: cannot be read"):
-            build_val_dataset(replace(shards, val_split=f"{url}/';touch PWNED;'x.tar"), 3)
-        server.shutdown()
-    assert not (tmp_path / "PWNED").exists()
-
-
-def test_unreadable_images_in_shards(shards, tmp_path):
-    wds = pytest.importorskip("webdataset")
-    with wds.TarWriter(str(tmp_path / "val-0001.tar")) as tar:
-        tar.write({"__key__": "0005", "png": b"no image", "cls": b"0"})
-        tar.write({"__key__": "0006", "cls": b"0"})
-    val = build_val_dataset(shards, 3, ["even", "odd"])
-    with pytest.raises(InputError, match=r"val-0001\.tar/0005: cannot be read as an image.*and 1 more"):
-        val.verify(progress=False)
-    with pytest.raises(InputError, match=r"val-0001\.tar/0005: cannot be read as an image"):
-        stream(val, 4, train=False)
-    val = build_val_dataset(replace(shards, val_split="val-{0000..0001}.tar|7"), 3, ["even", "odd"])
-    again = copy(val)
-    assert [name[-4:] for name in val.verify(skip=True, progress=False)] == ["0005", "0006"]
-    again.load_state_dict(val.state_dict())
-    for each in (val, again):
-        parts = [stream(each, 4, train=False, rank=rank, world=2) for rank in range(2)]
-        assert sorted(chain(*chain(*parts))) == [(index, index % 2) for index in range(5)]
-    truncate(tmp_path / "val-0000.tar")
-    with pytest.raises(InputError, match=r"val-0000\.tar: cannot be read"):
-        val.verify(progress=False)
-
-
-def test_shards_from_which_images_are_left_out_fill_their_batches(shards, tmp_path):
-    wds = pytest.importorskip("webdataset")
-    with wds.TarWriter(str(tmp_path / "train-0002.tar")) as tar:
-        tar.write({"__key__": "0010", "png": b"no image", "cls": b"0"})
-    train, _ = build_datasets(replace(shards, train_split="train-{0000..0002}.tar|11"), 3)
-    assert [name[-4:] for name in train.verify(skip=True, progress=False)] == ["0010"]
-    assert len(train) == 10
-    batches = stream(train, 4, train=True)
-    assert [len(batch) for batch in batches] == [4, 4, 4]
-    assert set(chain(*batches)) == {(index, index % 2) for index in range(10)}
-    with pytest.raises(InputError, match=r"no images for worker \d of 3; use fewer"):
-        [stream(train, 2, train=True, rank=rank, world=3) for rank in range(3)]
-
-
-def test_labels_in_the_json_of_a_shard(shards, tmp_path):
-    wds = pytest.importorskip("webdataset")
-    file = io.BytesIO()
-    Image.new("RGB", (9, 7), (3, 3, 3)).save(file, "jpeg")
-    with wds.TarWriter(str(tmp_path / "val-0000.tar")) as tar:
-        tar.write({"__key__": "a", "jpe": file.getvalue(), "cls": b"1", "json": {"label": 0}})
-    info = json.loads((tmp_path / "_info.json").read_text())
-    info["splits"]["val"] |= dict(num_samples=1, filenames=["val-0000.tar"], alt_label="label")
-    (tmp_path / "_info.json").write_text(json.dumps(info))
-    (tmp_path / "classnames.txt").write_bytes("zero\u2028\r\none\xff\n".encode("latin-1", "xmlcharrefreplace"))
-    val = build_val_dataset(shards, 3)
-    assert val.class_names == ("zero&#8232;", "one\udcff")
-    assert [(image.size, label) for image, label in val] == [((9, 7), 0)]
 
 
 def test_classes_of_a_format_that_is_not_known():

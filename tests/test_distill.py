@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from runs import interrupted, module, recipe, train
 from safetensors.torch import load_file
-from test_training import interrupted, module, recipe, train
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import nn

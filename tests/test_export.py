@@ -12,9 +12,8 @@ import onnx
 import pytest
 import timm
 import torch
+from helpers import edit
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dualtoken_vit import create_detector, create_segmenter, load_model, load_predictor
@@ -27,7 +26,7 @@ from dualtoken_vit.deploy.mobile import run_litert, to_litert
 from dualtoken_vit.deploy.plans import Plan, plan
 from dualtoken_vit.deploy.verify import difference, expected
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.detectors import DETECTORS
+from dualtoken_vit.models.detectors import DETECTORS, refusing_nan
 from dualtoken_vit.models.resizing import Transform
 from dualtoken_vit.models.segmenters import Bins
 from dualtoken_vit.paper.attention import recording
@@ -88,6 +87,24 @@ def test_the_graph_of_a_detector_is_the_detector(kind):
     assert torch.allclose(boxes[:count], expected["boxes"], atol=1e-4)
     assert torch.allclose(scores[:count], expected["scores"], atol=1e-6)
     assert [mask.shape for mask in masks] == [(100, 1, 28, 28)] * (kind == "mask-rcnn")
+
+
+def broken(x: torch.Tensor) -> torch.Tensor:
+    """The images with one pixel that is NaN."""
+    x = x.clone()
+    x[..., 40, 50] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+@torch.inference_mode()
+def test_a_detector_that_produces_nan_does_not_pass_for_one_without_objects(kind):
+    model = detector(kind, image_size=64, max_size=96)
+    x = broken(noise(1, 3, 64, 96))
+    assert (graphs.MaskGraph if kind == "mask-rcnn" else graphs.DenseGraph)(model)(x)[1].isnan().all()
+    with refusing_nan(model), pytest.raises(InputError, match="the network produced NaN or Inf"):
+        model(list(x))
+    model(list(x))  # as in the validation of a training, which ends by itself
 
 
 ONE_STAGE = ["retinanet", "fcos", "ssdlite"]
@@ -209,6 +226,7 @@ def test_the_file_of_a_detector_is_its_graph(kind, tmp_path):
         expected = dict(zip(names, (value.numpy() for value in graph(x)), strict=True))
     assert (expected["labels"] >= 0).sum() > 20
     assert difference(expected, network(x.numpy()), 96) < 1e-5
+    assert np.isnan(network(broken(x).numpy())["scores"]).all()
 
 
 @pytest.mark.slow
@@ -228,6 +246,8 @@ def test_a_mask_rcnn_with_and_without_objects(tmp_path):
         for network in networks:
             assert difference(ours, network(image.numpy()), 96) < 1e-4
     assert min(counts) == 0 < max(counts)
+    # OpenVINO's ReLU makes 0 of NaN, so that there may be none in its outputs.
+    assert np.isnan(networks[0](broken(images[0]).numpy())["scores"]).all()
 
 
 def classifier_file(path, model, args):
@@ -310,10 +330,8 @@ def test_the_commands_take_the_file(checkpoint, exported, photos, capsys):
 @pytest.mark.slow
 def test_export_evaluates_the_file_on_the_data_of_the_run(checkpoint, photos, tmp_path, capsys):
     """Without --data.root: the checkpoint knows its data, the exported file has no paths."""
-    with safe_open(checkpoint, "pt") as file:
-        about = {key: value.replace(str(Path.cwd()), str(photos)) for key, value in file.metadata().items()}
-    path = tmp_path / "best.safetensors"
-    save_file(load_file(checkpoint), path, about)
+    path, here = tmp_path / "best.safetensors", str(Path.cwd())
+    edit(checkpoint, path, metadata=lambda found: {k: value.replace(here, str(photos)) for k, value in found.items()})
     assert run(["export", str(path), "--evaluate"]) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.partition(": ")[0] for line in lines] == [str(path), str(tmp_path / "model.onnx")]

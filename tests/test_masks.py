@@ -1,6 +1,5 @@
-"""Images with masks: what is read, what is rejected, how they are augmented, and the report of check-data."""
+"""Images with masks: what is read, and what is rejected."""
 
-import re
 import struct
 import zlib
 from dataclasses import replace
@@ -9,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_scenes
-from PIL import ExifTags, Image
-from torchvision import tv_tensors
+from mask_files import data, drawn, labels_of, mean_label, spoil
+from PIL import Image
 
 from dualtoken_vit.data.balance import class_weights
-from dualtoken_vit.data.check.segmentation import check as check_data
-from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.segmentation import (
     FORMATS,
     IGNORE,
@@ -24,44 +21,8 @@ from dualtoken_vit.data.segmentation import (
     read_mask,
 )
 from dualtoken_vit.data.shapes import CLASSES, scene
-from dualtoken_vit.data.transforms import CappedCrop, segmentation_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Segmentation, SegmentationAugment, SegmentationData
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """Two training images and one for validation, 20x12 with labels 0 to 2 and 255; classes sky, road, car."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 2), ("val", 1)):
-        for kind in ("images", "annotations"):
-            (tmp_path / kind / split).mkdir(parents=True)
-        for index in range(count):
-            pixels = rng.integers(0, 256, (12, 20, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / split / f"{index}.jpg")
-            labels = rng.integers(0, 3, (12, 20)).astype(np.uint8)
-            labels[0, :5] = 255
-            Image.fromarray(labels).save(tmp_path / "annotations" / split / f"{index}.png")
-    (tmp_path / "classes.txt").write_text("sky\nroad\n\ncar\n")
-    return tmp_path
-
-
-def data(tree, **args):
-    return SegmentationData(root=str(tree), **args)
-
-
-def drawn(size, **args):
-    return build_datasets(SegmentationData(dataset="shapes", crop_size=(size, size), **args), 3)
-
-
-def labels_of(tree, name="0"):
-    return np.asarray(Image.open(tree / "annotations" / "train" / f"{name}.png"))
-
-
-def spoil(tree, change, name="0", mode=None):
-    labels = change(labels_of(tree, name).copy())
-    Image.fromarray(labels, mode).save(tree / "annotations" / "train" / f"{name}.png")
-
+from dualtoken_vit.recipes import SegmentationData
 
 # Reading
 
@@ -252,15 +213,6 @@ def test_the_label_to_ignore_may_need_16_bits(tree):
         build_datasets(data(tree), 3)[0][0]
 
 
-# Mistakes
-
-
-def mean_label(labels):
-    labels[3, 4:7] = 7
-    labels[5, 5] = 9
-    return labels
-
-
 def change(tree, what):
     annotations, images = tree / "annotations" / "train", tree / "images" / "train"
     if what == "beyond":
@@ -403,108 +355,6 @@ def test_a_new_format_is_one_reader(monkeypatch):
     assert val[0][1].tolist() == [[0, 1]] * 4
 
 
-# Training
-
-
-def test_image_and_mask_are_changed_alike():
-    """An image whose colour is its label stays so, whatever is done to both; what is padded is ignored."""
-    half = torch.arange(64) >= 32
-    labels = (2 * half[:, None] + half).byte()  # quarters
-    image = (labels * 80).expand(3, -1, -1).contiguous()
-    augment = SegmentationAugment(photometric=0.0, class_cap=1.0)
-    transform = segmentation_train(SegmentationData(crop_size=(48, 80)), augment)
-    sample = tv_tensors.Image(image), tv_tensors.Mask(labels)
-    flipped, padded = set(), 0
-    for seed in range(12):
-        with seeded(seed):
-            x, y = transform(*sample)
-        assert (x.shape, y.shape, y.dtype) == ((3, 48, 80), (48, 80), torch.uint8)
-        there = y != IGNORE
-        assert (x[0][~there] == 0).all()
-        right = (x[0].float() / 80 - y).abs()[there] < 0.1
-        assert right.float().mean() > 0.9  # edges are mixed in the image, not in the mask
-        assert set(y.unique().tolist()) <= {*labels.unique().tolist(), IGNORE}
-        padded += (~there).any().item()
-        flipped.add(x.sum().item())
-    assert 0 < padded < 12
-    assert len(flipped) > 6
-
-
-def test_photometric_changes_keep_the_channels():
-    """torchvision's own transform would exchange them: a green field could come out blue."""
-    image = torch.tensor([40, 200, 90], dtype=torch.uint8)[:, None, None].expand(3, 32, 32).contiguous()
-    sample = tv_tensors.Image(image), tv_tensors.Mask(torch.arange(4).repeat(32, 8).byte())
-    augment = SegmentationAugment(photometric=1.0, scale=(1, 1), class_cap=1.0)
-    transform = segmentation_train(SegmentationData(crop_size=(32, 32)), augment)
-    colours = set()
-    for seed in range(30):
-        with seeded(seed):
-            red, green, blue = transform(*sample)[0].float().mean((1, 2)).tolist()
-        assert red < blue < green
-        colours.add((red, green, blue))
-    assert len(colours) == 30
-
-
-def test_a_crop_is_capped():
-    mask = torch.zeros(40, 40, dtype=torch.uint8)
-    mask[:, 30:] = 1
-    mask[:4] = IGNORE
-    masks = tv_tensors.Mask(mask)
-
-    def largest(cap):
-        shares = []
-        for seed in range(20):
-            with seeded(seed):
-                counts = torch.bincount(CappedCrop((16, 16), cap)(masks).flatten(), minlength=256)[:IGNORE]
-            shares.append((counts.max() / counts.sum()).item())
-        return shares
-
-    assert sum(share == 1 for share in largest(1.0)) > 5
-    assert sum(share > 0.75 for share in largest(0.75)) <= 2  # ten tries may fail
-
-
-def test_a_crop_of_ignored_pixels_only_is_tried_again():
-    """Only an 8x8 corner of 64x64 pixels has classes: 8 of 57 positions on each axis touch it."""
-    mask = torch.full((64, 64), IGNORE, dtype=torch.uint8)
-    mask[:8, :8] = torch.arange(64).reshape(8, 8) % 2
-    masks = tv_tensors.Mask(mask)
-
-    def touching(tries, monkeypatch):
-        monkeypatch.setattr("dualtoken_vit.data.transforms.TRIES", tries)
-        hits = 0
-        for seed in range(200):
-            with seeded(seed):
-                hits += (CappedCrop((8, 8), 1.0)(masks) != IGNORE).any().item()
-        return hits / 200
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        once, often = touching(1, monkeypatch), touching(10, monkeypatch)
-    assert once == pytest.approx((8 / 57) ** 2, abs=0.03)
-    assert often == pytest.approx(1 - (1 - (8 / 57) ** 2) ** 10, abs=0.08)
-
-
-def test_an_image_that_is_ignored_entirely_goes_through(tree):
-    spoil(tree, lambda labels: np.full_like(labels, 255))
-    train, _ = build_datasets(data(tree), 3)
-    assert train.verify(progress=False) == []
-    train.transform = segmentation_train(SegmentationData(crop_size=(8, 8)), SegmentationAugment())
-    image, mask = train[0]
-    assert image.shape == (3, 8, 8)
-    assert (mask == IGNORE).all()
-    labels = labels_of(tree, "1")
-    counts = [(labels == k).sum() for k in range(3)]
-    assert train.pixels.tolist() == [counts, [sum(counts)] * 3]  # the ignored image adds nothing
-
-
-def test_images_come_at_a_side_before_the_scale():
-    scenes = drawn(64)[0]
-    scenes.transform = segmentation_train(
-        SegmentationData(crop_size=(64, 64), image_size=32), SegmentationAugment(scale=(1.0, 1.0))
-    )
-    _, y = scenes[0]
-    assert (y != IGNORE).sum() == 32 * 32
-
-
 def test_drawn_scenes(tmp_path):
     scenes = drawn(48, limit=3)[1]
     assert scenes.class_names == ("ground", *CLASSES)
@@ -519,80 +369,3 @@ def test_drawn_scenes(tmp_path):
     _, val = build_datasets(data(tmp_path), 3)
     assert val.class_names == scenes.class_names
     assert all(torch.equal(a, b) for i in range(3) for a, b in zip(val[i], scenes[i], strict=True))
-
-
-# check-data
-
-
-def test_check_of_drawn_data(tmp_path, capsys):
-    recipe = Segmentation(data=SegmentationData(dataset="shapes", crop_size=(32, 32), limit=20))
-    assert check_data(recipe, tmp_path)
-    assert "train: 20 images with a mask; 0.0% of the pixels are ignored" in capsys.readouterr().out
-    assert Image.open(tmp_path / "labels.png").width == 1920
-
-
-def check(tree, capsys, **args):
-    verdict = check_data(Segmentation(data=data(tree, **args)), tree / "out")
-    return verdict, capsys.readouterr().out
-
-
-def test_check_of_sound_data(tree, capsys):
-    verdict, out = check(tree, capsys)
-    assert verdict
-    assert "train: 2 images with a mask; 2.1% of the pixels are ignored" in out
-    labels = np.stack([labels_of(tree, name) for name in "01"])
-    for label, name in enumerate(("sky", "road", "car")):
-        share = (labels == label).sum() / (labels < 3).sum()
-        assert re.search(rf"│ {name} +│ +{share:.2%} │", out)
-    assert Image.open(tree / "out" / "labels.png").width == 1920
-
-
-def test_check_reports_images_that_exif_rotates(tree, capsys):
-    path = tree / "images" / "train" / "1.jpg"
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 3  # upside down: the size is the same
-    Image.open(path).save(path, exif=exif)
-    verdict, out = check(tree, capsys)
-    assert verdict
-    assert f"note: 1 images of train are rotated by EXIF; masks must fit the rotated image: {path}" in out
-
-
-def test_check_counts_classes_and_knows_large_images(tree, capsys):
-    (tree / "classes.txt").unlink()
-    verdict, out = check(tree, capsys, crop_size=(5, 5))
-    assert verdict
-    assert [re.search(rf"│ {label} +│", out) is not None for label in range(4)] == [True, True, True, False]
-    assert "--data.image-size makes training faster" in out
-    assert "--data.image-size makes training faster" not in check(tree, capsys)[1]
-    for path in (tree / "annotations" / "train").iterdir():
-        path.write_bytes(b"nothing")
-    with pytest.raises(
-        InputError,
-        match=r"no usable training mask; the first: .*annotations/train/\d\.png: cannot be read as an image",
-    ):
-        check(tree, capsys)
-
-
-def test_check_of_the_first_images(tree, capsys):
-    spoil(tree, lambda labels: labels[:-2], "1")
-    verdict, out = check(tree, capsys, limit=1)
-    assert verdict
-    assert "train: 1 images with a mask" in out
-
-
-def test_check_names_what_was_planted(tree, capsys):
-    spoil(tree, mean_label)
-    spoil(tree, lambda labels: labels[:-2], "1")
-    (tree / "images" / "val" / "0.jpg").rename(tree / "images" / "val" / "1.jpg")
-    (tree / "classes.txt").write_text("sky\nroad\ncar\nboat\n")
-    verdict, out = check(tree, capsys)
-    assert not verdict
-    for line in (
-        "class in no mask: train/boat",
-        f"without a mask: {tree}/images/val/1.jpg",
-        f"mask without an image: {tree}/annotations/val/0.png",
-        f"{tree}/annotations/train/0.png: label 7 in 3 pixels",
-        f"{tree}/annotations/train/1.png: 20x10 pixels",
-        "problems: 5",
-    ):
-        assert line in out

@@ -16,6 +16,7 @@ from dualtoken_vit.deploy.export import export
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.predict import predict
+from dualtoken_vit.predictors import read_header
 from dualtoken_vit.recipes import RECIPES, MultiLabel, MultiLabelData
 from dualtoken_vit.tasks.multilabel import TASK, MultiLabelModule, MultiLabelPredictor, best_threshold
 from dualtoken_vit.tasks.trainer import train
@@ -276,6 +277,8 @@ def test_an_exported_file_gives_the_same(run, root, tmp_path, capsys):
     capsys.readouterr()
     assert predict(file, images[:2], json=True)
     printed = json.loads(capsys.readouterr().out)["predictions"]
+    names = read_header(file).class_names
+    assert all(each["label"] == names[each["index"]] for one in printed for each in one["labels"])
     assert [{each["label"] for each in one["labels"]} for one in printed] == [
         set(each.names) for each in load_predictor(best, device="cpu")(images[:2])
     ]

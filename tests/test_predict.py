@@ -88,6 +88,7 @@ def test_the_likeliest_classes_come_first_and_the_record_is_kept(constant, tmp_p
     assert printed["unreadable"] == []
     assert [c["class"] for c in printed["predictions"][0]["classes"]] == ["dog", "cat [x]"]
     assert [c["probability"] for c in printed["predictions"][0]["classes"]] == pytest.approx([0.4, 0.3])
+    assert [NAMES[c["index"]] for c in printed["predictions"][0]["classes"]] == ["dog", "cat [x]"]
     assert json.loads((out / "predictions.json").read_text()) == printed
 
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import edit
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import dualtoken_vit
@@ -228,14 +227,26 @@ def test_public_names():
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 def test_weights_that_are_nan(files, tmp_path, task):
     """A detector would find nothing, a classifier the first class."""
-    state, path = load_file(files[task][0]), tmp_path / "nan.safetensors"
-    with safe_open(files[task][0], framework="pt") as file:
-        metadata = file.metadata()
-    key = next(key for key in state if key.endswith("stages.2.blocks.0.mlp.fc1.weight"))
-    state[key][0, 0] = torch.nan
-    save_file(state, path, metadata)
+    path = tmp_path / "nan.safetensors"
+
+    def broken(state):
+        key = next(key for key in state if key.endswith("stages.2.blocks.0.mlp.fc1.weight"))
+        state[key][0, 0] = torch.nan
+        return state
+
+    edit(files[task][0], path, broken)
     with pytest.raises(InputError, match=r"nan\.safetensors has weights that are NaN or Inf; use another checkpoint"):
         dualtoken_vit.load_predictor(path, "cpu")
+
+
+def test_a_detector_whose_activations_are_not_finite(files, image):
+    """Its weights are, so that it can be loaded; no object would be found."""
+    predictor = dualtoken_vit.load_predictor(files["detection"][0], "cpu")
+    for weight in predictor.model.heads[0].parameters():
+        weight.data.fill_(1e38)
+    with pytest.raises(InputError, match="the network produced NaN or Inf; use another checkpoint"):
+        predictor(image)
+    assert len(predictor.forward([predictor.preprocess(image)], check=False)[0]["boxes"]) == 0
 
 
 def test_predictors_may_share_a_network(files, image):

@@ -306,6 +306,9 @@ def test_a_network_that_produces_nan(image, task, shapes, export):
     predictor = kind(network, kind.make_options(**kind.stored_options(about)))
     with pytest.raises(InputError, match="the network produced NaN or Inf; use another checkpoint"):
         predictor(image)
+    if task in ("detection", "segmentation"):  # as `evaluate` calls it
+        with pytest.raises(InputError, match="the network produced NaN or Inf; use another checkpoint"):
+            predictor.forward([predictor.preprocess(image)], check=True)
 
 
 def test_options_are_checked(classifier, segmenter, monkeypatch):

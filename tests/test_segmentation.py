@@ -334,6 +334,7 @@ def test_predictions(trained, scenes, tmp_path, capsys):
     assert np.mean(np.asarray(labels) == expected) > 0.999
     assert labels.getpalette()[:21] == [part for label in range(7) for part in color_of(label)]
     shares = {one["class"]: one["share"] for one in found["predictions"][-1]["classes"]}
+    assert [found["classes"][one["index"]] for one in found["predictions"][-1]["classes"]] == list(shares)
     assert shares == pytest.approx({found["classes"][k]: np.mean(expected == k) for k in np.unique(expected)}, abs=2e-3)
     names = {path.name for path in (tmp_path / "out").rglob("*.png")}
     drawn = {"wide.jpg", *(path.name for path in images.iterdir())}

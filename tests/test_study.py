@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,11 +16,11 @@ from dualtoken_vit import cli
 from dualtoken_vit.data.classification import ImageDataset
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.paper import study
+from dualtoken_vit.paper.comparison import Result, chance, verdict
 from dualtoken_vit.paper.counting import Counts
 from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
 from dualtoken_vit.paper.tables import PUBLISHED, Published
-from dualtoken_vit.paper.verdict import Result, chance, verdict
-from dualtoken_vit.recipes import Model
+from dualtoken_vit.recipes import RECIPES, Model, flatten
 from dualtoken_vit.tasks.run_folder import in_use
 
 
@@ -105,6 +106,38 @@ def test_networks_are_the_papers():
     assert all(preset.seeds > 1 for _, preset in PRESETS.values())
 
 
+RESULTS = Path(__file__).parent.parent / "results" / "study"
+BUDGET = {"image_size", "epochs", "warmup_epochs", "batch_size", "precision", "validate_every", "device", "workers"}
+
+
+def test_presets_train_alike():
+    """By what the paper states (section 4.1: AdamW, 1e-3, a cosine), whatever `folder` does, and in `cpu` as in the
+    results that the repository has; the presets differ in the budget alone.
+    """
+    recipes = {name: json.loads(json.dumps(flatten(preset.recipe))) for name, (_, preset) in PRESETS.items()}
+    for recipe in recipes.values():
+        assert {key.rpartition(".")[2] for key in recipe if recipe[key] != recipes["cpu"][key]} <= BUDGET
+        assert (recipe["optim.optimizer"], recipe["optim.lr"], recipe["optim.schedule"]) == ("adamw", 1e-3, "cosine")
+    assert RECIPES["folder"].optim.optimizer == "muon"
+    for path in RESULTS.glob("study-*.json"):
+        stored = json.loads(path.read_text())["budget"]
+        assert len(shared := stored.keys() & recipes["cpu"].keys() - {"data.root"}) > 40
+        assert {key: stored[key] for key in shared} == {key: recipes["cpu"][key] for key in shared}
+
+
+@pytest.mark.parametrize("name", ["peers", "global-tokens", "local-attention", "mlp"])
+def test_networks_of_a_study_differ_in_the_network_alone(name, tmp_path):
+    preset = PRESETS["equal"][1]
+    recipes = {row.key: study._with(preset.recipe, model) for row, model in networks(name, preset.base)}
+    jobs = study._plan(recipes, preset.seeds, tmp_path)
+    assert len(jobs) == 3 * len(recipes)
+    for job in jobs:
+        values = flatten(job.recipe) | {"run.seed": 0}
+        changed = {key for key, value in flatten(preset.recipe).items() if values[key] != value}
+        assert changed <= {"model.name", "model.args"}
+        assert name == "peers" or job.recipe.model.name.startswith("dualtoken_vit_tiny")
+
+
 KWARGS = dict(depths=(1, 1, 1), dims=(8, 16, 24), num_heads=(1, 2, 3))
 
 
@@ -132,6 +165,9 @@ def test_command(photos, tmp_path, small, capsys):
     assert record["budget"]["seeds"] == 2
     assert record["budget"]["data.image_size"] == 32
     assert "1 epoch of 36 images, 2 seeds" in record["budget"]["text"]
+    trained = "Every network: optimizer adamw, lr 0.001, schedule cosine, min_lr 1e-06, warmup_epochs 0.2, epochs 1, "
+    assert trained in printed
+    assert trained in (out / "study-mlp.md").read_text()
     assert [network["key"] for network in record["networks"]] == ["in1k-small-mix", "in1k-small"]
     for network in record["networks"]:
         runs = sorted((out / "runs").glob(f"{network['model']['name']}-depths*/seed-*"))
@@ -193,6 +229,7 @@ def test_search_of_the_learning_rate(photos, tmp_path, small, capsys):
     assert run(photos, out, "--seeds", 1, "--search-lr", *rates) == 0
     record = json.loads((out / "study-mlp.json").read_text())
     assert "the best of 1e-09, 0.01" in record["budget"]["text"]
+    assert "optimizer adamw, lr 1e-09 or 0.01, schedule cosine" in (out / "study-mlp.md").read_text()
     for network in record["networks"]:
         (folder,) = (out / "search").glob(f"{network['model']['name']}-depths*")
         score = {}

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import recipe
 from test_predict import PREPROCESSING, solid
-from test_training import recipe, trained  # noqa: F401  a fixture
 
 from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.checkpoint import save_checkpoint
@@ -62,7 +62,7 @@ def test_images_of_each_class(photos):
     assert not set(train.image_names) & set(val.image_names)
 
 
-def test_changed_labels_come_first(trained, tmp_path, capsys):  # noqa: F811
+def test_changed_labels_come_first(trained, tmp_path, capsys):
     photos, out = trained
     copy = shutil.copytree(photos, tmp_path / "copy")
     first, last = (min((copy / "val" / name).iterdir()) for name in ("red", "blue"))
@@ -110,7 +110,7 @@ def test_wordnet_ids_of_one_description(tmp_path):
     assert found == [(bird, names[0], 0.25, names[1], 0.75), (machine, names[1], 0.75, names[0], 0.25)]
 
 
-def test_runs_must_fit(trained, photos):  # noqa: F811
+def test_runs_must_fit(trained, photos):
     with pytest.raises(InputError, match=r"another run held out .* too"):
         rank(recipe(photos), [trained[1], trained[1]])
     with pytest.raises(InputError, match="no such checkpoint"):

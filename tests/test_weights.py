@@ -78,7 +78,7 @@ def test_the_name_alone_loads_the_weights_and_their_cfg(donor):
     torch.testing.assert_close(grey(x[:, :1]), donor(x[:, :1].expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
-def test_the_name_stands_for_the_file_in_every_command(donor, photos, tmp_path, monkeypatch):
+def test_the_name_stands_for_the_file_in_every_command(donor, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     image = next(photos.rglob("*.*g"))
     result = load_predictor(NAME)(image)
@@ -91,6 +91,13 @@ def test_the_name_stands_for_the_file_in_every_command(donor, photos, tmp_path, 
     assert cli.run(["export", NAME]) == 0  # into the current folder, not into the package
     assert load_predictor(f"{NAME}.onnx")(image).names == result.names
     assert read_header(f"{NAME}.onnx").class_names == tuple(LABELS)
+    for file in (NAME, f"{NAME}.onnx"):  # the classes by description, by name in training and by index
+        capsys.readouterr()
+        assert cli.run(["predict", file, str(image), "--json"]) == 0
+        classes = json.loads(capsys.readouterr().out)["predictions"][0]["classes"]
+        assert [one["class"] for one in classes] == list(result.names)
+        assert [one["name"] for one in classes] == [LABELS[one["index"]] for one in classes]
+        assert [one["index"] for one in classes] == result.labels.tolist()
     with pytest.raises(InputError, match=f"give a copy of {FILE}"):
         cli.run(["evaluate", NAME, "--data.root", str(photos), "--calibrate"])
 

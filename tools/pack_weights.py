@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dualtoken_vit import load_model
 from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.files import atomic_write
 from dualtoken_vit.tasks.classification import label_descriptions
 
 WEIGHTS = Path(__file__).parents[1] / "dualtoken_vit" / "weights"
@@ -27,7 +28,8 @@ def pack(path: Path, name: str) -> Path:
         metrics=about.metrics,
         model_args=about.model_args,
     )
-    (WEIGHTS / f"{name.partition('.')[2]}.txt").write_text("\n".join(about.class_names) + "\n")
+    with atomic_write(WEIGHTS / f"{name.partition('.')[2]}.txt", "w") as labels:
+        labels.write("\n".join(about.class_names) + "\n")
     return file
 
 

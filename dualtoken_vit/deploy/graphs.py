@@ -10,7 +10,8 @@ Input `image` (B, 3, H, W) is float32 RGB (or grey) in [0, 1]: normalisation is 
     MaskGraph             the same, and masks (100, 1, 28, 28), probabilities within each box
     RawGraph              boxes (B, A, 4), scores (B, A, classes) of all A anchors, before non-maximum suppression
 
-The detectors compute what `models.detectors` does, with outputs of a fixed shape.
+The detectors compute what `models.detectors` does, with outputs of a fixed shape. Where a network produced NaN or Inf,
+all scores of DenseGraph and MaskGraph are NaN: the choice of boxes would drop such boxes, as if there were no objects.
 """
 
 from collections.abc import Sequence
@@ -75,6 +76,12 @@ class DetectorGraph(Normalised):
         return levels, rpn.anchor_generator.grid(image.shape[-2:], levels)
 
 
+def sound(*outputs: Tensor) -> tuple[Tensor, ...]:
+    """Whether all outputs of a head are finite, (), and the outputs; else 0, since the order of NaN is undefined."""
+    finite = torch.stack([(each.abs() < torch.inf).all() for each in outputs]).all()
+    return finite, *(torch.where(finite, each, 0.0) for each in outputs)
+
+
 def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, least: float, count: int) -> Tensor:
     """Non-maximum suppression within each group: indices (count,) of the best boxes, -1 where there are fewer.
 
@@ -103,7 +110,8 @@ class DenseGraph(DetectorGraph):
         model, size = self.model, (image.shape[2], image.shape[3])
         levels, anchors = self.features(image)
         out = model.head(levels)
-        counts = [len(each) for each in anchors]
+        finite, *values = sound(*out.values())
+        out, counts = dict(zip(out, values, strict=True)), [len(each) for each in anchors]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for each, deltas, level in zip(
             model.scores(out)[0].split(counts), out["bbox_regression"][0].split(counts), anchors, strict=True
@@ -114,7 +122,7 @@ class DenseGraph(DetectorGraph):
             found.append((clip_boxes_to_image(boxes, size), scores, label))
         boxes, scores, labels = (torch.cat(each) for each in zip(*found, strict=True))
         chosen = suppress(boxes, scores, labels, model.nms_thresh, model.score_thresh, DETECTIONS)
-        return take(boxes, chosen), take(scores, chosen), take(labels, chosen)
+        return take(boxes, chosen), torch.where(finite, take(scores, chosen), torch.nan), take(labels, chosen)
 
 
 class RawGraph(DetectorGraph):
@@ -157,10 +165,11 @@ class MaskGraph(DetectorGraph):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         levels, anchors = self.features(image)
         size, heads = (image.shape[2], image.shape[3]), self.model.roi_heads
-        proposals, there = self.proposals(levels, anchors, size)
+        proposals, there, finite = self.proposals(levels, anchors, size)
 
         index = indices(there)
-        logits, deltas = heads.box_predictor(heads.box_head(pool(heads.box_roi_pool, levels, proposals[index])))
+        found = heads.box_predictor(heads.box_head(pool(heads.box_roi_pool, levels, proposals[index])))
+        finite_boxes, logits, deltas = sound(*found)
         deltas, shares = (put(each, index, len(proposals)) for each in (deltas, logits.softmax(-1)))
         boxes = clip_boxes_to_image(heads.box_coder.decode(deltas, [proposals]), size)[:, 1:]  # without the background
         scores = shares[:, 1:] * there[:, None] * large(boxes, 1e-2)
@@ -170,15 +179,17 @@ class MaskGraph(DetectorGraph):
 
         index = indices(chosen >= 0)
         best = chosen[index].clamp(min=0)
-        masks = heads.mask_predictor(heads.mask_head(pool(heads.mask_roi_pool, levels, boxes[best]))).sigmoid()
-        masks = masks.gather(1, (labels[best] + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))
-        return take(boxes, chosen), take(scores, chosen), take(labels, chosen), put(masks, index, DETECTIONS)
+        masks = heads.mask_predictor(heads.mask_head(pool(heads.mask_roi_pool, levels, boxes[best])))
+        finite_masks, masks = sound(masks)
+        masks = masks.sigmoid().gather(1, (labels[best] + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))
+        scores = torch.where(finite & finite_boxes & finite_masks, take(scores, chosen), torch.nan)
+        return take(boxes, chosen), scores, take(labels, chosen), put(masks, index, DETECTIONS)
 
-    def proposals(self, levels: list[Tensor], anchors: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The RPN's proposals (P, 4), and whether each of them is one (P,)."""
+    def proposals(self, levels: list[Tensor], anchors: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """The RPN's proposals (P, 4), whether each of them is one (P,), and whether its outputs are finite ()."""
         rpn = self.model.rpn
         objectness, deltas = rpn.head(levels)
-        scores, deltas = concat_box_prediction_layers(objectness, deltas)
+        finite, scores, deltas = sound(*concat_box_prediction_layers(objectness, deltas))
         boxes = clip_boxes_to_image(rpn.box_coder.decode_single(deltas, torch.cat(anchors)), size)
         most, counts = rpn.pre_nms_top_n(), [len(each) for each in anchors]
         starts = [sum(counts[:level]) for level in range(len(counts))]
@@ -192,7 +203,7 @@ class MaskGraph(DetectorGraph):
         boxes, scores = boxes[index], scores[index, 0].sigmoid()
         scores = torch.where(large(boxes, rpn.min_size), scores, -1)
         chosen = suppress(boxes, scores, level, rpn.nms_thresh, -0.5, min(rpn.post_nms_top_n(), len(boxes)))
-        return boxes[chosen.clamp(min=0)], chosen >= 0
+        return boxes[chosen.clamp(min=0)], chosen >= 0, finite
 
 
 def large(boxes: Tensor, least: float) -> Tensor:

@@ -22,6 +22,8 @@ Detections are one dict per image, in pixels of the original image, highest scor
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.anchors import Anchors, Target, in_crowd
-from dualtoken_vit.models.backbone import OverBackbone, create_body, pretrained_cfg, run_alike
+from dualtoken_vit.models.backbone import OverBackbone, check_finite, create_body, pretrained_cfg, run_alike
 from dualtoken_vit.models.one_stage import DETECTIONS, FCOS, SCORE_THRESHOLD, SELECTION, RetinaNet, SSDLite, to_float32
 from dualtoken_vit.models.pyramid import CHANNELS, Pyramid, Stages
 from dualtoken_vit.models.resizing import Transform
@@ -51,6 +53,7 @@ __all__ = [
     "RetinaNet",
     "build_detector",
     "create_detector",
+    "refusing_nan",
 ]
 
 
@@ -99,6 +102,7 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
         "roi_heads.mask_predictor.mask_fcn_logits",
     )
     transform: Transform
+    rpn: RegionProposalNetwork
     roi_heads: RegionHeads
 
     def __init__(self, model: nn.Module, num_classes: int, transform: Transform, roi_samples: int = 512):
@@ -129,11 +133,16 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
             mask_head=MaskRCNNHeads(CHANNELS, (256,) * 4, dilation=1),
             mask_predictor=MaskRCNNPredictor(256, 256, num_classes + 1),
         )
-        for head in (proposals.head, heads.box_predictor, heads.mask_predictor):
-            head.register_forward_hook(to_float32)
         super().__init__(
             Pyramid(Stages(model, 4, len(transform.image_mean)), 4, LastLevelMaxPool()), proposals, heads, transform
         )
+        for head in self.heads:
+            head.register_forward_hook(to_float32)
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """The modules whose outputs are scores, boxes and masks."""
+        return self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor
 
     @property
     def score_thresh(self) -> float:
@@ -158,6 +167,27 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
 
 
 Detector = RetinaNet | MaskRCNN | FCOS | SSDLite
+
+
+@contextmanager
+def refusing_nan(detector: Detector) -> Iterator[None]:
+    """In this context, an InputError where the detector's heads produce NaN or Inf: it would detect nothing there."""
+
+    def check(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if isinstance(outputs, Tensor):
+            check_finite(outputs)
+        else:
+            for value in outputs.values() if isinstance(outputs, dict) else outputs:
+                check(module, inputs, value)
+
+    hooks = [head.register_forward_hook(check) for head in detector.heads]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 DETECTORS: dict[str, type[Detector]] = {
     "retinanet": RetinaNet,
     "mask-rcnn": MaskRCNN,

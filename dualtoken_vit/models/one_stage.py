@@ -43,6 +43,11 @@ class Dense(OverBackbone):
     box_coder: Any
     topk_candidates: int
 
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """The modules whose outputs are scores and boxes."""
+        return (self.head,)
+
     def forward(self, images: list[Tensor], targets: list[Target] | None = None):
         if self.training:
             return super().forward(images, targets)

@@ -367,7 +367,7 @@ class Detector(ExportedPredictor[Objects]):
             raise InputError(f"--score {options.score}: the file has the objects above {least} only")
         self.border = np.array(self.preprocessing["mean"], np.float32)[:, None, None]  # 0 after normalisation
 
-    def forward(self, batch: Sequence[np.ndarray]) -> list[Arrays]:
+    def forward(self, batch: Sequence[np.ndarray], check: bool = True) -> list[Arrays]:
         """(C, H, W) uint8 each -> boxes, labels, scores and masks (N, 1, H, W) in the image's pixels."""
         return [self._detect(to_float(image)) for image in batch]
 
@@ -376,7 +376,8 @@ class Detector(ExportedPredictor[Objects]):
         x = np.broadcast_to(self.border, (len(image), *frame)).copy()
         x[:, : new[0], : new[1]] = shrink(image, new)
         outputs = self.model(x[None])
-        check_finite(outputs["scores"])
+        for values in outputs.values():
+            check_finite(values)
         found = self.choose(outputs, new, frame)
         boxes = clip(found["boxes"], new)
         # The padding, which is wider than in training where the shape differs, may hold boxes: nothing is left of them.

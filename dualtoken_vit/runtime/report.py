@@ -61,7 +61,13 @@ class ClassesReport(Report[Classes]):
     columns = "class", "probability"
 
     def entry(self, result: Classes) -> dict[str, Any]:
-        return {"classes": [{"class": name, "probability": share} for name, share in _pairs(result)]}
+        names, labels = self.predictor.class_names, result.labels.tolist()
+        return {
+            "classes": [
+                {"class": title, "name": names[label], "index": label, "probability": share}
+                for (title, share), label in zip(_pairs(result), labels, strict=True)
+            ]
+        }
 
     def rows(self, result: Classes) -> Iterator[tuple[str, str]]:
         return ((name, f"{share:.1%}") for name, share in _pairs(result))
@@ -77,7 +83,12 @@ class LabelsReport(Report[Labels]):
     columns = "label", "probability"
 
     def entry(self, result: Labels) -> dict[str, Any]:
-        return {"labels": [{"label": name, "probability": share} for name, share in _pairs(result)]}
+        return {
+            "labels": [
+                {"label": name, "index": label, "probability": share}
+                for (name, share), label in zip(_pairs(result), result.labels.tolist(), strict=True)
+            ]
+        }
 
     def rows(self, result: Labels) -> Iterator[tuple[str, str]]:
         yield from ((name, f"{share:.1%}") for name, share in _pairs(result))
@@ -167,7 +178,12 @@ class LabelMapReport(Report[LabelMap]):
     suffixes = ".png", ".labels.png"
 
     def entry(self, result: LabelMap) -> dict[str, Any]:
-        return {"classes": [{"class": name, "share": share} for name, share in result.shares().items()]}
+        return {
+            "classes": [
+                {"class": name, "index": result.class_names.index(name), "share": share}
+                for name, share in result.shares().items()
+            ]
+        }
 
     def rows(self, result: LabelMap) -> Iterator[tuple[str, str]]:
         return ((name, f"{share:.1%}") for name, share in result.shares().items())

@@ -11,6 +11,7 @@ import numpy as np
 import timm
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -90,6 +91,11 @@ class TaskModule(LightningModule):
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002  timm's Mixup draws from the global generator
         torch.manual_seed(seed)
+
+    @property
+    def check(self) -> bool:
+        """Whether NaN is an error here: in training it stops the run elsewhere, naming the last good state."""
+        return self.trainer.state.fn != TrainerFn.FITTING
 
     def predict(self, images: Any, batch_idx: int, **options: Any) -> Any:
         """The predictor's outputs for a validation batch; an InputError names images that do not fit in memory."""

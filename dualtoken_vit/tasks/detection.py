@@ -1,5 +1,6 @@
 """Object detection and instance segmentation: losses, COCO's average precision, prediction."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
-from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector
+from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector, refusing_nan
 from dualtoken_vit.models.tiles import detect_in_tiles
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
@@ -57,16 +58,18 @@ class DetectionPredictor(Predictor[Objects]):
         return pil_to_tensor(image)
 
     @torch.inference_mode()
-    def forward(self, batch: list[Tensor]) -> list[dict[str, Tensor]]:  # (C, H, W) uint8 each -> detections
+    def forward(self, batch: list[Tensor], check: bool = True) -> list[dict[str, Tensor]]:
+        """(C, H, W) uint8 each -> detections; with `check`, an InputError where the network produced NaN or Inf."""
         # Set here: predictors with other options may share the network. Before masks are pasted, which takes memory.
         self.model.score_thresh = self.options.score
         self.model.transform.min_size = (self.options.image_size,)
         self.model.transform.max_size = max(self.options.max_size, self.options.image_size)
         tile, overlap = self.options.tile, self.options.overlap
-        if tile is None:
-            return self.model([image.to(self.device) / 255 for image in batch])
         images = (image.to(self.device) / 255 for image in batch)
-        return [detect_in_tiles(self.model, image, tile, overlap, self.batch_size) for image in images]
+        with refusing_nan(self.model) if check else nullcontext():
+            if tile is None:
+                return self.model(list(images))
+            return [detect_in_tiles(self.model, image, tile, overlap, self.batch_size) for image in images]
 
     def postprocess(self, outputs: list[dict[str, Tensor]]) -> list[Objects]:
         results = []
@@ -119,7 +122,8 @@ class DetectionModule(TaskModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        for target, found in zip(targets, self.predictor.postprocess(self.predict(images, batch_idx)), strict=True):
+        outputs = self.predict(images, batch_idx, check=self.check)
+        for target, found in zip(targets, self.predictor.postprocess(outputs), strict=True):
             self.found[target["image_id"]] = to_results(target["image_id"], found, self.val.category_ids)
 
     def evaluate(self) -> Evaluation:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -128,9 +127,7 @@ class SegmentationModule(TaskModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, masks = batch
-        # In training NaN stops the run elsewhere, on all processes, naming the last good state.
-        check = self.trainer.state.fn != TrainerFn.FITTING
-        labels = self.predict(images, batch_idx, check=check)
+        labels = self.predict(images, batch_idx, check=self.check)
         for found, mask in zip(labels, masks, strict=True):
             confusion = self.metric(found, mask.long())  # of this image
             index = self.trainer.global_rank + self.seen * self.trainer.world_size  # as `sampling.loader` deals them

@@ -1,12 +1,14 @@
-"""What a study's results say about the paper's ranking."""
+"""The outcome of a study: accuracies of its networks, the verdict on the paper's ranking, table and plot."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean, stdev
+from textwrap import wrap
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.stats import binomtest, tukey_hsd
 
 from dualtoken_vit.data.classification import Images
@@ -14,6 +16,7 @@ from dualtoken_vit.data.streams import ImageStream
 from dualtoken_vit.paper.counting import Counts
 from dualtoken_vit.paper.tables import Published
 from dualtoken_vit.recipes import Model
+from dualtoken_vit.show.console import table_text
 
 ALPHA = 0.05  # error rate of the tests, in Tukey's family-wise
 
@@ -104,3 +107,35 @@ def verdict(results: Sequence[Result], chance: float, images: int) -> list[str]:
     if significant[True]:
         return [*lines, "All significant differences at this budget are as in the paper."]
     return [*lines, "This budget is too small to confirm or refute the paper's ranking."]
+
+
+def draw(results: Sequence[Result], title: str) -> Figure:
+    """Accuracy of each seed and the mean, next to the paper's accuracy; one row per network."""
+    figure = Figure(figsize=(9, 1.4 + 0.34 * len(results)), layout="constrained")
+    here, paper = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    rows = range(len(results))[::-1]
+    for row, result in zip(rows, results, strict=True):
+        here.plot([100 * top1 for top1 in result.top1], [row] * len(result.top1), "o", color="tab:blue", alpha=0.4)
+        here.plot(100 * result.mean, row, "|", color="tab:blue", markersize=16, markeredgewidth=2.5)
+        paper.plot(float(result.published.score), row, "o", color="tab:orange")
+    here.set_yticks(rows, [result.name for result in results])
+    here.set(xlabel="top-1 (%): seeds (dots) and mean (bar)", title="this study")
+    paper.set(xlabel="top-1 (%)", title="paper (ImageNet-1k)")
+    for axes in (here, paper):
+        axes.grid(alpha=0.3)
+        axes.set_ylim(-0.6, len(results) - 0.4)
+    figure.suptitle("\n".join(wrap(title, 110)), fontsize=9)
+    return figure
+
+
+def table_of(results: Sequence[Result], markdown: bool) -> str:
+    """The table of a study: a row per network, with the accuracy of each seed."""
+    columns = ("<network", "<model", "params M", "MACs G", "lr", "top-1 %", "std", "seeds", "published %")
+    cells = []
+    for result in results:
+        std = "" if result.spread is None else f"{100 * result.spread:.2f}"
+        seeds = " ".join(f"{100 * top1:.1f}" for top1 in result.top1)
+        sizes = (f"{result.counts.params / 1e6:.2f}", f"{result.counts.macs / 1e9:.3f}", f"{result.lr:g}")
+        model = " ".join((result.model.name, *result.model.args))
+        cells.append((result.name, model, *sizes, f"{100 * result.mean:.2f}", std, seeds, result.published.score))
+    return table_text(columns, [cells], markdown)

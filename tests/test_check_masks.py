@@ -1,0 +1,88 @@
+"""The report of check-data on images with masks."""
+
+import re
+
+import numpy as np
+import pytest
+from mask_files import data, labels_of, mean_label, spoil
+from PIL import ExifTags, Image
+
+from dualtoken_vit.data.check.segmentation import check as check_data
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.recipes import Segmentation, SegmentationData
+
+# check-data
+
+
+def test_check_of_drawn_data(tmp_path, capsys):
+    recipe = Segmentation(data=SegmentationData(dataset="shapes", crop_size=(32, 32), limit=20))
+    assert check_data(recipe, tmp_path)
+    assert "train: 20 images with a mask; 0.0% of the pixels are ignored" in capsys.readouterr().out
+    assert Image.open(tmp_path / "labels.png").width == 1920
+
+
+def check(tree, capsys, **args):
+    verdict = check_data(Segmentation(data=data(tree, **args)), tree / "out")
+    return verdict, capsys.readouterr().out
+
+
+def test_check_of_sound_data(tree, capsys):
+    verdict, out = check(tree, capsys)
+    assert verdict
+    assert "train: 2 images with a mask; 2.1% of the pixels are ignored" in out
+    labels = np.stack([labels_of(tree, name) for name in "01"])
+    for label, name in enumerate(("sky", "road", "car")):
+        share = (labels == label).sum() / (labels < 3).sum()
+        assert re.search(rf"│ {name} +│ +{share:.2%} │", out)
+    assert Image.open(tree / "out" / "labels.png").width == 1920
+
+
+def test_check_reports_images_that_exif_rotates(tree, capsys):
+    path = tree / "images" / "train" / "1.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down: the size is the same
+    Image.open(path).save(path, exif=exif)
+    verdict, out = check(tree, capsys)
+    assert verdict
+    assert f"note: 1 images of train are rotated by EXIF; masks must fit the rotated image: {path}" in out
+
+
+def test_check_counts_classes_and_knows_large_images(tree, capsys):
+    (tree / "classes.txt").unlink()
+    verdict, out = check(tree, capsys, crop_size=(5, 5))
+    assert verdict
+    assert [re.search(rf"│ {label} +│", out) is not None for label in range(4)] == [True, True, True, False]
+    assert "--data.image-size makes training faster" in out
+    assert "--data.image-size makes training faster" not in check(tree, capsys)[1]
+    for path in (tree / "annotations" / "train").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(
+        InputError,
+        match=r"no usable training mask; the first: .*annotations/train/\d\.png: cannot be read as an image",
+    ):
+        check(tree, capsys)
+
+
+def test_check_of_the_first_images(tree, capsys):
+    spoil(tree, lambda labels: labels[:-2], "1")
+    verdict, out = check(tree, capsys, limit=1)
+    assert verdict
+    assert "train: 1 images with a mask" in out
+
+
+def test_check_names_what_was_planted(tree, capsys):
+    spoil(tree, mean_label)
+    spoil(tree, lambda labels: labels[:-2], "1")
+    (tree / "images" / "val" / "0.jpg").rename(tree / "images" / "val" / "1.jpg")
+    (tree / "classes.txt").write_text("sky\nroad\ncar\nboat\n")
+    verdict, out = check(tree, capsys)
+    assert not verdict
+    for line in (
+        "class in no mask: train/boat",
+        f"without a mask: {tree}/images/val/1.jpg",
+        f"mask without an image: {tree}/annotations/val/0.png",
+        f"{tree}/annotations/train/0.png: label 7 in 3 pixels",
+        f"{tree}/annotations/train/1.png: 20x10 pixels",
+        "problems: 5",
+    ):
+        assert line in out

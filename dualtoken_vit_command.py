@@ -4,13 +4,16 @@ import os
 
 
 def main() -> None:
-    """Run the command line with OpenMP threads that sleep, not spin, while they wait for each other.
+    """Run the command line with OpenMP threads that wait for each other shortly, then sleep.
 
-    Where other jobs need the cores, spinning threads keep them from each other: a training with two threads falls to a
-    small part of its speed. On an idle machine sleeping costs some microseconds for each operation;
-    OMP_WAIT_POLICY=active saves them.
+    GNU's OpenMP, which PyTorch has on Linux, spins for milliseconds by default. Where other jobs need the cores, such
+    threads keep them from each other: a training with two threads falls to a small part of its speed. Threads that
+    sleep at once cost some microseconds for each operation, a quarter of the time of small batches. A thousand turns of
+    the loop lie between: see "Waiting threads" in results/README.md.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from dualtoken_vit.cli import main as run
 
     run()

@@ -26,7 +26,7 @@ from dualtoken_vit.data.classification import ImageDataset, build_datasets, buil
 from dualtoken_vit.data.contract import ImageData, fingerprint
 from dualtoken_vit.data.transforms import classification_eval, classification_train, train_size
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.backbone import check_size, pretrained_cfg, statistics
+from dualtoken_vit.models.backbone import check_finite, check_size, pretrained_cfg, statistics
 from dualtoken_vit.recipes import Classification, ClassificationInput, Distill, Model
 from dualtoken_vit.results import Classes
 from dualtoken_vit.runtime.report import ClassesReport
@@ -89,8 +89,7 @@ class ClassificationPredictor(ImagePredictor[Classes]):
 
     def postprocess(self, outputs: Tensor) -> list[Classes]:
         probabilities = outputs.softmax(-1).cpu()
-        if probabilities.isnan().any():
-            raise InputError("the network produced NaN or Inf; use another checkpoint")
+        check_finite(probabilities)
         top, labels = probabilities.topk(min(self.options.top_k, len(self.class_names)))
         return [
             Classes(tuple(self.titles[label] for label in row.tolist()), row.numpy(), shares.numpy())

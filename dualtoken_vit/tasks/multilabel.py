@@ -24,6 +24,7 @@ from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
 from dualtoken_vit.data.transforms import classification_train, train_size
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.backbone import check_finite
 from dualtoken_vit.recipes import ClassificationInput, Model, MultiLabel
 from dualtoken_vit.results import Labels
 from dualtoken_vit.runtime.report import LabelsReport
@@ -54,8 +55,7 @@ class MultiLabelPredictor(ImagePredictor[Labels]):
 
     def postprocess(self, outputs: Tensor) -> list[Labels]:
         probabilities = outputs.sigmoid().cpu()
-        if probabilities.isnan().any():
-            raise InputError("the network produced NaN or Inf; use another checkpoint")
+        check_finite(probabilities)
         results = []
         for shares, found in zip(probabilities, probabilities >= self.thresholds, strict=True):
             labels = shares.argsort(descending=True, stable=True)

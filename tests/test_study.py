@@ -95,7 +95,7 @@ def test_chance_is_the_share_of_the_most_frequent_class():
 
 
 def test_networks_are_the_papers():
-    counts = {"global-tokens": 3, "token-count": 7, "local-attention": 2, "downsampling": 2, "mlp": 2, "peers": 11}
+    counts = {"global-tokens": 3, "token-count": 7, "local-attention": 2, "downsampling": 2, "mlp": 2, "peers": 12}
     assert {name: len(networks(name, "small")) for name in STUDIES} == counts
     for name in STUDIES:
         assert all(row.table == STUDIES[name][0] for row, _ in networks(name, "small"))

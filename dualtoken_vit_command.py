@@ -1,4 +1,7 @@
-"""The command `dualtoken-vit`: what must be set before PyTorch is imported, which `import dualtoken_vit` does."""
+"""The command `dualtoken-vit`: what must be set before PyTorch is imported.
+
+Where this module is imported first, `import dualtoken_vit` leaves PyTorch to the commands that need it.
+"""
 
 import os
 

@@ -17,7 +17,11 @@ from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.checkpoint import store_preprocessing
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.paper.attention import (
+    Seen,
     blocks_of,
+    draw_blocks,
+    draw_key_tokens,
+    draw_maps,
     gradient_importance,
     highest,
     recording,
@@ -114,6 +118,38 @@ def test_token_importance(index):
 
 def test_highest():
     assert highest(np.array([[0.1, 0.5], [0.4, 0.2]]), 2).tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize("draw", [draw_key_tokens, draw_maps, lambda seen: draw_blocks(seen[0])])
+def test_all_maps_of_a_figure_have_one_colour_scale(draw):
+    rng = np.random.default_rng(0)
+    maps = [rng.random((3, 3, 7, 7)) * scale for scale in (1, 0.1, 0.01)]
+    seen = [Seen(rng.random((9, 9, 3)), "ant 50%", (1, 2), each, dict(zip("abc", maps, strict=True))) for each in maps]
+    figure = draw(seen)
+    shown = [image for axes in figure.axes for image in axes.images if image.get_array().ndim == 2]
+    heat = [image for image in shown if image.get_cmap().name != "Reds"]  # marks, not attention
+    (scale,) = {image.get_clim() for image in heat}
+    if draw is draw_key_tokens:
+        expected = np.array([each[1, 2] for each in maps])
+    elif draw is draw_maps:
+        expected = np.array(maps)
+    else:
+        expected = np.array([each.mean((0, 1)) for each in maps])
+    assert scale == (expected.min(), expected.max())
+    assert len(heat) == (6 if draw is draw_maps else 3)
+    (bar,) = (axes for axes in figure.axes if axes.get_label() == "<colorbar>")
+    assert bar.get_ylim() == pytest.approx(scale)
+
+
+def test_images_left_out_of_the_figures_are_counted(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dualtoken_vit.paper.attention.ROWS", 2)
+    for name in "abc":
+        solid(tmp_path / f"{name}.png")
+    args = (checkpoint, "--image-size", "32", "--token", "0,0", "--out", tmp_path / "out")
+    assert run(*args, *(tmp_path / f"{name}.png" for name in "ab")) == 0
+    assert "figure-1.png" not in capsys.readouterr().err
+    assert run(*args, *(tmp_path / f"{name}.png" for name in "abc")) == 0
+    assert "figure-1.png and figure-4.png show the first 2 of 3 images\n" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

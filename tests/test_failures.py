@@ -16,6 +16,7 @@ from dualtoken_vit.tasks.failures import explained
     ("error", "processes", "message"),
     [
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "give fewer --data.workers"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "), 1, "from outside.*with --resume"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), 1, "give fewer --data.workers"),
         (RuntimeError("[pair.cc:525] Connection closed by peer [127.0.0.1]:1234"), 2, "another process of this run"),
         (RuntimeError("NCCL communicator was aborted on rank 1."), 4, "another process of this run"),

@@ -1,5 +1,7 @@
 """A run that is killed at any point and resumed ends as one that was not, bit by bit."""
 
+import csv
+import json
 import multiprocessing
 import os
 import shutil
@@ -236,9 +238,15 @@ def test_a_run_is_not_overwritten(uninterrupted):
 def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path, capsys):
     photos, whole = uninterrupted
     out = shutil.copytree(whole, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert cli.run(arguments(photos, out, "--resume")) == 0
-    assert "best: top1 " in capsys.readouterr().out
-    assert_same_run(out, whole)
+    found = capsys.readouterr()
+    with (whole / "metrics.csv").open() as file:
+        best = max(csv.DictReader(file), key=lambda row: (float(row["val_top1"]), -float(row["val_loss"])))
+    figure = f"best: top1 {float(best['val_top1']):.2%}, in epoch {best['epoch']} of {EPOCHS}"
+    advice = f"start another one with --model.checkpoint {out / 'best.safetensors'} --out FOLDER"
+    assert found.out == f"the run in {out} is finished ({figure}); to train on, {advice}\n"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_a_resumed_run_keeps_its_settings(uninterrupted, tmp_path):
@@ -247,12 +255,15 @@ def test_a_resumed_run_keeps_its_settings(uninterrupted, tmp_path):
     with pytest.raises(InputError, match=r"--optim\.epochs is 3 in the run .*, not 5"):
         cli.run(["train", "folder", "--out", str(out), "--resume", "--optim.epochs", "5"])
     # What is not asked for is as stored, and the data may have moved.
-    moved = shutil.copytree(photos, tmp_path / "moved")
+    moved, fewer = (shutil.copytree(photos, tmp_path / name) for name in ("moved", "fewer"))
+    next((fewer / "train").rglob("*.jpg")).unlink()
     shutil.rmtree(out / "tensorboard")
-    assert cli.run(["train", "folder", "--out", str(out), "--resume", "--data.root", str(moved)]) == 0
-    next((moved / "train").rglob("*.jpg")).unlink()
+    recipe = json.loads((out / "recipe.json").read_text())
+    recipe["optim"]["epochs"] += 1  # it is not finished
+    (out / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(InputError, match=r"the data changed .*\[36, 18\].*\[35, 18\]"):
-        cli.run(["train", "folder", "--out", str(out), "--resume", "--data.root", str(moved)])
+        cli.run(["train", "folder", "--out", str(out), "--resume", "--data.root", str(fewer)])
+    assert cli.run(["train", "folder", "--out", str(out), "--resume", "--data.root", str(moved)]) == 0
 
 
 def test_nothing_to_resume_from(photos, tmp_path, capsys):

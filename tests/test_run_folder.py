@@ -27,6 +27,9 @@ def run(photos, tmp_path):
     """A run of two epochs, of which the first is done."""
     out = tmp_path / "run"
     assert call("train", "folder", "--data.root", photos, *SETTINGS, "--optim.epochs", 1, "--out", out) == 0
+    recipe = json.loads((out / "recipe.json").read_text())
+    recipe["optim"]["epochs"] = 2
+    (out / "recipe.json").write_text(json.dumps(recipe))
     return photos, out
 
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -262,8 +263,27 @@ def test_printed(capsys, rows, monkeypatch, markdown, tmp_path):
     cells = [cell.strip() for cell in line.split("|")[1:-1]] if markdown else line.split()
     expected = ["Table 6", "table6-normal", "normal global tokens"]
     expected += ["12.854", "13.0", "-1.1", "0.979", "0.99", "-1.1", "0.969", "79.2"]
-    assert cells == [*expected, ""] if markdown else cells == " ".join(expected).split()
+    assert cells == expected if markdown else cells == " ".join(expected).split()
     assert ("|---" in out) is markdown
+    heading = next(line for line in out.splitlines() if "recipe or model" in line)
+    assert heading.split()[-2 if markdown else -1] == "published"
+    assert (
+        out.splitlines()[-1]
+        == f"no measured accuracies: {tmp_path} has no study-*.json; --results names another folder"
+    )
+
+
+def test_a_study_adds_the_column_of_its_accuracies(capsys, rows, monkeypatch, tmp_path):
+    network = {"key": "table6-normal", "model": {"name": "dualtoken_vit_tiny", "args": []}, "mean": 0.5}
+    study = {"table": "Table 6", "budget": {"text": "photos", "base": "tiny"}, "networks": [network]}
+    (tmp_path / "study-x.json").write_text(json.dumps(study))
+    monkeypatch.setattr(tables, "compare", lambda studies: [replace(row, measured="T 50.0 (1)") for row in rows])
+    tables.tables(markdown=True, results=tmp_path)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if "table6-normal " in line)
+    assert line.split("|")[-2].strip() == "T 50.0 (1)"
+    assert next(line for line in out.splitlines() if "| recipe or model" in line).split("|")[-2].strip() == "measured"
+    assert out.splitlines()[-1] == f"- (1) photos: {tmp_path / 'study-x.json'}"
 
 
 def test_the_later_networks_have_the_sizes_that_their_papers_print(capsys):

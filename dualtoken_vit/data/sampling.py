@@ -5,6 +5,7 @@ with the same augmentation.
 """
 
 import random
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,26 @@ def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
     return list(images), list(targets)
 
 
+GRACE = 60  # seconds
+
+
+def outlast_signals(worker: int = 0) -> None:
+    """Make a data loading process ignore Ctrl-C, and end only `GRACE` seconds after SIGTERM, at a second one at once.
+
+    Both reach the whole group of processes, and the main one needs its workers to finish its step and save. When it
+    ends, so do they.
+    """
+
+    def note(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(GRACE)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows, where SIGTERM cannot be noted either
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, note)
+
+
 def loader(
     dataset: ImageData,
     batch_size: int,
@@ -171,6 +192,7 @@ def loader(
     """
     common: dict[str, Any] = dict(
         collate_fn=collate_fn,
+        worker_init_fn=outlast_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(mix(seed, epoch)),  # a loader would otherwise draw from the global one
     )

@@ -10,6 +10,7 @@ attention is distributed over the positions of X_ga by the attention weights wit
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -182,33 +183,49 @@ def _mosaic(maps: np.ndarray) -> np.ndarray:
     return separated.swapaxes(1, 2).reshape(height * (h + 1), width * (w + 1))[:-1, :-1]
 
 
+def _scale(maps: Sequence[np.ndarray]) -> dict[str, float]:
+    """One colour scale for all maps of a figure, so that they can be compared."""
+    return {"vmin": min(each.min() for each in maps), "vmax": max(each.max() for each in maps)}
+
+
+def _colour_bar(figure: Figure, heat: AxesImage, axes: Any) -> None:
+    bar = figure.colorbar(heat, ax=axes, shrink=0.8, aspect=30, format=lambda share, _: f"{share:.2%}")
+    bar.set_label("attention, one scale for all maps", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
 def draw_key_tokens(seen: Sequence[Seen]) -> Figure:
     """Figure 1, one row per image: the image with its key token boxed, and the attention of that token."""
-    figure = Figure(figsize=(5.2, 2.6 * len(seen)), layout="constrained")
-    for (left, right), one in zip(figure.subplots(len(seen), 2, squeeze=False), seen, strict=True):
+    figure = Figure(figsize=(6, 2.6 * len(seen)), layout="constrained")
+    cells, scale = figure.subplots(len(seen), 2, squeeze=False), _scale([one.map[one.token] for one in seen])
+    for (left, right), one in zip(cells, seen, strict=True):
         rows, columns = one.map.shape[:2]
         _panel(left, one.image, one.label, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))  # in units of image tokens
         _mark(left, *one.token)
-        heat = _panel(right, one.map[one.token], "attention to the global tokens")
-        figure.colorbar(heat, ax=right, shrink=0.8, format=lambda share, _: f"{share:.2%}").ax.tick_params(labelsize=7)
+        heat = _panel(right, one.map[one.token], "attention to the global tokens", **scale)
+    _colour_bar(figure, heat, cells)
     return figure
 
 
 def draw_maps(seen: Sequence[Seen]) -> Figure:
     """Figure 4, one row per image: the image, the map of every token, their highest values, the mean of all maps."""
-    figure = Figure(figsize=(11, 2.9 * len(seen) + 0.4), layout="constrained")
-    for row, one in zip(figure.subplots(len(seen), 4, squeeze=False), seen, strict=True):
+    figure = Figure(figsize=(11.8, 2.9 * len(seen) + 0.4), layout="constrained")
+    cells, every = figure.subplots(len(seen), 4, squeeze=False), []
+    for one in seen:
         rows, columns = (min(side, SIDE) for side in one.map.shape[:2])
         tokens = torch.from_numpy(one.map).permute(2, 3, 0, 1)  # (h, w, H, W)
-        maps = F.adaptive_avg_pool2d(tokens, (rows, columns)).permute(2, 3, 0, 1).numpy()
+        every.append(F.adaptive_avg_pool2d(tokens, (rows, columns)).permute(2, 3, 0, 1).numpy())
+    scale = _scale(every)
+    for row, one, maps in zip(cells, seen, every, strict=True):
         marks = highest(maps).astype(float)
         mean = maps.mean((0, 1))
         _panel(row[0], one.image, one.label)
-        _panel(row[1], _mosaic(maps), "map of each token")
+        heat = _panel(row[1], _mosaic(maps), "map of each token", **scale)
         _panel(row[2], _mosaic(marks), f"its {HIGHEST} highest values", cmap="Reds", vmin=0, vmax=1)
-        _panel(row[3], mean, f"mean of all maps, its {HIGHEST} highest values")
+        _panel(row[3], mean, f"mean of all maps, its {HIGHEST} highest values", **scale)
         for place in np.argwhere(highest(mean)):
             _mark(row[3], *place)
+    _colour_bar(figure, heat, cells)
     return figure
 
 
@@ -217,14 +234,16 @@ def draw_blocks(seen: Seen) -> Figure:
     means = {
         name.removeprefix("stages.").replace(".blocks.", ", block "): m.mean((0, 1)) for name, m in seen.maps.items()
     }
-    panels = {seen.label: seen.image} | means
-    rows = math.ceil(len(panels) / COLUMNS)
-    figure = Figure(figsize=(1.9 * COLUMNS, 2.1 * rows), layout="constrained")
-    cells = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for axes, (title, image) in zip(cells, panels.items(), strict=False):
-        _panel(axes, image, title)
-    for axes in cells[len(panels) :]:
+    rows, scale = math.ceil((1 + len(means)) / COLUMNS), _scale([*means.values()])
+    figure = Figure(figsize=(1.9 * COLUMNS + 0.8, 2.1 * rows), layout="constrained")
+    cells = figure.subplots(rows, COLUMNS, squeeze=False)
+    first, *others = cells.flat
+    _panel(first, seen.image, seen.label)
+    for axes, (title, image) in zip(others, means.items(), strict=False):
+        heat = _panel(axes, image, title, **scale)
+    for axes in others[len(means) :]:
         axes.axis("off")
+    _colour_bar(figure, heat, cells)
     return figure
 
 
@@ -367,6 +386,8 @@ def attention(
     if len(first) > 1:
         save_figure(partial(draw_key_tokens, first), out / "figure-1.png", dpi=200)
         save_figure(partial(draw_maps, first), out / "figure-4.png", dpi=200)
+    if (count := len(record["images"])) > ROWS:
+        print(f"figure-1.png and figure-4.png show the first {ROWS} of {count} images", file=sys.stderr)
     write_json(record, out / RECORD)
     if json:
         print(dumps(record))

@@ -205,7 +205,7 @@ def tables(*, json: bool = False, markdown: bool = False, modern: bool = False, 
         print(WHAT_IS_LISTED)
         print(modern_table(markdown))
         return
-    studies = read_studies(results or Path("results"))
+    studies = read_studies(folder := results or Path("results"))
     rows = compare(studies)
     if json:
         printed = [asdict(row) for row in rows]
@@ -213,8 +213,13 @@ def tables(*, json: bool = False, markdown: bool = False, modern: bool = False, 
         print(jsonlib.dumps({"what_is_counted": WHAT_IS_COUNTED, "rows": printed, "studies": found}, indent=2))
         return
     print(f"```\n{WHAT_IS_COUNTED}```\n" if markdown else WHAT_IS_COUNTED)
-    groups = (map(_cells, group) for _, group in groupby(rows, key=lambda row: row.published.table))
-    columns = ("<table", "<recipe or model", "<network", "params M", "paper", "diff %", "FLOPs G", "paper", "diff %")
-    print(table_text((*columns, "MACs G", "published", "<measured"), groups, markdown))
+    width = 12 if studies else 11  # without the measured accuracies
+    tables_of_paper = groupby(rows, key=lambda row: row.published.table)
+    groups = ([_cells(row)[:width] for row in group] for _, group in tables_of_paper)
+    columns = ["<table", "<recipe or model", "<network", "params M", "paper", "diff %", "FLOPs G", "paper", "diff %"]
+    columns += ["MACs G", "published"] + ["<measured"] * bool(studies)
+    print(table_text(columns, groups, markdown))
+    if not studies:
+        print(f"no measured accuracies: {folder} has no study-*.json; --results names another folder")
     for number, study in enumerate(studies, start=1):
         print(f"{'- ' if markdown else ''}({number}) {study['text']}: {study['file']}")

@@ -8,6 +8,7 @@ from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.tasks.predictor import naming_memory
 
 WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|killed by signal)", re.DOTALL)
+ENDED = re.compile(r"DataLoader worker.*killed by signal: (Terminated|Alarm|Hangup|Interrupt)", re.DOTALL)
 PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
@@ -21,6 +22,9 @@ def explained(hint: str, processes: int = 1) -> Iterator[None]:
         with naming_memory(hint):
             yield
     except RuntimeError as error:
+        if ENDED.search(str(error)):
+            cause = f"a data loading process was ended from outside ({reason(error)})"
+            raise InputError(f"{cause}; run the command again, a training with --resume") from error
         if WORKER.search(str(error)):
             cause = "a data loading process was killed, perhaps for lack of memory"
             raise InputError(f"{cause} ({reason(error)}); give fewer --data.workers") from error

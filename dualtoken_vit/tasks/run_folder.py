@@ -85,14 +85,18 @@ def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
             )
 
 
-def check_classes(last: Path, names: tuple[str, ...], out: Path) -> None:
-    """Reject data of other classes than those of last.ckpt's run; the InputError names the added and missing ones."""
+def read_history(last: Path, names: tuple[str, ...], out: Path) -> list[dict[str, Any]]:
+    """The history in last.ckpt, a row for each validation.
+
+    Raises:
+        InputError: for data of other classes, `names`, than the run's: it names the added and missing ones.
+    """
     run = AtomicCheckpointIO().load_checkpoint(last, "cpu", weights_only=True).get("run", {})
     if fault := next(faults("its state", run, STATE), ""):
         raise InputError(f"{last} is of an older version and cannot be resumed ({fault}); start another run with --out")
     before = tuple(run["class_names"])
     if before == names:
-        return
+        return run["history"]
     added, missing = [n for n in names if n not in before], [n for n in before if n not in names]
     changes = [f"{what} {some(found)}" for what, found in (("added", added), ("missing", missing)) if found]
     raise InputError(
@@ -146,6 +150,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def best_epoch(history: list[dict[str, Any]], score: str) -> dict[str, Any] | None:
     """The row with the highest validation metric `score`; of equal ones, that with the lowest validation loss."""
     return max(history, key=lambda row: (row[f"val_{score}"], -row.get("val_loss", 0)), default=None)
+
+
+def exhausted(history: list[dict[str, Any]], score: str, patience: int | None) -> bool:
+    """Whether `run.patience` validations in a row were no better."""
+    best = best_epoch(history, score)
+    return patience is not None and best is not None and best not in history[-patience:]
+
+
+def best_line(history: list[dict[str, Any]], score: str, epochs: int) -> str:
+    """The best epoch of a run, if it has one."""
+    best = best_epoch(history, score)
+    return f"best: {score} {best[f'val_{score}']:.2%}, in epoch {best['epoch']} of {epochs}" if best else ""
+
+
+def finished(history: list[dict[str, Any]], score: str, recipe: Recipe, out: Path) -> str:
+    """For a run that has nothing left to do: its result, and how to train on; else ""."""
+    complete = bool(history) and history[-1]["epoch"] >= recipe.optim.epochs
+    if not (complete or exhausted(history, score, recipe.run.patience)):
+        return ""
+    more = "" if complete else "give a higher --run.patience, or "
+    return (
+        f"the run in {out} is finished ({best_line(history, score, recipe.optim.epochs)}); to train on, {more}start "
+        f"another one with --model.checkpoint {out / BEST} --out FOLDER"
+    )
 
 
 class RunFolder(Callback):
@@ -203,7 +231,6 @@ class RunFolder(Callback):
         for row in self.history:
             if row["step"] == trainer.global_step:
                 self._log(trainer, row)
-        trainer.should_stop = self._exhausted(task)  # a resumed run that had stopped
 
     def begin(self, trainer: Trainer, recipe: Recipe) -> None:
         """Write the recipe that the run follows from now on, also into its tracker."""
@@ -211,11 +238,6 @@ class RunFolder(Callback):
         trainer.logger.log_hyperparams(flatten(recipe))
         if trainer.is_global_zero:
             write_recipe(self.out, recipe, self.name)
-
-    def _exhausted(self, task: Module) -> bool:
-        """Whether `run.patience` validations in a row were no better."""
-        patience, best = self.recipe.run.patience, best_epoch(self.history, task.score)
-        return patience is not None and best is not None and best not in self.history[-patience:]
 
     def _log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         trainer.logger.log_metrics({f"epoch/{key}": value for key, value in row.items()}, step=row["step"])
@@ -307,7 +329,7 @@ class RunFolder(Callback):
             self._log(trainer, row)
             progress = f"epoch {row['epoch']}/{trainer.max_epochs}  train loss {row['train_loss']:.3f}"
             print(f"{progress}  {evaluation.headline}{'  best' if best is row else ''}", flush=True)
-        if self._exhausted(task):
+        if exhausted(self.history, task.score, self.recipe.run.patience):
             trainer.should_stop = True
             if trainer.is_global_zero:
                 print(f"no better epoch in {self.recipe.run.patience} validations: stopped", flush=True)

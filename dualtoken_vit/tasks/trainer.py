@@ -125,6 +125,12 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
         _train(recipe, out, resume, name, main)
 
 
+def _damaged(last: Path, error: Exception) -> InputError:
+    """The error for a last.ckpt that made another error."""
+    fault = f"it is damaged or of another version ({reason(error)})"
+    return InputError(f"{last} cannot be resumed from: {fault}; start another run with --out")
+
+
 def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> None:
     stored = run_folder.stored_recipe(out, name)
     if stored is not None and resume:
@@ -134,9 +140,6 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     elif main and any((out / each).exists() for each in run_folder.RUN):
         raise InputError(f"{out} holds a run; continue it with --resume, or give another --out")
     last = out / run_folder.LAST if resume and (out / run_folder.LAST).is_file() else None
-    if main and resume:
-        print(f"resuming from {last}" if last else f"{out} has nothing to resume from: starting from the beginning")
-
     tune_cpu()
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
@@ -146,7 +149,17 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     setup = get_task(recipe.task).prepare(recipe, start)
     module, model, class_names = setup.module, setup.module.model, setup.module.predictor.class_names
     if last:
-        run_folder.check_classes(last, class_names, out)
+        history = run_folder.read_history(last, class_names, out)
+        try:
+            done = run_folder.finished(history, module.score, recipe, out)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise _damaged(last, error) from error
+        if done:
+            if main:
+                print(done)
+            return
+    if main and resume:
+        print(f"resuming from {last}" if last else f"{out} has nothing to resume from: starting from the beginning")
     report = load_weights(model, start.checkpoint, class_names) if start.checkpoint else None
     build_optimizer(model, recipe.optim)  # rejects a wrong name now, not after the images were read
     folder = run_folder.RunFolder(out, recipe, name, setup.model_args, begun=stored is not None)
@@ -178,11 +191,8 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if last is None or folder.stepped:
             raise
-        fault = f"it is damaged or of another version ({reason(error)})"
-        raise InputError(f"{last} cannot be resumed from: {fault}; start another run with --out") from error
-    best = run_folder.best_epoch(folder.history, module.score)
-    if main and best is not None:
-        score = f"{module.score} {best[f'val_{module.score}']:.2%}"
-        print(f"best: {score}, in epoch {best['epoch']} of {trainer.max_epochs}; all in {out}")
+        raise _damaged(last, error) from error
+    if main and (best := run_folder.best_line(folder.history, module.score, folder.recipe.optim.epochs)):
+        print(f"{best}; all in {out}")
         print(f"  dualtoken-vit evaluate {out / run_folder.BEST}")
         print(f"  dualtoken-vit predict {out / run_folder.BEST} IMAGES --out {out / 'predictions'}")

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM as they come in practice: to all processes of a training at once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dualtoken_vit import cli
+
+# The training process sends the signal to its whole group before its second batch. Where six batches are a step, data
+# loading processes that end would be missed before the step is done.
+SENDER = """
+import os, sys, time
+from dualtoken_vit.cli import main
+from dualtoken_vit.tasks.base import TaskModule
+
+begin = TaskModule.on_train_batch_start
+
+def send(self, images, index):
+    begin(self, images, index)
+    if (self.current_epoch, index) == (0, 1):
+        os.killpg(0, {number})
+        time.sleep(0.5)
+
+TaskModule.on_train_batch_start = send
+sys.argv = ["dualtoken-vit", *{args!r}]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no groups of processes")
+@pytest.mark.parametrize(("number", "accumulate", "step"), [(signal.SIGTERM, 1, 2), (signal.SIGINT, 6, 1)])
+def test_a_signal_to_all_processes_saves_the_step(photos, tmp_path, number, accumulate, step):
+    out = tmp_path / "run"
+    settings = {"data.root": photos, "data.image-size": 32, "data.workers": 2, "optim.epochs": 2}
+    settings |= {"optim.batch-size": 12, "optim.accumulate": accumulate, "run.device": "cpu", "out": out}
+    args = ["train", "folder", *(text for key, value in settings.items() for text in (f"--{key}", str(value)))]
+    args += ["--model.args", "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32"]
+    command = [sys.executable, "-c", SENDER.format(number=int(number), args=args)]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 130, done.stderr
+    assert last.startswith(f"dualtoken-vit: interrupted; the last good state is {out / 'last.ckpt'}")
+    assert "data loading" not in done.stderr
+    assert torch.load(out / "last.ckpt")["global_step"] == step
+    assert cli.run([*args, "--resume"]) == 0
+    assert torch.load(out / "last.ckpt")["global_step"] == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("signals", "ended"), [([signal.SIGINT, signal.SIGTERM], 0), ([signal.SIGTERM] * 2, 15)])
+def test_a_worker_outlasts_the_first_sigterm(signals, ended):
+    code = (
+        "import os, signal, sys\n"
+        "from dualtoken_vit.data.sampling import outlast_signals\n"
+        "outlast_signals()\n"
+        f"for number in {[int(number) for number in signals]}: signal.raise_signal(number)\n"
+        "print(signal.alarm(0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -ended, done.stderr
+    assert ended or 58 <= int(done.stdout) <= 60  # seconds that are left

@@ -28,6 +28,8 @@ from dualtoken_vit.paper.attention import recording
 CANDIDATES = 4000
 """Boxes of the box head that reach non-maximum suppression; models.detectors takes all above the score threshold."""
 
+LEAST_LOGIT = -1e4  # of a proposal; a float16, too
+
 
 class Normalised(nn.Module):
     """Base of the graphs: normalises the image for its network."""
@@ -200,9 +202,10 @@ class MaskGraph(DetectorGraph):
             ]
         )
         level = torch.cat([torch.full((min(most, count),), number) for number, count in enumerate(counts)])
-        boxes, scores = boxes[index], scores[index, 0].sigmoid()
-        scores = torch.where(large(boxes, rpn.min_size), scores, -1)
-        chosen = suppress(boxes, scores, level, rpn.nms_thresh, -0.5, min(rpn.post_nms_top_n(), len(boxes)))
+        # By logits, which have the order of torchvision's sigmoid: near 1 that rounds differently in each runtime.
+        boxes, scores = boxes[index], scores[index, 0]
+        scores = torch.where(large(boxes, rpn.min_size), scores, 2 * LEAST_LOGIT)
+        chosen = suppress(boxes, scores, level, rpn.nms_thresh, LEAST_LOGIT, min(rpn.post_nms_top_n(), len(boxes)))
         return boxes[chosen.clamp(min=0)], chosen >= 0, finite
 
 

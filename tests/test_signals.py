@@ -10,10 +10,10 @@ import torch
 
 from dualtoken_vit import cli
 
-# The training process sends the signal to its whole group before its second batch. Where six batches are a step, data
-# loading processes that end would be missed before the step is done.
+# Another process signals the group before the second batch: of a signal by their parent data loading processes take no
+# notice. Where six batches are a step, those that end would be missed before the step is done.
 SENDER = """
-import os, sys, time
+import os, subprocess, sys, time
 from dualtoken_vit.cli import main
 from dualtoken_vit.tasks.base import TaskModule
 
@@ -22,7 +22,7 @@ begin = TaskModule.on_train_batch_start
 def send(self, images, index):
     begin(self, images, index)
     if (self.current_epoch, index) == (0, 1):
-        os.killpg(0, {number})
+        subprocess.run(["kill", "-{number}", "--", f"-{{os.getpgrp()}}"], start_new_session=True)
         time.sleep(0.5)
 
 TaskModule.on_train_batch_start = send

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from campaign import mutators, readers
 from campaign.core import Case, Outcome, Verdict, run
+from campaign.crashes import whole
 from campaign.world import SIDE, best, training
+from campaign.writes import half
 
 ENDED = {0: "accepted", 1: "problems reported", 2: "rejected"}
 
@@ -252,17 +254,18 @@ def recipe(rng: Random, world: Path, folder: Path) -> Verdict:
 
 def last(rng: Random, world: Path, folder: Path) -> Verdict:
     """A damaged last.ckpt: the run goes on as if it was not, or it is rejected."""
+    half(world)
+    finished, _ = whole(world, "classification", 1)
     out = folder / "run"
-    shutil.copytree(world / "runs" / "classification", out)
+    shutil.copytree(world / "half", out)
     before = (out / "last.ckpt").read_bytes()
     fault = ""
     if rng.random() < 0.6:
         what, content = mutators.damage(rng, before)
         (out / "last.ckpt").write_bytes(content)
         outcome = run("train", "--resume", "--out", out, folder=folder)
-        if outcome.status == 0 and not _same(
-            torch.load(out / "last.ckpt"), torch.load(world / "runs" / "classification" / "last.ckpt")
-        ):
+        ends = (torch.load(folder / "last.ckpt") for folder in (out, finished)) if outcome.status == 0 else ({}, {})
+        if not _same(*({key: end.get(key) for key in ("state_dict", "optimizer_states")} for end in ends)):
             fault = "went on from other values than were saved"
     else:
         what, state = _change_state(rng, torch.load(out / "last.ckpt"))

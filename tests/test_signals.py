@@ -10,8 +10,8 @@ import torch
 
 from dualtoken_vit import cli
 
-# Another process signals the group before the second batch: of a signal by their parent data loading processes take no
-# notice. Where six batches are a step, those that end would be missed before the step is done.
+# Another process signals the group before the second batch: a SIGTERM by their parent ends data loading processes
+# at once. Where six batches are a step, those that end would be missed before the step is done.
 SENDER = """
 import os, subprocess, sys, time
 from dualtoken_vit.cli import main

@@ -185,7 +185,7 @@ def train(args: list[str]) -> None:
     name, args = _recipe_name(args, "train", train.__doc__)
 
     def parse(recipe: Recipe) -> Train:
-        return _with_recipe(Train, recipe, args, f"train {name}", f"train {recipe.task}", ABOUT.get(name))
+        return _with_recipe(Train, recipe, args, f"train {name}".rstrip(), f"train {recipe.task}", ABOUT.get(name))
 
     if name:
         chosen = parse(RECIPES[name])

@@ -3,19 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from runs import module
 
 from dualtoken_vit.recipes import RECIPES
-from dualtoken_vit.tasks.classification import ClassificationModule, ClassificationPredictor
 
 
 @pytest.mark.parametrize(("classes", "names"), [(2, ["top1"]), (5, ["top1"]), (6, ["top1", "top5"])])
 def test_top5_needs_more_than_five_classes(classes, names):
     """Of at most five it is 100 %, whatever the network predicts."""
-    made = RECIPES["demo"]
-    preprocessing = dict(input_size=(3, made.data.image_size, made.data.image_size), mean=(0.0,) * 3, std=(1.0,) * 3)
-    options = ClassificationPredictor.make_options(image_size=made.data.image_size)
-    predictor = ClassificationPredictor(torch.nn.Identity(), [*"abcdef"[:classes]], preprocessing, options)
-    task = ClassificationModule(predictor, made)
+    task = module(torch.nn.Identity(), RECIPES["demo"], [*"abcdef"[:classes]])
     rng = np.random.default_rng(classes)
     logits, targets = rng.normal(size=(40, classes)).astype(np.float32), rng.integers(0, classes, 40)
     task.add(torch.from_numpy(logits), torch.from_numpy(targets))

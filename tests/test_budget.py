@@ -183,6 +183,7 @@ def test_patience(photos, tmp_path, monkeypatch, capsys, patience):
 
     before = (tmp_path / "run" / "metrics.csv").read_text()
     assert call(*args, "--resume") == 0  # it has ended
+    assert "to train on, give a higher --run.patience, or start another one" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.csv").read_text() == before
     assert call(*args, "--resume", "--run.patience", 3) == 0  # but may go on
     assert len(rows(tmp_path / "run")) > 3 + patience

@@ -49,6 +49,16 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_network_that_produces_nan_or_inf(value):
+    """Of Inf the probability would be 1, of -Inf 0."""
+    options = MultiLabelPredictor.make_options(image_size=32)
+    preprocessing = {"input_size": (3, 32, 32), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    predictor = MultiLabelPredictor(torch.nn.Identity(), NAMES, preprocessing, options)
+    with pytest.raises(InputError, match="the network produced NaN or Inf"):
+        predictor.postprocess(torch.tensor([[0.0, 1.0, 2.0], [0.0, value, 2.0]]))
+
+
 def test_samples(root):
     train, val = build_datasets(MultiLabelData(root=str(root)), 3)
     assert train.class_names == val.class_names == NAMES

@@ -44,6 +44,7 @@ def test_without_a_network_one_line_and_no_second_try(monkeypatch, tmp_path, no_
         (PEER, {}, unresolved, True),
         (PEER, {}, lambda *args: ["an address"], False),
         (PEER, {"https": "http://proxy:3128"}, unresolved, False),
+        (PEER, {"no": "localhost"}, unresolved, True),
         (replace(PEER, pretrained=False), {}, None, False),  # asks for no address
         (Model("dualtoken_vit_tiny_mix", pretrained=True), {}, None, False),  # comes with the package
     ],

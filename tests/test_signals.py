@@ -10,8 +10,8 @@ import torch
 
 from dualtoken_vit import cli
 
-# Another process signals the group before the second batch: of a signal by their parent data loading processes take no
-# notice. Where six batches are a step, those that end would be missed before the step is done.
+# Another process signals the group before the second batch: a SIGTERM by their parent ends data loading processes
+# at once. Where six batches are a step, those that end would be missed before the step is done.
 SENDER = """
 import os, subprocess, sys, time
 from dualtoken_vit.cli import main
@@ -51,16 +51,38 @@ def test_a_signal_to_all_processes_saves_the_step(photos, tmp_path, number, accu
     assert torch.load(out / "last.ckpt")["global_step"] == 6
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("signals", "ended"), [([signal.SIGINT, signal.SIGTERM], 0), ([signal.SIGTERM] * 2, 15)])
-def test_a_worker_outlasts_the_first_sigterm(signals, ended):
-    code = (
-        "import os, signal, sys\n"
-        "from dualtoken_vit.data.sampling import outlast_signals\n"
-        "outlast_signals()\n"
-        f"for number in {[int(number) for number in signals]}: signal.raise_signal(number)\n"
-        "print(signal.alarm(0))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -ended, done.stderr
-    assert ended or 58 <= int(done.stdout) <= 60  # seconds that are left
+WORKER = """
+import os, signal, sys, time
+from dualtoken_vit.data import sampling
+sampling.GRACE = {grace}
+sampling.outlast_signals()
+for number in {signals!r}:
+    os.kill(os.getpid(), number)
+    while signal.SIGTERM in signal.sigpending():
+        time.sleep(0.01)
+print("alive", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+@pytest.mark.parametrize(
+    ("grace", "signals", "parent", "status"),
+    [
+        (60, [signal.SIGINT, signal.SIGTERM], "goes on", 0),
+        (60, [signal.SIGTERM, signal.SIGTERM], "waits", -signal.SIGTERM),
+        (0, [signal.SIGTERM], "waits", -signal.SIGTERM),
+        (60, [], "ends it", 0),  # at once: when Python ends, it waits for its workers
+    ],
+)
+def test_a_worker_outlasts_the_first_sigterm_that_its_parent_did_not_send(grace, signals, parent, status):
+    code = WORKER.format(grace=grace, signals=[int(number) for number in signals])
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as worker:
+        if parent != "waits":
+            assert worker.stdout.readline() == "alive\n"
+        if parent == "ends it":
+            worker.terminate()
+        if parent == "goes on":
+            worker.stdin.close()
+        assert worker.wait() == status

@@ -71,16 +71,15 @@ def test_networks_at_chance_are_not_compared():
     """Of 300 images, P(X >= 114) is 5.1 % and P(X >= 115) 4.0 % for the share 1 / 3 (exact binomial sums)."""
     tail = [sum(math.comb(300, k) * 2 ** (300 - k) for k in range(least, 301)) / 3**300 for least in (114, 115)]
     assert tail[0] > 0.05 > tail[1]
-    level = "33.3 %, the share of the most frequent class"
     same = [result(name, score, 1 / 3, 1 / 3) for name, score in (("a", 70), ("b", 71), ("c", 72))]
     assert verdict(same, 1 / 3, 300) == [
-        f"Not above chance ({level}), so not compared: a, b, c.",
+        "Not above chance (33.3 %), so not compared: a, b, c.",
         "No network learned at this budget: it says nothing about the paper's ranking.",
     ]
     below, above = result("d", 73, 114 / 300, 114 / 300), result("e", 74, 115 / 300, 115 / 300)
     lines = verdict([*same, below, above], 1 / 3, 300)
     assert lines == [
-        f"Not above chance ({level}), so not compared: a, b, c, d.",
+        "Not above chance (33.3 %), so not compared: a, b, c, d.",
         "Only e learned at this budget: it says nothing about the paper's ranking.",
     ]
     better = result("f", 72, 0.9, 0.9), result("g", 72, 0.9, 0.9)
@@ -119,7 +118,9 @@ def test_presets_train_alike():
         assert {key.rpartition(".")[2] for key in recipe if recipe[key] != recipes["cpu"][key]} <= BUDGET
         assert (recipe["optim.optimizer"], recipe["optim.lr"], recipe["optim.schedule"]) == ("adamw", 1e-3, "cosine")
     assert RECIPES["folder"].optim.optimizer == "muon"
-    for path in RESULTS.glob("study-*.json"):
+    paths = [*RESULTS.glob("study-*.json")]
+    assert paths
+    for path in paths:
         stored = json.loads(path.read_text())["budget"]
         assert len(shared := stored.keys() & recipes["cpu"].keys() - {"data.root"}) > 40
         assert {key: stored[key] for key in shared} == {key: recipes["cpu"][key] for key in shared}

@@ -4,12 +4,14 @@ Whatever the number of processes and workers, and wherever a run was interrupted
 with the same augmentation.
 """
 
+import os
 import random
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -129,18 +131,21 @@ GRACE = 60  # seconds
 def outlast_signals(worker: int = 0) -> None:
     """Make a data loading process ignore Ctrl-C, and end only `GRACE` seconds after SIGTERM, at a second one at once.
 
-    Both reach the whole group of processes, and the main one needs its workers to finish its step and save. When it
-    ends, so do they.
+    Both reach the whole group of processes, and the main one needs its workers to finish its step and save. Its own
+    SIGTERM, by which it ends them, ends them at once. Without `sigwaitinfo` (macOS, Windows) SIGTERM is PyTorch's.
     """
-
-    def note(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(GRACE)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # not on Windows, where SIGTERM cannot be noted either
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, note)
+    if hasattr(signal, "sigwaitinfo"):  # unlike a handler, it tells who sent the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_await_sigterm, daemon=True).start()
+
+
+def _await_sigterm() -> None:
+    if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+        os._exit(0)  # as PyTorch's handler: any other status would be an error
+    signal.sigtimedwait({signal.SIGTERM}, GRACE)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def loader(

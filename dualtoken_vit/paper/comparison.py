@@ -68,8 +68,7 @@ def verdict(results: Sequence[Result], chance: float, images: int) -> list[str]:
     ]
     lines = []
     if failed := [r.name for r in results if r not in able]:
-        level = f"{100 * chance:.1f} %, the share of the most frequent class"
-        lines.append(f"Not above chance ({level}), so not compared: {', '.join(failed)}.")
+        lines.append(f"Not above chance ({100 * chance:.1f} %), so not compared: {', '.join(failed)}.")
     if len(able) < 2:
         who = "No network" if not able else f"Only {able[0].name}"
         return [*lines, f"{who} learned at this budget: it says nothing about the paper's ranking."]

@@ -88,8 +88,8 @@ class ClassificationPredictor(ImagePredictor[Classes]):
         return super().forward(batch) / self.temperature
 
     def postprocess(self, outputs: Tensor) -> list[Classes]:
+        check_finite(outputs)
         probabilities = outputs.softmax(-1).cpu()
-        check_finite(probabilities)
         top, labels = probabilities.topk(min(self.options.top_k, len(self.class_names)))
         return [
             Classes(tuple(self.titles[label] for label in row.tolist()), row.numpy(), shares.numpy())

@@ -8,7 +8,7 @@ from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.tasks.predictor import naming_memory
 
 WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|killed by signal)", re.DOTALL)
-ENDED = re.compile(r"DataLoader worker.*killed by signal: (Terminated|Alarm|Hangup|Interrupt)", re.DOTALL)
+ENDED = re.compile(r"DataLoader worker.*killed by signal: (Terminated|Hangup|Interrupt)", re.DOTALL)
 PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 

@@ -54,8 +54,8 @@ class MultiLabelPredictor(ImagePredictor[Labels]):
         return torch.tensor(stored if self.options.threshold is None else [self.options.threshold] * len(stored))
 
     def postprocess(self, outputs: Tensor) -> list[Labels]:
+        check_finite(outputs)  # not the probabilities: the sigmoid of Inf is 1
         probabilities = outputs.sigmoid().cpu()
-        check_finite(probabilities)
         results = []
         for shares, found in zip(probabilities, probabilities >= self.thresholds, strict=True):
             labels = shares.argsort(descending=True, stable=True)

@@ -47,8 +47,9 @@ def _known_cfg(name: str) -> Any:
 
 def _reaches(url: str) -> bool:
     """Whether the name of a server can be resolved; behind a proxy, that is the proxy's task."""
+    proxies = getproxies().keys() - {"no"}  # NO_PROXY alone is none
     try:
-        return bool(getproxies() or socket.getaddrinfo(urlsplit(url).hostname, None))
+        return bool(proxies or socket.getaddrinfo(urlsplit(url).hostname, None))
     except OSError:
         return False
 

@@ -188,7 +188,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
         raise
     except SystemExit as error:  # Lightning's, on SIGTERM and on Ctrl-C
         raise KeyboardInterrupt(f"{folder.kept()}; continue with --resume --out {out}") from error
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
         if last is None or folder.stepped:
             raise
         raise _damaged(last, error) from error

@@ -15,6 +15,7 @@ if "dualtoken_vit_command" not in sys.modules and find_spec("torch") and find_sp
 
 if TYPE_CHECKING:
     from dualtoken_vit.deploy.export import export
+    from dualtoken_vit.errors import InputError
     from dualtoken_vit.evaluation import evaluate
     from dualtoken_vit.models.detectors import create_detector
     from dualtoken_vit.models.dualtoken import DualTokenViT
@@ -28,6 +29,7 @@ __version__ = "0.2.0"
 __all__ = [
     "RECIPES",
     "DualTokenViT",
+    "InputError",
     "LightViT",
     "__version__",
     "create_detector",
@@ -41,6 +43,7 @@ __all__ = [
 
 _LAZY = {
     "DualTokenViT": "models.dualtoken",
+    "InputError": "errors",
     "LightViT": "models.lightvit",
     "RECIPES": "recipes",
     "create_detector": "models.detectors",

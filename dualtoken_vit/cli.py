@@ -202,7 +202,8 @@ def train(args: list[str]) -> None:
         raise InputError(f"--out {out}: no run to resume there; {NO_RECIPE.format('train')}")
     epochs = chosen.recipe.optim.epochs
     if chosen.recipe.run.max_minutes is not None and epochs != (stored or RECIPES[name]).optim.epochs:
-        raise InputError(f"--optim.epochs {epochs}: --run.max-minutes sets the epochs; leave out one of the two")
+        remedy = "it is that of the run" if stored else "leave out one of the two"
+        raise InputError(f"--optim.epochs {epochs}: --run.max-minutes sets the epochs; {remedy}")
     run(chosen.recipe, out, chosen.resume, name)
 
 

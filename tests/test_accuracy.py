@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from runs import module
+from tiny_runs import module
 
 from dualtoken_vit.recipes import RECIPES
 

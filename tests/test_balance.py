@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import module, recipe
+from tiny_runs import module, recipe
 
 from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.classification import build_datasets

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import edit
 from PIL import Image
-from runs import recipe
+from tiny_runs import recipe
 from torchmetrics.classification import MulticlassCalibrationError
 
 from dualtoken_vit import cli, load_model, load_predictor

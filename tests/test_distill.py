@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from runs import interrupted, module, recipe, train
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
+from tiny_runs import interrupted, module, recipe, train
 from torch import nn
 
 from dualtoken_vit.checkpoint import save_checkpoint

@@ -7,7 +7,7 @@ import mlflow
 import pytest
 import torch
 import wandb
-from runs import recipe, rows
+from tiny_runs import recipe, rows
 
 from dualtoken_vit import train
 from dualtoken_vit.errors import InputError

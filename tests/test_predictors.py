@@ -1,6 +1,7 @@
 """`load_predictor`: every form of input gives the result that the network's parts give by hand."""
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,7 @@ def test_a_segmenter_against_itself(files, image):
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
         (None, r"cannot predict for an object of type NoneType: give a path"),
         (b"\xff\xd8", r"cannot predict for an object of type bytes"),
+        (BytesIO(b"\xff\xd8"), r"cannot predict for an object of type BytesIO"),
         ([3], r"cannot predict for an object of type int"),
     ],
 )

@@ -11,8 +11,8 @@ import zlib
 import pytest
 import torch
 from PIL import Image
-from runs import recipe
 from test_predict import checkpoint  # noqa: F401  a fixture
+from tiny_runs import recipe
 
 from dualtoken_vit import cli, train
 from dualtoken_vit.data.coco import read_coco

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import recipe
 from test_predict import PREPROCESSING, solid
+from tiny_runs import recipe
 
 from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.checkpoint import save_checkpoint

@@ -19,7 +19,7 @@ class Components(nn.Module):
     def __init__(self, masks=False):
         super().__init__()
         self.transform, self.masks, self.shapes = nn.Identity(), masks, []
-        self.batches = []
+        self.batches, self.heads = [], ()
 
     def forward(self, images):
         self.batches.append(len(images))

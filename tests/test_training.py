@@ -12,9 +12,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import ARGS, count_reading, interrupted, module, recipe, rows
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import ARGS, count_reading, interrupted, module, recipe, rows
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import read_checkpoint

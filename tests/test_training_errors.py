@@ -8,7 +8,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from runs import count_reading, module, recipe, rows
+from tiny_runs import count_reading, module, recipe, rows
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate

@@ -142,7 +142,8 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
     for path in (Path(data.root), folder):
         if not path.is_dir():
             without = {"val": "without a val folder", "train": "for class folders without splits"}.get(split)
-            holdout = f"; {without} give --data.holdout 0.1" if path == folder and without else ""
+            advise = path == folder and without and not data.holdout
+            holdout = f"; {without} give --data.holdout 0.1" if advise else ""
             expected = f"expected {printable(folder)}/CLASS/*.jpg in --data.root"
             raise InputError(f"{printable(path)}: no such folder; {expected}{holdout}")
     visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
@@ -331,7 +332,9 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
             raise InputError(f"{train.shared}; keep each training file in one class")
         empty = _empty(train) if train.root else []
         if empty:
-            message = f"{_where(data, 'train')}: no images in class {some(empty)}; add some, or remove the class"
+            where = _where(data, "train")
+            where = where if os.path.isdir(where) else printable(data.root)  # one folder without splits
+            message = f"{where}: no images in class {some(empty)}; add some, or remove the class"
             raise InputError(message)
     val: Images
     if data.holdout:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import IOBase
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -119,7 +120,7 @@ class BasePredictor(ABC, Generic[Result]):
             return False, list(images)
         if is_tensor(images) or isinstance(images, str | PathLike | Image.Image | np.ndarray):
             return True, [images]
-        if isinstance(images, bytes) or not isinstance(images, Iterable):
+        if isinstance(images, bytes | IOBase) or not isinstance(images, Iterable):
             raise InputError(
                 f"cannot predict for an object of type {type(images).__name__}: give a path, a folder, a PIL image, an "
                 "array, a tensor, or a list of these"
@@ -174,7 +175,7 @@ class BasePredictor(ABC, Generic[Result]):
 
 def is_tensor(source: Any) -> bool:
     """Whether this is a torch tensor, without torch."""
-    return hasattr(source, "detach")
+    return hasattr(source, "detach") and hasattr(source, "ndim")  # files have a method detach, too
 
 
 def to_image(source: ImageLike, channels: int) -> Image.Image:

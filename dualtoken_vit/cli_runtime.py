@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+import dualtoken_vit
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.predict import predict
@@ -25,9 +26,12 @@ def main(args: list[str], hint: str) -> NoReturn:
     if command in ("-h", "--help") or (command == "predict" and (others or ["-h"])[0] in ("-h", "--help")):
         print(USAGE)
         sys.exit()
+    if command == "--version":
+        print(dualtoken_vit.__version__)
+        sys.exit()
     try:
         if command != "predict":
-            raise InputError(hint)
+            raise InputError(f"{command}: without the train extra there are predict and env; {hint}")
         if not is_exported(others[0]):
             raise InputError(f"{others[0]}: without PyTorch, predict takes a FILE.onnx of dualtoken-vit export; {hint}")
         sys.exit(0 if predict(Path(others[0]), **parse(Path(others[0]), others[1:])) else 1)

@@ -27,7 +27,7 @@ def _av() -> Any:
     try:
         import av
     except ModuleNotFoundError as error:
-        raise InputError("videos need PyAV: pip install dualtoken-vit[video]") from error
+        raise InputError("videos need PyAV: pip install 'dualtoken-vit[video]'") from error
     return av
 
 

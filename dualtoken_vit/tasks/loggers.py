@@ -59,7 +59,7 @@ LOGGERS: dict[str, Callable[[Path, int, str | None], Logger]] = {
 def check_logger(name: str) -> None:
     """Raise an InputError if the package of a tracker is missing."""
     if name not in ("tensorboard", "csv") and find_spec(name) is None:
-        raise InputError(f"--run.logger {name}: install it, for example by pip install dualtoken-vit[{name}]")
+        raise InputError(f"--run.logger {name}: install it, for example by pip install 'dualtoken-vit[{name}]'")
 
 
 class Tracker(Logger):

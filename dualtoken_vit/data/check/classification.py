@@ -1,7 +1,7 @@
 """The report on a classification dataset."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dualtoken_vit.data.check import report
@@ -27,7 +27,8 @@ def check(recipe: Classification, out: Path, augmented: bool = False) -> bool:
     class_names = {split: dataset.class_names for split, dataset in datasets.items()}
     counts = {split: Counter(fact.label for fact in facts) for split, facts in found.items()}
     lines = [f"validation: {data.holdout:.0%} of each class of {data.train_split}"] if data.holdout else []
-    notes = [*_balance(counts[data.train_split]), *(note for dataset in datasets.values() for note in dataset.notes)]
+    split = data.train_split
+    notes = [*_balance(counts[split], class_names[split]), *(note for d in datasets.values() for note in d.notes)]
     pairs = [(split, name) for split, names in class_names.items() for name in names]
     empty = [f"empty class: {split}/{name}" for split, name in pairs if not counts[split][name]]
     mixed = [f"equal images in different classes: {one}" for one in report.copies(found, lambda _, fact: fact.label)]
@@ -53,8 +54,8 @@ def _read(dataset: Images, split: str) -> list[report.Facts]:
     return list(in_threads(look, dataset.records(), len(dataset), f"reading {split}"))
 
 
-def _balance(counts: Counter[str]) -> Iterator[str]:
+def _balance(counts: Counter[str], names: Sequence[str]) -> Iterator[str]:
     ranked = counts.most_common()
-    if ranked:
+    if ranked and len(ranked) == len(names):  # else the smallest is empty, which is a problem of its own
         (most, many), (least, few) = ranked[0], ranked[-1]
         yield f"largest class {most} ({many}), smallest {least} ({few}): {many / few:.1f} to 1"

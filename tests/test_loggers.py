@@ -132,7 +132,7 @@ def test_a_dead_server_keeps_the_name_of_the_run(tmp_path, monkeypatch, capsys):
 
 def test_missing_package(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    message = r"--run\.logger wandb: install it, for example by pip install dualtoken-vit\[wandb\]"
+    message = r"--run\.logger wandb: install it, for example by pip install 'dualtoken-vit\[wandb\]"
     with pytest.raises(InputError, match=message):
         run(photos, tmp_path / "run", "wandb")
     assert not (tmp_path / "run").exists()

@@ -167,7 +167,7 @@ def _predict_video(
 
 
 def print_table(report: Report[Any]) -> None:
-    """Print a report's table in the width of the terminal; a path that leaves no room for the rest has its own line."""
+    """Print a report's table; where it is wider than the terminal, the paths have lines of their own."""
     width: Callable[[str], int] = len
     with suppress(ModuleNotFoundError):  # without the train extra, one cell for each character
         from rich.cells import cell_len as width
@@ -176,26 +176,25 @@ def print_table(report: Report[Any]) -> None:
     for path, rows in report.table:
         for row in rows:
             widths = [max(pair) for pair in zip(widths, map(width, map(printable, (path, *row))), strict=True)]
-    room = shutil.get_terminal_size().columns - sum(widths[1:]) - 2 * len(report.columns)
-    widths[0] = max(min(widths[0], room), len(titles[0]))
+    alone = sum(widths) + 2 * len(report.columns) > shutil.get_terminal_size().columns
+    widths[0] = 0 if alone else widths[0]
 
-    def show(*cells: str) -> None:
-        spaces = [" " * (most - width(cell)) for most, cell in zip(widths, cells, strict=True)]
+    def show(name: str, *cells: str) -> None:
+        if alone and name:
+            print(name)
+            name = ""
+        row = name, *cells
+        spaces = [" " * (most - width(cell)) for most, cell in zip(widths, row, strict=True)]
         aligned = (
-            f"{s}{c}" if number > 1 else f"{c}{s}" for number, (c, s) in enumerate(zip(cells, spaces, strict=True))
+            f"{s}{c}" if number > 1 else f"{c}{s}" for number, (c, s) in enumerate(zip(row, spaces, strict=True))
         )
         print("  ".join(aligned).rstrip())
 
     show(*titles)
     show(*("-" * most for most in widths))
     for path, rows in report.table:
-        name = printable(path)
-        if width(name) > widths[0]:
-            print(name)
-            name = ""
-        for row in rows:
-            show(name, *map(printable, row))
-            name = ""
+        for number, row in enumerate(rows):
+            show("" if number else printable(path), *map(printable, row))
 
 
 def none_readable(unreadable: list[dict[str, str]]) -> str:

@@ -56,7 +56,7 @@ def predict(
         Whether every image could be used; the others are named on stderr.
 
     Raises:
-        InputError: where there is no image, none can be used, or `out` holds other files.
+        InputError: where there is no image, none can be used (without `json`), or `out` holds other files.
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
@@ -85,7 +85,7 @@ def predict(
                 save_image(drawing, place)
                 if sheet:
                     sheet.add(small, source.path.name, *caption)
-    if len(record["unreadable"]) == len(sources):
+    if len(record["unreadable"]) == len(sources) and not json:
         raise InputError(none_readable(record["unreadable"]))
     if sheet:
         sheet.close()

@@ -262,6 +262,17 @@ def test_an_unreadable_image_is_named_and_the_rest_goes_on(constant, tmp_path, c
     assert json.loads((out / "predictions.json").read_text()) == record
 
 
+def test_json_of_unreadable_images_only(constant, tmp_path, capsys):
+    """A program that gives one image at a time reads the reason in the same place."""
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_text("no image")
+    assert not predict(constant, (tmp_path / "a.jpg", tmp_path / "b.jpg"), tmp_path / "out", json=True)
+    record = json.loads(capsys.readouterr().out)
+    assert record["predictions"] == []
+    assert [Path(one["image"]).name for one in record["unreadable"]] == ["a.jpg", "b.jpg"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.json"]
+
+
 @pytest.mark.parametrize(
     ("prepare", "options", "message"),
     [

@@ -80,7 +80,7 @@ def photos(_photos, tmp_path):
 @pytest.fixture(scope="module")
 def trained(_photos, tmp_path_factory):
     """(the photos, the folder of a run that learnt to tell them apart)"""
-    from runs import recipe, train  # a bare install has the models only
+    from tiny_runs import recipe, train  # a bare install has the models only
 
     out = tmp_path_factory.mktemp("trained") / "run"
     train(recipe(_photos, optim={"epochs": 6, "lr": 0.01}, data={"crop_pct": 0.9}), out)

@@ -76,6 +76,14 @@ def same(one, other) -> None:
             assert value == getattr(other, key)
 
 
+def test_the_long_side_is_limited_also_below_the_short_one(files):
+    predictor = dualtoken_vit.load_predictor(files["detection"][0], "cpu", image_size=96, max_size=48)
+    sizes = []
+    with predictor.model.backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2:])):
+        predictor(Image.new("RGB", (200, 150)))
+    assert sizes == [(64, 64)]  # 48x36, in multiples of 32
+
+
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 def test_every_form_of_input(files, image, tmp_path, capsys, task):
     options = {"score": 0.0} if task == "detection" else {}

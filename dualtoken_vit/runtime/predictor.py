@@ -435,7 +435,7 @@ class AnySizeDetector(Detector):
 
     def fit(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
         options, multiple = self.options, self.export["multiple"]
-        scale = min(options.image_size / min(size), max(options.max_size, options.image_size) / max(size))
+        scale = min(options.image_size / min(size), options.max_size / max(size))
         height, width = (max(1, round(side * scale)) for side in size)
         return (height, width), (ceil(height / multiple) * multiple, ceil(width / multiple) * multiple)
 

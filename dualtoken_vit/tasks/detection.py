@@ -63,7 +63,7 @@ class DetectionPredictor(Predictor[Objects]):
         # Set here: predictors with other options may share the network. Before masks are pasted, which takes memory.
         self.model.score_thresh = self.options.score
         self.model.transform.min_size = (self.options.image_size,)
-        self.model.transform.max_size = max(self.options.max_size, self.options.image_size)
+        self.model.transform.max_size = self.options.max_size
         tile, overlap = self.options.tile, self.options.overlap
         images = (image.to(self.device) / 255 for image in batch)
         with refusing_nan(self.model) if check else nullcontext():

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=[1, 2], ids="{}-threads".format)
 def threads(request, monkeypatch):
-    """Run the test with one thread and with two, as if with AVX-512: `linear` then computes a convolution."""
+    """Run the test with one thread and with two, as if with AVX-512: `linear` then uses oneDNN."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")

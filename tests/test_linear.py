@@ -4,20 +4,26 @@ import torch.nn.functional as F
 
 from dualtoken_vit.models.layers import goes_to_onednn, linear
 
-two_threads = pytest.mark.parametrize("threads", [2], indirect=True)
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 
 
-@two_threads
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
-@pytest.mark.parametrize("shape", [(2, 24, 24, 48), (3, 400, 24)], ids=str)
+@pytest.fixture
+def avx512(monkeypatch):
+    """The rule of a processor with AVX-512; oneDNN computes the same without."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24, 48), (3, 400, 48)], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
-def test_the_convolution_equals_the_linear_map(threads, shape, biased):
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_onednn_computes_the_linear_map_and_its_gradients(avx512, threads, shape, biased, contiguous):
     torch.manual_seed(0)
-    x = torch.randn(shape, requires_grad=True)
-    weight = torch.randn(36, shape[-1], requires_grad=True)
-    bias = torch.randn(36, requires_grad=True) if biased else None
+    x = torch.randn(shape)
+    x = (x if contiguous else x.mT.contiguous().mT).requires_grad_()
+    weight = torch.randn(72, shape[-1], requires_grad=True)
+    bias = torch.randn(72, requires_grad=True) if biased else None
     inputs = [t for t in (x, weight, bias) if t is not None]
-    assert goes_to_onednn(x)
+    assert goes_to_onednn(x, weight)
     y = linear(x, weight, bias)
     assert y.is_contiguous()
     expected = F.linear(x.double(), weight.double(), bias.double() if biased else None)
@@ -26,18 +32,41 @@ def test_the_convolution_equals_the_linear_map(threads, shape, biased):
     grads, wanted = torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g.double())
     for actual, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        assert torch.equal(linear(x, weight, bias), y)
 
 
-@two_threads
-def test_when_linear_remains_a_matrix_product(threads, monkeypatch):
-    large = torch.zeros(1, 32, 32, 48)
-    assert goes_to_onednn(large)
-    assert not goes_to_onednn(large[:, :8])  # small
-    assert not goes_to_onednn(large.bfloat16())
-    assert not goes_to_onednn(large.double())
-    assert not goes_to_onednn(large.to("meta"))
-    torch.set_num_threads(1)
-    assert not goes_to_onednn(large)
-    torch.set_num_threads(2)
+def test_gradients_only_where_needed_and_of_gradients(avx512):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 24, 24, 48), torch.randn(72, 48, requires_grad=True)
+
+    def penalty(of):
+        (grad,) = torch.autograd.grad(of(x, weight, None).square().mean(), weight, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), weight)[0]
+
+    torch.testing.assert_close(penalty(linear), penalty(F.linear), rtol=1e-3, atol=1e-6)
+
+
+def test_functional_transforms_use_the_matrix_product(avx512):
+    x, weight = torch.randn(2, 24, 24, 48), torch.randn(72, 48)
+    torch.testing.assert_close(torch.func.vmap(lambda each: linear(each, weight, None))(x), F.linear(x, weight))
+
+
+def test_autocast_decides_the_precision(avx512):
+    x, weight = torch.randn(2, 24, 24, 48), torch.randn(72, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, None).dtype == torch.bfloat16
+
+
+def test_when_linear_remains_a_matrix_product(avx512, monkeypatch):
+    large, weight = torch.zeros(1, 32, 32, 48), torch.zeros(48, 48)
+    assert goes_to_onednn(large, weight)
+    assert not goes_to_onednn(large[:, :8], weight)  # small
+    assert not goes_to_onednn(large.bfloat16(), weight.bfloat16())
+    assert not goes_to_onednn(large.double(), weight.double())
+    assert not goes_to_onednn(large.to("meta"), weight.to("meta"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        assert not goes_to_onednn(large, weight)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not goes_to_onednn(large)
+    assert not goes_to_onednn(large, weight)

@@ -102,6 +102,8 @@ def test_networks_are_the_papers():
     assert small["a"][1] == Model(name="dualtoken_vit_small_mix", args=("local_attention=window",))
     assert tiny["a"][1] == Model(name="dualtoken_vit_tiny_mix", args=("local_attention=window",))
     assert networks("peers", "tiny") == networks("peers", "small")
+    some = networks("token-count", "tiny", ("dualtoken_vit_tiny", "dualtoken_vit_tiny token_grid=3"))
+    assert [model.args for _, model in some] == [("token_grid=3",), ()]  # in the paper's order
     assert all(preset.seeds > 1 for _, preset in PRESETS.values())
 
 
@@ -149,7 +151,7 @@ def small(monkeypatch):
     args = tuple(f"{key}={value}".replace(" ", "") for key, value in KWARGS.items())
     names = ("dualtoken_vit_tiny_mix", "dualtoken_vit_tiny")
     chosen = [(row, Model(name=name, args=args)) for row, name in zip(rows, names, strict=True)]
-    monkeypatch.setattr(study, "networks", lambda name, base: chosen)
+    monkeypatch.setattr(study, "networks", lambda *args: chosen)
 
 
 def run(photos, out, *more):
@@ -319,6 +321,11 @@ def test_one_study_at_a_time_in_a_folder(photos, tmp_path, small):
         (("mlp", "--data.dataset", "shapes", "--optim.optimizer", "nothing"), "--optim.optimizer nothing"),
         (("--preset", "gpu", "mlp"), "name the study first"),
         (("mlp", "--data.root", "nowhere"), "nowhere"),
+        (
+            ("peers", "--networks", "resnet18", "deit_tiny_patch16_224"),
+            "--networks 'resnet18': not in this study; .*deit",
+        ),
+        (("peers", "--networks", "pvt_v2_b0", "pvt_v2_b0"), "--networks pvt_v2_b0: a study compares two or more"),
         (("mlp", "--preset", "equal", "--optim.lr", "0.01"), r"--optim\.lr: --search-lr chooses it"),
         (("mlp", "--preset", "equal", "--optim.lr", "0.01", "--search-lr", "--data.root", "nowhere"), "nowhere"),
     ],

@@ -127,6 +127,11 @@ def draw(results: Sequence[Result], title: str) -> Figure:
     return figure
 
 
+def label(model: Model) -> str:
+    """The network in the table's column "model": its name, and its arguments where it has any."""
+    return " ".join((model.name, *model.args))
+
+
 def table_of(results: Sequence[Result], markdown: bool) -> str:
     """The table of a study: a row per network, with the accuracy of each seed."""
     columns = ("<network", "<model", "params M", "MACs G", "lr", "top-1 %", "std", "seeds", "published %")
@@ -135,6 +140,7 @@ def table_of(results: Sequence[Result], markdown: bool) -> str:
         std = "" if result.spread is None else f"{100 * result.spread:.2f}"
         seeds = " ".join(f"{100 * top1:.1f}" for top1 in result.top1)
         sizes = (f"{result.counts.params / 1e6:.2f}", f"{result.counts.macs / 1e9:.3f}", f"{result.lr:g}")
-        model = " ".join((result.model.name, *result.model.args))
-        cells.append((result.name, model, *sizes, f"{100 * result.mean:.2f}", std, seeds, result.published.score))
+        cells.append(
+            (result.name, label(result.model), *sizes, f"{100 * result.mean:.2f}", std, seeds, result.published.score)
+        )
     return table_text(columns, [cells], markdown)

@@ -35,7 +35,7 @@ from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.data.classification import Images, build_datasets
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, write_json
-from dualtoken_vit.paper.comparison import Result, chance, draw, table_of, verdict
+from dualtoken_vit.paper.comparison import Result, chance, draw, label, table_of, verdict
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.paper.tables import PUBLISHED, Published, bare, model_of
 from dualtoken_vit.recipes import (
@@ -80,6 +80,9 @@ class Study:
     train every network by AdamW with a cosine schedule."""
     base: Base = "small"
     """The DualToken-ViT of an ablation: small as in the paper, or tiny. Does not apply to peers."""
+    networks: tuple[str, ...] = ()
+    """Only these networks of the study, two or more, as the table's column "model" names them. Empty: all. A later
+    command with more of them trains only those that are new."""
     seeds: Annotated[int, Interval(ge=1, le=1000)] = 3
     """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
     search_lr: Annotated[tuple[float, ...], Interval(ge=1e-12, le=1000)] = ()
@@ -165,8 +168,12 @@ class _Job:
         return self.top1, -float(self.history[-1]["val_loss"])
 
 
-def networks(name: str, base: Base) -> list[tuple[Published, Model]]:
-    """The networks of a study in the paper's order; in ablations `base` replaces DualToken-ViT-S."""
+def networks(name: str, base: Base, only: Sequence[str] = ()) -> list[tuple[Published, Model]]:
+    """The networks of a study in the paper's order; in ablations `base` replaces DualToken-ViT-S.
+
+    Raises:
+        InputError: if `only` names networks that the study does not have, or fewer than two.
+    """
     table, keys = STUDIES[name]
     size = "small" if name == "peers" else base
     found = []
@@ -174,7 +181,12 @@ def networks(name: str, base: Base) -> list[tuple[Published, Model]]:
         if row.table == table and row.key and (not keys or row.key in keys):
             model = bare(model_of(row.key))
             found.append((row, replace(model, name=model.name.replace("_small", f"_{size}"))))
-    return found
+    known = [label(model) for _, model in found]
+    if unknown := [name for name in only if name not in known]:
+        raise InputError(f"--networks {unknown[0]!r}: not in this study; choose from {', '.join(map(repr, known))}")
+    if only and len(set(only)) < 2:
+        raise InputError(f"--networks {only[0]}: a study compares two or more")
+    return [pair for pair in found if not only or label(pair[1]) in only]
 
 
 def _check_budget(stored: dict[str, Any], budget: dict[str, Any], where: Path) -> None:
@@ -369,7 +381,8 @@ def study(name: str, options: Study) -> None:
         raise InputError("--optim.lr: --search-lr chooses it; leave it out, or give --search-lr without a value")
     check_bounds(recipe)
     check_bounds(options)
-    recipes = {row.key: _with(recipe, model) for row, model in networks(name, base)}
+    chosen = networks(name, base, options.networks)
+    recipes = {row.key: _with(recipe, model) for row, model in chosen}
     plan = [] if search else _plan(recipes, seeds, out)  # with a search, the learning rates are not known yet
     train, val = build_datasets(recipe.data, recipe.model.in_chans)
     data = _fingerprint(train, val, recipe.data.root)
@@ -398,7 +411,7 @@ def study(name: str, options: Study) -> None:
         _run(plan, options.jobs)
 
     results = []
-    for row, model in networks(name, base):
+    for row, model in chosen:
         called = row.network.replace("ViT-S", "ViT-T") if base == "tiny" else row.network
         top1 = tuple(job.top1 for job in plan if job.key == row.key)
         results.append(Result(row, called, model, recipes[row.key].optim.lr, counts[row.key], top1))

@@ -24,7 +24,9 @@ def is_known(condition: bool) -> bool:
         return statically_known_true(condition)
 
 
-ONEDNN_MACS: Final[int] = 2**21  # multiply-accumulates from which oneDNN is as fast as MKL, or faster
+# Multiply-accumulates from which oneDNN is as fast as MKL, or faster: its matrix product, its convolution.
+ONEDNN_MACS: Final[int] = 2**21
+ONEDNN_CONV_MACS: Final[int] = 2**24
 
 
 @torch.compiler.assume_constant_result
@@ -41,7 +43,8 @@ def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
     else:
         plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
         recorded = is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-        large = not is_known(x.numel() * weight.shape[0] < ONEDNN_MACS)
+        least = ONEDNN_CONV_MACS if torch.compiler.is_compiling() else ONEDNN_MACS
+        large = not is_known(x.numel() * weight.shape[0] < least)
         return plain and large and not recorded and not autocasts_on_cpu() and onednn_is_faster()
 
 

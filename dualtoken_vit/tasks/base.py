@@ -46,6 +46,8 @@ class Evaluation:
     """The rows below them."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further entries of evaluation.json."""
+    notes: Sequence[str] = ()
+    """Lines below the table."""
 
     def table(self) -> Table:
         """The metrics for the terminal."""

@@ -120,6 +120,10 @@ class TaskModule(LightningModule):
     def check_training_data(self, state: dict[str, Any]) -> None:
         """Use what `verify` found, the training data's `state_dict`; an InputError where it cannot be trained on."""
 
+    def uncertainty(self, images: int) -> str:
+        """How far the metrics of so few validation images can be trusted."""
+        return "the metrics are uncertain"
+
     def evaluate(self) -> Evaluation:
         """The metrics of the validation just done, over all processes; called once on each of them."""
         raise NotImplementedError

@@ -45,6 +45,7 @@ STATE = {  # of a run, in last.ckpt
     "loss_sum": Entry(float),
     "batches": Entry(int),
 }
+FEW = 100  # validation images: the 95 % interval of an accuracy may be 20 percentage points wide
 LOOK_EVERY = 50  # steps between two checks of the loss on a GPU or over processes, each of which waits for them
 
 
@@ -227,6 +228,8 @@ class RunFolder(Callback):
             (train, val), steps = trainer.datamodule.images, task.steps_per_epoch
             each = "step" if steps == 1 else "steps"
             print(f"{train} training and {val} validation images, {steps} {each} an epoch", flush=True)
+            if val < FEW:
+                print(f"only {val} validation images: {task.uncertainty(val)}", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
         for row in self.history:
             if row["step"] == trainer.global_step:

@@ -65,8 +65,9 @@ class Predict(Generic[O]):
     """Image files, and folders to search for them, subfolders included; or one video, or the number of a camera."""
     options: Annotated[O, tyro.conf.arg(name="")]
     out: Path | None = None
-    """Folder for a drawing of each image (segmentation: and its label map as a palette PNG), contact sheets of all
-    images, and predictions.json. Of a video: the annotated video, with a .jsonl beside it."""
+    """Folder for a drawing of each image, scaled to a long side of 800 to 1600 pixels (segmentation: 480 to 1280, with
+    the label map in the image's size as a palette PNG), contact sheets of all images, and predictions.json. Of a video:
+    the annotated video, scaled likewise, with a .jsonl beside it."""
     json: bool = False
     """Print one JSON object on stdout instead of the table, and nothing else there; of a video, one for each frame."""
     batch_size: int | None = None

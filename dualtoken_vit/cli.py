@@ -231,6 +231,8 @@ def evaluate(args: list[str]) -> None:
         console = Console()
         console.print(result.table())
         console.print(f"{result.headline}  {result.metrics['images']} images")
+        for note in result.notes:
+            print(note)
 
 
 def predict(args: list[str]) -> bool:

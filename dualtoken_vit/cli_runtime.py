@@ -50,7 +50,9 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
         allow_abbrev=False,
     )
     parser.add_argument("images", nargs="+", type=Path, help="image files, and folders of them")
-    parser.add_argument("--out", type=Path, help="folder for a drawing of each image, and predictions.json")
+    parser.add_argument(
+        "--out", type=Path, help="folder for a drawing of each image, scaled to be legible, and predictions.json"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--batch-size", type=int, help="images in a forward pass")
     parser.add_argument("--runtime", choices=RUNTIMES, default="onnxruntime")

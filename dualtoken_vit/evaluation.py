@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.checkpoint import locate, store_preprocessing
+from dualtoken_vit.data.contract import unread_test_split
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import tune_cpu
@@ -172,4 +173,6 @@ def evaluate(
         evaluation = _calibrate(module, checkpoint, evaluation)
     if out is not None:
         module.save_details(out, evaluation)
+    if "val_split" not in given and (test := unread_test_split(recipe.data, images.splits)):
+        return replace(evaluation, notes=(f"evaluated on validation images; the test split: --data.split {test}",))
     return evaluation

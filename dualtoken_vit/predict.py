@@ -68,6 +68,7 @@ def predict(
 
     record: dict[str, Any] = {"checkpoint": str(checkpoint), **report.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(sources) > 1 else None
+    older = _files(out) if out and (out / RECORD).exists() else set()
     if out and not (out / RECORD).exists():  # else a run that is cut short leaves a folder that the next one rejects
         write_json(record, out / RECORD)
     predictions = predictor.stream([source.path for source in sources], batch_size, "predicting")
@@ -85,14 +86,17 @@ def predict(
                 save_image(drawing, place)
                 if sheet:
                     sheet.add(small, source.path.name, *caption)
+            older.difference_update(os.path.abspath(out / f"{source.place}{suffix}") for suffix in report.suffixes)
     if len(record["unreadable"]) == len(sources) and not json:
         raise InputError(none_readable(record["unreadable"]))
     if sheet:
         sheet.close()
+        older.difference_update(os.path.abspath(sheet.folder / sheet_name(page)) for page in range(1, sheet.page))
 
     record |= report.record()
     if out:
         write_json(record, out / RECORD)
+        tell_older(out, older - {os.path.abspath(path) for path in (out / RECORD, *(each.path for each in sources))})
     if json:
         dump(record, sys.stdout)
         print()
@@ -209,6 +213,21 @@ def tell_unreadable(unreadable: list[dict[str, str]], total: int) -> bool:
     if unreadable:
         print(f"{len(unreadable)} of {total} images could not be read", file=sys.stderr)
     return not unreadable
+
+
+def _files(folder: Path) -> set[str]:
+    """The absolute paths of the visible files in and below a folder."""
+    found = ((place, name) for place, _, names in os.walk(os.path.abspath(folder)) for name in names)
+    return {os.path.join(place, name) for place, name in found if not name.startswith(".")}
+
+
+def tell_older(out: Path, older: set[str]) -> None:
+    """Report on stderr the files of earlier runs that this one did not replace."""
+    if older:
+        example = printable(os.path.relpath(min(older), os.path.abspath(out)))
+        print(
+            f"{out} has older files, which this run did not write: {len(older)}, for example {example}", file=sys.stderr
+        )
 
 
 def find_images(

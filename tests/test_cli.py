@@ -216,7 +216,8 @@ def test_from_images_to_predictions(call, photos, tmp_path):
     status, out, _ = call("train", "folder", "--data.root", photos, *given, *TINY, "--data.workers", "0", "--out", run)
     assert status == 0
     assert "0.07 M parameters; classes: 3" in out
-    assert "36 training and 18 validation images, 3 steps an epoch" in out
+    few = "only 18 validation images: top-1 is uncertain by up to 23 percentage points"  # 1.96 * sqrt(0.25 / 18)
+    assert f"36 training and 18 validation images, 3 steps an epoch\n{few}\n" in out
     assert "epoch 2/2" in out
     assert "top-5" not in out
     assert f"dualtoken-vit evaluate {run}/best.safetensors" in out

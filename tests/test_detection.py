@@ -15,12 +15,14 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 from test_distributed import run
 from test_resume import assert_same_run, die
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import read_checkpoint, save_checkpoint
 from dualtoken_vit.data.detection import save_scenes
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
+from dualtoken_vit.models.resizing import Transform
 from dualtoken_vit.predictors import load_model
 from dualtoken_vit.show.drawing import color_of, draw_objects
 
@@ -152,6 +154,24 @@ def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):
     assert "Unrecognized options: --data.crop-pct" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"--data\.crop-pct is not an option of detection, .*--data\.images DIR"):
         evaluate(best, data={"crop_pct": 0.9}, device="cpu")
+
+
+def test_the_long_side_is_limited_below_the_short_one(trained, scenes, tmp_path, monkeypatch, capsys):
+    """To the sizes of torchvision's transform, in evaluation and training, which says that image_size has no effect."""
+    expected = GeneralizedRCNNTransform(64, 40, (0.5,) * 3, (0.5,) * 3).resize(torch.zeros(3, 64, 64))[0].shape[1:]
+    sizes, fit = set(), Transform.fit
+    monkeypatch.setattr(Transform, "fit", lambda *args: sizes.add(found := fit(*args)) or found)
+    evaluate(trained[1] / "best.safetensors", data={"max_size": 40}, device="cpu")
+    assert sizes == {tuple(expected)} == {(40, 40)}
+    if trained[0] == "ssdlite":
+        sizes.clear()
+        more = {"data__max_size": 40, "data__limit": 4, "optim__epochs": 1}
+        assert cli.run(arguments(scenes, tmp_path / "run", detector="ssdlite", **more)) == 0
+        assert sizes == {(40, 40)}
+        assert (
+            "--data.max-size 40, which limits the long side, is below --data.image-size 64, which has no effect"
+            in capsys.readouterr().out
+        )
 
 
 def test_evaluation_of_files_by_a_network_of_drawn_images(trained, scenes, tmp_path, capsys):

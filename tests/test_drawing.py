@@ -1,7 +1,9 @@
 """Drawings and plots: names of any kind are drawn literally, and a drawing that fails ends no run."""
 
 import csv
+import re
 import warnings
+from inspect import getsource
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, fontManager
 from PIL import Image, ImageCms
 
+from dualtoken_vit.arguments import Predict
 from dualtoken_vit.files import guard
 from dualtoken_vit.show import drawing, plots, text
 from dualtoken_vit.show.console import table_text
@@ -148,6 +151,16 @@ def test_every_drawing_takes_odd_names(name, fonts, tmp_path, capsys):
         assert [row[1:] for row in csv.reader(file)][1:] == [["3", "1"], ["0", "2"]]
     for path in tmp_path.glob("*.png"):
         assert Image.open(path).getcolors(1 << 20), path
+
+
+def test_drawings_have_the_sizes_of_the_help_text():
+    stated = list(map(int, re.findall(r"\d{3,}", getsource(Predict))))
+    for (least, most), draw in (
+        (stated[:2], lambda image: draw_objects(image, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}, ["a"])),
+        (stated[2:], lambda image: draw_scene([("", image, None)], ["a"])),
+    ):
+        for side, expected in ((8, least), (least + 8, least + 8), (most + 8, most)):
+            assert draw(Image.new("RGB", (side, 4))).width == expected
 
 
 @pytest.mark.parametrize(("one", "other"), [("中", "文"), ("😀", "𠮷"), ("हि", "हा"), ("a\nb", "a\rb"), ("$x$", "x")])

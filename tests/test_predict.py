@@ -218,6 +218,18 @@ def test_a_run_that_was_cut_short_can_be_repeated(constant, tmp_path, monkeypatc
     assert len(json.loads((out / "predictions.json").read_text())["predictions"]) == 1
 
 
+def test_older_drawings_are_kept_and_counted(constant, tmp_path, capsys):
+    """Those of a folder, after two of its images alone; then also that of the second, and the contact sheet of both."""
+    given, out = [solid(tmp_path / "in" / f"{number}.png") for number in range(7)], tmp_path / "out"
+    reports = []
+    for images in ((given[0].parent,), (given[0].parent,), tuple(given[:2]), tuple(given[:1])):
+        assert predict(constant, images, out, json=True)
+        reports.append([line for line in capsys.readouterr().err.splitlines() if "older" in line])
+    line = f"{out} has older files, which this run did not write: "
+    assert reports == [[], [], [f"{line}7, for example in/0.png.png"], [f"{line}9, for example 1.png.png"]]
+    assert len([path for path in out.rglob("*.png") if "sheet" not in path.name]) == 9
+
+
 def test_an_input_is_never_overwritten(constant, tmp_path):
     """The drawing of x.jpg would be x.jpg.png, which is one of the images."""
     out = tmp_path / "out"

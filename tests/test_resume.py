@@ -191,12 +191,8 @@ def test_killed_from_outside(uninterrupted, tmp_path):
     assert_same_run(out, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("batch", "step"), [(3, 4), (8, 9)])  # in an epoch, and at its last batch
-def test_stopped_by_a_signal(uninterrupted, tmp_path, monkeypatch, number, batch, step):
-    """The step is finished and saved, as is an epoch that ends with it, unless SIGTERM ends its validation."""
-    photos, whole = uninterrupted
-    out = tmp_path / "run"
+def raise_in_batch(patch, number: int, batch: int) -> None:
+    """Let the process get a signal as a batch of the first epoch begins."""
     begin = TaskModule.on_train_batch_start
 
     def stop(self, images, index):
@@ -204,8 +200,17 @@ def test_stopped_by_a_signal(uninterrupted, tmp_path, monkeypatch, number, batch
         if index == batch and self.current_epoch == 0:
             signal.raise_signal(number)
 
+    patch.setattr(TaskModule, "on_train_batch_start", stop)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("batch", "step"), [(3, 4), (8, 9)])  # in an epoch, and at its last batch
+def test_stopped_by_a_signal(uninterrupted, tmp_path, monkeypatch, number, batch, step):
+    """The step is finished and saved, as is an epoch that ends with it, unless SIGTERM ends its validation."""
+    photos, whole = uninterrupted
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(TaskModule, "on_train_batch_start", stop)
+        raise_in_batch(patch, number, batch)
         kept = r"the last good state is .*last\.ckpt.*; continue with --resume --out .*run"
         ended_in_validation = number == signal.SIGTERM and step == STEPS
         with pytest.raises(KeyboardInterrupt, match="nothing was saved" if ended_in_validation else kept):
@@ -293,7 +298,7 @@ def test_damaged_files(uninterrupted, tmp_path):
         cli.run(arguments(photos, out, "--resume"))
 
 
-def test_accumulated_batches_are_resumed(photos, tmp_path):
+def test_accumulated_batches_are_resumed(photos, tmp_path, monkeypatch):
     """Nine batches of 4 are four steps of 2 x 4; saved between steps only."""
     more = "--optim.batch-size", "8", "--optim.accumulate", "2", "--optim.epochs", "2", "--run.save-every", "1"
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -304,3 +309,13 @@ def test_accumulated_batches_are_resumed(photos, tmp_path):
     assert torch.load(out / "last.ckpt")["global_step"] == 3
     cli.run([*args, "--resume"])
     assert_same_run(out, whole)
+
+    stopped, args = tmp_path / "stopped", arguments(photos, tmp_path / "stopped", *more[:-1], "1000")
+    with monkeypatch.context() as patch:
+        raise_in_batch(patch, signal.SIGTERM, 2)  # the first batch of the second step
+        with pytest.raises(KeyboardInterrupt, match=r"the last good state is .*last\.ckpt"):
+            cli.run(args)
+    assert torch.load(stopped / "last.ckpt")["global_step"] == 2
+    time.sleep(1.1)  # TensorBoard orders files of events by the second
+    cli.run([*args, "--resume"])
+    assert_same_run(stopped, whole, files=("metrics.csv", "confusion.csv"))

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from PIL import Image
 from dualtoken_vit import RECIPES, cli, train
 from dualtoken_vit.data.detection import save_scenes
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.tasks import run_folder
+from dualtoken_vit.tasks.base import TaskModule
 
 SMALL = ("--model.args", "depths=(1,1,1)", "dims=(8,16,32)", "num_heads=(1,2,4)", "head_hidden_size=64")
 SETTINGS = (*SMALL, "--data.image-size", "32", "--data.workers", "0", "--optim.batch-size", "12", "--run.device", "cpu")
@@ -31,6 +35,18 @@ def run(photos, tmp_path):
     recipe["optim"]["epochs"] = 2
     (out / "recipe.json").write_text(json.dumps(recipe))
     return photos, out
+
+
+@pytest.mark.parametrize(
+    ("images", "line"), [(99, "only 99 validation images: the metrics are uncertain\n"), (100, "")]
+)
+def test_few_validation_images_are_noted(tmp_path, monkeypatch, capsys, images, line):
+    monkeypatch.setattr(run_folder, "Tracker", lambda *_: SimpleNamespace(log_hyperparams=lambda values: None))
+    folder = run_folder.RunFolder(tmp_path, RECIPES["masks"], "masks", {}, begun=True)
+    data = SimpleNamespace(images=[9, images])
+    task = SimpleNamespace(steps_per_epoch=1, uncertainty=partial(TaskModule.uncertainty, None))
+    folder.on_train_start(SimpleNamespace(global_step=0, is_global_zero=True, datamodule=data), task)
+    assert capsys.readouterr().out == f"9 training and {images} validation images, 1 step an epoch\n{line}"
 
 
 def test_another_recipe_is_rejected(run):

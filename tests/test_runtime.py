@@ -23,6 +23,7 @@ from dualtoken_vit import cli, cli_runtime, load_predictor
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
+from dualtoken_vit.predict import predict
 from dualtoken_vit.recipes import SegmentationInput
 from dualtoken_vit.runtime import predictor as runtime
 from dualtoken_vit.runtime.session import FORMAT, KEY, ExportedModel
@@ -335,6 +336,17 @@ import sys
 for name in ("torch", "timm", "torchvision", "lightning", "rich", "tyro", "annotated_types", "matplotlib", "scipy"):
     sys.modules[name] = None
 """
+
+
+def test_older_label_maps_are_counted(segmenter, tmp_path, capsys):
+    """Beside the older drawing and the contact sheet."""
+    images = tmp_path / "a.png", tmp_path / "b.png"
+    for path in images:
+        Image.new("RGB", (40, 32)).save(path)
+    assert predict(segmenter, images, tmp_path / "out", json=True)
+    assert "older" not in capsys.readouterr().err
+    assert predict(segmenter, images[:1], tmp_path / "out", json=True)
+    assert "older files, which this run did not write: 3, for example b.png.labels.png\n" in capsys.readouterr().err
 
 
 def test_a_checkpoint_needs_pytorch(tmp_path):

@@ -33,7 +33,9 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no groups of processes")
-@pytest.mark.parametrize(("number", "accumulate", "step"), [(signal.SIGTERM, 1, 2), (signal.SIGINT, 6, 1)])
+@pytest.mark.parametrize(
+    ("number", "accumulate", "step"), [(signal.SIGTERM, 1, 2), (signal.SIGTERM, 6, 1), (signal.SIGINT, 6, 1)]
+)
 def test_a_signal_to_all_processes_saves_the_step(photos, tmp_path, number, accumulate, step):
     out = tmp_path / "run"
     settings = {"data.root": photos, "data.image-size": 32, "data.workers": 2, "optim.epochs": 2}

@@ -23,6 +23,7 @@ from dualtoken_vit.data.folders import contains, is_folder, read_lines, scan, sk
 from dualtoken_vit.data.images import MODES, load_image
 from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
+from dualtoken_vit.data.splits import split_of
 from dualtoken_vit.data.streams import ImageStream, Record, Shards, TensorFlowDataset, unreadable
 from dualtoken_vit.data.tables import Labelled, read_labels
 from dualtoken_vit.data.threads import in_threads
@@ -165,6 +166,11 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
         shared += [(first[target], path) for path, target in images.items() if target in first]
         first |= {target: path for path, target in images.items()}
     dataset = ImageDataset(paths, targets, tuple(names), paths, channels, str(Path(data.root)))
+    dataset.splits = [
+        split
+        for split in sorted(os.listdir(data.root))
+        if split_of(split) and any(os.path.isdir(os.path.join(data.root, split, name)) for name in names)
+    ]
     if shared:
         pair = " = ".join(map(printable, shared[0]))
         dataset.shared = f"files in more than one class: {len(shared)}, for example {pair}"
@@ -182,7 +188,9 @@ def _labelled(found: Labelled, channels: int) -> ImageDataset:
             raise InputError(f"{printable(found.table)}: {printable(file)} {fault}")
     numbers = {name: label for label, name in enumerate(found.class_names)}
     targets = [numbers[name] for (name,) in found.labels]
-    return ImageDataset(found.files, targets, found.class_names, found.files, channels, str(found.table.parent))
+    dataset = ImageDataset(found.files, targets, found.class_names, found.files, channels, str(found.table.parent))
+    dataset.splits = found.splits
+    return dataset
 
 
 def _shapes(data: ClassificationData, split: str, channels: int) -> ImageDataset:

@@ -39,6 +39,7 @@ class AnnotatedImages(NamedTuple):
     problems: tuple[str, ...] = ()  # what the reader left out of `coco`, a line each, with its place
     notes: tuple[str, ...] = ()  # lines to print before training
     choose: Callable[[list[dict]], list[dict]] | None = None  # which of the valid images are in the split; None: all
+    splits: tuple[str, ...] = ()  # `ImageData.splits`
 
     def path(self, image: dict) -> str:
         """The display name of an image, which is its file if it has one."""

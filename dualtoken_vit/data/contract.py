@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from dualtoken_vit.data.splits import split_of
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 
@@ -25,6 +26,7 @@ class ImageData(Protocol):
     groups: Sequence[int] | None = None  # a number for each image; only images of one number share training batches
     weights: Sequence[float] | None = None  # how often each is drawn for training, relatively; None: once per epoch
     notes: tuple[str, ...] = ()  # lines to print before training or evaluation: absent classes, skipped files
+    splits: Sequence[str] = ()  # names of the splits that can be read from the same data, if its format lists them
 
     def __len__(self) -> int:
         """Number of images."""
@@ -63,6 +65,12 @@ class Formats(dict[str, Callable[..., Split]]):
 def split_name(data: Any, split: str) -> str:
     """The name that a recipe's data section gives to the train or val split."""
     return {"train": data.train_split, "val": data.val_split}[split]
+
+
+def unread_test_split(data: Any, splits: Iterable[str]) -> str | None:
+    """The name of the test split among `splits`, unless it is the one that the data section validates on."""
+    test = next((name for name in splits if split_of(name) == "test"), None)
+    return None if test is None or split_of(data.val_split) == "test" else test
 
 
 def check_splits(data: Any) -> None:

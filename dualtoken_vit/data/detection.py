@@ -70,6 +70,7 @@ class DetectionDataset(Dataset, ImageData):
     ) -> None:
         self.name, self.masks, self.channels = printable(split.name), masks, channels
         self.split, self.notes = split._replace(coco={}), split.notes  # its annotations are packed below
+        self.splits = split.splits
         self.dropped = 0
         coco, problems = split.sift(masks, limit)
         if problems:

@@ -77,7 +77,9 @@ def _table(data: MultiLabelData, split: str, channels: int) -> MultiLabelDataset
         raise InputError(f"{printable(data.root)}: no CSV or Parquet table with {wanted}")
     numbers = {name: label for label, name in enumerate(found.class_names)}
     labels = [tuple(numbers[name] for name in names) for names in found.labels]
-    return MultiLabelDataset(found.files, labels, found.class_names, found.files, channels)
+    dataset = MultiLabelDataset(found.files, labels, found.class_names, found.files, channels)
+    dataset.splits = found.splits
+    return dataset
 
 
 def _shapes(data: MultiLabelData, split: str, channels: int) -> MultiLabelDataset:

@@ -120,6 +120,7 @@ class MaskedImages(NamedTuple):
     notes: tuple[str, ...] = ()
     draw: Callable[[int], tuple[str | Image.Image, np.ndarray]] | None = None  # makes what `sources` returns
     problems: tuple[str, ...] = ()  # lines on what the reader could not use
+    splits: tuple[str, ...] = ()  # `ImageData.splits`
 
     def sources(self, index: int) -> tuple[str | Image.Image, np.ndarray]:
         """What `load_image` takes, and the labels (H, W), of pair `index`."""
@@ -154,7 +155,7 @@ class SegmentationDataset(Dataset, ImageData):
     def __init__(self, split: MaskedImages, class_names: Sequence[str], table: np.ndarray, channels: int = 3) -> None:
         self.split, self.class_names, self.table, self.channels = split, tuple(class_names), table, channels
         self.image_names = [image for image, _ in split.pairs]
-        self.notes = split.notes
+        self.notes, self.splits = split.notes, split.splits
         self.pixels: Tensor | None = None
         """(2, classes) int64, after `verify`: the pixels of each class, and of all the images that contain it."""
 
@@ -369,7 +370,11 @@ def _masks(data: SegmentationData, name: str) -> MaskedImages:
     pairs = [(path, masks[name]) for name, path in images.items() if name in masks]
     alone = [path for name, path in images.items() if name not in masks]
     orphans = [path for name, path in masks.items() if name not in images]
-    found = MaskedImages(pairs, read_class_names(data), (alone, orphans), skipped + others)
+    if whole:
+        splits = [path.stem for path in listed.parent.glob("*.txt")]
+    else:
+        splits = [path.name for path in folders[1].parent.glob("*") if (folders[0].parent / path.name).is_dir()]
+    found = MaskedImages(pairs, read_class_names(data), (alone, orphans), skipped + others, splits=tuple(splits))
     path = class_file(data)
     if path and (coloured := read_colours(path)):
         found = found._replace(draw=partial(_decode, pairs, np.array(list(coloured.values())), data))
@@ -400,7 +405,7 @@ def _objects(data: SegmentationData, name: str) -> MaskedImages:
         of_image[one["image_id"]].append(one | {"label": label})
     pairs = [(split.path(image), f"{split.name}: {image['file_name']}") for image in coco["images"]]
     draw = partial(_render, split, coco["images"], Packed(list(of_image.values())))
-    return MaskedImages(pairs, names, notes=split.notes, draw=draw, problems=tuple(problems))
+    return MaskedImages(pairs, names, notes=split.notes, draw=draw, problems=tuple(problems), splits=split.splits)
 
 
 def _render(

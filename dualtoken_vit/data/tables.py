@@ -94,6 +94,7 @@ class Labelled(NamedTuple):
     files: list[str]
     labels: list[tuple[str, ...]]  # of each image
     class_names: tuple[str, ...]  # in the order of their columns, or sorted
+    splits: tuple[str, ...]  # those with labels
 
 
 def has_labels(path: Path) -> bool:
@@ -164,4 +165,6 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
     named = [str(header[place]).strip() for place in hot] or sorted(
         {name for names in found.values() for name in names}
     )
-    return Labelled(path, list(found), [tuple(dict.fromkeys(names)) for names in found.values()], tuple(named))
+    labels = [tuple(dict.fromkeys(names)) for names in found.values()]
+    splits = tuple(name for name, each in parts.items() if each.path == path or has_labels(each.path))
+    return Labelled(path, list(found), labels, tuple(named), splits)

@@ -156,8 +156,9 @@ Panel = tuple[str, Image.Image, np.ndarray | None]  # title, image, and the labe
 def draw_scene(panels: Sequence[Panel], class_names: Sequence[str]) -> Image.Image:
     """Images side by side, covered by their labels in the colours of the classes, above a legend.
 
-    Pixels whose label is no class keep the image's colour. The legend lists the classes present, those with the most
-    pixels in the first label map first. If there is only one label map, it shows their shares of it.
+    The long side of each image becomes 480 to 1280 pixels. Pixels whose label is no class keep the image's colour. The
+    legend lists the classes present, those with the most pixels in the first label map first. If there is only one
+    label map, it shows their shares of it.
     """
     gap, size = 16, 20
     sides = [max(image.size) for _, image, _ in panels]

@@ -46,6 +46,8 @@ class Evaluation:
     """The rows below them."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further entries of evaluation.json."""
+    notes: Sequence[str] = ()
+    """Lines below the table."""
 
     def table(self) -> Table:
         """The metrics for the terminal."""
@@ -117,6 +119,10 @@ class TaskModule(LightningModule):
 
     def check_training_data(self, state: dict[str, Any]) -> None:
         """Use what `verify` found, the training data's `state_dict`; an InputError where it cannot be trained on."""
+
+    def uncertainty(self, images: int) -> str:
+        """How far the metrics of so few validation images can be trusted."""
+        return "the metrics are uncertain"
 
     def evaluate(self) -> Evaluation:
         """The metrics of the validation just done, over all processes; called once on each of them."""

@@ -192,6 +192,9 @@ class DetectionTask(Task[Detection]):
         if train.dropped:
             note = f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on"
             train.notes = (*train.notes, note)
+        if recipe.data.max_size < recipe.data.image_size:
+            limit = f"--data.max-size {recipe.data.max_size}, which limits the long side, is below"
+            train.notes = (*train.notes, f"{limit} --data.image-size {recipe.data.image_size}, which has no effect")
         if not (recipe.model.checkpoint or recipe.model.pretrained):
             note = "the backbone starts from random weights, and its frozen batch normalisation normalises nothing"
             train.notes = (*train.notes, f"{note}: give --model.checkpoint or --model.pretrained if you can")

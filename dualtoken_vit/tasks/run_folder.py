@@ -45,6 +45,7 @@ STATE = {  # of a run, in last.ckpt
     "loss_sum": Entry(float),
     "batches": Entry(int),
 }
+FEW = 100  # validation images: the 95 % interval of an accuracy may be 20 percentage points wide
 LOOK_EVERY = 50  # steps between two checks of the loss on a GPU or over processes, each of which waits for them
 
 
@@ -227,6 +228,8 @@ class RunFolder(Callback):
             (train, val), steps = trainer.datamodule.images, task.steps_per_epoch
             each = "step" if steps == 1 else "steps"
             print(f"{train} training and {val} validation images, {steps} {each} an epoch", flush=True)
+            if val < FEW:
+                print(f"only {val} validation images: {task.uncertainty(val)}", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
         for row in self.history:
             if row["step"] == trainer.global_step:
@@ -340,9 +343,15 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
+        self.terminated = False  # whether SIGTERM came in the middle of a step
 
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
         stepped = (index + 1) % trainer.accumulate_grad_batches == 0
+        if trainer.received_sigterm and trainer.world_size == 1 and not stepped:
+            # Lightning would end the run now, in the middle of a step: it learns of the signal at the end of the step.
+            self.terminated, trainer._signal_connector.received_sigterm = True, False
+        elif self.terminated and stepped:
+            trainer._signal_connector.received_sigterm = True
         # From a state saved after an epoch's last batch Lightning would resume without validating: not here, but below.
         stopping = self.folder.interrupted or (trainer.received_sigterm and trainer.world_size == 1)
         due = stopping or trainer.global_step % self.folder.recipe.run.save_every == 0

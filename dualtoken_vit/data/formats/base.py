@@ -23,6 +23,8 @@ class Format(NamedTuple):
     """A split, from the folder and what `detect` found."""
     write: Callable[[Mapping[str, AnnotatedImages], Path], list[str]] | None = None
     """Write valid splits into an empty folder, images included; returns a line on each thing that the format lacks."""
+    usable: Callable[[Path, Any], bool] = lambda root, found: True
+    """Whether the files of a split, what `detect` found, are there: a list of splits may name more."""
 
 
 def number(text: Any) -> float:

@@ -88,4 +88,4 @@ def _read(root: Path, part: Part) -> AnnotatedImages:
     return labels.collect()
 
 
-FORMAT = Format(_detect, _read)
+FORMAT = Format(_detect, _read, usable=lambda root, part: bool(_columns(part.path)))

@@ -84,10 +84,7 @@ def _names(root: Path) -> list[str]:
 
 def _images(root: Path, entries: list[str]) -> list[Path]:
     """The images of a split: those in folders, and those in lists of files."""
-    path = _yaml(root)
-    file, base = printable(path or root), root
-    if path and isinstance(stated := _load(path).get("path"), str):  # often that of the machine of the export
-        base = _inside(root, root, stated) or root
+    file, base = printable(_yaml(root) or root), _base(root)
     images: list[Path] = []
     for entry in entries:
         place = _inside(root, base, entry)
@@ -108,6 +105,19 @@ def _images(root: Path, entries: list[str]) -> list[Path]:
                 raise InputError(f"{where}: {printable(name.strip())}: no such file in {printable(root)}")
             images.append(image)
     return images
+
+
+def _base(root: Path) -> Path:
+    """The folder to which the entries of data.yaml are relative."""
+    path = _yaml(root)
+    if path and isinstance(stated := _load(path).get("path"), str):  # often that of the machine of the export
+        return _inside(root, root, stated) or root
+    return root
+
+
+def _usable(root: Path, entries: list[str]) -> bool:
+    """Roboflow names a test split in every data.yaml, also where it exports none."""
+    return all(_inside(root, _base(root), entry) for entry in entries)
 
 
 def _inside(root: Path, base: Path, entry: str) -> Path | None:
@@ -238,4 +248,4 @@ def _polygon(annotation: dict) -> list[float]:
     return [value for polygon in closed for value in polygon] + back
 
 
-FORMAT = Format(_detect, _read, _write)
+FORMAT = Format(_detect, _read, _write, _usable)

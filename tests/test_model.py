@@ -229,6 +229,22 @@ def test_autocast_on_the_cpu_does_not_call_the_fused_kernel(kwargs):
         assert spy.call_count > 0
 
 
+def test_autocast_on_the_cpu_leaves_convolutions_in_float32():
+    model = create(**NARROW)
+    seen = []
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for module in convolutions:
+        module.register_forward_hook(lambda module, args, y: seen.append((module, args[0], y)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 64, 64))
+    assert [module for module, *_ in seen] == convolutions
+    for module, x, y in seen:
+        plain = nn.functional.conv2d(
+            x.float(), module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups
+        )
+        assert torch.equal(y, plain)
+
+
 @pytest.mark.parametrize("name", ["dualtoken_vit_tiny_mix", "dualtoken_vit_small_mix"])
 def test_training_in_bfloat16_follows_float32(name):
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from dualtoken_vit.models import ablations
-from dualtoken_vit.models.layers import Attention, BiDim, Linear, Mlp, resize_grid, token_mlp_layer
+from dualtoken_vit.models.layers import Attention, BiDim, Conv2d, Linear, Mlp, resize_grid, token_mlp_layer
 from dualtoken_vit.models.two_stream import TwoStreamViT, check_stages, checkpoint_filter_fn, create, model_cfg
 
 __all__ = ["DualTokenViT", "checkpoint_filter_fn"]
@@ -38,7 +38,7 @@ class ConvEncoder(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         padding = kernel_size // 2 * dilation
-        self.dw = nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, **dd)
+        self.dw = Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, **dd)
         self.norm = LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, 4 * dim, **dd)  # PW1, GELU, PW2
 
@@ -57,7 +57,7 @@ class StepwiseDownsample(nn.Module):
     def __init__(self, dim: int, steps: int, convs: int, device=None, dtype=None):
         super().__init__()
         self.steps = steps  # halvings
-        self.convs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, device=device, dtype=dtype) for _ in range(convs))
+        self.convs = nn.ModuleList(Conv2d(dim, dim, 3, padding=1, device=device, dtype=dtype) for _ in range(convs))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H / 2^steps, W / 2^steps, C)
         for conv in self.convs:

@@ -24,6 +24,14 @@ def is_known(condition: bool) -> bool:
         return statically_known_true(condition)
 
 
+def autocasts_on_cpu() -> bool:
+    """Whether autocast is enabled on the CPU; False in TorchScript, which has its own autocast."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.is_autocast_enabled("cpu")
+
+
 # Multiply-accumulates from which oneDNN is as fast as MKL, or faster: its matrix product, its convolution.
 ONEDNN_MACS: Final[int] = 2**21
 ONEDNN_CONV_MACS: Final[int] = 2**24
@@ -99,6 +107,22 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d in the precision of its weights under autocast on the CPU.
+
+    The backward pass of a depthwise convolution in bfloat16 takes 1.7 times as long there as in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # it cannot compile the other branches
+            return self._conv_forward(x, self.weight, self.bias)
+        elif autocasts_on_cpu():
+            with torch.autocast("cpu", enabled=False):
+                return self._conv_forward(x.to(self.weight.dtype), self.weight, self.bias)
+        else:
+            return self._conv_forward(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     """Linear, GELU, Linear."""
 
@@ -137,14 +161,6 @@ def resize_grid(x: Tensor, size: int, antialias: bool = False) -> Tensor:
         maps = F.interpolate(maps, (size, size), mode="bilinear", antialias=antialias)
         x = maps.permute(0, 2, 3, 1).to(x.dtype)
     return x
-
-
-def autocasts_on_cpu() -> bool:
-    """Whether autocast is enabled on the CPU; False in TorchScript, which has its own autocast."""
-    if torch.jit.is_scripting():
-        return False
-    else:
-        return torch.is_autocast_enabled("cpu")
 
 
 class Attention(nn.Module):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    ConvNormAct,
+    BatchNormAct2d,
     LayerNorm,
     SelectAdaptivePool2d,
     calculate_drop_path_rates,
@@ -19,7 +19,7 @@ from timm.models import build_model_with_cfg, checkpoint, list_pretrained
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dualtoken_vit.models.layers import Linear, pad_to_multiple, resize_grid
+from dualtoken_vit.models.layers import Conv2d, Linear, pad_to_multiple, resize_grid
 
 STRIDE = 32  # of the last stage, and of the map on which global information is aggregated
 
@@ -79,6 +79,19 @@ class Stage(nn.Module):
         return x, g
 
 
+class ConvNormAct(nn.Module):
+    """A 3x3 convolution without bias, batch normalisation and GELU, with the names of timm's layer of this name."""
+
+    def __init__(self, in_chans: int, out_chans: int, stride: int = 1, groups: int = 1, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv = Conv2d(in_chans, out_chans, 3, stride, padding=1, groups=groups, bias=False, **dd)
+        self.bn = BatchNormAct2d(out_chans, act_layer=nn.GELU, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, out_chans, H / stride, W / stride)
+        return self.bn(self.conv(x))
+
+
 class Stem(nn.Module):
     """Convolutional stem of stride 8 (LightViT), with intermediate maps of stride 2 and 4; C' = C / 2."""
 
@@ -86,14 +99,13 @@ class Stem(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         mid = dim // 2
-        kwargs = dict(kernel_size=3, act_layer=nn.GELU, **dd)
         self.stride2 = nn.Sequential(  # stride 2
-            ConvNormAct(in_chans, mid, stride=2, **kwargs),
-            ConvNormAct(mid, mid, groups=mid, **kwargs),
-            ConvNormAct(mid, mid, groups=mid, **kwargs),
+            ConvNormAct(in_chans, mid, stride=2, **dd),
+            ConvNormAct(mid, mid, groups=mid, **dd),
+            ConvNormAct(mid, mid, groups=mid, **dd),
         )
-        self.stride4: nn.Module = ConvNormAct(mid, mid, stride=2, groups=mid, **kwargs)  # stride 4
-        self.proj: nn.Module = nn.Conv2d(mid, dim, 3, stride=2, padding=1, **dd)
+        self.stride4: nn.Module = ConvNormAct(mid, mid, stride=2, groups=mid, **dd)  # stride 4
+        self.proj: nn.Module = Conv2d(mid, dim, 3, stride=2, padding=1, **dd)
         self.norm: nn.Module = LayerNorm(dim, **dd)
 
     def embed(self, x: Tensor) -> Tensor:  # (B, C', H/4, W/4) -> (B, H/8, W/8, C)

@@ -138,6 +138,8 @@ def _with_data(
     default: Any, stored: Any, args: list[str], checkpoint: Path, command: str, about: str | None
 ) -> tuple[Any, dict[str, Any]]:
     """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
+    from dualtoken_vit.runtime.tiles import check_overlap
+
     prog = f"{command} {checkpoint}"
 
     def show(shown: Sequence[str], args: list[str], about: str) -> None:
@@ -153,15 +155,8 @@ def _with_data(
     given = {name.removeprefix("no-").replace("-", "_") for name in names}
     chosen = _parse(default, stored, args, flags, prog, "")
     found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
-    _check_overlap(chosen.data, args)
+    check_overlap(chosen.data, args)
     return chosen, found
-
-
-def _check_overlap(options: Any, args: list[str]) -> None:
-    """An InputError for an overlap of tiles without tiles."""
-    flags = [arg for arg in args if arg.partition("=")[0] in ("--overlap", "--data.overlap")]
-    if flags and options.tile is None:
-        raise InputError("--overlap is that of tiles: give --tile too, the side of a tile in pixels")
 
 
 def _peek(args: list[str], flag: str) -> str | None:
@@ -238,6 +233,7 @@ def predict(args: list[str]) -> bool:
     checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
     from dualtoken_vit.predict import predict as run
     from dualtoken_vit.runtime.session import is_exported
+    from dualtoken_vit.runtime.tiles import check_overlap
 
     if is_exported(checkpoint):  # needs no PyTorch, and starts in a tenth of the time
         from dualtoken_vit.runtime.predictor import default_options
@@ -249,7 +245,7 @@ def predict(args: list[str]) -> bool:
     options = default_options(checkpoint)
     about = describe(predict.__doc__, "predict")
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", about)
-    _check_overlap(chosen.options, args)
+    check_overlap(chosen.options, args)
     options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
     return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 

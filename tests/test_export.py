@@ -337,7 +337,7 @@ def test_the_size_for_most_images():
 @pytest.mark.parametrize(("stored", "size"), [({"usual_size": [64, 96]}, (64, 96)), ({}, None)])
 def test_a_detector_s_file_has_the_size_of_most_training_images(tmp_path, monkeypatch, stored, size):
     module = sys.modules["dualtoken_vit.deploy.export"]
-    about = SimpleNamespace(task="detection", preprocessing={"input_size": [3, 64, 64]} | stored)
+    about = SimpleNamespace(task="detection", preprocessing={"input_size": [3, 64, 64]} | stored, recipe={})
     model = SimpleNamespace(transform=Transform(64, 96, (), (0, 0, 0), (1, 1, 1)))
     monkeypatch.setattr(module, "load_model", lambda path: (model, about))
 
@@ -352,6 +352,9 @@ def test_a_detector_s_file_has_the_size_of_most_training_images(tmp_path, monkey
         export(tmp_path / "best.safetensors", images=tmp_path)
     with pytest.raises(InputError, match=re.escape("size (40, 50)")):
         export(tmp_path / "best.safetensors", images=tmp_path, size="50x40")
+    about.recipe = {"data": {"tile": 640}}
+    with pytest.raises(InputError, match=re.escape("size (64, 64)")):  # that of tiles, not of images
+        export(tmp_path / "best.safetensors", images=tmp_path)
 
 
 def test_sizes():

@@ -71,7 +71,9 @@ def export(
     model, about = load_model(checkpoint)
     sides = parse_size(size) if size else None
     if sides is None and about.task == "detection":
-        if images is not None:
+        if tile := about.recipe.get("data", {}).get("tile"):
+            sides = model.transform.usual([(tile, tile)])
+        elif images is not None:
             loaded = load_images(images, about.preprocessing["input_size"][0], CALIBRATION)
             sides = model.transform.usual(image.size for image in loaded)
         elif stored := about.preprocessing.get("usual_size"):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import dualtoken_vit
+
 HEAVY = {"torch", "torchvision", "timm", "lightning", "torchmetrics", "matplotlib", "scipy", "tensorboard", "wandb"}
 QUICK = ["--help", "--version", "train --help", "train folder --help", "train coco --help all", "check-data --help"]
 QUICK += ["check-data masks --help", "evaluate --help", "predict --help", "export --help", "convert --help"]
@@ -30,6 +32,15 @@ def imported(*commands: str) -> dict[str, list[str]]:
 
 def test_help_and_version_import_neither_torch_nor_anything_heavy():
     assert imported(*QUICK) == {command: [] for command in QUICK}
+
+
+def test_python_m_is_the_command():
+    args = [sys.executable, "-X", "importtime", "-m", "dualtoken_vit", "--version"]
+    done = subprocess.run(args, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{dualtoken_vit.__version__}\n"
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "dualtoken_vit_command" in names
+    assert not names & HEAVY
 
 
 def test_the_environment_imports_torch_alone():

@@ -9,9 +9,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-# The installed command imports the models where it needs them: its help would take seconds.
-if "dualtoken_vit_command" not in sys.modules and find_spec("torch") and find_spec("timm"):
+# The installed command imports the models where it needs them: its help would take seconds. While Python looks for the
+# module that it runs by `-m`, the name of the program is "-m".
+command = "dualtoken_vit_command" in sys.modules or sys.argv[:1] == ["-m"]
+if not command and find_spec("torch") and find_spec("timm"):
     import_module(f"{__name__}.models")
+del command
 
 if TYPE_CHECKING:
     from dualtoken_vit.deploy.export import export

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.files import atomic_write
-from dualtoken_vit.header import check_header
+from dualtoken_vit.header import check_header, check_path, unreadable
 from dualtoken_vit.models.backbone import layer_names, pretrained_cfg
 
 FORMAT = "dualtoken-vit checkpoint 1"
@@ -149,16 +149,12 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
         InputError: for a file that is missing, truncated, damaged or of another kind.
     """
     path = locate(path)
-    if path.is_dir():
-        hint = f"; give {path / 'best.safetensors'}" if (path / "best.safetensors").is_file() else ""
-        raise InputError(f"{path} is a folder, not a checkpoint{hint}")
+    check_path(path)
     try:
         metadata = _metadata(path)
         state_dict = safetensors.torch.load_file(path) if weights else {}
     except (safetensors.SafetensorError, OSError) as error:
-        other = "it is for resuming, or of another program; give the best.safetensors of a run"
-        kind = "it is truncated or damaged" if path.suffix == ".safetensors" else other
-        raise InputError(f"{path} cannot be read as a checkpoint: {kind}") from error
+        raise InputError(unreadable(path)) from error
     except ValueError as error:  # not JSON
         raise InputError(f"{path} was written by another version of dualtoken-vit ({error})") from error
     if not metadata:
@@ -240,6 +236,7 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
         InputError: for a file that is missing, damaged, cannot be read, or belongs to another network.
     """
     path = locate(path)
+    check_path(path)
     if path.suffix in (".onnx", ".tflite"):
         raise InputError(f"{path} is an exported file, which cannot be trained; give the best.safetensors of a run")
     try:

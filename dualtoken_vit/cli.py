@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import dualtoken_vit
 from dualtoken_vit.errors import InputError, lacks_memory
 from dualtoken_vit.files import printable
+from dualtoken_vit.header import check_file, check_path
 from dualtoken_vit.machine import print_environment
 
 INSTALL = "install the train extra: pip install 'dualtoken-vit[train]', or in a clone: pip install -e '.[train]'"
@@ -24,6 +25,7 @@ try:
     from rich.console import Console
 
     from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train
+    from dualtoken_vit.bounds import check_bounds
     from dualtoken_vit.cli_help import describe, fill, help_page, only, section_help, sections
     from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe, flatten
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
@@ -44,7 +46,8 @@ NO_RECIPE = (
 )
 PRETRAINED = "--model.pretrained"  # true, false or auto: no switch for tyro, which wants True, False or auto
 
-# Commands import what they need themselves: `--help` is quick, and works without another command's dependencies.
+# Commands import what they need themselves: `--help` is quick, and works without another command's dependencies. What
+# can be checked before PyTorch is imported, which takes seconds, is checked before.
 
 
 def _runtime(chosen: Any) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def _checkpoint(args: list[str], command: str, about: str | None, rest: str) -> 
         sys.exit()
     if not args or args[0].startswith("-"):
         raise InputError(f"name the checkpoint first: dualtoken-vit {usage}")
+    check_file(Path(args[0]))
     return Path(args[0]), args[1:]
 
 
@@ -138,6 +142,8 @@ def _with_data(
     default: Any, stored: Any, args: list[str], checkpoint: Path, command: str, about: str | None
 ) -> tuple[Any, dict[str, Any]]:
     """`_parse` with the fields of a stored recipe's data section, and those of them that the arguments change."""
+    from dualtoken_vit.runtime.tiles import check_overlap
+
     prog = f"{command} {checkpoint}"
 
     def show(shown: Sequence[str], args: list[str], about: str) -> None:
@@ -153,15 +159,8 @@ def _with_data(
     given = {name.removeprefix("no-").replace("-", "_") for name in names}
     chosen = _parse(default, stored, args, flags, prog, "")
     found = {key: value for key, value in asdict(chosen.data).items() if key in given or value != before[key]}
-    _check_overlap(chosen.data, args)
+    check_overlap(chosen.data, args)
     return chosen, found
-
-
-def _check_overlap(options: Any, args: list[str]) -> None:
-    """An InputError for an overlap of tiles without tiles."""
-    flags = [arg for arg in args if arg.partition("=")[0] in ("--overlap", "--data.overlap")]
-    if flags and options.tile is None:
-        raise InputError("--overlap is that of tiles: give --tile too, the side of a tile in pixels")
 
 
 def _peek(args: list[str], flag: str) -> str | None:
@@ -192,6 +191,10 @@ def train(args: list[str]) -> None:
         out, resume = chosen.out or Path("runs", name), chosen.resume
     else:
         out, resume = Path(_peek(args, "--out") or "."), True
+    if not resume:
+        check_bounds(chosen.recipe)
+        if chosen.recipe.model.checkpoint:
+            check_path(Path(chosen.recipe.model.checkpoint))
     from dualtoken_vit.tasks.run_folder import stored_recipe
     from dualtoken_vit.tasks.trainer import train as run
 
@@ -240,6 +243,7 @@ def predict(args: list[str]) -> bool:
     checkpoint, args = _checkpoint(args, "predict", predict.__doc__, "IMAGE|FOLDER|VIDEO ... [--out PATH] [OPTIONS]")
     from dualtoken_vit.predict import predict as run
     from dualtoken_vit.runtime.session import is_exported
+    from dualtoken_vit.runtime.tiles import check_overlap
 
     if is_exported(checkpoint):  # needs no PyTorch, and starts in a tenth of the time
         from dualtoken_vit.runtime.predictor import default_options
@@ -251,7 +255,7 @@ def predict(args: list[str]) -> bool:
     options = default_options(checkpoint)
     about = describe(predict.__doc__, "predict")
     chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", about)
-    _check_overlap(chosen.options, args)
+    check_overlap(chosen.options, args)
     options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
     return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 
@@ -311,10 +315,9 @@ def check_data(args: list[str]) -> bool:
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
     about = f"{check_data.__doc__} {ABOUT[name]}"
     chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about)
-    from dualtoken_vit.bounds import check_bounds
+    check_bounds(chosen.recipe)
     from dualtoken_vit.tasks.registry import get_task
 
-    check_bounds(chosen.recipe)
     if chosen.suspects or "--suspects" in args:  # before all images are read
         from dualtoken_vit import suspects
 
@@ -346,6 +349,8 @@ def function(command: str) -> Callable[..., Any]:
 
 def _forward(command: str, about: str) -> Callable[[list[str]], Any]:
     def call(args: list[str]) -> Any:
+        if command in ("attention", "localise") and args and not args[0].startswith("-"):
+            check_file(Path(args[0]))
         chosen = function(command)
         first, *more = (getdoc(chosen) or "").partition("\n\nArgs:")[0].split("\n\n")
         about = describe(first, command, *map(fill, more))

@@ -2,16 +2,19 @@
 
 import sys
 from argparse import ArgumentParser
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from inspect import getfile
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
+from dualtoken_vit.hints import field_texts
 from dualtoken_vit.predict import predict
 from dualtoken_vit.runtime.predictor import default_options
 from dualtoken_vit.runtime.session import RUNTIMES, is_exported
+from dualtoken_vit.runtime.tiles import check_overlap
 
 USAGE = """usage: dualtoken-vit predict FILE.onnx IMAGES [--option VALUE ...]
        dualtoken-vit predict FILE.onnx --help      all options, which depend on the file's task
@@ -49,14 +52,19 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
         description="Print and draw the predictions of an exported file for images.",
         allow_abbrev=False,
     )
-    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders of them")
-    parser.add_argument(
-        "--out", type=Path, help="folder for a drawing of each image, scaled to be legible, and predictions.json"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--batch-size", type=int, help="images in a forward pass")
-    parser.add_argument("--runtime", choices=RUNTIMES, default="onnxruntime")
     stored = default_options(path)
+    texts = _texts(type(stored)) if {"-h", "--help"} & {*args} else {}
+
+    def add(name: str, **how: Any) -> None:
+        default = "" if name == "images" or how.get("action") else f" (default: {how.get('default')})"
+        flag = name if name == "images" else f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, help=f"{texts.get(name, '')}{default}".replace("%", "%%"), **how)
+
+    add("images", nargs="+", type=Path)
+    add("out", type=Path)
+    add("json", action="store_true")
+    add("batch_size", type=int)
+    add("runtime", choices=RUNTIMES, default="onnxruntime")
     for field in fields(stored):
         default = getattr(stored, field.name)
         how: dict[str, Any] = {"type": type(default)}
@@ -64,7 +72,19 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
             how = {"action": "store_true"}
         elif isinstance(default, tuple):
             how = {"type": float, "nargs": "+"}
+        elif get_origin(field.type) is Literal:
+            how = {"choices": get_args(field.type)}
         elif default is None:
             how = {"type": get_args(field.type)[0]}  # of TYPE | None
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=f"default: {default}", **how)
-    return vars(parser.parse_args(args))
+        add(field.name, default=default, **how)
+    found = parser.parse_args(args)
+    check_overlap(found, args)
+    return vars(found)
+
+
+def _texts(options: type) -> dict[str, str]:
+    """The help of the arguments: as where the train extra is installed, whose module of arguments needs it."""
+    texts = field_texts(Path(__file__).with_name("arguments.py"), "Predict")
+    for kind in filter(is_dataclass, reversed(options.__mro__)):
+        texts |= field_texts(getfile(kind), kind.__name__)
+    return texts

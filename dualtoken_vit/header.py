@@ -1,12 +1,14 @@
-"""The description in a best.safetensors or an exported file: JSON that may come from anywhere."""
+"""Checks of a best.safetensors or an exported file, and of the description in it: JSON that may come from anywhere."""
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.hints import fits, type_name
 
+SUFFIXES = (".safetensors", ".onnx", ".tflite", ".ckpt", ".pt", ".pth")  # of no network's name
 MOST_SIDE = 16384  # pixels, as in recipes
 
 
@@ -57,6 +59,35 @@ OPTIONAL: dict[str, dict[str, Entry]] = {
     },
     "recipe": {"data": Entry(dict)},
 }
+
+
+def check_path(path: Path) -> None:
+    """Raise an InputError for a folder, or nothing, in place of a file of weights.
+
+    A name without a folder or a suffix may be that of a network whose weights come with the package.
+    """
+    if path.is_dir():
+        hint = f"; give {path / 'best.safetensors'}" if (path / "best.safetensors").is_file() else ""
+        raise InputError(f"{path} is a folder, not a checkpoint{hint}")
+    if not path.exists() and (len(path.parts) > 1 or path.suffix in SUFFIXES):
+        raise InputError(f"{path}: no such {'file' if path.suffix == '.onnx' else 'checkpoint'}")
+
+
+def check_file(path: Path) -> None:
+    """`check_path` of a best.safetensors or an exported file, and an InputError for a file of another program."""
+    check_path(path)
+    if path.is_file() and path.suffix.lower() != ".onnx":
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start[8:] != b"{":
+            raise InputError(unreadable(path))
+
+
+def unreadable(path: Path) -> str:
+    """The message for a file that is no checkpoint."""
+    other = "it is for resuming, or of another program; give the best.safetensors of a run"
+    kind = "it is truncated or damaged" if path.suffix == ".safetensors" else other
+    return f"{path} cannot be read as a checkpoint: {kind}"
 
 
 def check_header(found: Mapping[str, Any], path: object) -> None:

@@ -1,5 +1,8 @@
-"""Values and type hints."""
+"""Values, type hints and docstrings of fields."""
 
+import ast
+from itertools import pairwise
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -25,3 +28,18 @@ def type_name(hint: Any) -> str:
     if origin in (Union, UnionType, Literal):
         return " or ".join(repr(arg) if origin is Literal else type_name(arg) for arg in args)
     return "None" if hint is NoneType else str(hint) if args else hint.__name__
+
+
+def field_texts(path: str | Path, name: str) -> dict[str, str]:
+    """The docstrings of a class's own fields, read from its source file, which need not be importable."""
+    module = ast.parse(Path(path).read_text(encoding="utf-8"))
+    (found,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(found.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }

@@ -74,9 +74,9 @@ def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> Ba
             with the package
         device: auto (an accelerator if there is one), cpu, cuda or mps; exported files run on the CPU
         options: how to predict; by default as in the validation of the training run. Classification: image_size,
-            crop_pct, interpolation, top_k (5). Detection: image_size, max_size, score (0.5). Segmentation: image_size,
-            mode, window, window_stride, scales, flip. Exported files: runtime (onnxruntime, openvino), threads; a
-            detector of fixed size has score only
+            crop_pct, interpolation, top_k (5). Detection: score (0.5), tile, overlap, image_size, max_size.
+            Segmentation: image_size, mode, window, window_stride, scales, flip. Exported files: runtime (onnxruntime,
+            openvino), threads; a detector of fixed size has neither image_size nor max_size
 
     Raises:
         InputError: for a file, device or option that cannot be used.

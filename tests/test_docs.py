@@ -176,6 +176,7 @@ def test_the_commands_of_the_documentation_are_understood(page, monkeypatch, tmp
     monkeypatch.setattr(trainer, "train", lambda recipe, *args, **kwargs: parsed.append(recipe))
     monkeypatch.setattr("dualtoken_vit.paper.study.study", lambda name, study: parsed.append(study))
     monkeypatch.setattr("dualtoken_vit.tasks.run_folder.stored_recipe", lambda out, named: RECIPES[named])
+    monkeypatch.setattr(cli, "check_path", lambda path: None)  # checkpoints
     monkeypatch.chdir(tmp_path)
     args = [each for each in COMMANDS[page] if each[0] in ("train", "study") and each[1:2] != ["RECIPE"]]
     for each in args:

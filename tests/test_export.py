@@ -1,7 +1,9 @@
 """Exported files against PyTorch, timm and the checkpoints they come from."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,16 +22,18 @@ from dualtoken_vit import create_segmenter, load_model, load_predictor
 from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.cli import run
 from dualtoken_vit.deploy import graphs
-from dualtoken_vit.deploy.convert import to_onnx
+from dualtoken_vit.deploy.convert import silent, to_onnx
 from dualtoken_vit.deploy.export import export, parse_size
 from dualtoken_vit.deploy.mobile import run_litert, to_litert
 from dualtoken_vit.deploy.plans import Plan
+from dualtoken_vit.deploy.quantise import agreement
 from dualtoken_vit.deploy.verify import difference, expected
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.resizing import Transform
 from dualtoken_vit.paper.attention import recording
 from dualtoken_vit.paper.benchmark import benchmark
 from dualtoken_vit.recipes import RECIPES, to_dict
+from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.session import KEY, ExportedModel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -37,6 +41,9 @@ ABOUT = {
     "versions": {"dualtoken-vit": "0"},
     "format": "dualtoken-vit export 1",
     "task": "classification",
+    "model": "dualtoken_vit_tiny",
+    "model_args": {},
+    "metrics": {},
     "class_names": ["a"],
     "preprocessing": {"input_size": [3, 32, 32], "mean": MEAN, "std": STD},
     "export": {"size": None, "raw": False},
@@ -253,12 +260,31 @@ def test_attention_and_benchmark_take_the_file(checkpoint, exported, photos, tmp
         benchmark((f"onnxruntime:{exported}",), train=True)
 
 
+def test_the_agreement_of_two_files():
+    def objects(boxes, labels):
+        return Objects(("",) * len(labels), np.array(labels), np.float32(boxes).reshape(-1, 4), np.ones(len(labels)))
+
+    first, second = (Classes(("",), np.array([label]), np.ones(1)) for label in (0, 1))
+    assert agreement([first, first, second], [first, second, second]) == "same class on 2 of 3 images"
+    none, both = (Labels((), np.array(labels, int), np.ones(2), np.ones(2)) for labels in ([], [1, 0]))
+    turned = Labels((), np.array([0, 1]), np.ones(2), np.ones(2))
+    assert agreement([none, both, both], [none, turned, none]) == "same labels on 2 of 3 images"
+    labels = np.zeros((4, 5), np.uint8)
+    maps = [LabelMap(("a", "b"), each) for each in (labels, labels, np.eye(4, 5, dtype=np.uint8))]
+    assert agreement(maps[:2], maps[1:]) == "same label for 90.00% of the pixels of 2 images"  # 100 % and 80 %
+    ours = objects([[0, 0, 10, 10], [20, 20, 30, 30], [50, 0, 60, 10]], [0, 1, 1])
+    theirs = objects([[0, 0, 10, 6], [20, 20, 30, 24], [50, 0, 60, 10]], [0, 1, 0])  # IoU 0.6, IoU 0.4, another class
+    found = agreement([ours, objects([], [])], [theirs, objects([], [])])
+    assert found == "66.67% of the objects in 2 images found by both (same class, IoU of at least 0.5)"  # 1/3 and 1
+    assert agreement([objects([], [])], [objects([], [])]) == "no objects in 1 images"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [["--int8"], ["--int8", "static"], ["--fp16"]], ids=" ".join)
 def test_smaller_files(checkpoint, exported, photos, option, tmp_path, capsys):
     images, out = str(photos / "val"), tmp_path / "small.onnx"
     assert run(["export", str(checkpoint), "--out", str(out), "--images", images, *option]) == 0
-    assert "predictions agree to" in capsys.readouterr().out
+    assert "MB; compared with the float32 file: same class on 18 of 18 images" in capsys.readouterr().out
     assert out.stat().st_size < 0.65 * exported.stat().st_size
     before, after = (load_predictor(path)(photos / "val") for path in (checkpoint, out))
     gaps = [
@@ -269,10 +295,31 @@ def test_smaller_files(checkpoint, exported, photos, option, tmp_path, capsys):
     assert ExportedModel(out).description["export"]["precision"].startswith(("int8", "float16"))
 
 
+def test_what_converters_print_is_shown_after_an_error_only(capfd):
+    @silent()
+    def convert(error=None):
+        os.write(2, b"converting\n")
+        subprocess.run([sys.executable, "-c", "print('done')"], check=True)
+        if error:
+            raise error
+
+    for _ in range(2):
+        print("ours")
+        convert()
+    print("the last")
+    assert capfd.readouterr() == ("ours\nours\nthe last\n", "")
+    with pytest.raises(ValueError, match="no"):
+        convert(ValueError("no"))
+    assert capfd.readouterr() == ("", "converting\ndone\n")
+
+
 @pytest.mark.slow
-def test_litert_files(checkpoint, tmp_path):
+def test_litert_files(checkpoint, tmp_path, capfd):
     pytest.importorskip("litert_torch")
     file = export(checkpoint, tmp_path / "model.tflite", format="litert")
+    printed = capfd.readouterr()
+    assert [line.partition(" ")[0] for line in printed.out.splitlines()] == ["largest", f"{file}:"]
+    assert printed.err == ""
     with zipfile.ZipFile(file) as archive:
         assert json.loads(archive.read(f"{KEY}.json"))["class_names"] == ["blue", "green", "red"]
     classifier = graphs.Classifier(load_model(checkpoint)[0], MEAN, STD)
@@ -337,7 +384,7 @@ def test_the_size_for_most_images():
 @pytest.mark.parametrize(("stored", "size"), [({"usual_size": [64, 96]}, (64, 96)), ({}, None)])
 def test_a_detector_s_file_has_the_size_of_most_training_images(tmp_path, monkeypatch, stored, size):
     module = sys.modules["dualtoken_vit.deploy.export"]
-    about = SimpleNamespace(task="detection", preprocessing={"input_size": [3, 64, 64]} | stored)
+    about = SimpleNamespace(task="detection", preprocessing={"input_size": [3, 64, 64]} | stored, recipe={})
     model = SimpleNamespace(transform=Transform(64, 96, (), (0, 0, 0), (1, 1, 1)))
     monkeypatch.setattr(module, "load_model", lambda path: (model, about))
 
@@ -352,6 +399,9 @@ def test_a_detector_s_file_has_the_size_of_most_training_images(tmp_path, monkey
         export(tmp_path / "best.safetensors", images=tmp_path)
     with pytest.raises(InputError, match=re.escape("size (40, 50)")):
         export(tmp_path / "best.safetensors", images=tmp_path, size="50x40")
+    about.recipe = {"data": {"tile": 640}}
+    with pytest.raises(InputError, match=re.escape("size (64, 64)")):  # that of tiles, not of images
+        export(tmp_path / "best.safetensors", images=tmp_path)
 
 
 def test_sizes():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from timm.data import create_transform
@@ -20,11 +22,12 @@ from torch import nn
 from torchvision.ops import batched_nms
 
 from dualtoken_vit import cli, cli_runtime, load_predictor
+from dualtoken_vit.arguments import Predict
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
 from dualtoken_vit.predict import predict
-from dualtoken_vit.recipes import SegmentationInput
+from dualtoken_vit.recipes import Detection, SegmentationInput, to_dict
 from dualtoken_vit.runtime import predictor as runtime
 from dualtoken_vit.runtime.session import FORMAT, KEY, ExportedModel
 from dualtoken_vit.show.drawing import MARGIN, SIDE
@@ -37,6 +40,9 @@ def description(task, **export):
     return {
         "format": FORMAT,
         "task": task,
+        "model": "dualtoken_vit_tiny",
+        "model_args": {},
+        "metrics": {},
         "class_names": NAMES,
         "category_ids": [1, 2, 3] if task == "detection" else [],
         "preprocessing": {"input_size": (3, 64, 64), "mean": [0.5] * 3, "std": [1.0] * 3, "crop_pct": 0.875}
@@ -53,6 +59,8 @@ def description(task, **export):
         ("multilabel", ["--threshold", "0.3"], {"threshold": 0.3, "image_size": 64}),
         ("multilabel", [], {"threshold": None}),
         ("segmentation", ["--image-size", "48"], {"image_size": 48}),
+        ("detection", ["--tile", "96"], {"tile": 96, "overlap": 0.2}),
+        ("detection", ["--tile", "96", "--overlap", "0.5"], {"tile": 96, "overlap": 0.5}),
     ],
 )
 def test_arguments_without_pytorch(tmp_path, monkeypatch, task, args, options):
@@ -60,6 +68,33 @@ def test_arguments_without_pytorch(tmp_path, monkeypatch, task, args, options):
     found = cli_runtime.parse(tmp_path / "model.onnx", ["a.png", *args])
     assert options.items() <= found.items()
     assert found["images"] == [Path("a.png")]
+
+
+def test_overlap_without_tiles_and_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "read_description", lambda path: description("detection"))
+    with pytest.raises(InputError, match="--overlap is that of tiles: give --tile too"):
+        cli_runtime.parse(tmp_path / "model.onnx", ["a.png", "--overlap", "0.3"])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("task", ["classification", "multilabel", "detection", "segmentation"])
+def test_help_without_pytorch_has_the_text_of_every_option(tmp_path, monkeypatch, capsys, task, raw):
+    """That which tyro shows where the train extra is installed."""
+    about = description(task, raw=raw)
+    monkeypatch.setattr(runtime, "read_description", lambda path: about)
+    with pytest.raises(SystemExit):
+        cli_runtime.parse(tmp_path / "model.onnx", ["--help"])
+    shown = "".join(capsys.readouterr().out.split())
+    options = runtime.default_options(tmp_path / "model.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other public description of its flags
+        parser = tyro.extras.get_parser(Predict[type(options)], default=Predict((), options))
+    texts = {action.dest: action.help.partition(" (default")[0] for action in parser._actions}
+    assert len(texts) > 7
+    for name in texts.keys() - {"help", "device"}:
+        assert len(texts[name]) > 20
+        assert "".join(texts[name].split()) in shown
+        assert f"--{name.rpartition('.')[2].replace('_', '-')}" in shown or name == "images"
 
 
 def save(path, nodes, outputs, about, constants=None):
@@ -220,6 +255,31 @@ def test_a_detector_of_fixed_size_returns_pixels_of_the_image(tmp_path):
         load_predictor(path, score=0.01)
     with pytest.raises(InputError, match="image_size: not an option of this predictor; there are score"):
         load_predictor(path, image_size=100)
+
+
+def test_evaluate_takes_tiles(tmp_path, capsys):
+    """The graph finds one object, at the same place in every image: one in each of the two tiles of an image."""
+    nodes, outputs, constants = detections([[8, 8, 40, 40], *[[-1] * 4] * 3], [0.9, -1, -1, -1], [0, -1, -1, -1])
+    about = description("detection", size=[64, 64], score_threshold=0.05) | {"recipe": to_dict(Detection())}
+    path = save(tmp_path / "detector.onnx", nodes, outputs, about, constants)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (128, 64)).save(tmp_path / "images" / "0.png")
+    boxes = [{"id": i, "image_id": 1, "category_id": 1, "bbox": [8 + 64 * i, 8, 32, 32]} for i in (0, 1)]
+    coco = {
+        "images": [{"id": 1, "file_name": "0.png", "width": 128, "height": 64}],
+        "annotations": [box | {"area": 1024, "iscrowd": 0} for box in boxes],
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(NAMES)],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(coco))
+    data = ["--data.images", tmp_path / "images", "--data.val-json", tmp_path / "val.json", "--data.workers", 0]
+    found = []
+    for tiles in ([], ["--tile", 64, "--overlap", 0]):
+        assert cli.run([*map(str, ("evaluate", path, *data, *tiles, "--json"))]) == 0
+        found.append(json.loads(capsys.readouterr().out)["box"]["AP"])
+    assert found == [0, 1]
+    assert cli.run([*map(str, ("predict", path, tmp_path / "images", "--tile", 64, "--overlap=0", "--json"))]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [one["bbox"] for one in record["annotations"]] == [box["bbox"] for box in boxes]
 
 
 def test_boxes_in_the_padding_are_no_objects(tmp_path):

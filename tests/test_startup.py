@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import dualtoken_vit
+
 HEAVY = {"torch", "torchvision", "timm", "lightning", "torchmetrics", "matplotlib", "scipy", "tensorboard", "wandb"}
 QUICK = ["--help", "--version", "train --help", "train folder --help", "train coco --help all", "check-data --help"]
 QUICK += ["check-data masks --help", "evaluate --help", "predict --help", "export --help", "convert --help"]
@@ -24,12 +26,56 @@ def imported(*commands: str) -> dict[str, list[str]]:
         f"    found[command] = sorted({HEAVY!r} & sys.modules.keys())\n"
         "print(json.dumps(found))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
 def test_help_and_version_import_neither_torch_nor_anything_heavy():
     assert imported(*QUICK) == {command: [] for command in QUICK}
+
+
+@pytest.fixture
+def mistakes(tmp_path):
+    """Commands, and what they end with."""
+    run, other = tmp_path / "run", tmp_path / "last.ckpt"
+    run.mkdir()
+    (run / "best.safetensors").touch()
+    other.write_bytes(b"PK another format")
+    folder = f"{run} is a folder, not a checkpoint; give {run / 'best.safetensors'}"
+    truncated = f"{run / 'best.safetensors'} cannot be read as a checkpoint: it is truncated or damaged"
+    foreign = f"{other} cannot be read as a checkpoint: it is for resuming, or of another program"
+    missing = tmp_path / "nothing.onnx"
+    return {
+        "evaluate nothing.safetensors": "nothing.safetensors: no such checkpoint",
+        f"evaluate {missing}": f"{missing}: no such file",
+        f"predict {run} photo.jpg": folder,
+        f"export {run}": folder,
+        f"predict {run / 'best.safetensors'} photo.jpg": truncated,
+        f"attention {other} photo.jpg": foreign,
+        f"localise {run}": folder,
+        "train foldr": "recipe 'foldr' is unknown",
+        "train folder --optim.epoch 3": "Unrecognized options: --optim.epoch",
+        "train folder --data.root photos --optim.epochs 0": "--optim.epochs 0: must be at least 1",
+        "train folder --data.root photos --model.checkpoint a/b.pth": "b.pth: no such checkpoint",
+        "check-data folder --data.image-size 0": "--data.image-size 0: must be at least",
+        "predcit": "command 'predcit' is unknown",
+    }
+
+
+def test_mistakes_are_found_before_torch_is_imported(mistakes, capfd):
+    assert imported(*mistakes) == {command: [] for command in mistakes}
+    told = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    for message in mistakes.values():
+        assert message in told
+
+
+def test_python_m_is_the_command():
+    args = [sys.executable, "-X", "importtime", "-m", "dualtoken_vit", "--version"]
+    done = subprocess.run(args, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{dualtoken_vit.__version__}\n"
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "dualtoken_vit_command" in names
+    assert not names & HEAVY
 
 
 def test_the_environment_imports_torch_alone():

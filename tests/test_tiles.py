@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
+from tiny_graphs import detector, noise, raw_plan
 from torch import nn
 
-from dualtoken_vit.models.tiles import detect_in_tiles, starts
+from dualtoken_vit.deploy import graphs
+from dualtoken_vit.runtime.predictor import AnySizeDetector, Detector
+from dualtoken_vit.runtime.tiles import detect_in_tiles, starts
 from dualtoken_vit.tasks.detection import DetectionOptions, DetectionPredictor
 
 
@@ -22,6 +25,9 @@ class Components(nn.Module):
         self.batches, self.heads = [], ()
 
     def forward(self, images):
+        return [{key: torch.from_numpy(value) for key, value in each.items()} for each in self.arrays(images)]
+
+    def arrays(self, images):
         self.batches.append(len(images))
         return [self.detect(image) for image in images]
 
@@ -36,14 +42,11 @@ class Components(nn.Module):
             found["masks"].append(parts == index)
         size = image.shape[1:]
         shapes = {"boxes": (-1, 4), "masks": (-1, 1, *size)}
-        tensors = {
-            key: torch.tensor(np.array(value), dtype=torch.int64 if key == "labels" else torch.float32)
-            for key, value in found.items()
-        }
-        tensors = {key: value.reshape(shapes.get(key, (-1,))) for key, value in tensors.items()}
+        arrays = {key: np.array(value, np.int64 if key == "labels" else np.float32) for key, value in found.items()}
+        arrays = {key: value.reshape(shapes.get(key, (-1,))) for key, value in arrays.items()}
         return {
-            key: value.bool() if key == "masks" else value
-            for key, value in tensors.items()
+            key: value.astype(bool) if key == "masks" else value
+            for key, value in arrays.items()
             if self.masks or key != "masks"
         }
 
@@ -67,9 +70,7 @@ def scattered(height, width, count=40, largest=20, seed=0):
 
 def as_set(found):
     masks = (
-        [np.flatnonzero(mask).tolist() for mask in found["masks"].numpy()]
-        if "masks" in found
-        else [()] * len(found["labels"])
+        [np.flatnonzero(mask).tolist() for mask in found["masks"]] if "masks" in found else [()] * len(found["labels"])
     )
     rows = zip(found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist(), masks, strict=True)
     return sorted((*box, label, score, tuple(mask)) for box, label, score, mask in rows)
@@ -95,7 +96,7 @@ def test_objects_smaller_than_the_overlap_are_found_as_in_the_whole_image(height
     image = scattered(height, width)
     whole = Components(masks).detect(image)
     model = Components(masks)
-    found = detect_in_tiles(model, image, 64, 0.35, batch_size=4)  # 22 pixels
+    found = detect_in_tiles(model.arrays, image, 64, 0.35, batch_size=4)  # 22 pixels
     assert as_set(found) == as_set(whole)
     assert len(found["labels"]) > 3
     assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
@@ -106,22 +107,22 @@ def test_objects_smaller_than_the_overlap_are_found_as_in_the_whole_image(height
 def test_without_overlap_objects_are_cut():
     image = torch.zeros(3, 40, 80)
     image[0, 10:20, 30:50] = 1
-    assert len(detect_in_tiles(Components(), image, 40, 0.0, 4)["labels"]) == 2
+    assert len(detect_in_tiles(Components().arrays, image, 40, 0.0, 4)["labels"]) == 2
     image[0, 10:20, 42:50] = 0  # 10 pixels in one tile, 2 in the other
-    found = detect_in_tiles(Components(), image, 48, 0.25, 4)
+    found = detect_in_tiles(Components().arrays, image, 48, 0.25, 4)
     assert found["boxes"].tolist() == [[30, 10, 42, 20]]
 
 
 def test_an_object_as_large_as_a_tile_is_kept():
     image = torch.zeros(3, 64, 200)
     image[1, 10:60, 5:195] = 1
-    found = detect_in_tiles(Components(), image, 64, 0.25, 4)
+    found = detect_in_tiles(Components().arrays, image, 64, 0.25, 4)
     assert found["boxes"][:, 0].min() == 5
     assert found["boxes"][:, 2].max() == 195
 
 
 def test_nothing_found():
-    found = detect_in_tiles(Components(masks=True), torch.zeros(3, 100, 100), 64, 0.2, 4)
+    found = detect_in_tiles(Components(masks=True).arrays, torch.zeros(3, 100, 100), 64, 0.2, 4)
     assert {key: tuple(value.shape) for key, value in found.items()} == {
         "boxes": (0, 4),
         "labels": (0,),
@@ -146,3 +147,40 @@ def test_the_predictor_takes_tiles():
             *(getattr(result, key)[by] for result, by in zip((whole, parts), order, strict=True))
         )
     assert set(model.shapes) == {(150, 210), (64, 64)}
+
+
+@pytest.mark.parametrize("kind", ["ssdlite", "retinanet", "mask-rcnn"])
+def test_an_exported_file_finds_the_same_in_tiles(kind):
+    """Of any size (ssdlite) or of the size of a tile: what the graph returns, chosen, merged and pasted in NumPy."""
+    model, names, score = detector(kind, image_size=64, max_size=64), ("a", "b", "c"), 0.05
+    options, raw = {"tile": 64, "overlap": 0.3, "score": score}, kind == "ssdlite"
+    graph = raw_plan(model).graph if raw else (graphs.MaskGraph if kind == "mask-rcnn" else graphs.DenseGraph)(model)
+    outputs = ("boxes", "scores") if raw else ("boxes", "scores", "labels", "masks")
+
+    @torch.inference_mode()
+    def network(image):
+        return {key: value.numpy() for key, value in zip(outputs, graph(torch.from_numpy(image)), strict=False)}
+
+    preprocessing = {"input_size": (3, 64, 64), "mean": (0.5,) * 3}
+    network.description = {"class_names": names, "preprocessing": preprocessing, "category_ids": ()}
+    network.description["export"] = raw_plan(model).about if raw else {"size": (64, 64), "score_threshold": score}
+    network.description["recipe"] = {"data": {"image_size": 64, "max_size": 64}}
+    predictor = AnySizeDetector if raw else Detector
+    stored = predictor.stored_options(network.description)
+    exported = predictor(network, predictor.make_options(**stored | options))
+    own = DetectionPredictor(model, names, preprocessing, DetectionOptions(image_size=64, max_size=64, **options))
+    size = (64, 110) if kind == "mask-rcnn" else (110, 130)
+    pixels = (noise(*size, 3) * 255).byte().numpy()
+    ours, theirs = exported(pixels), own(pixels)
+    assert len(theirs) > 20
+    assert theirs.boxes.max() > 100
+    assert len(ours) == len(theirs)
+    apart = np.abs(ours.boxes[:, None] - theirs.boxes).max(-1) + 1000 * (ours.labels[:, None] != theirs.labels)
+    match = apart.argmin(1)  # the order of scores that are equal to rounding may differ
+    assert sorted(match) == list(range(len(theirs)))
+    assert apart.min(1).max() < 1e-3
+    assert ours.scores == pytest.approx(theirs.scores[match], abs=1e-5)
+    assert (ours.masks is None) == (kind != "mask-rcnn")
+    if ours.masks is not None:
+        assert ours.masks.any()
+        assert (ours.masks == theirs.masks[match]).mean() > 0.9999

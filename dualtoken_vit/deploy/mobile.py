@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dualtoken_vit.deploy.convert import ConversionError, example, quiet
+from dualtoken_vit.deploy.convert import ConversionError, example, quiet, silent
 from dualtoken_vit.deploy.plans import Plan
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.runtime.session import KEY, Arrays
@@ -21,6 +21,7 @@ class Target(NamedTuple):
     run: Callable[[Path, tuple[str, ...], np.ndarray], Arrays] | None  # file, names of outputs, image; None: not here
 
 
+@silent()
 def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path) -> None:
     """Write a LiteRT file; its description is an associated file, in a ZIP archive at the end.
 
@@ -45,6 +46,7 @@ def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path
         archive.writestr(f"{KEY}.json", json.dumps(description))
 
 
+@silent()
 def run_litert(file: Path, outputs: tuple[str, ...], image: np.ndarray) -> Arrays:
     """The outputs of a LiteRT file by name."""
     from ai_edge_litert.interpreter import Interpreter
@@ -57,6 +59,7 @@ def run_litert(file: Path, outputs: tuple[str, ...], image: np.ndarray) -> Array
     return dict(zip(outputs, found, strict=True))
 
 
+@silent()
 def to_coreml(plan: Plan, channels: int, description: dict[str, Any], file: Path) -> None:
     """Write a Core ML package for iOS 17 and macOS 14 or later, which only a Mac can run.
 

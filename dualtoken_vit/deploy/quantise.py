@@ -18,12 +18,13 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from PIL import Image
 from torchvision.ops import box_iou
 
-from dualtoken_vit.results import Classes, LabelMap, Objects
+from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.runtime.session import KEY
 
 Precision = Literal["float32", "float16", "int8-dynamic", "int8-static"]
 PRODUCTS = ["MatMul", "Gemm"]
+SAME_IOU = 0.5  # from which on two boxes of one class are the same object
 
 
 class _Reader(CalibrationDataReader):
@@ -88,18 +89,30 @@ def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[
     onnx.save(model, target)
 
 
-def agreement(ours: Any, theirs: Any) -> float:
-    """The share of two results for an image that agrees: top class, labels of pixels, or objects.
+def agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> str:
+    """How far two lists of results for the same images agree, in words; shares are the mean over the images."""
+    mean, count = float(np.mean([*map(_agreement, ours, theirs)])), len(ours)
+    if isinstance(ours[0], Classes | Labels):
+        what = "class" if isinstance(ours[0], Classes) else "labels"
+        return f"same {what} on {round(mean * count)} of {count} images"
+    if isinstance(ours[0], LabelMap):
+        return f"same label for {mean:.2%} of the pixels of {count} images"
+    if not any(map(len, (*ours, *theirs))):
+        return f"no objects in {count} images"
+    return f"{mean:.2%} of the objects in {count} images found by both (same class, IoU of at least {SAME_IOU})"
 
-    Objects agree if they have the same class and an intersection over union of 0.5 or more.
-    """
+
+def _agreement(ours: Any, theirs: Any) -> float:
+    """The share of two results for an image that agrees: top class, labels, labels of pixels, or objects."""
     if isinstance(ours, Classes):
         return float(ours.labels[0] == theirs.labels[0])
+    if isinstance(ours, Labels):
+        return float({*ours.labels.tolist()} == {*theirs.labels.tolist()})
     if isinstance(ours, LabelMap):
         return float((ours.labels == theirs.labels).mean())
     assert isinstance(ours, Objects)
     if not len(ours) + len(theirs):
         return 1.0
     overlap = box_iou(torch.from_numpy(ours.boxes), torch.from_numpy(theirs.boxes)).numpy()
-    same = (overlap >= 0.5) & (ours.labels[:, None] == theirs.labels)
+    same = (overlap >= SAME_IOU) & (ours.labels[:, None] == theirs.labels)
     return float(same.any(1).sum() + same.any(0).sum()) / (len(ours) + len(theirs))

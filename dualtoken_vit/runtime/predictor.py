@@ -4,7 +4,7 @@ predictor = load_predictor("model.onnx")
 result = predictor("image.jpg")             # or a PIL image, an array, a folder, a list of these
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
@@ -19,8 +19,10 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.header import MOST_SIDE
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.base import BasePredictor, Result
+from dualtoken_vit.runtime.boxes import clip, suppress
 from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, LabelsReport, ObjectsReport
 from dualtoken_vit.runtime.session import Arrays, ExportedModel, read_description
+from dualtoken_vit.runtime.tiles import detect_in_tiles
 
 __all__ = ["ExportedPredictor", "default_options", "load_predictor"]
 
@@ -41,8 +43,9 @@ def load_predictor(
         threads: CPU threads; None: the runtime's default
         device: auto or cpu, where exported files run
         options: how to predict; by default as in the validation of the training run. Classification: image_size,
-            crop_pct, interpolation, top_k (5); multilabel: threshold instead of top_k. Detection: score (0.5), and for
-            files of any size image_size, max_size. Segmentation: image_size, mode, window, window_stride, scales, flip
+            crop_pct, interpolation, top_k (5); multilabel: threshold instead of top_k. Detection: score (0.5), tile,
+            overlap, and for files of any size image_size, max_size. Segmentation: image_size, mode, window,
+            window_stride, scales, flip
 
     Raises:
         InputError: for a file, runtime or option that cannot be used.
@@ -347,9 +350,16 @@ class DetectorOptions:
 
     score: float = 0.5
     """Lowest score of a reported object."""
+    tile: int | None = None
+    """Large images: predict in overlapping square tiles of this side in pixels, each resized as an image would be, and
+    merge their objects. None: whole images."""
+    overlap: float = 0.2
+    """Overlap of neighbouring tiles, as a share of their side; it should exceed most objects."""
 
     def __post_init__(self) -> None:
         require(0 <= self.score <= 1, "score", self.score, "from 0 to 1")
+        require(self.tile is None or LEAST_SIDE <= self.tile <= MOST_SIDE, "tile", self.tile, SIDES)
+        require(0 <= self.overlap <= 0.9, "overlap", self.overlap, "from 0 to 0.9")
 
 
 class Detector(ExportedPredictor[Objects]):
@@ -369,9 +379,15 @@ class Detector(ExportedPredictor[Objects]):
 
     def forward(self, batch: Sequence[np.ndarray], check: bool = True) -> list[Arrays]:
         """(C, H, W) uint8 each -> boxes, labels, scores and masks (N, 1, H, W) in the image's pixels."""
-        return [self._detect(to_float(image)) for image in batch]
+        images, tile, overlap = map(to_float, batch), self.options.tile, self.options.overlap
+        if tile is None:
+            return self._detect(images)
+        return [detect_in_tiles(self._detect, image, tile, overlap) for image in images]
 
-    def _detect(self, image: np.ndarray) -> Arrays:
+    def _detect(self, images: Iterable[np.ndarray]) -> list[Arrays]:
+        return [self._objects(image) for image in images]
+
+    def _objects(self, image: np.ndarray) -> Arrays:
         old, (new, frame) = image.shape[1:], self.fit(image.shape[1:])
         x = np.broadcast_to(self.border, (len(image), *frame)).copy()
         x[:, : new[0], : new[1]] = shrink(image, new)
@@ -401,16 +417,7 @@ class Detector(ExportedPredictor[Objects]):
         return {key: value[outputs["labels"] >= 0] for key, value in outputs.items()}
 
     def postprocess(self, outputs: list[Arrays]) -> list[Objects]:
-        return [
-            Objects(
-                tuple(self.class_names[label] for label in found["labels"]),
-                found["labels"],
-                found["boxes"],
-                found["scores"],
-                found["masks"][:, 0] if "masks" in found else None,
-            )
-            for found in outputs
-        ]
+        return [to_objects(found, self.class_names) for found in outputs]
 
 
 @dataclass(frozen=True)
@@ -456,24 +463,11 @@ class AnySizeDetector(Detector):
         return {key: value[keep[: self.export["detections"]]] for key, value in found.items()}
 
 
-def clip(boxes: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Boxes (N, 4) within an image of (height, width)."""
-    return boxes.clip(0, np.array([size[1], size[0]] * 2, np.float32))
-
-
-def suppress(boxes: np.ndarray, scores: np.ndarray, groups: np.ndarray, threshold: float) -> np.ndarray:
-    """Non-maximum suppression within each group: the indices of the boxes (N, 4) that are left, the best first."""
-    boxes = boxes + (groups * (boxes.max(initial=0) + 1))[:, None].astype(np.float32)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    order, keep = np.argsort(-scores, kind="stable"), []
-    while order.size:
-        best, rest = order[0], order[1:]
-        keep.append(best)
-        corner = np.maximum(boxes[rest, :2], boxes[best, :2])
-        shared = (np.minimum(boxes[rest, 2:], boxes[best, 2:]) - corner).clip(0).prod(1)
-        with np.errstate(invalid="ignore"):  # two empty boxes
-            order = rest[~(shared / (area[rest] + area[best] - shared) > threshold)]
-    return np.array(keep, dtype=int)
+def to_objects(found: Arrays, class_names: Sequence[str]) -> Objects:
+    """The result of an image with these boxes, labels, scores and perhaps masks (N, 1, H, W)."""
+    names = tuple(class_names[label] for label in found["labels"])
+    masks = found["masks"][:, 0] if "masks" in found else None
+    return Objects(names, found["labels"], found["boxes"], found["scores"], masks)
 
 
 def paste(masks: np.ndarray, boxes: np.ndarray, size: Sequence[int]) -> np.ndarray:

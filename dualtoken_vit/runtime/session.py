@@ -14,6 +14,7 @@ from dualtoken_vit.header import check_header
 
 KEY = "dualtoken-vit"  # of the description in the metadata of an ONNX file
 FORMAT = "dualtoken-vit export 1"
+NEEDED = {"model", "model_args", "recipe", "metrics", "category_ids", "export"}  # and what `header` lists
 Arrays = dict[str, np.ndarray]
 
 
@@ -113,7 +114,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
         )
     try:
         found = json.loads(text)
-        known = found["format"] == FORMAT and {"recipe", "category_ids", "export"} <= found.keys()
+        known = found["format"] == FORMAT and found.keys() >= NEEDED
     except (ValueError, TypeError, KeyError):
         known = False
     if not known:

@@ -24,10 +24,12 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
 from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector, refusing_nan
-from dualtoken_vit.models.tiles import detect_in_tiles
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
+from dualtoken_vit.runtime.predictor import to_objects
 from dualtoken_vit.runtime.report import ObjectsReport, to_results
+from dualtoken_vit.runtime.session import Arrays
+from dualtoken_vit.runtime.tiles import detect_in_tiles
 from dualtoken_vit.show import plots
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
 from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results
@@ -58,7 +60,7 @@ class DetectionPredictor(Predictor[Objects]):
         return pil_to_tensor(image)
 
     @torch.inference_mode()
-    def forward(self, batch: list[Tensor], check: bool = True) -> list[dict[str, Tensor]]:
+    def forward(self, batch: list[Tensor], check: bool = True) -> list[Arrays]:
         """(C, H, W) uint8 each -> detections; with `check`, an InputError where the network produced NaN or Inf."""
         # Set here: predictors with other options may share the network. Before masks are pasted, which takes memory.
         self.model.score_thresh = self.options.score
@@ -68,17 +70,14 @@ class DetectionPredictor(Predictor[Objects]):
         images = (image.to(self.device) / 255 for image in batch)
         with refusing_nan(self.model) if check else nullcontext():
             if tile is None:
-                return self.model(list(images))
-            return [detect_in_tiles(self.model, image, tile, overlap, self.batch_size) for image in images]
+                return self._detect(list(images))
+            return [detect_in_tiles(self._detect, image, tile, overlap, self.batch_size) for image in images]
 
-    def postprocess(self, outputs: list[dict[str, Tensor]]) -> list[Objects]:
-        results = []
-        for one in outputs:
-            found = {key: value.cpu().numpy() for key, value in one.items()}
-            names = tuple(self.class_names[label] for label in found["labels"].tolist())
-            masks = found["masks"][:, 0] if "masks" in found else None
-            results.append(Objects(names, found["labels"], found["boxes"], found["scores"], masks))
-        return results
+    def _detect(self, images: list[Tensor]) -> list[Arrays]:
+        return [{key: value.cpu().numpy() for key, value in found.items()} for found in self.model(images)]
+
+    def postprocess(self, outputs: list[Arrays]) -> list[Objects]:
+        return [to_objects(found, self.class_names) for found in outputs]
 
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]

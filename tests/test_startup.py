@@ -1,6 +1,7 @@
 """What the installed command imports before it does anything: each package that it does not need costs a second."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -76,6 +77,17 @@ def test_python_m_is_the_command():
     names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "dualtoken_vit_command" in names
     assert not names & HEAVY
+
+
+def test_a_package_run_by_m_has_the_models(tmp_path):
+    """Python imports the package while the name of the program is "-m"."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("import dualtoken_vit")
+    (package / "__main__.py").write_text("import timm; print(timm.is_model('dualtoken_vit_tiny'))")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    args = [sys.executable, "-m", "mine", "dualtoken_vit"]
+    assert subprocess.run(args, capture_output=True, text=True, check=True, cwd=tmp_path, env=env).stdout == "True\n"
 
 
 def test_the_environment_imports_torch_alone():

@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
 
 from dualtoken_vit.models.layers import goes_to_onednn, linear
 
@@ -50,6 +52,49 @@ def test_gradients_only_where_needed_and_of_gradients(avx512):
 def test_functional_transforms_use_the_matrix_product(avx512):
     x, weight = torch.randn(2, 24, 24, 48), torch.randn(72, 48)
     torch.testing.assert_close(torch.func.vmap(lambda each: linear(each, weight, None))(x), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_derivatives(avx512, grad):
+    x, weight, tangent = torch.randn(2, 24, 24, 48), torch.randn(72, 48), torch.randn(2, 24, 24, 48)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        y = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, tangent), weight, None))
+        torch.testing.assert_close(y.tangent, F.linear(tangent, weight))
+
+
+def test_several_gradients_at_once(avx512):
+    x, weight = torch.randn(2, 24, 24, 48, requires_grad=True), torch.randn(72, 48, requires_grad=True)
+    g = torch.randn(3, 2, 24, 24, 72)
+    found, expected = (
+        torch.autograd.grad(of(x, weight, None), (x, weight), g, is_grads_batched=True) for of in (linear, F.linear)
+    )
+    for actual, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2048,), (2048, 64), (1, 2048, 64), (2, 32, 32, 64), (2, 2, 16, 32, 64)], ids=str)
+def test_any_number_of_dimensions(avx512, shape):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(2**17 // shape[-1] * 16, shape[-1])
+    compiled = torch.compile(linear, backend="eager", fullgraph=True, dynamic=True)
+    expected = F.linear(x, weight)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+    for of in (linear, compiled):
+        y = of(x, weight, None)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-2)
+
+
+def test_weights_with_a_rule_of_their_own(avx512):
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            y = super().__torch_function__(func, types, args, kwargs or {})
+            return 2 * y if func is F.linear else y
+
+    x, weight = torch.randn(2, 24, 24, 48), torch.randn(72, 48)
+    y = linear(x, nn.Parameter(weight.as_subclass(Doubled)), None)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), 2 * F.linear(x, weight))
 
 
 def test_autocast_decides_the_precision(avx512):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm, is_exporting, use_fused_attn
 from timm.models import register_notrace_function
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
@@ -47,10 +48,14 @@ def onednn_is_faster() -> bool:
 def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` uses oneDNN. Small products do not: it reorders the weights in each call."""
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    usual = type(weight) in (Tensor, nn.Parameter)  # subclasses, such as quantised weights, have rules of their own
     recorded = is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    least = ONEDNN_CONV_MACS if torch.compiler.is_compiling() else ONEDNN_MACS
-    large = not is_known(x.numel() * weight.shape[0] < least)
-    return plain and large and not recorded and not autocasts_on_cpu() and onednn_is_faster()
+    forward_mode = forward_ad._current_level >= 0
+    compiling = torch.compiler.is_compiling()
+    large = not is_known(x.numel() * weight.shape[0] < (ONEDNN_CONV_MACS if compiling else ONEDNN_MACS))
+    fits = x.ndim in (3, 4) or not compiling
+    known = plain and usual and fits and large and not recorded and not forward_mode
+    return known and not autocasts_on_cpu() and onednn_is_faster()
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -68,10 +73,10 @@ class OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)  # (N, D)
+        rows = grad.reshape(-1, grad.shape[-1])  # (N, D)
         return (
             linear(grad, weight.T, None) if of_x else None,
-            linear(x.flatten(0, -2).T, rows.T, None).T if of_weight else None,
+            linear(x.reshape(-1, x.shape[-1]).T, rows.T, None).T if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from dualtoken_vit.models.layers import goes_to_onednn, linear
 
@@ -95,6 +96,18 @@ def test_weights_with_a_rule_of_their_own(avx512):
     x, weight = torch.randn(2, 24, 24, 48), torch.randn(72, 48)
     y = linear(x, nn.Parameter(weight.as_subclass(Doubled)), None)
     torch.testing.assert_close(y.as_subclass(torch.Tensor), 2 * F.linear(x, weight))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_pytorch_counts_its_flops(avx512, biased):
+    x, weight = torch.randn(2, 24, 24, 48, requires_grad=True), torch.randn(72, 48, requires_grad=True)
+    bias = torch.randn(72) if biased else None
+    with FlopCounterMode(display=False) as found:
+        linear(x, weight, bias).sum().backward()
+    with FlopCounterMode(display=False) as expected:
+        F.linear(x, weight, bias).sum().backward()
+    assert found.get_total_flops() == expected.get_total_flops() == 3 * 2 * 2 * 24 * 24 * 48 * 72
+    assert torch.ops.mkldnn._linear_pointwise in found.get_flop_counts()["Global"]
 
 
 def test_autocast_decides_the_precision(avx512):

@@ -1,5 +1,6 @@
 """Layers shared by DualToken-ViT, its ablations and LightViT. Maps are channels-last, (B, H, W, C)."""
 
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -9,6 +10,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def is_known(condition: bool) -> bool:
@@ -79,6 +81,14 @@ class OneDNNLinear(torch.autograd.Function):
             linear(x.reshape(-1, x.shape[-1]).T, rows.T, None).T if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
+
+
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def linear_flops(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+        """FLOPs of `OneDNNLinear` by its shapes, for PyTorch's `FlopCounterMode`, which does not know the operation."""
+        return 2 * prod(x) * weight[0]
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

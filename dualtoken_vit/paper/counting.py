@@ -38,11 +38,6 @@ RULES: dict[Any, Callable[..., int]] = {
     aten._upsample_bilinear2d_aa: lambda *args, out_shape, **kwargs: 4 * prod(out_shape),
 }
 
-# Matrix products that PyTorch's counter does not know: those of models.layers.linear, in models that run on the CPU.
-PRODUCTS: dict[Any, Callable[..., int]] = {}
-if torch.backends.mkldnn.is_available():
-    PRODUCTS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *args, **kwargs: 2 * prod(x) * weight[0]
-
 
 def count(
     model: nn.Module,
@@ -66,7 +61,7 @@ def count(
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # PyTorch's counter has missed fused attention in some versions
     dtype = next((p.dtype for p in model.parameters()), None)
-    with FlopCounterMode(display=False, custom_mapping=RULES | PRODUCTS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
         (forward or nn.Module.__call__)(model, torch.rand(1, *input_size, device=device, dtype=dtype))
     operations = counter.get_flop_counts()["Global"]
     rest = sum(n for op, n in operations.items() if op in RULES)

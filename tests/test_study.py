@@ -310,6 +310,16 @@ def test_one_study_at_a_time_in_a_folder(photos, tmp_path, small):
         run(photos, tmp_path)
 
 
+def test_a_study_of_fewer_networks_keeps_the_record_of_more(photos, tmp_path, small):
+    models = {"in1k-small": ("dualtoken_vit_tiny", []), "in1k-window": ("dualtoken_vit_tiny_mix", ["token_grid=3"])}
+    rows = [{"key": key, "model": {"name": name, "args": args}} for key, (name, args) in models.items()]
+    (record := tmp_path / "study-mlp.json").write_text(before := json.dumps({"budget": {}, "networks": rows}))
+    with pytest.raises(InputError, match=r"--networks: .*mlp\.json also has 'dualtoken_vit_tiny_mix token_grid=3': "):
+        run(photos, tmp_path, "--networks", "dualtoken_vit_tiny_mix", "dualtoken_vit_tiny")
+    assert record.read_text() == before
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

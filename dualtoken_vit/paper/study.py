@@ -82,7 +82,7 @@ class Study:
     """The DualToken-ViT of an ablation: small as in the paper, or tiny. Does not apply to peers."""
     networks: tuple[str, ...] = ()
     """Only these networks of the study, two or more, as the table's column "model" names them. Empty: all. A later
-    command with more of them trains only those that are new."""
+    command with more of them trains only those that are new; one with fewer needs another --out."""
     seeds: Annotated[int, Interval(ge=1, le=1000)] = 3
     """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
     search_lr: Annotated[tuple[float, ...], Interval(ge=1e-12, le=1000)] = ()
@@ -395,7 +395,11 @@ def study(name: str, options: Study) -> None:
     budget = {"text": text, "base": base, "seeds": seeds, "search_lr": list(search)} | settings
     stem = out / f"study-{name}"
     if (path := stem.with_suffix(".json")).exists():
-        _check_budget(json.loads(path.read_text(encoding="utf-8"))["budget"], budget, path)
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        _check_budget(stored["budget"], budget, path)
+        if options.networks and (more := [each["model"] for each in stored["networks"] if each["key"] not in recipes]):
+            names = ", ".join(repr(" ".join((each["name"], *each["args"]))) for each in more)
+            raise InputError(f"--networks: {path} also has {names}: name them too, or choose another --out")
     print(f"{name} ({table}): {text}", trained, sep="\n", flush=True)
     with in_use(out):
         if (path := out / "runs" / "data.json").exists() and json.loads(path.read_text(encoding="utf-8")) != data:

@@ -1,5 +1,6 @@
 """Conversion of a graph to ONNX."""
 
+import ctypes
 import json
 import logging
 import os
@@ -40,12 +41,19 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def _flush() -> None:
+    """Write what is buffered: by Python, and by libraries in C, whose buffer would outlive `silent`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)
+
+
 @contextmanager
 def silent() -> Iterator[None]:
     """Nothing is printed, not even by libraries in C, unless an error ends it: stderr then gets all of it."""
     with tempfile.TemporaryFile() as log:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         kept = [os.dup(number) for number in (1, 2)]
         for number in (1, 2):
             os.dup2(log.fileno(), number)
@@ -56,8 +64,7 @@ def silent() -> Iterator[None]:
             failed = True
             raise
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _flush()
             for number, copy in zip((1, 2), kept, strict=True):
                 os.dup2(copy, number)
                 os.close(copy)

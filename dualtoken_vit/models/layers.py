@@ -51,13 +51,13 @@ def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` uses oneDNN. Small products do not: it reorders the weights in each call."""
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     usual = type(weight) in (Tensor, nn.Parameter)  # subclasses, such as quantised weights, have rules of their own
-    recorded = is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    forward_mode = forward_ad._current_level >= 0
-    compiling = torch.compiler.is_compiling()
-    large = not is_known(x.numel() * weight.shape[0] < (ONEDNN_CONV_MACS if compiling else ONEDNN_MACS))
-    fits = x.ndim in (3, 4) or not compiling
-    known = plain and usual and fits and large and not recorded and not forward_mode
-    return known and not autocasts_on_cpu() and onednn_is_faster()
+    if torch.compiler.is_compiling():  # becomes a convolution of maps or tokens
+        possible, least = x.ndim in (3, 4), ONEDNN_CONV_MACS
+    else:  # becomes an operation without rules for transforms and forward-mode derivatives
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        possible, least = not (transformed or torch.jit.is_tracing()), ONEDNN_MACS
+    possible = plain and usual and possible and not (is_exporting() or autocasts_on_cpu())
+    return possible and not is_known(x.numel() * weight.shape[0] < least) and onednn_is_faster()
 
 
 class OneDNNLinear(torch.autograd.Function):

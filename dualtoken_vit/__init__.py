@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 # The installed command imports the models where it needs them: its help would take seconds. While Python looks for the
 # module that it runs by `-m`, the name of the program is "-m"; another module needs the models.
-by_name = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == __name__
+by_name = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] in ([__name__], [f"-m{__name__}"])
 command = by_name or "dualtoken_vit_command" in sys.modules
 if not command and find_spec("torch") and find_spec("timm"):
     import_module(f"{__name__}.models")

@@ -101,7 +101,7 @@ def test_round_trips_are_exact(source, tmp_path, via):
             assert copied.read_bytes() == (source / "images" / split / image["file_name"]).read_bytes()
 
 
-def test_an_object_in_parts_keeps_its_mask_in_yolo(tmp_path):
+def test_an_object_in_parts_keeps_its_mask_in_yolo(tmp_path, capsys):
     parts = [[2.0, 2, 12, 2, 12, 12], [20.0, 5, 30, 5, 30, 15, 20, 15], [5.0, 15, 9, 15, 9, 19]]
     coco = roboflow_coco()
     coco["annotations"] = [coco["annotations"][0] | {"segmentation": parts, "bbox": [2, 2, 28, 17]}]
@@ -114,6 +114,13 @@ def test_an_object_in_parts_keeps_its_mask_in_yolo(tmp_path):
     ]
     assert np.array_equal(*masks)
     assert one["bbox"] == [2, 2, 28, 17]
+    joined = "note: 1 objects of several polygons joined into one each, with the same mask"
+    assert capsys.readouterr().out.splitlines()[-1] == joined
+    coco["annotations"][0]["bbox"] = [2, 2, 28, 17.5]
+    save(tmp_path, "train/_annotations.coco.json", coco)
+    convert(tmp_path, tmp_path / "other", "yolo")
+    moved = "note: 1 boxes that are not those of their polygons left out: YOLO derives them"
+    assert capsys.readouterr().out.splitlines()[-2:] == [joined, moved]
 
 
 def test_what_a_format_lacks_is_counted(tmp_path, capsys):

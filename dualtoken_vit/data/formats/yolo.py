@@ -6,7 +6,7 @@ image's width and height. An image without a text file has no objects.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dualtoken_vit.data.splits import ALL, find, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
 
+EXACT = 1e-3  # pixels within which boxes are the same
 PIXELS = 2.0  # larger coordinates are no fractions; smaller ones, beyond the image, are for check-data to report
 
 
@@ -183,7 +184,13 @@ def _parse(line: str, size: tuple[int, int], classes: int) -> tuple[int, list[fl
         return int(first), corners, []
     xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
     polygon = [value for point in zip(xs, ys, strict=True) for value in point]
-    return int(first), [min(xs), min(ys), max(xs), max(ys)], [polygon]
+    return int(first), _corners(polygon), [polygon]
+
+
+def _corners(polygon: Sequence[float]) -> list[float]:
+    """Left, top, right and bottom of a polygon x y x y ..."""
+    xs, ys = polygon[::2], polygon[1::2]
+    return [min(xs), min(ys), max(xs), max(ys)]
 
 
 def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
@@ -195,7 +202,7 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
     objects = [one for split in splits.values() for one in split.coco["annotations"] if not one.get("iscrowd")]
     drawn = sum(bool(polygons_of(one)) for one in objects)
     polygons = bool(objects) and drawn == len(objects)
-    clipped = 0
+    clipped = joined = moved = 0
     for name, split in splits.items():
         written: set[Path] = set()
         for image, ones in labelled(split):
@@ -210,7 +217,12 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
                     continue
                 values = _polygon(one) if polygons else _centre(clip(one, image))
                 left, top, width, height = one["bbox"]
-                clipped += not polygons and clip(one, image) != (left, top, left + width, top + height)
+                corners = left, top, left + width, top + height
+                if polygons:
+                    joined += len(polygons_of(one)) > 1
+                    moved += any(abs(a - b) > EXACT for a, b in zip(_corners(values), corners, strict=True))
+                else:
+                    clipped += clip(one, image) != corners
                 sides = (image["width"], image["height"]) * (len(values) // 2)
                 shares = [text(value / side) for value, side in zip(values, sides, strict=True)]
                 lines.append(" ".join([str(names.index(category)), *shares]))
@@ -229,6 +241,8 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
         and not polygons,
         f"{masks} masks left out: YOLO has none": masks,
         f"{clipped} boxes clipped to their image": clipped,
+        f"{joined} objects of several polygons joined into one each, with the same mask": joined,
+        f"{moved} boxes that are not those of their polygons left out: YOLO derives them": moved,
     }
     return [line for line, count in lost.items() if count]
 

@@ -74,6 +74,15 @@ def test_sound_data(check):
     assert "val: modes RGB 6" in lines
 
 
+def test_a_class_that_val_lacks_is_no_problem(check):
+    val = check.coco["val"]
+    gone = val["categories"].pop()
+    val["annotations"] = [one for one in val["annotations"] if one["category_id"] != gone["id"]]
+    verdict, lines = check()
+    assert verdict
+    assert f"note: 1 of the {len(CLASSES)} categories of train are not in val: {gone['name']}" in lines
+
+
 def test_everything_that_can_be_wrong(check):
     train, val = check.coco["train"], check.coco["val"]
     some, images = train["annotations"], train["images"]

@@ -25,6 +25,7 @@ from dualtoken_vit.data.detection import DetectionDataset, read_split
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import detection_train
+from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import Detection
 from dualtoken_vit.show.drawing import draw_objects, spread
 
@@ -52,7 +53,7 @@ def check(recipe: Detection, out: Path, augmented: bool = False) -> bool:
 
     Returns whether there is no problem. Problems are: everything that stops training (broken entries and references,
     images that are missing, unreadable or of another size, no objects), boxes that exceed the image by more than 2
-    pixels or have no area, mostly boxes below a pixel, segmentations that do not fit, categories of one split only, and
+    pixels or have no area, mostly boxes below a pixel, segmentations that do not fit, categories of val only, and
     images in both splits. Objects per class and size, crowds, images without objects or rotated by EXIF, and copies are
     only reported. An InputError if the files are not named, or are not COCO files.
     """
@@ -65,9 +66,13 @@ def check(recipe: Detection, out: Path, augmented: bool = False) -> bool:
     drawings = _augmented(recipe, found["train"]) if augmented else _drawings(found["train"])
     lines.append(report.contact_sheet(drawings, out / "labels.png"))
     notes = [line for name, one in found.items() for line in _notes(name, one)]
+    if absent := [name for name in class_names["train"] if name not in class_names["val"]]:
+        shown = ", ".join(map(printable, absent[:5])) + (", ..." if len(absent) > 5 else "")
+        notes.append(f"{len(absent)} of the {len(class_names['train'])} categories of train are not in val: {shown}")
     idle = [line for name, one in found.items() for line in _idle(name, one)]
     many = [*(one.broken for one in found.values()), *(kind for one in found.values() for kind in one.odd.values())]
-    problems = [*report.missing_classes(class_names), *idle]
+    unseen = [line for line in report.missing_classes(class_names) if line.startswith("class missing: train/")]
+    problems = [*unseen, *idle]
     return report.print_report(table, facts, lines, notes, problems, many, "boxes and masks")
 
 

@@ -1,5 +1,7 @@
 """Object detection and instance segmentation: losses, COCO's average precision, prediction."""
 
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
-from dualtoken_vit.models.detectors import SCORE_THRESHOLD, build_detector, create_detector, refusing_nan
+from dualtoken_vit.models.detectors import DETECTIONS, SCORE_THRESHOLD, build_detector, create_detector, refusing_nan
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
 from dualtoken_vit.runtime.predictor import to_objects
@@ -150,6 +152,14 @@ class DetectionModule(TaskModule):
             plots.save_precision_recall(curves, f"{kind}: precision against recall", out / f"pr-{kind}.png")
 
 
+def _beyond_limit(val: DetectionDataset) -> Iterator[str]:
+    """A line if images have more objects of a class than COCO's metrics count detections of."""
+    objects = Counter((one["image_id"], one["category_id"]) for one in val.truth["annotations"] if not one["iscrowd"])
+    if many := {image for (image, _), count in objects.items() if count > DETECTIONS}:
+        limit = f"COCO's metrics count at most {DETECTIONS} detections of a class in an image, so they are too low"
+        yield f"{val.name}: images with more than {DETECTIONS} objects of a class: {len(many)}; {limit}"
+
+
 def precision_recall(score: Score, class_names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{label: (recall, precision)}: the mean over the classes at the IoUs of `CURVES`; at 0.5 each class, if few."""
     recall = np.linspace(0, 1, 101)
@@ -181,6 +191,7 @@ class DetectionTask(Task[Detection]):
         if recipe.augment.copy_paste and not masks:
             raise InputError("--augment.copy-paste needs masks: give --detector mask-rcnn, or leave it out")
         train.transform = detection_train(recipe.augment, train if masks else None)
+        val.notes = (*val.notes, *_beyond_limit(val))
         if recipe.data.balanced:
             objects = (train.objects(index)[0] for index in range(len(train)))
             train.weights = image_weights(
@@ -223,6 +234,7 @@ class DetectionTask(Task[Detection]):
     def evaluation(self, predictor: DetectionPredictor, recipe: Detection) -> tuple[DetectionModule, ImageData]:
         masks = recipe.detector == "mask-rcnn"
         val = build_val_dataset(recipe.data, masks, predictor.channels, predictor.class_names)
+        val.notes = (*val.notes, *_beyond_limit(val))
         return DetectionModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:

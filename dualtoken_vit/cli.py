@@ -179,6 +179,12 @@ def _known(kind: str, name: str, names: Iterable[str]) -> str:
     raise InputError(f"{kind} {name!r} is unknown; {hint}")
 
 
+def _check(recipe: Recipe) -> None:
+    """Raise an InputError for what is wrong with a recipe without a look into its files."""
+    check_bounds(recipe)
+    recipe.data.check_place()
+
+
 def train(args: list[str]) -> None:
     """Train a network with a recipe; writes its weights, metrics and curves into a folder."""
     name, args = _recipe_name(args, "train", train.__doc__)
@@ -192,7 +198,7 @@ def train(args: list[str]) -> None:
     else:
         out, resume = Path(_peek(args, "--out") or "."), True
     if not resume:
-        check_bounds(chosen.recipe)
+        _check(chosen.recipe)
         if chosen.recipe.model.checkpoint:
             check_path(Path(chosen.recipe.model.checkpoint))
     from dualtoken_vit.tasks.run_folder import stored_recipe
@@ -315,7 +321,7 @@ def check_data(args: list[str]) -> bool:
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
     about = f"{check_data.__doc__} {ABOUT[name]}"
     chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about)
-    check_bounds(chosen.recipe)
+    _check(chosen.recipe)
     from dualtoken_vit.tasks.registry import get_task
 
     if chosen.suspects or "--suspects" in args:  # before all images are read

@@ -46,6 +46,8 @@ def mistakes(tmp_path):
     truncated = f"{run / 'best.safetensors'} cannot be read as a checkpoint: it is truncated or damaged"
     foreign = f"{other} cannot be read as a checkpoint: it is for resuming, or of another program"
     missing = tmp_path / "nothing.onnx"
+    (tmp_path / "empty").mkdir()
+    one = "give the one that contains"
     return {
         "evaluate nothing.safetensors": "nothing.safetensors: no such checkpoint",
         f"evaluate {missing}": f"{missing}: no such file",
@@ -56,8 +58,14 @@ def mistakes(tmp_path):
         f"localise {run}": folder,
         "train foldr": "recipe 'foldr' is unknown",
         "train folder --optim.epoch 3": "Unrecognized options: --optim.epoch",
+        "train folder --data.image-size 64": "--data.root is missing: give the folder that contains train/CLASS/*.jpg",
+        f"train folder --data.root {other}": f"{other}: a file, not a folder; {one} train/CLASS/*.jpg and val/CLASS",
+        f"train multilabel --data.root {missing}": f"{missing}: no such folder; {one} a CSV or Parquet table",
+        f"check-data coco --data.root {other}": f"{other}: a file, not a folder; {one} images and labels",
+        "train coco-lite --optim.epochs 9": "--data.images is missing: give the folder of the images, or --data.root",
+        f"train masks --data.root {tmp_path / 'empty'}": f"empty: an empty folder; {one} images/train, ",
         "train folder --data.root photos --optim.epochs 0": "--optim.epochs 0: must be at least 1",
-        "train folder --data.root photos --model.checkpoint a/b.pth": "b.pth: no such checkpoint",
+        f"train folder --data.root {run} --model.checkpoint a/b.pth": "b.pth: no such checkpoint",
         "check-data folder --data.image-size 0": "--data.image-size 0: must be at least",
         "predcit": "command 'predcit' is unknown",
     }

@@ -334,8 +334,7 @@ def number_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, .
 
 def _files(data: SegmentationData, split: str) -> MaskedImages:
     """Mask files, or labels of objects, which are drawn as masks."""
-    if not data.root:
-        raise InputError("--data.root is missing: give the folder that contains images/train, annotations/train, ...")
+    data.check_place()
     root, name = Path(data.root), split_name(data, split)
     if data.format == "auto":
         masks = (root / "annotations" / name).is_dir() or (root / LISTS).is_dir() or not formats.matching(root)

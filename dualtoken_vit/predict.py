@@ -6,7 +6,7 @@ Exported files need neither PyTorch nor the train extra.
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import islice
 from json import dump, dumps
@@ -68,7 +68,7 @@ def predict(
 
     record: dict[str, Any] = {"checkpoint": str(checkpoint), **report.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(sources) > 1 else None
-    older = _files(out) if out and (out / RECORD).exists() else set()
+    older = files_in(out) if out else set()
     if out and not (out / RECORD).exists():  # else a run that is cut short leaves a folder that the next one rejects
         write_json(record, out / RECORD)
     predictions = predictor.stream([source.path for source in sources], batch_size, "predicting")
@@ -96,7 +96,7 @@ def predict(
     record |= report.record()
     if out:
         write_json(record, out / RECORD)
-        tell_older(out, older - {os.path.abspath(path) for path in (out / RECORD, *(each.path for each in sources))})
+        tell_older(out, older, [out / RECORD, *(each.path for each in sources)])
     if json:
         dump(record, sys.stdout)
         print()
@@ -215,15 +215,18 @@ def tell_unreadable(unreadable: list[dict[str, str]], total: int) -> bool:
     return not unreadable
 
 
-def _files(folder: Path) -> set[str]:
-    """The absolute paths of the visible files in and below a folder."""
-    found = ((place, name) for place, _, names in os.walk(os.path.abspath(folder)) for name in names)
-    return {os.path.join(place, name) for place, name in found if not name.startswith(".")}
+def files_in(folder: Path) -> set[str]:
+    """The absolute paths of the files in and below a folder, hidden files and folders left out."""
+    found: set[str] = set()
+    for place, folders, names in os.walk(os.path.abspath(folder)):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # the others are not entered
+        found |= {os.path.join(place, name) for name in names if not name.startswith(".")}
+    return found
 
 
-def tell_older(out: Path, older: set[str]) -> None:
-    """Report on stderr the files of earlier runs that this one did not replace."""
-    if older:
+def tell_older(out: Path, before: set[str], known: Iterable[str | Path]) -> None:
+    """Report on stderr the files of earlier runs in a folder, those `before` except `known` ones."""
+    if older := before - set(map(os.path.abspath, known)):
         example = printable(os.path.relpath(min(older), os.path.abspath(out)))
         print(
             f"{out} has older files, which this run did not write: {len(older)}, for example {example}", file=sys.stderr

@@ -149,7 +149,12 @@ def test_images_left_out_of_the_figures_are_counted(checkpoint, tmp_path, capsys
     assert run(*args, *(tmp_path / f"{name}.png" for name in "ab")) == 0
     assert "figure-1.png" not in capsys.readouterr().err
     assert run(*args, *(tmp_path / f"{name}.png" for name in "abc")) == 0
-    assert "figure-1.png and figure-4.png show the first 2 of 3 images\n" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "figure-1.png and figure-4.png show the first 2 of 3 images\n" in err
+    assert "older" not in err
+    assert run(*args, tmp_path / "a.png") == 0
+    line = f"{tmp_path / 'out'} has older files, which this run did not write: 8, for example b.png.key.png\n"
+    assert line in capsys.readouterr().err  # three of each other image, and the two figures
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ Where this module is imported first, `import dualtoken_vit` leaves PyTorch to th
 """
 
 import os
+import sys
 
 
 def main() -> None:
@@ -17,6 +18,23 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from dualtoken_vit.cli import main as run
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed (`>&-`): the next file to be opened would get its number, and its text
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    try:
+        from dualtoken_vit.cli import main as run
 
-    run()
+        run()
+    finally:
+        _end_output()
+
+
+def _end_output() -> None:
+    """Write what is left for stdout; if nobody reads it (`| head -1`), end as a program does that SIGPIPE ends."""
+    try:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            print()  # fails again if stdout is the pipe
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at its exit
+        sys.exit(141)

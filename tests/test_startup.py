@@ -98,6 +98,34 @@ def test_a_package_run_by_m_has_the_models(tmp_path):
     assert subprocess.run(args, capture_output=True, text=True, check=True, cwd=tmp_path, env=env).stdout == "True\n"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes of Windows end with another error")
+@pytest.mark.parametrize(("command", "unbuffered"), [("--version", ""), ("train folder --help all", "1")])
+def test_output_that_is_not_read_ends_the_command_quietly(command, unbuffered):
+    """As after `| head -1`: when it is written at exit, or at once."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    args = [sys.executable, "-m", "dualtoken_vit", *command.split()]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(args, stdout=writer, stderr=subprocess.PIPE, env=env)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="for a POSIX shell")
+def test_closed_output_is_discarded():
+    """No other file gets its number: what is printed would be written into it."""
+    code = (
+        "import os, sys, dualtoken_vit_command\n"
+        "sys.argv[1:] = ['--version']\n"
+        "try:\n"
+        "    dualtoken_vit_command.main()\n"
+        "finally:\n"
+        "    sys.stderr.write(str(os.path.samestat(os.fstat(1), os.stat(os.devnull))))"
+    )
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, "-c", code], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"True")
+
+
 def test_the_environment_imports_torch_alone():
     assert imported("env") == {"env": ["torch"]}
 

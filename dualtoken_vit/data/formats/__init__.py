@@ -55,5 +55,5 @@ def read(root: str, format: str, split: str) -> AnnotatedImages:
         remedy = "give --data.holdout 0.1, or another --data.train-split, --data.val-split"
         raise InputError(f"{printable(root)}: no split {split!r} of the format {name}; there is {there}: {remedy}")
     found = FORMATS[name].read(Path(root), splits[wanted])
-    usable = tuple(each for each, place in splits.items() if FORMATS[name].usable(Path(root), place))
+    usable = tuple(each for each, place in splits.items() if each == wanted or FORMATS[name].usable(Path(root), place))
     return found._replace(name=f"{root} ({wanted})" if found.name == root else found.name, splits=usable)

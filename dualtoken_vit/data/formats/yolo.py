@@ -116,8 +116,11 @@ def _base(root: Path) -> Path:
 
 
 def _usable(root: Path, entries: list[str]) -> bool:
-    """Roboflow names a test split in every data.yaml, also where it exports none."""
-    return all(_inside(root, _base(root), entry) for entry in entries)
+    """Whether any image has labels. Roboflow names a test split in every data.yaml, also where it exports none."""
+    try:
+        return any(_label_file(path).is_file() for path in _images(root, entries))
+    except InputError:
+        return False
 
 
 def _inside(root: Path, base: Path, entry: str) -> Path | None:

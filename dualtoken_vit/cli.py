@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError, lacks_memory
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.header import check_file, check_path
 from dualtoken_vit.machine import print_environment
 
@@ -239,7 +239,7 @@ def evaluate(args: list[str]) -> None:
     else:
         console = Console()
         console.print(result.table())
-        console.print(f"{result.headline}  {result.metrics['images']} images")
+        console.print(f"{result.headline}  {counted(result.metrics['images'], 'image')}")
         for note in result.notes:
             print(note)
 

@@ -187,6 +187,11 @@ def check_folder(path: str | os.PathLike[str], contents: str) -> None:
         raise InputError(f"{printable(path)}: {problem}; give the one that contains {contents}")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images, 2 classes."""
+    return f"{number} {noun}{('es' if noun[-1] in 'sx' else 's') * (number != 1)}"
+
+
 def printable(name: str | os.PathLike[str]) -> str:
     """The name of a file or class in one line: invalid UTF-8 is replaced, control characters are escaped."""
 

@@ -20,7 +20,7 @@ from PIL import Image
 import dualtoken_vit
 from dualtoken_vit.data.folders import contains, scan, skipped_note
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, guard, printable, write_json
+from dualtoken_vit.files import atomic_write, counted, guard, printable, write_json
 from dualtoken_vit.runtime.base import BasePredictor
 from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.report import Report
@@ -160,13 +160,13 @@ def _predict_video(
                         writer.add(seconds, report.draw(f"{seconds:.2f} s", image, result)[0])
                     count += 1
         except KeyboardInterrupt:  # how a camera ends
-            print(f"stopped after {count} frames", file=sys.stderr)
+            print(f"stopped after {counted(count, 'frame')}", file=sys.stderr)
         if not count:
             raise problems[0] if problems else InputError(f"{video.name}: has no frames")
     for problem in problems:
         print(problem, file=sys.stderr)
     if not json:
-        print(f"{count} frames" + (f": {out}, {record}" if out else ""))
+        print(counted(count, "frame") + (f": {out}, {record}" if out else ""))
     return not problems
 
 
@@ -203,7 +203,8 @@ def print_table(report: Report[Any]) -> None:
 
 def none_readable(unreadable: list[dict[str, str]]) -> str:
     """The message where all images are unreadable."""
-    return f"none of the {len(unreadable)} images can be read; the first: {unreadable[0]['reason']}"
+    others = f"none of the {len(unreadable)} images can be read; the first: " if len(unreadable) > 1 else ""
+    return others + unreadable[0]["reason"]
 
 
 def tell_unreadable(unreadable: list[dict[str, str]], total: int) -> bool:

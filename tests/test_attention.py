@@ -199,7 +199,7 @@ def test_command(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     assert run(checkpoint, tmp_path / "a.png", tmp_path / "c.png", "--out", tmp_path / "two") == 1
     assert "c.png: cannot be read" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"none of the 1 images can be read; the first: .*c\.png"):
+    with pytest.raises(InputError, match=r"^\S*c\.png: "):
         run(checkpoint, tmp_path / "c.png", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert run(checkpoint, tmp_path / "a.png", "--out", tmp_path / "one", "--block", "0", "--token", "2,3") == 0

@@ -130,8 +130,8 @@ def test_what_a_format_lacks_is_counted(tmp_path, capsys):
     assert after == {"images": 3, "objects": total - 1, "crowds": 0, "polygons": 0, "masks": 0}
     lines = capsys.readouterr().out.splitlines()
     assert "note: 1 crowd regions left out: YOLO has none" in lines
-    assert any(line.startswith("note: 1 polygons left out: ") for line in lines)
-    assert "note: 1 boxes clipped to their image" in lines
+    assert any(line.startswith("note: 1 polygon left out: ") for line in lines)
+    assert "note: 1 box clipped to the image" in lines
     before, after = convert(tmp_path / "scenes", tmp_path / "voc", "voc")["train"]
     assert after == before | {"masks": 0}
     val = json.loads((tmp_path / "scenes/annotations/instances_val.json").read_text())["annotations"]

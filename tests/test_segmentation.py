@@ -410,7 +410,7 @@ def test_two_processes_count_each_image_once(scenes, tmp_path):
             {"optim__batch_size": 1},
             "batch normalisation .* needs two or more images, but a batch has 1 image; give --optim.batch-size 2",
         ),
-        ({"optim__batch_size": 64}, "do not fill one batch of 64"),
+        ({"optim__batch_size": 64}, "cannot fill one batch of 64"),
         ({"model__name": "vgg11"}, "--model.args dims"),
     ],
 )

@@ -31,10 +31,15 @@ def main() -> None:
 
 def _end_output() -> None:
     """Write what is left for stdout; if nobody reads it (`| head -1`), end as a program does that SIGPIPE ends."""
+    error = sys.exc_info()[1]
     try:
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
+        if isinstance(error, BrokenPipeError):
             print()  # fails again if stdout is the pipe
         sys.stdout.flush()
-    except BrokenPipeError:
+        if not isinstance(error, SystemExit) or not isinstance(error.__context__, BrokenPipeError):  # rich's exit
+            return
+    except OSError as failure:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at its exit
-        sys.exit(141)
+        if not isinstance(failure, BrokenPipeError):
+            return  # a full disk, which the command has reported
+    sys.exit(141)

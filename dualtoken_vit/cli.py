@@ -444,7 +444,9 @@ def _end_of_files(error: OSError) -> None:
 def main() -> None:
     """The entry point: errors that a user can fix end with one line and status 2."""
     try:
-        sys.exit(run(sys.argv[1:]))
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
     except InputError as error:
         # An error in a data loading process arrives behind a traceback.
         message = str(error).rpartition(f"{InputError.__module__}.InputError: ")[2]

@@ -99,7 +99,7 @@ def test_a_package_run_by_m_has_the_models(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of Windows end with another error")
-@pytest.mark.parametrize(("command", "unbuffered"), [("--version", ""), ("train folder --help all", "1")])
+@pytest.mark.parametrize(("command", "unbuffered"), [("--version", ""), ("--help", "1"), ("train masks --help", "1")])
 def test_output_that_is_not_read_ends_the_command_quietly(command, unbuffered):
     """As after `| head -1`: when it is written at exit, or at once."""
     reader, writer = os.pipe()
@@ -109,6 +109,16 @@ def test_output_that_is_not_read_ends_the_command_quietly(command, unbuffered):
     done = subprocess.run(args, stdout=writer, stderr=subprocess.PIPE, env=env)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_reported(unbuffered):
+    args, env = [sys.executable, "-m", "dualtoken_vit", "--version"], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, env=env, text=True)
+    error = "dualtoken-vit: error: cannot write: No space left on device; what was saved is kept\n"
+    assert (done.returncode, done.stderr) == (2, error)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="for a POSIX shell")

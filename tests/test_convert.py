@@ -129,7 +129,7 @@ def test_what_a_format_lacks_is_counted(tmp_path, capsys):
     assert before == {"images": 3, "objects": total - 1, "crowds": 1, "polygons": 1, "masks": total - 2}
     assert after == {"images": 3, "objects": total - 1, "crowds": 0, "polygons": 0, "masks": 0}
     lines = capsys.readouterr().out.splitlines()
-    assert "note: 1 crowd regions left out: YOLO has none" in lines
+    assert "note: 1 crowd region left out: YOLO has none" in lines
     assert any(line.startswith("note: 1 polygon left out: ") for line in lines)
     assert "note: 1 box clipped to the image" in lines
     before, after = convert(tmp_path / "scenes", tmp_path / "voc", "voc")["train"]

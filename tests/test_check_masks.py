@@ -44,7 +44,7 @@ def test_check_reports_images_that_exif_rotates(tree, capsys):
     Image.open(path).save(path, exif=exif)
     verdict, out = check(tree, capsys)
     assert verdict
-    assert f"note: 1 images of train are rotated by EXIF; masks must fit the rotated image: {path}" in out
+    assert f"note: rotated by EXIF in train: 1 image; masks must fit the rotated image: {path}" in out
 
 
 def test_check_counts_classes_and_knows_large_images(tree, capsys):
@@ -67,7 +67,7 @@ def test_check_of_the_first_images(tree, capsys):
     spoil(tree, lambda labels: labels[:-2], "1")
     verdict, out = check(tree, capsys, limit=1)
     assert verdict
-    assert "train: 1 images with a mask" in out
+    assert "train: 1 image with a mask" in out
 
 
 def test_check_names_what_was_planted(tree, capsys):

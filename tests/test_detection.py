@@ -260,6 +260,9 @@ def test_images_of_many_sizes_with_crowds(motley, tmp_path, capsys, precision):
             evaluation.summarize()
         assert list(found[kind].values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-6)
     assert found["images"] == 5
+    objects = {one["name"]: len(coco.getAnnIds(catIds=one["id"], iscrowd=False)) for one in truth["categories"]}
+    assert found["objects"] == objects
+    assert sum(objects.values()) < len(truth["annotations"])  # some are crowds
     if precision == "32-true":  # however many go in together
         one, three = (
             json.loads(call(capsys, "evaluate", tmp_path / "run" / "best.safetensors", "--json", *more)[1])

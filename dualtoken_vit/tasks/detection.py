@@ -1,5 +1,6 @@
 """Object detection and instance segmentation: losses, COCO's average precision, prediction."""
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from dualtoken_vit.runtime.report import ObjectsReport, to_results
 from dualtoken_vit.runtime.session import Arrays
 from dualtoken_vit.runtime.tiles import detect_in_tiles
 from dualtoken_vit.show import plots
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
 from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results
 from dualtoken_vit.tasks.distributed import gather
 from dualtoken_vit.tasks.networks import create_network
@@ -130,15 +131,21 @@ class DetectionModule(TaskModule):
         self.scores = scores = evaluate(self.val.truth, self.results, self.masks)
         figures = {kind: score.figures for kind, score in scores.items()}
         per_class = {kind: score.per_class for kind, score in scores.items()}
-        best = (f"{kind} AP {_percent(found['AP'])} AP50 {_percent(found['AP50'])}" for kind, found in figures.items())
+        counts = Counter(one["category_id"] for one in self.val.truth["annotations"] if not one["iscrowd"])
+        ids = zip(self.val.class_names, self.val.category_ids, strict=True)
+        objects = {name: counts[category] for name, category in ids}
+        best = (f"{kind} AP {percent(found['AP'])} AP50 {percent(found['AP50'])}" for kind, found in figures.items())
         return Evaluation(
             scores={f"{kind}_{name}": round(found[name], 6) for kind, found in figures.items() for name in FIGURES},
             metrics=figures | {"images": len(self.results)},
             headline="  ".join(best),
-            columns=("class", *(f"{kind} AP" for kind in scores)),
-            classes=[(name, *(_percent(aps[name]) for aps in per_class.values())) for name in per_class["box"]],
-            totals=[(name, *(_percent(found[name]) for found in figures.values())) for name in FIGURES],
-            details={"per_class": per_class},
+            columns=("class", "objects", *(f"{kind} AP" for kind in scores)),
+            classes=[
+                (name, str(count), *(percent(aps[name]) for aps in per_class.values()))
+                for name, count in objects.items()
+            ],
+            totals=[(name, "", *(percent(found[name]) for found in figures.values())) for name in FIGURES],
+            details={"per_class": per_class, "objects": objects},
         )
 
     def save_details(self, out: Path, evaluation: Evaluation) -> None:
@@ -161,10 +168,6 @@ def precision_recall(score: Score, class_names: tuple[str, ...]) -> dict[str, tu
     if 1 < len(class_names) <= 10:
         curves |= {f"{class_names[k]}, IoU {CURVES[0]}": (recall, score.precision[0, k]) for k in there}
     return curves
-
-
-def _percent(share: float) -> str:
-    return "-" if share < 0 else f"{share:.1%}"
 
 
 class DetectionTask(Task[Detection]):

@@ -28,7 +28,7 @@ from dualtoken_vit.models.backbone import check_finite
 from dualtoken_vit.recipes import ClassificationInput, Model, MultiLabel
 from dualtoken_vit.results import Labels
 from dualtoken_vit.runtime.report import LabelsReport
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
 from dualtoken_vit.tasks.classification import ImagePredictor, data_config
 from dualtoken_vit.tasks.networks import create_model
 
@@ -133,10 +133,13 @@ class MultiLabelModule(TaskModule):
             headline=f"val loss {loss:.4f}  mAP {scores['map']:.2%}  F1 {scores['f1']:.2%} (micro {micro:.2%})",
             columns=("class", "images", "AP", "F1", "threshold"),
             classes=[
-                (name, str(one["images"]), _percent(one["ap"]), _percent(one["f1"]), f"{one['threshold']:.3f}")
+                (name, str(one["images"]), percent(one["ap"]), percent(one["f1"]), f"{one['threshold']:.3f}")
                 for name, one in per_class.items()
             ],
-            totals=[("mean", str(len(targets)), _percent(rounded["map"]), _percent(rounded["f1"]), "")],
+            totals=[
+                ("all", str(len(targets)), "", percent(rounded["micro_f1"]), ""),
+                ("mean of classes", "", percent(rounded["map"]), percent(rounded["f1"]), ""),
+            ],
             details={"per_class": per_class},
         )
 
@@ -150,10 +153,6 @@ def best_threshold(precision: Tensor, recall: Tensor, thresholds: Tensor) -> flo
     best = int(f1[:-1].nan_to_num(-1.0).argmax())  # the last point of the curve has no threshold
     lower = thresholds[best - 1] if best else torch.zeros(())
     return float((thresholds[best] + lower) / 2)
-
-
-def _percent(share: float) -> str:
-    return "-" if share < 0 else f"{share:.1%}"
 
 
 def prepare_epoch(

@@ -177,9 +177,8 @@ class ClassificationModule(TaskModule):
             return
         if self.recipe.data.balanced:
             train.weights = image_weights([(target,) for target in train.targets], self.recipe.data.balanced)
-        if self.recipe.class_weights != "equal":
-            counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.class_names))
-            self.class_weights = class_weights(self.recipe.class_weights, counts)
+        counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.class_names))
+        self.class_weights = class_weights(self.recipe.class_weights, counts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["teacher"] = self.teacher and self.teacher.digest

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint
-from dualtoken_vit.data.balance import image_weights
+from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import detection as data_check
 from dualtoken_vit.data.coco import MIN_SIDE
 from dualtoken_vit.data.contract import ImageData
@@ -189,7 +189,7 @@ class DetectionTask(Task[Detection]):
             train.weights = image_weights(
                 [{one["category_id"] for one in each} for each in objects], recipe.data.balanced
             )
-        if not train.trained:
+        if not any(train.counts):
             raise InputError(f"{train.name}: no object to train on; see check-data")
         if train.dropped:
             note = f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on"
@@ -210,7 +210,13 @@ class DetectionTask(Task[Detection]):
             **statistics(pretrained_cfg(network), start.in_chans),
         )
         names, size = train.class_names, recipe.data.image_size
-        model = build_detector(model=network, num_classes=len(names), multi_scale=recipe.augment.multi_scale, **made)
+        model = build_detector(
+            model=network,
+            num_classes=len(names),
+            multi_scale=recipe.augment.multi_scale,
+            class_weights=class_weights(recipe.class_weights, torch.tensor(train.counts)),
+            **made,
+        )
         usual = model.transform.usual(val.sizes)
         preprocessing = dict(
             input_size=(start.in_chans, size, size), mean=made["mean"], std=made["std"], usual_size=usual

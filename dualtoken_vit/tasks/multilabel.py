@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Annotated, Any
 
 import timm
@@ -18,7 +19,7 @@ from torchmetrics.functional.classification import (
 )
 
 from dualtoken_vit.checkpoint import Checkpoint
-from dualtoken_vit.data.balance import image_weights
+from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import multilabel as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
@@ -80,6 +81,8 @@ class MultiLabelModule(TaskModule):
     def __init__(self, predictor: MultiLabelPredictor, recipe: MultiLabel, choose: bool):
         super().__init__(predictor, recipe)
         self.choose = choose
+        self.class_weights: Tensor | None = None
+        """(classes,) in the loss of the labels that images have, with a mean of 1 over them; None: all are 1."""
         bce = partial(F.binary_cross_entropy_with_logits, reduction="none")
         self.criterion: Any = bce if recipe.loss == "bce" else AsymmetricLossMultiLabel(reduction="none")
         # Of all images of the validation, which thresholds and average precision need together.
@@ -88,7 +91,10 @@ class MultiLabelModule(TaskModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, target = batch
-        loss = self.criterion(self.model(x.contiguous(memory_format=torch.channels_last)), target).mean()
+        loss = self.criterion(self.model(x.contiguous(memory_format=torch.channels_last)), target)
+        if self.class_weights is not None:
+            loss = loss * torch.where(target > 0, self.class_weights.to(target), 1.0)
+        loss = loss.mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -183,6 +189,8 @@ class MultiLabelTask(Task[MultiLabel]):
         module.prepare_epoch(train, 0, 0.0)  # rejects a wrong policy now
         if recipe.data.balanced:
             train.weights = image_weights(train.labels, recipe.data.balanced)
+        counts = torch.bincount(torch.tensor([*chain(*train.labels)]), minlength=len(names))
+        module.class_weights = class_weights(recipe.class_weights, counts)
         val.transform = predictor.preprocess
         return Setup(recipe.model.name, module, train, val, model_args)
 

@@ -110,8 +110,7 @@ class SegmentationModule(TaskModule):
                 f"the training masks have only one class, besides ignored pixels ({self.recipe.data.ignore_index}, "
                 "--data.ignore-index); look at them with check-data"
             )
-        if self.recipe.class_weights != "equal":
-            self.weights = class_weights(self.recipe.class_weights, *pixels)
+        self.weights = class_weights(self.recipe.class_weights, *pixels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = (torch.stack(each) for each in batch)

@@ -4,6 +4,7 @@ Where this module is imported first, `import dualtoken_vit` leaves PyTorch to th
 """
 
 import os
+import sys
 
 
 def main() -> None:
@@ -17,6 +18,28 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from dualtoken_vit.cli import main as run
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed (`>&-`): the next file to be opened would get its number, and its text
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    try:
+        from dualtoken_vit.cli import main as run
 
-    run()
+        run()
+    finally:
+        _end_output()
+
+
+def _end_output() -> None:
+    """Write what is left for stdout; if nobody reads it (`| head -1`), end as a program does that SIGPIPE ends."""
+    error = sys.exc_info()[1]
+    try:
+        if isinstance(error, BrokenPipeError):
+            print()  # fails again if stdout is the pipe
+        sys.stdout.flush()
+        if not isinstance(error, SystemExit) or not isinstance(error.__context__, BrokenPipeError):  # rich's exit
+            return
+    except OSError as failure:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at its exit
+        if not isinstance(failure, BrokenPipeError):
+            return  # a full disk, which the command has reported
+    sys.exit(141)

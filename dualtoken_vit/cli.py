@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError, lacks_memory
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.header import check_file, check_path
 from dualtoken_vit.machine import print_environment
 
@@ -179,6 +179,12 @@ def _known(kind: str, name: str, names: Iterable[str]) -> str:
     raise InputError(f"{kind} {name!r} is unknown; {hint}")
 
 
+def _check(recipe: Recipe) -> None:
+    """Raise an InputError for what is wrong with a recipe without a look into its files."""
+    check_bounds(recipe)
+    recipe.data.check_place()
+
+
 def train(args: list[str]) -> None:
     """Train a network with a recipe; writes its weights, metrics and curves into a folder."""
     name, args = _recipe_name(args, "train", train.__doc__)
@@ -192,7 +198,7 @@ def train(args: list[str]) -> None:
     else:
         out, resume = Path(_peek(args, "--out") or "."), True
     if not resume:
-        check_bounds(chosen.recipe)
+        _check(chosen.recipe)
         if chosen.recipe.model.checkpoint:
             check_path(Path(chosen.recipe.model.checkpoint))
     from dualtoken_vit.tasks.run_folder import stored_recipe
@@ -233,7 +239,7 @@ def evaluate(args: list[str]) -> None:
     else:
         console = Console()
         console.print(result.table())
-        console.print(f"{result.headline}  {result.metrics['images']} images")
+        console.print(f"{result.headline}  {counted(result.metrics['images'], 'image')}")
         for note in result.notes:
             print(note)
 
@@ -315,7 +321,7 @@ def check_data(args: list[str]) -> bool:
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
     about = f"{check_data.__doc__} {ABOUT[name]}"
     chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about)
-    check_bounds(chosen.recipe)
+    _check(chosen.recipe)
     from dualtoken_vit.tasks.registry import get_task
 
     if chosen.suspects or "--suspects" in args:  # before all images are read
@@ -438,7 +444,9 @@ def _end_of_files(error: OSError) -> None:
 def main() -> None:
     """The entry point: errors that a user can fix end with one line and status 2."""
     try:
-        sys.exit(run(sys.argv[1:]))
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
     except InputError as error:
         # An error in a data loading process arrives behind a traceback.
         message = str(error).rpartition(f"{InputError.__module__}.InputError: ")[2]

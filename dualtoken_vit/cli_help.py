@@ -15,8 +15,8 @@ from dualtoken_vit.recipes import Recipe
 
 EXAMPLES = {
     "": (
-        "train folder --data.root photos --data.image-size 112 --out runs/photos",
-        "predict runs/photos/best.safetensors new-photos --out runs/photos/predictions",
+        "train folder --data.root photos --out runs/photos",
+        "predict runs/photos/best.safetensors new-photos --out drawings",
         "export runs/photos/best.safetensors --images photos/val",
     ),
     "train": (
@@ -49,7 +49,7 @@ EXAMPLES = {
         "evaluate runs/photos/best.safetensors --json",
     ),
     "predict": (
-        "predict runs/photos/best.safetensors new-photos --out runs/photos/predictions",
+        "predict runs/photos/best.safetensors new-photos --out drawings",
         "predict runs/photos/best.safetensors new-photos --top-k 1 --json",
     ),
     "export": (
@@ -97,7 +97,7 @@ def help_page(args: Sequence[str], usage: str, *parts: str | Mapping[str, str | 
     console.print(f"usage: dualtoken-vit {usage}\n", markup=False)
     for part in parts:
         if isinstance(part, str):
-            console.print(part, markup=False)
+            console.print(part, markup=False, soft_wrap=True)  # commands in it can be copied
             continue
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         table.add_column(no_wrap=True)

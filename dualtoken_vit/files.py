@@ -177,6 +177,21 @@ def guard(path: Path) -> Iterator[None]:
         print(f"warning: cannot save {printable(path)}: {reason}", file=sys.stderr)
 
 
+def check_folder(path: str | os.PathLike[str], contents: str) -> None:
+    """Raise an InputError for a folder that is missing, empty or a file; `contents` is what it should contain."""
+    if os.path.isdir(path):
+        problem = "" if os.listdir(path) else "an empty folder"
+    else:
+        problem = "a file, not a folder" if os.path.exists(path) else "no such folder"
+    if problem:
+        raise InputError(f"{printable(path)}: {problem}; give the one that contains {contents}")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images, 2 classes."""
+    return f"{number} {noun}{('es' if noun[-1] in 'sx' else 's') * (number != 1)}"
+
+
 def printable(name: str | os.PathLike[str]) -> str:
     """The name of a file or class in one line: invalid UTF-8 is replaced, control characters are escaped."""
 

@@ -17,6 +17,7 @@ from dualtoken_vit.checkpoint import Checkpoint, locate, own_weights
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import atomic_folder
 from dualtoken_vit.predictors import load_model
+from dualtoken_vit.tasks.networks import reaches
 
 WEIGHTS = "model.safetensors"  # timm's name for them
 KINDS = {  # task: the Hub's name, the metric of `Checkpoint.metrics` for the card, and its name there
@@ -162,12 +163,14 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        InputError: for a file that is not a network, or where the upload fails.
+        InputError: for a file that is not a network, or where the Hub cannot be reached or refuses the upload.
     """
     with TemporaryDirectory() as temporary:
         folder = Path(temporary, "repository")
         save_for_hub(path, folder, repo, about, license)
         api = HfApi(token=token)
+        if not reaches(api.endpoint):
+            raise InputError(f"{repo}: cannot upload: {api.endpoint} cannot be reached; check network and proxy")
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model"))

@@ -6,7 +6,7 @@ Exported files need neither PyTorch nor the train extra.
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import islice
 from json import dump, dumps
@@ -20,7 +20,7 @@ from PIL import Image
 import dualtoken_vit
 from dualtoken_vit.data.folders import contains, scan, skipped_note
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, guard, printable, write_json
+from dualtoken_vit.files import atomic_write, counted, guard, printable, write_json
 from dualtoken_vit.runtime.base import BasePredictor
 from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.report import Report
@@ -68,7 +68,7 @@ def predict(
 
     record: dict[str, Any] = {"checkpoint": str(checkpoint), **report.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(sources) > 1 else None
-    older = _files(out) if out and (out / RECORD).exists() else set()
+    older = files_in(out) if out else set()
     if out and not (out / RECORD).exists():  # else a run that is cut short leaves a folder that the next one rejects
         write_json(record, out / RECORD)
     predictions = predictor.stream([source.path for source in sources], batch_size, "predicting")
@@ -96,7 +96,7 @@ def predict(
     record |= report.record()
     if out:
         write_json(record, out / RECORD)
-        tell_older(out, older - {os.path.abspath(path) for path in (out / RECORD, *(each.path for each in sources))})
+        tell_older(out, older, [out / RECORD, *(each.path for each in sources)])
     if json:
         dump(record, sys.stdout)
         print()
@@ -160,13 +160,13 @@ def _predict_video(
                         writer.add(seconds, report.draw(f"{seconds:.2f} s", image, result)[0])
                     count += 1
         except KeyboardInterrupt:  # how a camera ends
-            print(f"stopped after {count} frames", file=sys.stderr)
+            print(f"stopped after {counted(count, 'frame')}", file=sys.stderr)
         if not count:
             raise problems[0] if problems else InputError(f"{video.name}: has no frames")
     for problem in problems:
         print(problem, file=sys.stderr)
     if not json:
-        print(f"{count} frames" + (f": {out}, {record}" if out else ""))
+        print(counted(count, "frame") + (f": {out}, {record}" if out else ""))
     return not problems
 
 
@@ -203,7 +203,8 @@ def print_table(report: Report[Any]) -> None:
 
 def none_readable(unreadable: list[dict[str, str]]) -> str:
     """The message where all images are unreadable."""
-    return f"none of the {len(unreadable)} images can be read; the first: {unreadable[0]['reason']}"
+    others = f"none of the {len(unreadable)} images can be read; the first: " if len(unreadable) > 1 else ""
+    return others + unreadable[0]["reason"]
 
 
 def tell_unreadable(unreadable: list[dict[str, str]], total: int) -> bool:
@@ -215,15 +216,18 @@ def tell_unreadable(unreadable: list[dict[str, str]], total: int) -> bool:
     return not unreadable
 
 
-def _files(folder: Path) -> set[str]:
-    """The absolute paths of the visible files in and below a folder."""
-    found = ((place, name) for place, _, names in os.walk(os.path.abspath(folder)) for name in names)
-    return {os.path.join(place, name) for place, name in found if not name.startswith(".")}
+def files_in(folder: Path) -> set[str]:
+    """The absolute paths of the files in and below a folder, hidden files and folders left out."""
+    found: set[str] = set()
+    for place, folders, names in os.walk(os.path.abspath(folder)):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # the others are not entered
+        found |= {os.path.join(place, name) for name in names if not name.startswith(".")}
+    return found
 
 
-def tell_older(out: Path, older: set[str]) -> None:
-    """Report on stderr the files of earlier runs that this one did not replace."""
-    if older:
+def tell_older(out: Path, before: set[str], known: Iterable[str | Path]) -> None:
+    """Report on stderr the files of earlier runs in a folder, those `before` except `known` ones."""
+    if older := before - set(map(os.path.abspath, known)):
         example = printable(os.path.relpath(min(older), os.path.abspath(out)))
         print(
             f"{out} has older files, which this run did not write: {len(older)}, for example {example}", file=sys.stderr

@@ -1,6 +1,7 @@
 """Images and settings that several tests share."""
 
 import shutil
+import socket
 import sys
 
 import numpy as np
@@ -53,6 +54,14 @@ def one_thread(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def closed():
+    """An address that nobody listens at."""
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        yield "http://127.0.0.1:{1}".format(*own.getsockname())
 
 
 @pytest.fixture(scope="session")

@@ -244,7 +244,7 @@ def test_images_that_are_turned(check):
     verdict, lines = check()
     assert verdict
     (line,) = (line for line in lines if "rotated by EXIF" in line)
-    assert line.startswith("note: 1 images of train are rotated by EXIF; boxes and masks must fit the rotated image")
+    assert line.startswith("note: rotated by EXIF in train: 1 image; boxes and masks must fit the rotated image")
 
 
 def test_the_first_images_alone(check):

@@ -71,7 +71,7 @@ def test_everything_that_can_be_wrong(check, photos):
     assert row(lines, "pin[k]") == ["-", "0"]
     assert "train: modes RGB 23, L 1" in lines
     assert not any("largest class" in line for line in lines)  # the smallest is the empty one
-    assert "note: 2 images of train are exact copies of others in it" in lines
+    assert "note: images of train that are exact copies of others in it: 2" in lines
     foreign = "note: skipped files that are not images in a class folder: 2, for example "
     assert f"{foreign}{photos}/train/loose.jpg" in lines
     start = next(index for index, line in enumerate(lines) if line.startswith("empty class"))

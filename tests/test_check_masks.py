@@ -44,7 +44,7 @@ def test_check_reports_images_that_exif_rotates(tree, capsys):
     Image.open(path).save(path, exif=exif)
     verdict, out = check(tree, capsys)
     assert verdict
-    assert f"note: 1 images of train are rotated by EXIF; masks must fit the rotated image: {path}" in out
+    assert f"note: rotated by EXIF in train: 1 image; masks must fit the rotated image: {path}" in out
 
 
 def test_check_counts_classes_and_knows_large_images(tree, capsys):

@@ -17,6 +17,7 @@ from PIL import Image
 import dualtoken_vit
 from dualtoken_vit import cli
 from dualtoken_vit.arguments import Evaluate
+from dualtoken_vit.cli_help import EXAMPLES
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ABOUT, RECIPES
 
@@ -93,6 +94,15 @@ def test_help_begins_with_examples_and_fits_on_a_screen(call, command):
     assert len(out.splitlines()) <= 48
     if command not in ("", "env"):
         assert f"\nExamples:\n  dualtoken-vit {command.split()[0]}" in out.split("options")[0]
+
+
+def test_examples_are_whole_lines_in_a_narrow_terminal(call, monkeypatch):
+    """A command that is broken over lines cannot be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in cli.COMMANDS.keys() - {"env"} | {"", "train folder", "train coco"}:
+        key = {"train folder": "train classification", "train coco": "train detection"}.get(command, command)
+        lines = call(*command.split(), "--help")[1].splitlines()
+        assert {f"  dualtoken-vit {example}" for example in EXAMPLES[key]} <= {*lines}
 
 
 def test_help_of_a_section_names_its_fields_alone(call):

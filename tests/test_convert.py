@@ -114,12 +114,12 @@ def test_an_object_in_parts_keeps_its_mask_in_yolo(tmp_path, capsys):
     ]
     assert np.array_equal(*masks)
     assert one["bbox"] == [2, 2, 28, 17]
-    joined = "note: 1 objects of several polygons joined into one each, with the same mask"
+    joined = "note: 1 object of several polygons joined into one each, with the same mask"
     assert capsys.readouterr().out.splitlines()[-1] == joined
     coco["annotations"][0]["bbox"] = [2, 2, 28, 17.5]
     save(tmp_path, "train/_annotations.coco.json", coco)
     convert(tmp_path, tmp_path / "other", "yolo")
-    moved = "note: 1 boxes that are not those of their polygons left out: YOLO derives them"
+    moved = "note: 1 box other than the polygons' extent left out: YOLO derives boxes"
     assert capsys.readouterr().out.splitlines()[-2:] == [joined, moved]
 
 
@@ -136,9 +136,9 @@ def test_what_a_format_lacks_is_counted(tmp_path, capsys):
     assert before == {"images": 3, "objects": total - 1, "crowds": 1, "polygons": 1, "masks": total - 2}
     assert after == {"images": 3, "objects": total - 1, "crowds": 0, "polygons": 0, "masks": 0}
     lines = capsys.readouterr().out.splitlines()
-    assert "note: 1 crowd regions left out: YOLO has none" in lines
-    assert any(line.startswith("note: 1 polygons left out: ") for line in lines)
-    assert "note: 1 boxes clipped to their image" in lines
+    assert "note: 1 crowd region left out: YOLO has none" in lines
+    assert any(line.startswith("note: 1 polygon left out: ") for line in lines)
+    assert "note: 1 box clipped to the image" in lines
     before, after = convert(tmp_path / "scenes", tmp_path / "voc", "voc")["train"]
     assert after == before | {"masks": 0}
     val = json.loads((tmp_path / "scenes/annotations/instances_val.json").read_text())["annotations"]

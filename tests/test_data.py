@@ -76,7 +76,7 @@ def test_splits_by_other_names(photos):
     [
         (
             lambda root: shutil.rmtree(root),
-            r"photos: no such folder; expected \S+/train/CLASS/\*\.jpg in --data\.root$",
+            r"photos: no such folder; give the one that contains train/CLASS/\*\.jpg and val/CLASS/\*\.jpg$",
         ),
         (
             lambda root: shutil.rmtree(root / "train"),

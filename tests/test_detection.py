@@ -398,7 +398,7 @@ def test_the_backbone_of_a_classification_run(photos, scenes, tmp_path, capsys):
         ({"data__images": "nowhere"}, "nowhere: no such folder"),
         ({"data__image_size": 0}, "--data.image-size 0: must be at least 1"),
         ({"model__name": "resnet18"}, "--model.args dims=.16, 32, 32.: resnet18 has no such argument"),
-        ({"optim__batch_size": 64}, "do not fill one batch of 64"),
+        ({"optim__batch_size": 64}, "cannot fill one batch of 64"),
     ],
 )
 def test_mistakes_cost_one_line_and_leave_nothing(scenes, tmp_path, settings, message):

@@ -129,7 +129,7 @@ def test_one_of_two_processes_reads_every_image(photos, tmp_path, launcher):
     assert not (tmp_path / "run").exists()
     finished = run_command([*args, "--data.unreadable", "skip"], launcher)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("skipped 1 unreadable training images") == 1
+    assert finished.stdout.count("skipped 1 unreadable training image") == 1
     assert finished.stdout.count("35 training and 18 validation images, 2 steps an epoch") == 1
     assert finished.stderr.count("reading every image") == 2  # training and validation
     assert torch.load(tmp_path / "run" / "last.ckpt")["global_step"] == 2

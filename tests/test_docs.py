@@ -23,7 +23,7 @@ from dualtoken_vit import cli
 from dualtoken_vit.cli_help import EXAMPLES
 from dualtoken_vit.data import detection
 from dualtoken_vit.data.shapes import CLASSES
-from dualtoken_vit.recipes import RECIPES
+from dualtoken_vit.recipes import RECIPES, SplitData
 from dualtoken_vit.tasks import trainer
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +177,7 @@ def test_the_commands_of_the_documentation_are_understood(page, monkeypatch, tmp
     monkeypatch.setattr("dualtoken_vit.paper.study.study", lambda name, study: parsed.append(study))
     monkeypatch.setattr("dualtoken_vit.tasks.run_folder.stored_recipe", lambda out, named: RECIPES[named])
     monkeypatch.setattr(cli, "check_path", lambda path: None)  # checkpoints
+    monkeypatch.setattr(SplitData, "check_place", lambda data: None)
     monkeypatch.chdir(tmp_path)
     args = [each for each in COMMANDS[page] if each[0] in ("train", "study") and each[1:2] != ["RECIPE"]]
     for each in args:

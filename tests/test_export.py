@@ -296,7 +296,7 @@ def test_smaller_files(checkpoint, exported, photos, option, tmp_path, capsys):
     assert ExportedModel(out).description["export"]["precision"].startswith(("int8", "float16"))
 
 
-def test_what_converters_print_is_shown_after_an_error_only(capfd):
+def test_what_converters_print_is_shown_after_an_error_only(capfd, monkeypatch):
     @silent()
     def convert(error=None):
         os.write(2, b"converting\n")
@@ -316,6 +316,9 @@ def test_what_converters_print_is_shown_after_an_error_only(capfd):
     with pytest.raises(ValueError, match="no"):
         convert(ValueError("no"))
     assert sorted(capfd.readouterr().err.splitlines()) == ["converting", "done", *["in C"] * (os.name == "posix")]
+    monkeypatch.setattr(sys, "stdout", None)  # closed
+    convert()
+    assert sorted(capfd.readouterr().err.splitlines()) == ["converting"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from dualtoken_vit.data import folders
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.folders import EXTENSIONS, contains, image_files, read_lines, scan, skipped_note
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.recipes import ClassificationData
 
 
@@ -193,3 +193,16 @@ def test_lines_of_a_file_from_any_editor(tmp_path):
         read_lines(path)
     with pytest.raises(InputError, match=r"none\.txt: cannot be read \(No such file"):
         read_lines(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "words"),
+    [
+        (0, "image", "0 images"),
+        (1, "image", "1 image"),
+        (2, "box", "2 boxes"),
+        (3, "trained class", "3 trained classes"),
+    ],
+)
+def test_numbers_with_their_nouns(number, noun, words):
+    assert counted(number, noun) == words

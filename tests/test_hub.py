@@ -181,10 +181,13 @@ print(json.dumps([address, model(x).tolist(), found.probabilities.tolist(), conf
     assert size == [3, 64, 64]
 
 
-def test_errors_of_the_hub_are_one_line(checkpoint, hub, monkeypatch):
+def test_errors_of_the_hub_are_one_line(checkpoint, hub, monkeypatch, closed):
     Hub.refuses = True
     monkeypatch.setattr("dualtoken_vit.hub.HfApi", lambda token: HfApi(hub, token=token))
     with pytest.raises(InputError, match=r"^me/pets: cannot upload: Bad request"):
+        push_to_hub(checkpoint, "me/pets", token="hf_none")
+    monkeypatch.setattr("dualtoken_vit.hub.HfApi", lambda token: HfApi(closed, token=token))
+    with pytest.raises(InputError, match=f"^me/pets: cannot upload: {closed} cannot be reached; check network and"):
         push_to_hub(checkpoint, "me/pets", token="hf_none")
     with pytest.raises(InputError, match="no such checkpoint"):
         push_to_hub(Path("nothing.safetensors"), "me/pets")

@@ -1,4 +1,5 @@
 import operator
+import re
 
 import pytest
 import torch
@@ -73,6 +74,14 @@ def test_several_gradients_at_once(avx512):
     )
     for actual, want in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrong_number_of_channels_is_pytorchs_error(avx512):
+    x, weight = torch.randn(2, 24, 24, 40), torch.randn(72, 48)
+    with pytest.raises(RuntimeError) as expected:
+        F.linear(x, weight)
+    with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+        linear(x, weight, None)
 
 
 @pytest.mark.parametrize("shape", [(2048,), (2048, 64), (1, 2048, 64), (2, 32, 32, 64), (2, 2, 16, 32, 64)], ids=str)

@@ -113,7 +113,7 @@ def test_generated_images_have_the_labels_of_their_shapes():
         ({"separator": ""}, r"--data\.separator is empty"),
         ({"val_split": "test"}, r"no table for the split 'test'; there is train, val"),
         ({"dataset": "shapes"}, r"draws its own images; for files give --data\.dataset table"),
-        ({"root": "nowhere"}, r"nowhere: no CSV or Parquet table with a column of files"),
+        ({"root": "nowhere"}, r"nowhere: no such folder; give the one that contains a CSV or Parquet table and "),
     ],
 )
 def test_faults(root, data, message):

@@ -210,11 +210,14 @@ def test_resizing_is_torchs(image, size):
         assert ours(x, size) == pytest.approx(reference, abs=1e-5)
 
 
-def test_suppression_is_torchvisions():
+@pytest.mark.parametrize("ties", [False, True])
+def test_suppression_is_torchvisions(ties):
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 100, (300, 2))
     boxes = np.concatenate((corner, corner + rng.uniform(1, 40, (300, 2))), 1).astype(np.float32)
     scores, labels = rng.random(300, dtype=np.float32), rng.integers(0, 3, 300)
+    if ties:  # the first of several boxes is the best
+        scores, boxes[150:] = np.round(scores, 1), boxes[:150]
     keep = batched_nms(*map(torch.from_numpy, (boxes, scores, labels)), 0.5)
     assert 20 < len(keep) < 280
     assert runtime.suppress(boxes, scores, labels, 0.5).tolist() == keep.tolist()

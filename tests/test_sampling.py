@@ -135,7 +135,7 @@ def test_alternating_flips(photos):
 
 def test_fewer_images_than_a_batch():
     assert len(batches(Numbers(8), 4, world=2)) == 1
-    with pytest.raises(InputError, match=r"7 training images do not fill one batch of 8.*--optim\.batch-size 7"):
+    with pytest.raises(InputError, match=r"7 training images cannot fill one batch of 8.*--optim\.batch-size 7"):
         batches(Numbers(7), 4, world=2)
 
 
@@ -270,7 +270,7 @@ def test_one_group_is_as_none():
 def test_a_group_too_small_for_a_batch_shares_one():
     ((batch,),) = grouped([0, 0, 0, 0, 0, 1, 1], 7)
     assert sorted(batch) == list(range(7))
-    with pytest.raises(InputError, match=r"7 training images do not fill one batch of 8; .* 7 or less"):
+    with pytest.raises(InputError, match=r"7 training images cannot fill one batch of 8; .* 7 or less"):
         grouped([0, 0, 0, 0, 0, 1, 1], 8)
 
 

@@ -402,7 +402,7 @@ def test_two_processes_count_each_image_once(scenes, tmp_path):
     ("settings", "message"),
     [
         ({"data__root": ""}, "--data.root is missing"),
-        ({"data__root": "nowhere"}, "nowhere/images/train: no such folder"),
+        ({"data__root": "nowhere"}, "nowhere: no such folder"),
         ({"data__window": 16}, "--data.window 16: must be at least 32"),
         ({"data__window_stride": 0}, "--data.window-stride 0: must be at least 1"),
         ({"augment__class_cap": 2.0}, "--augment.class-cap 2.0: must be at most 1"),
@@ -410,7 +410,7 @@ def test_two_processes_count_each_image_once(scenes, tmp_path):
             {"optim__batch_size": 1},
             "batch normalisation .* needs two or more images, but a batch has 1 image; give --optim.batch-size 2",
         ),
-        ({"optim__batch_size": 64}, "do not fill one batch of 64"),
+        ({"optim__batch_size": 64}, "cannot fill one batch of 64"),
         ({"model__name": "vgg11"}, "--model.args dims"),
     ],
 )

@@ -72,6 +72,27 @@ def test_of_label_formats(export, kind):
     assert held(tested, detection.build_val_dataset(tested, False, 3, ("cat", "dog"))) is None
 
 
+@pytest.mark.parametrize("spoil", [lambda coco: {**coco, "annotations": []}, lambda coco: {"images": coco["images"]}])
+def test_of_coco_without_annotations(export, spoil):
+    """As in a competition."""
+    root = export("coco-roboflow")
+    data = DetectionData(root=str(root))
+    path = shutil.copytree(root / "valid", root / "test") / "_annotations.coco.json"
+    full = json.loads(path.read_text())
+    for content, expected in (("", None), (json.dumps(spoil(full)), None), (json.dumps(full, indent=1), "test")):
+        path.write_text(content)
+        assert held(data, detection.build_val_dataset(data, False, 3, ("cat", "dog"))) == expected
+
+
+def test_of_yolo_without_labels(export):
+    root = export("yolo-roboflow")
+    data = DetectionData(root=str(root))
+    shutil.copytree(root / "valid/images", root / "test/images")
+    assert held(data, detection.build_val_dataset(data, False, 3, ("cat", "dog"))) is None
+    shutil.copytree(root / "valid/labels", root / "test/labels")
+    assert held(data, detection.build_val_dataset(data, False, 3, ("cat", "dog"))) == "test"
+
+
 def test_of_a_table_of_objects_without_boxes(export):
     root = export("csv-roboflow")
     data = DetectionData(root=str(root))

@@ -46,6 +46,8 @@ def mistakes(tmp_path):
     truncated = f"{run / 'best.safetensors'} cannot be read as a checkpoint: it is truncated or damaged"
     foreign = f"{other} cannot be read as a checkpoint: it is for resuming, or of another program"
     missing = tmp_path / "nothing.onnx"
+    (tmp_path / "empty").mkdir()
+    one = "give the one that contains"
     return {
         "evaluate nothing.safetensors": "nothing.safetensors: no such checkpoint",
         f"evaluate {missing}": f"{missing}: no such file",
@@ -56,8 +58,14 @@ def mistakes(tmp_path):
         f"localise {run}": folder,
         "train foldr": "recipe 'foldr' is unknown",
         "train folder --optim.epoch 3": "Unrecognized options: --optim.epoch",
+        "train folder --data.image-size 64": "--data.root is missing: give the folder that contains train/CLASS/*.jpg",
+        f"train folder --data.root {other}": f"{other}: a file, not a folder; {one} train/CLASS/*.jpg and val/CLASS",
+        f"train multilabel --data.root {missing}": f"{missing}: no such folder; {one} a CSV or Parquet table",
+        f"check-data coco --data.root {other}": f"{other}: a file, not a folder; {one} images and labels",
+        "train coco-lite --optim.epochs 9": "--data.images is missing: give the folder of the images, or --data.root",
+        f"train masks --data.root {tmp_path / 'empty'}": f"empty: an empty folder; {one} images/train, ",
         "train folder --data.root photos --optim.epochs 0": "--optim.epochs 0: must be at least 1",
-        "train folder --data.root photos --model.checkpoint a/b.pth": "b.pth: no such checkpoint",
+        f"train folder --data.root {run} --model.checkpoint a/b.pth": "b.pth: no such checkpoint",
         "check-data folder --data.image-size 0": "--data.image-size 0: must be at least",
         "predcit": "command 'predcit' is unknown",
     }
@@ -88,6 +96,44 @@ def test_a_package_run_by_m_has_the_models(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     args = [sys.executable, "-m", "mine", "dualtoken_vit"]
     assert subprocess.run(args, capture_output=True, text=True, check=True, cwd=tmp_path, env=env).stdout == "True\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of Windows end with another error")
+@pytest.mark.parametrize(("command", "unbuffered"), [("--version", ""), ("--help", "1"), ("train masks --help", "1")])
+def test_output_that_is_not_read_ends_the_command_quietly(command, unbuffered):
+    """As after `| head -1`: when it is written at exit, or at once."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    args = [sys.executable, "-m", "dualtoken_vit", *command.split()]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(args, stdout=writer, stderr=subprocess.PIPE, env=env)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_reported(unbuffered):
+    args, env = [sys.executable, "-m", "dualtoken_vit", "--version"], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, env=env, text=True)
+    error = "dualtoken-vit: error: cannot write: No space left on device; what was saved is kept\n"
+    assert (done.returncode, done.stderr) == (2, error)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="for a POSIX shell")
+def test_closed_output_is_discarded():
+    """No other file gets its number: what is printed would be written into it."""
+    code = (
+        "import os, sys, dualtoken_vit_command\n"
+        "sys.argv[1:] = ['--version']\n"
+        "try:\n"
+        "    dualtoken_vit_command.main()\n"
+        "finally:\n"
+        "    sys.stderr.write(str(os.path.samestat(os.fstat(1), os.stat(os.devnull))))"
+    )
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, "-c", code], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"True")
 
 
 def test_the_environment_imports_torch_alone():

@@ -256,7 +256,7 @@ def test_search_of_the_learning_rate(photos, tmp_path, small, capsys):
 @pytest.mark.slow
 def test_failed_run_is_reported_and_can_be_repeated(photos, tmp_path, small):
     with pytest.raises(
-        InputError, match=r"seed-0: 36 training images do not fill one batch of 40.*see .*train\.log \(and 1 more\)"
+        InputError, match=r"seed-0: 36 training images cannot fill one batch of 40.*see .*train\.log \(and 1 more\)"
     ):
         run(photos, tmp_path / "study", "--optim.batch-size", 40, "--seeds", 1)
     assert run(photos, tmp_path / "study", "--seeds", 1) == 0  # with another budget, as no run had begun

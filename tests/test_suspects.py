@@ -136,7 +136,8 @@ def test_runs_must_fit(trained, photos):
     ],
 )
 def test_runs_are_checked_before_the_images(args, message, tmp_path):
-    """The folder of images does not exist either, which reading them would report."""
+    """The folder of images has none, which reading them would report."""
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=message):
-        cli.run(f"check-data {args} --data.root {tmp_path / 'missing'} --out {tmp_path / 'out'}".split())
-    assert not list(tmp_path.iterdir())
+        cli.run(f"check-data {args} --data.root {tmp_path} --out {tmp_path / 'out'}".split())
+    assert list(tmp_path.iterdir()) == [tmp_path / "notes.txt"]

@@ -264,9 +264,9 @@ def test_unreadable_images(photos, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     train(recipe(photos, data={"unreadable": "skip"}, optim={"epochs": 1, "batch_size": 35}), tmp_path / "run")
     out = capsys.readouterr().out
-    assert "skipped 1 unreadable training images" in out
+    assert "skipped 1 unreadable training image" in out
     assert "35 training and 18 validation images, 1 step an epoch" in out
-    with pytest.raises(InputError, match=r"35 training images do not fill one batch of 36"):
+    with pytest.raises(InputError, match=r"35 training images cannot fill one batch of 36"):
         train(recipe(photos, data={"unreadable": "skip"}, optim={"batch_size": 36}), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

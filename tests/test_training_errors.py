@@ -96,7 +96,7 @@ def test_a_full_disk_stops_the_run(photos, tmp_path, monkeypatch):
         ({"optim": {"ema_decay": 1.5}}, r"--optim\.ema-decay 1\.5: must be at most 1"),
         ({"run": {"save_every": 0}}, r"--run\.save-every 0: must be at least 1"),
         ({"augment": {"auto_augment": "rnd-m9"}}, r"--augment\.auto-augment rnd-m9"),
-        ({"optim": {"batch_size": 37}}, r"36 training images do not fill one batch of 37.*--optim\.batch-size 36"),
+        ({"optim": {"batch_size": 37}}, r"36 training images cannot fill one batch of 37.*--optim\.batch-size 36"),
         ({"optim": {"batch_size": 10, "accumulate": 3}}, r"--optim\.batch-size 10 cannot be shared.*multiple of 3"),
         ({"optim": {"batch_size": 9}, "augment": {"cutmix": 1.0}}, r"mix pairs.*--optim\.batch-size 10"),
         ({"optim": {"optimizer": "adamww"}}, r"--optim\.optimizer adamww.*did you mean"),

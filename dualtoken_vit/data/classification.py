@@ -131,8 +131,7 @@ def _where(data: ClassificationData, split: str) -> str:
 
 def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset:
     """ROOT/SPLIT/CLASS/**, with classes in natural order, including empty ones; or a table of files and classes."""
-    if not data.root:
-        raise InputError("--data.root is missing: give the folder that contains train/CLASS/*.jpg and val/CLASS/*.jpg")
+    data.check_place()
     folder = Path(data.root, split_name(data, split))
     if not any(each.is_dir() and not each.name.startswith(".") for each in folder.glob("*")):
         found = read_labels(Path(data.root), folder.name, separator=None)
@@ -140,13 +139,11 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
             return _labelled(found, channels)
         if data.holdout and split == "train" and not folder.is_dir():  # one folder without splits
             folder = Path(data.root)
-    for path in (Path(data.root), folder):
-        if not path.is_dir():
-            without = {"val": "without a val folder", "train": "for class folders without splits"}.get(split)
-            advise = path == folder and without and not data.holdout
-            holdout = f"; {without} give --data.holdout 0.1" if advise else ""
-            expected = f"expected {printable(folder)}/CLASS/*.jpg in --data.root"
-            raise InputError(f"{printable(path)}: no such folder; {expected}{holdout}")
+    if not folder.is_dir():
+        without = {"val": "without a val folder", "train": "for class folders without splits"}[split]
+        holdout = "" if data.holdout else f"; {without} give --data.holdout 0.1"
+        expected = f"expected {printable(folder)}/CLASS/*.jpg in --data.root"
+        raise InputError(f"{printable(folder)}: no such folder; {expected}{holdout}")
     visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     real = os.path.realpath(folder)
     names = [each.name for each in visible if is_folder(each) and not contains(os.path.realpath(each.path), real)]

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from dualtoken_vit.data.splits import split_of
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 
 Split = TypeVar("Split")
 
@@ -105,7 +105,7 @@ def check_trained(names: Iterable[str], trained: Sequence[str], where: str) -> N
     known = set(trained)
     unknown = [name for name in names if name not in known]
     if unknown:
-        message = f"{where} {some(unknown)} is not among the {len(trained)} trained classes: {some(trained)}"
+        message = f"{where} {some(unknown)} is not among the {counted(len(trained), 'trained class')}: {some(trained)}"
         raise InputError(f"{message}; rename or remove it")
 
 

@@ -227,15 +227,7 @@ def _coco(data: DetectionData, split: str) -> AnnotatedImages:
         return formats.read(data.root, data.format, split_name(data, split))
     if data.format != "auto" or (data.train_split, data.val_split) != ("train", "val"):
         raise InputError("--data.format, --data.train-split and --data.val-split need --data.root; leave them out")
-    images = data.val_images if split == "val" and data.val_images else data.images
-    path = {"train": data.train_json, "val": data.val_json}[split]
-    for flag, value, what in (
-        ("--data.images", images, "the folder of the images, or --data.root DIR with images and labels"),
-        (f"--data.{split}-json", path, "the COCO json with their objects"),
-    ):
-        if not value:
-            raise InputError(f"{flag} is missing: give {what}")
-    return read_coco(path, images)
+    return read_coco(*data.files(split))
 
 
 def _shapes(data: DetectionData, split: str) -> AnnotatedImages:

@@ -67,8 +67,7 @@ class MultiLabelDataset(Dataset, ImageData):
 
 
 def _table(data: MultiLabelData, split: str, channels: int) -> MultiLabelDataset:
-    if not data.root:
-        raise InputError("--data.root is missing: give the folder that contains a CSV or Parquet table and its images")
+    data.check_place()
     if not data.separator:
         raise InputError("--data.separator is empty; give what stands between labels, for example a comma")
     found = read_labels(Path(data.root), split_name(data, split), data.separator)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import counted
 
 
 def mix(*entropy: int) -> int:
@@ -114,7 +115,7 @@ def _weighted_order(weights: Sequence[float], generator: torch.Generator) -> lis
 def full_batches(count: int, batch_size: int) -> int:
     """The number of full batches in `count` training images; an InputError for none."""
     if count < batch_size:
-        message = f"{count} training images do not fill one batch of {batch_size}"
+        message = f"{counted(count, 'training image')} cannot fill one batch of {batch_size}"
         raise InputError(f"{message}; give --optim.batch-size {count} or less")
     return count // batch_size
 

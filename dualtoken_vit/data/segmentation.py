@@ -24,7 +24,7 @@ from dualtoken_vit.data.images import load_image, naming, open_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import in_threads, verify_each
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.recipes import SegmentationData
 
 IGNORE = 255  # label of ignored pixels in targets, whatever it is in files
@@ -106,8 +106,8 @@ def mask_fault(image: str, size: tuple[int, int], labels: np.ndarray, classes: n
         return ""
     more = f" (and {len(beyond) - 1} more such labels)" if len(beyond) > 1 else ""
     return (
-        f"label {beyond[0]} in {pixels[0]} pixels{more}, but there are {(table < BEYOND).sum()} classes: correct it, "
-        "or see --data.classes, --data.ignore-index and --data.reduce-zero-label"
+        f"label {beyond[0]} in {counted(pixels[0], 'pixel')}{more}, but there are {(table < BEYOND).sum()} classes: "
+        "correct it, or see --data.classes, --data.ignore-index and --data.reduce-zero-label"
     )
 
 
@@ -292,7 +292,7 @@ def _checked(names: tuple[str, ...], source: str, data: SegmentationData) -> tup
     if twice is not None:
         raise InputError(f"{source}: the class {twice!r} is listed twice")
     if not 2 <= len(names) <= MAX_CLASSES:
-        raise InputError(f"{source}: {len(names)} classes, but 2 to {MAX_CLASSES} are supported")
+        raise InputError(f"{source}: {counted(len(names), 'class')}, but 2 to {MAX_CLASSES} are supported")
     ignored = data.ignore_index - data.reduce_zero_label
     if 0 <= ignored < len(names):
         raise InputError(
@@ -334,8 +334,7 @@ def number_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, .
 
 def _files(data: SegmentationData, split: str) -> MaskedImages:
     """Mask files, or labels of objects, which are drawn as masks."""
-    if not data.root:
-        raise InputError("--data.root is missing: give the folder that contains images/train, annotations/train, ...")
+    data.check_place()
     root, name = Path(data.root), split_name(data, split)
     if data.format == "auto":
         masks = (root / "annotations" / name).is_dir() or (root / LISTS).is_dir() or not formats.matching(root)

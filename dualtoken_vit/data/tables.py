@@ -122,7 +122,7 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
     Raises:
         InputError: for a split that is not there, a missing image, a file name that leads out of the folder, ...
     """
-    parts = split_tables(root, has_labels)
+    parts = split_tables(root, has_labels) or ({ALL: Part(root)} if root.is_file() else {})
     if not parts:
         return None
     wanted = SPLITS.get(split.lower(), split)

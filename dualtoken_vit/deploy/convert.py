@@ -52,6 +52,9 @@ def _flush() -> None:
 @contextmanager
 def silent() -> Iterator[None]:
     """Nothing is printed, not even by libraries in C, unless an error ends it: stderr then gets all of it."""
+    if sys.stdout is None or sys.stderr is None:  # closed: their numbers may be those of other files
+        yield
+        return
     with tempfile.TemporaryFile() as log:
         _flush()
         kept = [os.dup(number) for number in (1, 2)]

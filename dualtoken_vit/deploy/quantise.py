@@ -18,6 +18,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from PIL import Image
 from torchvision.ops import box_iou
 
+from dualtoken_vit.files import counted
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.runtime.session import KEY
@@ -92,14 +93,15 @@ def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[
 def agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> str:
     """How far two lists of results for the same images agree, in words; shares are the mean over the images."""
     mean, count = float(np.mean([*map(_agreement, ours, theirs)])), len(ours)
+    images = counted(count, "image")
     if isinstance(ours[0], Classes | Labels):
         what = "class" if isinstance(ours[0], Classes) else "labels"
-        return f"same {what} on {round(mean * count)} of {count} images"
+        return f"same {what} on {round(mean * count)} of {images}"
     if isinstance(ours[0], LabelMap):
-        return f"same label for {mean:.2%} of the pixels of {count} images"
+        return f"same label for {mean:.2%} of the pixels of {images}"
     if not any(map(len, (*ours, *theirs))):
-        return f"no objects in {count} images"
-    return f"{mean:.2%} of the objects in {count} images found by both (same class, IoU of at least {SAME_IOU})"
+        return f"no objects in {images}"
+    return f"{mean:.2%} of the objects in {images} found by both (same class, IoU of at least {SAME_IOU})"
 
 
 def _agreement(ours: Any, theirs: Any) -> float:

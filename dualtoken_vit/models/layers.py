@@ -57,7 +57,9 @@ def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:
         transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         possible, least = not (transformed or torch.jit.is_tracing()), ONEDNN_MACS
     possible = plain and usual and possible and not (is_exporting() or autocasts_on_cpu())
-    return possible and not is_known(x.numel() * weight.shape[0] < least) and onednn_is_faster()
+    large = possible and not is_known(x.numel() * weight.shape[0] < least)
+    # Wrong shapes get PyTorch's own message from its matrix product.
+    return large and is_known(x.shape[-1] == weight.shape[-1]) and onednn_is_faster()
 
 
 class OneDNNLinear(torch.autograd.Function):

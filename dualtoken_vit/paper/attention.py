@@ -35,7 +35,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable, write_json
 from dualtoken_vit.models.dualtoken import Block, PositionAwareFusion
 from dualtoken_vit.models.layers import Attention
-from dualtoken_vit.predict import find_images, none_readable, tell_unreadable
+from dualtoken_vit.predict import files_in, find_images, none_readable, tell_older, tell_unreadable
 from dualtoken_vit.predictors import load_predictor
 from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.runtime.session import is_exported
@@ -348,6 +348,7 @@ def attention(
     """
     place = _parse_token(token) if token is not None else None
     sources = find_images(images, out, RECORD)
+    before, written = files_in(out), [out / RECORD]
     predictor: Any
     if is_exported(checkpoint):
         predictor = _load_exported(checkpoint, device, image_size, place)
@@ -376,6 +377,7 @@ def attention(
         if every_block:
             figures["blocks.png"] = partial(draw_blocks, seen)
             arrays |= {f"{key}.npy": found for key, found in seen.maps.items()}
+        written += [Path(f"{out / source.place}.{end}") for end in (*figures, *arrays)]
         for end, draw in figures.items():
             save_figure(draw, Path(f"{out / source.place}.{end}"), dpi=200)
         for end, found in arrays.items():
@@ -386,9 +388,11 @@ def attention(
     if len(first) > 1:
         save_figure(partial(draw_key_tokens, first), out / "figure-1.png", dpi=200)
         save_figure(partial(draw_maps, first), out / "figure-4.png", dpi=200)
+        written += [out / "figure-1.png", out / "figure-4.png"]
     if (count := len(record["images"])) > ROWS:
         print(f"figure-1.png and figure-4.png show the first {ROWS} of {count} images", file=sys.stderr)
     write_json(record, out / RECORD)
+    tell_older(out, before, [*written, *(source.path for source in sources)])
     if json:
         print(dumps(record))
     else:

@@ -28,7 +28,7 @@ from dualtoken_vit.data.coco import read_coco
 from dualtoken_vit.data.detection import DetectionDataset, draw_scenes
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.models.two_stream import STRIDE
 from dualtoken_vit.paper.attention import blocks_of, load_classifier, recording
@@ -257,5 +257,6 @@ def localise(
         rows.append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
     groups = [list(group) for _, group in groupby(rows, itemgetter(0))]
     print(table_text(("<network", "<block", *SHARES), groups, markdown))
-    print(f"\n{scores[0].objects} objects in {scores[0].images} of {len(dataset)} images; means over the images.")
+    objects, total = counted(scores[0].objects, "object"), counted(len(dataset), "image")
+    print(f"\n{objects} in {scores[0].images} of {total}; means over the images.")
     print(EXPLANATION)

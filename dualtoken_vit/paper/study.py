@@ -34,7 +34,7 @@ from dualtoken_vit import machine
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.data.classification import Images, build_datasets
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, write_json
+from dualtoken_vit.files import atomic_write, counted, write_json
 from dualtoken_vit.paper.comparison import Result, chance, draw, label, table_of, verdict
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.paper.tables import PUBLISHED, Published, bare, model_of
@@ -338,11 +338,11 @@ def _text(recipe: Classification, base: Base, seeds: int, search: Sequence[float
     """The budget in one line."""
     optim = recipe.optim
     where = Path(recipe.data.root).resolve().name if recipe.data.root else recipe.data.dataset
-    epochs = f"{optim.epochs} epoch{'s' * (optim.epochs > 1)} of {data['training']:,} images"
+    epochs = f"{counted(optim.epochs, 'epoch')} of {data['training']:,} images"
     over = ", ablations of T instead of S" if base == "tiny" else ""
     rates = f"the best of {', '.join(f'{lr:g}' for lr in search)}" if search else f"{optim.lr:g}"
     return (
-        f"{where}, {recipe.data.image_size} pixels, {epochs}, {seeds} seed{'s' * (seeds > 1)}, {optim.optimizer} "
+        f"{where}, {recipe.data.image_size} pixels, {epochs}, {counted(seeds, 'seed')}, {optim.optimizer} "
         f"{rates}, batch size {optim.batch_size}, {data['validation']:,} validation images, last epoch{over}"
     )
 

@@ -7,6 +7,7 @@ docstrings are the command line's help, and bounds stand on the fields. `registe
 recipes, as the module of each task does.
 """
 
+import os
 from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
@@ -16,6 +17,7 @@ from annotated_types import Interval
 
 from dualtoken_vit.bounds import build
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import check_folder
 
 FREE = "may differ when a run is resumed"  # metadata of fields that say where a run reads its data or runs
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -63,11 +65,19 @@ class DataSection:
         """Whether unreadable images are left out."""
         return False
 
+    def check_place(self) -> None:
+        """Raise an InputError where the data cannot be; a quick check, which opens no file."""
+        return None
+
 
 @dataclass(frozen=True)
 class SplitData(DataSection):
     """The data fields of tasks with a training and a validation split."""
 
+    contents: ClassVar[str] = ""
+    """What `root` contains in the default format of `dataset`."""
+    one_table: ClassVar[bool] = False
+    """Whether `root` may be a CSV or Parquet table instead."""
     root: Annotated[str, FREE] = ""
     """Dataset folder."""
     train_split: str = "train"
@@ -76,6 +86,15 @@ class SplitData(DataSection):
     """Name of the validation split or its folder."""
     holdout: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
     """Fraction of the training images to validate on, instead of the validation split."""
+
+    def check_place(self) -> None:
+        if not self.contents or self.dataset.partition("/")[0].lower() != type(self).dataset:
+            return
+        if not self.root:
+            raise InputError(f"--data.root is missing: give the folder that contains {self.contents}")
+        table = self.one_table and self.root.lower().endswith((".csv", ".parquet"))
+        if not (table and os.path.isfile(self.root)):
+            check_folder(self.root, self.contents)
 
 
 @dataclass(frozen=True)

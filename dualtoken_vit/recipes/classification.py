@@ -25,6 +25,8 @@ class ClassificationInput:
 class ClassificationData(ClassificationInput, SplitData):
     """The images."""
 
+    contents: ClassVar[str] = "train/CLASS/*.jpg and val/CLASS/*.jpg"
+    one_table: ClassVar[bool] = True
     dataset: str = "folder"
     """folder: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, with holdout also ROOT/CLASS/*.jpg, or a CSV or Parquet
     table of files and classes in ROOT; shapes: generated images; imagenette: downloaded by torchvision; or a timm

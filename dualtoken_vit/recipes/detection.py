@@ -29,6 +29,7 @@ class DetectionInput:
 class DetectionData(DetectionInput, SplitData):
     """The images and their objects."""
 
+    contents: ClassVar[str] = "images and labels"
     dataset: str = "coco"
     """coco: images and labels in files; shapes: generated images with boxes and masks."""
     root: Annotated[str, FREE] = ""
@@ -48,6 +49,24 @@ class DetectionData(DetectionInput, SplitData):
     f is the share of the images that contain its rarest class. 0: every image once; 0.5: as LVIS's repeat factors."""
     limit: Annotated[int | None, Count] = None
     """Use only the first images of each split, for a quick test or to overfit on purpose."""
+
+    def check_place(self) -> None:
+        if self.root:
+            super().check_place()
+        elif self.dataset.lower() == "coco":
+            self.files("train")
+
+    def files(self, split: str) -> tuple[str, str]:
+        """The COCO json of train or val and the folder of its images; an InputError for a field that is missing."""
+        images = self.val_images if split == "val" and self.val_images else self.images
+        path = {"train": self.train_json, "val": self.val_json}[split]
+        for flag, value, what in (
+            ("--data.images", images, "the folder of the images, or --data.root DIR with images and labels"),
+            (f"--data.{split}-json", path, "the COCO json with their objects"),
+        ):
+            if not value:
+                raise InputError(f"{flag} is missing: give {what}")
+        return path, images
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dualtoken_vit.recipes.classification import ADAMW, FOLDER, ClassificationIn
 class MultiLabelData(ClassificationInput, SplitData):
     """The images and their labels."""
 
+    contents: ClassVar[str] = "a CSV or Parquet table and its images"
+    one_table: ClassVar[bool] = True
     dataset: str = "table"
     """table: images, and a CSV or Parquet table of files and labels; shapes: generated images."""
     root: Annotated[str, FREE] = ""

@@ -31,6 +31,7 @@ class SegmentationInput:
 class SegmentationData(SegmentationInput, SplitData):
     """The images and their masks."""
 
+    contents: ClassVar[str] = "images/train, annotations/train, ..."
     dataset: str = "masks"
     """masks: images and labels in files; shapes: generated images."""
     format: str = "auto"

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dualtoken_vit.data.rle import encode_mask
-from dualtoken_vit.files import Spool
+from dualtoken_vit.files import Spool, counted
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.show.drawing import SIDE, draw_card, draw_objects, draw_scene, fit, palette
 
@@ -150,7 +150,7 @@ class ObjectsReport(Report[Objects]):
     def draw(self, title: str, image: Image.Image, result: Objects) -> tuple[Image.Image, Image.Image, Caption]:
         objects = {key: value for key, value in vars(result).items() if value is not None}
         drawing = draw_objects(image, objects, self.predictor.class_names)
-        return drawing, drawing, (f"{len(result)} object{'s' * (len(result) != 1)}", None)
+        return drawing, drawing, (counted(len(result), "object"), None)
 
 
 def to_results(image_id: int, found: Objects, category_ids: Sequence[int]) -> list[dict[str, Any]]:

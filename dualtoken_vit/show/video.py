@@ -11,7 +11,7 @@ from typing import Any, Self
 from PIL import Image
 
 from dualtoken_vit.errors import InputError, first_line
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import atomic_write, counted, printable
 
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 WRITTEN = {".mkv": "matroska", ".mov": "mov", ".mp4": "mp4"}  # FFmpeg's names
@@ -71,7 +71,7 @@ class Video:
                 # The frame is stored unrotated, with the angle by which a player turns it counterclockwise.
                 yield seconds, frame.to_image().rotate(frame.rotation, expand=True)
         except (self.av.FFmpegError, ValueError) as error:
-            raise InputError(f"{self.name}: damaged after {count} frames: {first_line(error)}") from error
+            raise InputError(f"{self.name}: damaged after {counted(count, 'frame')}: {first_line(error)}") from error
         finally:
             self.container.close()
         if not self.camera and self.seconds - seconds > max(1, 0.05 * self.seconds):  # FFmpeg takes the end as it comes

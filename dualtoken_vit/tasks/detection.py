@@ -23,7 +23,7 @@ from dualtoken_vit.data.detection import DetectionDataset, build_datasets, build
 from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
 from dualtoken_vit.models.detectors import DETECTIONS, SCORE_THRESHOLD, build_detector, create_detector, refusing_nan
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
@@ -200,7 +200,7 @@ class DetectionTask(Task[Detection]):
         if not train.trained:
             raise InputError(f"{train.name}: no object to train on; see check-data")
         if train.dropped:
-            note = f"{train.dropped} objects with less than {MIN_SIDE:g} pixel in the image are not trained on"
+            note = f"not trained on: {counted(train.dropped, 'object')} with less than {MIN_SIDE:g} pixel in the image"
             train.notes = (*train.notes, note)
         if recipe.data.max_size < recipe.data.image_size:
             limit = f"--data.max-size {recipe.data.max_size}, which limits the long side, is below"

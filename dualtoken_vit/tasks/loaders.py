@@ -9,6 +9,7 @@ import lightning
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import full_batches, loader
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import counted
 from dualtoken_vit.recipes import Recipe
 
 
@@ -68,7 +69,7 @@ class Loaders(lightning.LightningDataModule):
         try:
             for title, dataset in (("training", self.train), ("validation", self.val)):
                 if names := dataset.verify(skip=self.recipe.data.skip):
-                    print(f"skipped {len(names)} unreadable {title} images")
+                    print(f"skipped {counted(len(names), f'unreadable {title} image')}")
         except InputError as error:
             self.problem = str(error)
 
@@ -80,9 +81,8 @@ class Loaders(lightning.LightningDataModule):
         self.load_state_dict(found)
         count, world = len(self.val), self.trainer.world_size
         if count < world:
-            raise InputError(
-                f"{count} validation images cannot be shared by {world} processes; use fewer --run.devices"
-            )
+            images = counted(count, "validation image")
+            raise InputError(f"{images} cannot be shared by {world} processes; use fewer --run.devices")
 
     def state_dict(self) -> dict[str, Any]:
         return {"train": self.train.state_dict(), "val": self.val.state_dict()}

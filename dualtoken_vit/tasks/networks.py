@@ -8,7 +8,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 import timm
 import torch
@@ -20,6 +20,8 @@ from dualtoken_vit.checkpoint import own_weights
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.models.backbone import check_size, constructor_arguments
 from dualtoken_vit.recipes import Model, model_kwargs
+
+CONNECT_SECONDS = 3  # for each address of a server; enough for a lost packet to be sent again
 
 
 def choose_weights(recipe: Model) -> Model:
@@ -45,20 +47,26 @@ def _known_cfg(name: str) -> Any:
         raise InputError(f"--model.name {name}: timm has no such weights; there are {known}") from error
 
 
-def _reaches(url: str) -> bool:
-    """Whether the name of a server can be resolved; behind a proxy, that is the proxy's task."""
-    proxies = getproxies().keys() - {"no"}  # NO_PROXY alone is none
+def reaches(url: str) -> bool:
+    """Whether a server, or the proxy before it, takes connections: huggingface_hub itself would wait for minutes."""
+    target = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(target.scheme, proxies.get("all"))
+    if proxy and not proxy_bypass(target.netloc):
+        target = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+    port = target.port or {"https": 443, "http": 80}.get(target.scheme, 1080)  # of SOCKS
     try:
-        return bool(proxies or socket.getaddrinfo(urlsplit(url).hostname, None))
+        with socket.create_connection((target.hostname, port), CONNECT_SECONDS):
+            return True
     except OSError:
         return False
 
 
 @contextmanager
 def _cached_without_network() -> Iterator[None]:
-    """Inside, without a network, huggingface_hub looks into its cache alone: else it tries again for half a minute."""
+    """Inside, where the Hub cannot be reached, huggingface_hub looks into its cache alone."""
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _reaches(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = before or not reaches(constants.ENDPOINT)
     try:
         yield
     finally:
@@ -124,7 +132,9 @@ def _refusal(recipe: Model, error: Exception) -> str:
         return f"--model.args {' '.join(recipe.args)}: {fault}"
     if isinstance(error, LocalEntryNotFoundError):
         fault = f"{constants.ENDPOINT} cannot be reached, and the cache of huggingface_hub does not have these weights"
-        return f"--model.name {name}: {fault}; connect once, or copy the folder HF_HOME from a machine that has them"
+        remedy = "connect once, or copy the folder HF_HOME from a machine that has them"
+        without = "" if ":" in name else ", or give --model.checkpoint FILE or --model.pretrained false"
+        return f"--model.name {name}: {fault}; {remedy}{without}"
     fetched = recipe.pretrained or ":" in name
     if args and not (fetched and isinstance(error, RuntimeError | OSError)):
         return f"--model.args {' '.join(recipe.args)}: {reason}"

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.contract import some
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, write_json
+from dualtoken_vit.files import atomic_write, counted, write_json
 from dualtoken_vit.header import Entry, faults
 from dualtoken_vit.recipes import RECIPES, Recipe, flatten, free_on_resume, from_dict, to_dict
 from dualtoken_vit.show import plots
@@ -229,7 +229,7 @@ class RunFolder(Callback):
             each = "step" if steps == 1 else "steps"
             print(f"{train} training and {val} validation images, {steps} {each} an epoch", flush=True)
             if val < FEW:
-                print(f"only {val} validation images: {task.uncertainty(val)}", flush=True)
+                print(f"only {counted(val, 'validation image')}: {task.uncertainty(val)}", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)
         for row in self.history:
             if row["step"] == trainer.global_step:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.checkpoint import load_weights, own_weights
 from dualtoken_vit.errors import InputError, reason
+from dualtoken_vit.files import counted
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.recipes import RECIPES, Recipe, Run
 from dualtoken_vit.tasks import run_folder
@@ -81,7 +82,7 @@ def _share(recipe: Recipe, world: int) -> int:
         )
     share = recipe.optim.batch_size // parts
     if fault := get_task(recipe.task).share_fault(recipe, share):
-        images = f"{share} image{'s' * (share != 1)}"
+        images = counted(share, "image")
         raise InputError(f"{fault}, but a batch has {images}; give --optim.batch-size {(share + 1) * parts}")
     return share
 

@@ -25,7 +25,7 @@ from dualtoken_vit.data.detection import DetectionDataset, read_split
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import detection_train
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.recipes import Detection
 from dualtoken_vit.show.drawing import draw_objects, spread
 
@@ -131,8 +131,10 @@ def _summary(name: str, checked: _Checked) -> Iterator[str]:
     areas = [one["bbox"][2] * one["bbox"][3] for one in objects]
     small, large = sum(area < 32**2 for area in areas), sum(area >= 96**2 for area in areas)
     crowds, masks = len(annotations) - len(objects), sum(bool(one.get("segmentation")) for one in annotations)
-    yield f"{name}: {images} images, {images - len(most)} without objects; up to {max(most.values(), default=0)} in one"
-    yield f"{name}: {len(areas)} objects, {small} below 32x32 px, {large} of 96x96 and more; {crowds} crowds"
+    empty, highest = images - len(most), max(most.values(), default=0)
+    yield f"{name}: {counted(images, 'image')}, {empty} without objects; up to {highest} in one"
+    sized = f"{counted(len(areas), 'object')}, {small} below 32x32 px, {large} of 96x96 and more"
+    yield f"{name}: {sized}; {counted(crowds, 'crowd')}"
     yield f"{name}: {masks} of the {len(annotations)} annotations have a segmentation"
 
 

@@ -7,6 +7,7 @@ from dualtoken_vit.data.check import report
 from dualtoken_vit.data.multilabel import MultiLabelDataset, read_split
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import classification_train
+from dualtoken_vit.files import counted
 from dualtoken_vit.recipes import MultiLabel
 from dualtoken_vit.show.drawing import draw_scene, spread
 
@@ -28,7 +29,8 @@ def check(recipe: MultiLabel, out: Path, augmented: bool = False) -> bool:
     for role, dataset in datasets.items():
         none, most = sum(not labels for labels in dataset.labels), max(map(len, dataset.labels))
         mean = sum(map(len, dataset.labels)) / len(dataset)
-        lines.append(f"{role}: {len(dataset)} images, {none} without labels; {mean:.2f} labels per image, up to {most}")
+        images = counted(len(dataset), "image")
+        lines.append(f"{role}: {images}, {none} without labels; {mean:.2f} labels per image, up to {most}")
     train = datasets["train"]
     sound = spread([index for index, fact in enumerate(facts["train"]) if not fact.problem])
     if augmented:

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dualtoken_vit.data.images import load_image, naming, open_image, orientation
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.show.drawing import draw_labelled, save_image
 
 _SHOWN = 20  # lines of each kind of problem that may be frequent; unreadable images are all listed
@@ -156,7 +156,7 @@ def contact_sheet(drawings: Iterable[Image.Image], path: Path) -> str:
     if not drawn:
         return "no image of train has labels to draw"
     save_image(draw_labelled(drawn), path)
-    return f"{len(drawn)} images with their labels: {path}"
+    return f"{counted(len(drawn), 'image')} with their labels: {path}"
 
 
 def _properties(splits: Splits) -> Iterator[str]:
@@ -175,8 +175,9 @@ def _notes(splits: Splits, labels: str) -> Iterator[str]:
     for split, facts in splits.items():
         digests = [fact.digest for fact in facts if not fact.problem]
         if number := len(digests) - len(set(digests)):
-            yield f"{number} images of {split} are exact copies of others in it"
+            yield f"images of {split} that are exact copies of others in it: {number}"
         names = [fact.name for fact in facts if fact.rotated]
         if names and labels:
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            yield f"{len(names)} images of {split} are rotated by EXIF; {labels} must fit the rotated image: {listed}"
+            images = counted(len(names), "image")
+            yield f"rotated by EXIF in {split}: {images}; {labels} must fit the rotated image: {listed}"

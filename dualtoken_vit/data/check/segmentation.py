@@ -15,7 +15,7 @@ from dualtoken_vit.data.contract import split_name
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 from dualtoken_vit.recipes import Segmentation
 from dualtoken_vit.show.drawing import draw_scene, spread
 
@@ -50,7 +50,8 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     lines = []
     for name, count in counts.items():
         ignored = count[segmentation.IGNORE] / max(count.sum(), 1)
-        lines.append(f"{name}: {len(facts[name])} images with a mask; {ignored:.1%} of the pixels are ignored")
+        images = counted(len(facts[name]), "image")
+        lines.append(f"{name}: {images} with a mask; {ignored:.1%} of the pixels are ignored")
     sound = [i for i, pair in enumerate(found[first]) if not (pair.problem or pair.facts.problem)]
     shown = segmentation.SegmentationDataset(train, names, table)
     if augmented:

@@ -8,7 +8,8 @@ from dualtoken_vit.data.formats import coco, labelme, table, voc, yolo
 from dualtoken_vit.data.formats.base import Format
 from dualtoken_vit.data.splits import ALL, SPLITS
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import check_folder, printable
+from dualtoken_vit.recipes import DetectionData
 
 FORMATS: dict[str, Format] = {
     "coco": coco.FORMAT,
@@ -33,8 +34,7 @@ def detect(root: str | Path, format: str = "auto", flag: str = "--data.format") 
     name, root = printable(root), Path(root)
     if format != "auto" and format not in FORMATS:
         raise InputError(f"{flag} {format}: unknown format; choose from auto, {', '.join(FORMATS)}")
-    if not root.is_dir():
-        raise InputError(f"{name}: no such folder; give the one that contains images and labels")
+    check_folder(root, DetectionData.contents)
     found = matching(root) if format == "auto" else {format: FORMATS[format].detect(root)}
     if len(found) > 1:
         raise InputError(f"{name}: has labels in several formats: {', '.join(found)}; choose one with {flag}")
@@ -55,5 +55,5 @@ def read(root: str, format: str, split: str) -> AnnotatedImages:
         remedy = "give --data.holdout 0.1, or another --data.train-split, --data.val-split"
         raise InputError(f"{printable(root)}: no split {split!r} of the format {name}; there is {there}: {remedy}")
     found = FORMATS[name].read(Path(root), splits[wanted])
-    usable = tuple(each for each, place in splits.items() if FORMATS[name].usable(Path(root), place))
+    usable = tuple(each for each, place in splits.items() if each == wanted or FORMATS[name].usable(Path(root), place))
     return found._replace(name=f"{root} ({wanted})" if found.name == root else found.name, splits=usable)

@@ -24,7 +24,7 @@ class Format(NamedTuple):
     write: Callable[[Mapping[str, AnnotatedImages], Path], list[str]] | None = None
     """Write valid splits into an empty folder, images included; returns a line on each thing that the format lacks."""
     usable: Callable[[Path, Any], bool] = lambda root, found: True
-    """Whether the files of a split, what `detect` found, are there: a list of splits may name more."""
+    """Whether a split, what `detect` found, is there and has labels: the test split of a competition has none."""
 
 
 def number(text: Any) -> float:

@@ -1,8 +1,11 @@
 """COCO json files in a folder with their images: COCO's own layout, and those of Roboflow, CVAT and Label Studio."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from mmap import ACCESS_READ, mmap
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,17 @@ def _read(root: Path, path: Path) -> AnnotatedImages:
     return split._replace(folder=str(folder), coco=_without_root(split.coco))
 
 
+def _usable(root: Path, path: Path) -> bool:
+    """Whether there are annotations. The file may be huge, and is not parsed."""
+    with (
+        suppress(OSError, ValueError),  # the latter for an empty file
+        path.open("rb") as file,
+        mmap(file.fileno(), 0, access=ACCESS_READ) as content,
+    ):
+        return re.search(rb'"annotations"\s*:\s*\[\s*\{', content) is not None
+    return False
+
+
 def _without_root(coco: dict[str, list]) -> dict[str, list]:
     """Without the category that Roboflow puts above the others: it has no object and is their supercategory."""
     categories = [one for one in coco["categories"] if isinstance(one, dict)]
@@ -74,4 +88,4 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
     return []
 
 
-FORMAT = Format(_detect, _read, _write)
+FORMAT = Format(_detect, _read, _write, _usable)

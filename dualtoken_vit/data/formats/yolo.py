@@ -17,7 +17,7 @@ from dualtoken_vit.data.folders import image_files, read_lines
 from dualtoken_vit.data.formats.base import Format, Labels, class_names, labelled, number, polygons_of, sizes, text
 from dualtoken_vit.data.splits import ALL, find, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 
 EXACT = 1e-3  # pixels within which boxes are the same
 PIXELS = 2.0  # larger coordinates are no fractions; smaller ones, beyond the image, are for check-data to report
@@ -117,8 +117,11 @@ def _base(root: Path) -> Path:
 
 
 def _usable(root: Path, entries: list[str]) -> bool:
-    """Roboflow names a test split in every data.yaml, also where it exports none."""
-    return all(_inside(root, _base(root), entry) for entry in entries)
+    """Whether any image has labels. Roboflow names a test split in every data.yaml, also where it exports none."""
+    try:
+        return any(_label_file(path).is_file() for path in _images(root, entries))
+    except InputError:
+        return False
 
 
 def _inside(root: Path, base: Path, entry: str) -> Path | None:
@@ -163,7 +166,7 @@ def _read(root: Path, entries: list[str]) -> AnnotatedImages:
                 labels.add(names[label], corners, where, polygons)
     if paths and not labelled and not labels.problems:
         example = f"{printable(_label_file(paths[0]))} for {printable(paths[0])}"
-        raise InputError(f"{printable(root)}: none of the {len(paths)} images has a label file; expected {example}")
+        raise InputError(f"{printable(root)}: no image has a label file; expected {example}")
     return labels.collect()
 
 
@@ -236,13 +239,13 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
     crowds = sum(bool(one.get("iscrowd")) for split in splits.values() for one in split.coco["annotations"])
     masks = sum(isinstance(one.get("segmentation"), dict) for one in objects)
     lost = {
-        f"{crowds} crowd regions left out: YOLO has none": crowds,
-        f"{drawn} polygons left out: {len(objects) - drawn} objects have none, so boxes are written": drawn
-        and not polygons,
-        f"{masks} masks left out: YOLO has none": masks,
-        f"{clipped} boxes clipped to their image": clipped,
-        f"{joined} objects of several polygons joined into one each, with the same mask": joined,
-        f"{moved} boxes that are not those of their polygons left out: YOLO derives them": moved,
+        f"{counted(crowds, 'crowd region')} left out: YOLO has none": crowds,
+        f"{counted(drawn, 'polygon')} left out: {counted(len(objects) - drawn, 'object')} without one, so boxes are "
+        "written": drawn and not polygons,
+        f"{counted(masks, 'mask')} left out: YOLO has none": masks,
+        f"{counted(clipped, 'box')} clipped to the image": clipped,
+        f"{counted(joined, 'object')} of several polygons joined into one each, with the same mask": joined,
+        f"{counted(moved, 'box')} other than the polygons' extent left out: YOLO derives boxes": moved,
     }
     return [line for line, count in lost.items() if count]
 

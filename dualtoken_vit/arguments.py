@@ -54,9 +54,10 @@ class Evaluate(Generic[D]):
     out: Path | None = None
     """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
     json: bool = False
-    """Print one JSON object, and nothing else. Classification: top1, top5 (of more than five classes), loss, ece,
-    images; detection: box, mask, images; segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares
-    are between 0 and 1."""
+    """Print one JSON object, and nothing else. Classification: top1, top5 (of more than five classes),
+    mean_accuracy and f1 (means of the classes), loss, ece, images; multi-label: map, f1, micro_f1, loss, images;
+    detection: box, mask, images; segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are
+    between 0 and 1."""
 
 
 @dataclass(frozen=True)

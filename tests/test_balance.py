@@ -1,7 +1,8 @@
-"""Class imbalance in classification: weights and sampling, compared with hand counts and torch's weighted loss."""
+"""Class imbalance: weights and sampling, compared with hand counts and torch's weighted loss."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from tiny_runs import module, recipe
 from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.detection import save_scenes
+from dualtoken_vit.models.detectors import build_detector
 from dualtoken_vit.recipes import RECIPES, Model
+from dualtoken_vit.tasks import detection
 from dualtoken_vit.tasks.registry import get_task
 
 
@@ -86,14 +89,24 @@ def test_images_are_drawn_by_the_size_of_their_class(rare, power):
     np.testing.assert_allclose(train.weights / np.sum(train.weights), relative / relative.sum())
 
 
-def test_detection_draws_images_by_their_rarest_class(tmp_path):
-    """From the COCO file by numpy."""
+@pytest.fixture
+def scenes(tmp_path):
+    """A detection recipe with 12 images of shapes, of which some are crowds, and their COCO file."""
     save_scenes(tmp_path, size=64, train=12, val=2)
     files = {f"{split}_json": str(tmp_path / "annotations" / f"instances_{split}.json") for split in ("train", "val")}
     base = RECIPES["coco"]
-    data = replace(base.data, images=str(tmp_path / "images"), image_size=64, balanced=0.5, **files)
-    made = replace(base, data=data, model=Model(args=("dims=(16,32,32)", "depths=(1,1,1)")))
-    coco = json.loads((tmp_path / "annotations" / "instances_train.json").read_text())
+    data = replace(base.data, images=str(tmp_path / "images"), image_size=64, **files)
+    coco = json.loads(Path(files["train_json"]).read_text())
+    for one in coco["annotations"]:
+        one["iscrowd"] = int(one["id"] % 5 == 0)
+    Path(files["train_json"]).write_text(json.dumps(coco))
+    return replace(base, data=data, model=Model(args=("dims=(16,32,32)", "depths=(1,1,1)"))), coco
+
+
+def test_detection_draws_images_by_their_rarest_class(scenes):
+    """From the COCO file by numpy."""
+    made, coco = scenes
+    made = replace(made, data=replace(made.data, balanced=0.5))
     present = np.zeros((12, 7), bool)
     for one in coco["annotations"]:
         if not one["iscrowd"]:
@@ -101,3 +114,23 @@ def test_detection_draws_images_by_their_rarest_class(tmp_path):
     factors = np.where(present, 1 / np.sqrt(np.maximum(present.mean(0), 1 / 12)), 1.0).max(1)
     assert get_task("detection").prepare(made, made.model).train.weights == pytest.approx(factors.tolist())
     assert len(set(factors)) > 2
+
+
+@pytest.mark.parametrize("kind", ["equal", "inverse", "effective"])
+def test_detection_weighs_classes_by_their_objects(scenes, monkeypatch, kind):
+    """From the COCO file by numpy; a class has no object."""
+    made, coco = scenes
+    coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] != 4]
+    Path(made.data.train_json).write_text(json.dumps(coco))
+    built = []
+    monkeypatch.setattr(detection, "build_detector", lambda **args: built.append(args) or build_detector(**args))
+    get_task("detection").prepare(replace(made, class_weights=kind), made.model)
+    counts = np.bincount([one["category_id"] for one in coco["annotations"] if not one["iscrowd"]], minlength=7)[1:]
+    assert counts[3] == 0
+    assert len(set(counts)) > 3
+    weights = np.zeros(6)
+    there = counts > 0
+    weights[there] = 1 / (counts[there] if kind == "inverse" else 1 - 0.999 ** counts[there])
+    weights *= counts.sum() / (weights @ counts)
+    found = built[0]["class_weights"]
+    assert found is None if kind == "equal" else found.tolist() == pytest.approx(weights.tolist(), rel=1e-5)

@@ -235,7 +235,7 @@ def test_from_images_to_predictions(call, photos, tmp_path):
     status, out, _ = call("evaluate", run / "best.safetensors", "--json", "--device", "cpu")
     assert status == 0
     found = json.loads(out)
-    assert list(found) == ["top1", "loss", "ece", "images"]
+    assert list(found) == ["top1", "mean_accuracy", "f1", "loss", "ece", "images"]
     assert found["images"] == 18
     assert 0 <= found["top1"] <= 1
     assert "top5" not in (run / "metrics.csv").read_text() + (run / "evaluation.json").read_text()  # of three classes

@@ -62,7 +62,8 @@ def arguments(scenes, out, *more, detector="retinanet", **settings):
 def trained(request, scenes, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "run"
     torch.set_num_threads(1)
-    assert cli.run(arguments(scenes, out, detector=request.param, augment__multi_scale=48)) == 0
+    settings = {"augment__multi_scale": 48, "class_weights": "inverse"}
+    assert cli.run(arguments(scenes, out, detector=request.param, **settings)) == 0
     return request.param, out
 
 
@@ -267,6 +268,9 @@ def test_images_of_many_sizes_with_crowds(motley, tmp_path, capsys, precision):
             evaluation.summarize()
         assert list(found[kind].values()) == pytest.approx(evaluation.stats.tolist(), abs=1e-6)
     assert found["images"] == 5
+    objects = {one["name"]: len(coco.getAnnIds(catIds=one["id"], iscrowd=False)) for one in truth["categories"]}
+    assert found["objects"] == objects
+    assert sum(objects.values()) < len(truth["annotations"])  # some are crowds
     if precision == "32-true":  # however many go in together
         one, three = (
             json.loads(call(capsys, "evaluate", tmp_path / "run" / "best.safetensors", "--json", *more)[1])
@@ -344,9 +348,11 @@ def test_a_checkpoint_says_what_it_is(trained):
 def test_killed_and_resumed(trained, scenes, tmp_path):
     detector, whole = trained
     out = tmp_path / "run"
-    args = arguments(scenes, out, detector=detector, augment__multi_scale=48)
+    args = arguments(scenes, out, detector=detector, augment__multi_scale=48, class_weights="inverse")
     die(args, "saved last.ckpt", 1)
     assert torch.load(out / "last.ckpt")["global_step"] == 2  # of 3 in the first epoch
+    with pytest.raises(InputError, match=r"--class-weights is inverse in the run in .*, not equal"):
+        cli.run([*args, "--class-weights", "equal", "--resume"])
     assert cli.run([*args, "--resume"]) == 0
     assert_same_run(out, whole, kinds={"state_dict", "optimizer_states"}, files=("metrics.csv", "detections-box.json"))
 
@@ -355,7 +361,7 @@ def test_two_processes_count_each_image_once(scenes, tmp_path, capsys):
     start = tmp_path / "start"
     assert cli.run(arguments(scenes, start)) == 0
     settings = {"optim__optimizer": "sgd", "optim__epochs": 1, "augment__hflip": 0, "optim__warmup_steps": 0}
-    settings |= {"optim__lr": 1e-3, "model__checkpoint": start / "best.safetensors"}
+    settings |= {"class_weights": "inverse", "optim__lr": 1e-3, "model__checkpoint": start / "best.safetensors"}
     assert cli.run(arguments(scenes, tmp_path / "begin", **settings | {"optim__lr": 1e-12})) == 0
     assert cli.run(arguments(scenes, tmp_path / "one", **settings)) == 0
     finished = run(["-m", "dualtoken_vit.cli", *arguments(scenes, tmp_path / "two", **settings, run__devices=2)])

@@ -1,4 +1,4 @@
-"""Losses of the detectors: gradients, crowd regions, torchvision's values."""
+"""Losses of the detectors: gradients, crowd regions, weights of classes, torchvision's values."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tiny_detectors import KINDS, confident, create, target
 from torchvision.models.detection import fcos, retinanet, ssd
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from dualtoken_vit.models.detectors import in_crowd
 
@@ -143,3 +144,89 @@ def test_ssdlite_learns_from_images_without_objects():
     background = F.cross_entropy(outputs["cls_logits"][1], torch.zeros(count, dtype=torch.int64), reduction="none")
     expected = expected + background.sort().values[-3:].sum() / 5
     torch.testing.assert_close(losses, expected)
+
+
+# Weights of classes
+
+WEIGHTS = torch.tensor([0.0, 0.25, 3.0])  # no object of the first class
+PAIR = target(100, 100, [[0, 0, 20, 20], [30, 60, 50, 80]], [1, 2], crowd=[[10, 0, 60, 50], [80, 80, 90, 90]])
+
+
+def dense_loss(kind, class_weights, outputs):
+    """The losses of the 24 anchors in an image with two objects, and in one without objects."""
+    detector = create(kind, class_weights=class_weights)
+    anchors, targets = [ANCHORS.repeat(3, 1)] * 2, [PAIR, target(100, 100)]
+    if kind == "retinanet":
+        return detector.compute_loss(targets, outputs, anchors)
+    matches = [torch.full((24,), -1), torch.full((24,), -1)]
+    matches[0][[0, 6]] = torch.tensor([0, 1])
+    if kind == "fcos":
+        return detector.head.compute_loss(targets, outputs, anchors, matches)
+    labels = [{**t, "labels": t["labels"] + 1} for t in targets]
+    return detector.compute_loss(labels, outputs, anchors, matches)
+
+
+def weighted_loss(kind, logits):
+    """The same classification loss with weights, written down."""
+    crowd = in_crowd(ANCHORS, PAIR).repeat(3)
+    labels = torch.full((24,), -1)
+    places = [0, 6] if kind != "retinanet" else [k + 8 * copy for k in (0, 1, 6) for copy in range(3)]
+    for place in places:
+        labels[place] = 2 if place % 8 == 6 else 1
+    found, near, scale = labels >= 0, (labels < 0) & ~crowd, torch.where(labels >= 0, WEIGHTS[labels], 1)
+    if kind == "ssdlite":  # three negatives for each positive, the hardest
+        negatives = [F.cross_entropy(x, torch.zeros(24, dtype=torch.int64), reduction="none") for x in logits]
+        positives = F.cross_entropy(logits[0], labels + 1, reduction="none") * scale
+        hardest = negatives[0][near].topk(6).values.sum() + negatives[1].topk(3).values.sum()
+        return (positives[found].sum() + hardest) / 2
+    one_hot = F.one_hot(labels + 1, 4)[:, 1:].float()
+    first = (sigmoid_focal_loss(logits[0], one_hot) * scale[:, None])[found | near].sum()
+    second = sigmoid_focal_loss(logits[1], torch.zeros(24, 3)).sum()
+    return (first / len(places) + second) / 2 if kind == "retinanet" else (first + second) / len(places)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "ssdlite"])
+def test_gradients_with_class_weights_are_those_of_the_weighted_loss(kind):
+    torch.manual_seed(0)
+    outputs = dict(
+        cls_logits=torch.randn(2, 24, 3 + (kind == "ssdlite"), requires_grad=True),
+        bbox_regression=torch.rand(2, 24, 4, requires_grad=True),
+    )
+    if kind == "fcos":
+        outputs["bbox_ctrness"] = torch.randn(2, 24, 1, requires_grad=True)
+    logits, *others = outputs.values()
+    losses, plain = dense_loss(kind, WEIGHTS, outputs), dense_loss(kind, None, outputs)
+    assert losses == plain  # as they are logged
+    (found,) = torch.autograd.grad(losses["classification"], logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(weighted_loss(kind, logits), logits)
+    torch.testing.assert_close(found, expected)
+    (unweighted,) = torch.autograd.grad(plain["classification"], logits, retain_graph=True)
+    assert not torch.allclose(found, unweighted)
+    del losses["classification"], plain["classification"]
+    for one, other in zip(*(torch.autograd.grad(sum(each.values()), others) for each in (losses, plain)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_of_mask_rcnn_s_class_scores():
+    """All proposals outside crowd regions are sampled, and the objects themselves."""
+    torch.manual_seed(0)
+    features = {key: torch.rand(1, 256, side, side) for key, side in zip("0123", (25, 13, 7, 4), strict=True)}
+    targets, found = [{**PAIR, "labels": PAIR["labels"] + 1}], []
+    for weights in (None, WEIGHTS):
+        heads = create("mask-rcnn", class_weights=weights).roi_heads
+        scores = []
+        heads.box_predictor.cls_score.register_forward_hook(lambda module, x, out, scores=scores: scores.append(out))
+        losses = heads(features, [ANCHORS], [(100, 100)], targets)[1]
+        gradients = torch.autograd.grad(losses["loss_classifier"], scores, retain_graph=True)
+        boxes = torch.autograd.grad(losses["loss_box_reg"], heads.box_predictor.bbox_pred.weight)
+        found.append((losses, boxes[0], gradients[0], scores[0]))
+    (plain, plain_boxes, before, _), (losses, boxes, gradient, logits) = found
+    assert losses == plain  # as they are logged
+    assert torch.equal(boxes, plain_boxes)
+    kept = torch.cat([ANCHORS[[0, 1, 4, 5, 6]], PAIR["boxes"]])
+    best, index = box_iou(kept, PAIR["boxes"]).max(1)
+    truth = torch.where(best >= 0.5, PAIR["labels"][index] + 1, 0)
+    assert truth.tolist() == [2, 2, 0, 0, 3, 2, 3]
+    loss = F.cross_entropy(logits, truth, reduction="none") * torch.tensor([1, *WEIGHTS])[truth]
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss.mean(), logits)[0])
+    assert not torch.allclose(gradient, before)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.loss import AsymmetricLossMultiLabel
 
 from dualtoken_vit import load_predictor
 from dualtoken_vit.data.check.multilabel import check as check_data
@@ -219,6 +220,30 @@ def test_losses():
     assert torch.allclose(other.criterion(logits, targets), -focused, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["inverse", "effective"])
+@pytest.mark.parametrize("loss", ["bce", "asymmetric"])
+def test_weighted_losses_are_torch_s_and_timm_s(root, tmp_path, loss, kind):
+    """Their pos_weight, with weights that have a mean of 1 over all labels of the training images."""
+    rare = [line for line in (root / "train.csv").read_text().splitlines() if "red" not in line or "green" in line]
+    (tmp_path / "train.csv").write_text("\n".join(rare))
+    (tmp_path / "val.csv").write_text((root / "val.csv").read_text())
+    (tmp_path / "images").symlink_to(root / "images")
+    counts = np.array([sum(name in line for line in rare) for name in NAMES])
+    assert counts.tolist() == [12, 16, 8]
+    weights = 1 / (counts if kind == "inverse" else 1 - 0.999**counts)
+    weights = torch.from_numpy(weights * counts.sum() / (weights @ counts)).float()
+    base = RECIPES["multilabel"]
+    recipe = replace(base, loss=loss, class_weights=kind, data=replace(base.data, root=str(tmp_path), image_size=32))
+    task = TASK.prepare(recipe, replace(base.model, args=ARGS, pretrained=False)).module
+    task.log, task.model = lambda *args, **kwargs: None, torch.nn.Flatten()
+    logits, targets = torch.randn(6, 3), torch.randint(0, 2, (6, 3)).float()
+    if loss == "bce":
+        expected = torch.nn.BCEWithLogitsLoss(pos_weight=weights)(logits, targets)
+    else:
+        expected = AsymmetricLossMultiLabel(reduction="mean", pos_weight=weights)(logits, targets)
+    torch.testing.assert_close(task.training_step((logits[..., None, None], targets), 0), expected)
+
+
 # End to end
 
 
@@ -228,6 +253,7 @@ def run(root, tmp_path_factory):
     base = RECIPES["multilabel"]
     recipe = replace(
         base,
+        class_weights="effective",
         model=replace(base.model, args=ARGS, pretrained=False),
         data=replace(base.data, root=str(root), image_size=32, workers=0, balanced=0.5),
         augment=replace(base.augment, scale=(1.0, 1.0), ratio=(1.0, 1.0)),

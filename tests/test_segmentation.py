@@ -83,7 +83,7 @@ def call(capsys, *args):
 
 
 def reference(found, truth, classes):
-    """The figures by their definitions, in numpy."""
+    """The figures by their definitions in numpy, and the IoU and accuracy of each class."""
     counts = truth != IGNORE
     found, truth = found[counts], truth[counts]
     iou = [
@@ -92,12 +92,12 @@ def reference(found, truth, classes):
         else None
         for k in range(classes)
     ]
-    accuracy = [np.mean(found[truth == k] == k) for k in range(classes) if (truth == k).any()]
+    accuracy = [np.mean(found[truth == k] == k) if (truth == k).any() else None for k in range(classes)]
     return {
         "miou": np.mean([share for share in iou if share is not None]),
         "pixel_accuracy": np.mean(found == truth),
-        "mean_accuracy": np.mean(accuracy),
-    }, iou
+        "mean_accuracy": np.mean([share for share in accuracy if share is not None]),
+    }, {"iou": iou, "accuracy": accuracy}
 
 
 def test_scores_are_torchmetrics_and_numpy_s():
@@ -112,12 +112,13 @@ def test_scores_are_torchmetrics_and_numpy_s():
         if t != IGNORE:
             confusion[t, f] += 1
     scores = evaluation(confusion, tuple("abcde"), 2).metrics
-    figures, iou = reference(found, truth, 5)
+    figures, per_class = reference(found, truth, 5)
     digits = {"abs": 1e-6}  # of the stored numbers
     assert {name: scores[name] for name in figures} == pytest.approx(figures, **digits)
-    assert [*scores["per_class"].values()] == pytest.approx(iou, **digits)
-    assert scores["per_class"]["d"] is None
-    assert scores["per_class"]["e"] == 0
+    for key, shares in per_class.items():
+        assert [one[key] for one in scores["per_class"].values()] == pytest.approx(shares, **digits)
+    assert scores["per_class"]["d"] == {"iou": None, "accuracy": None}
+    assert scores["per_class"]["e"] == {"iou": 0, "accuracy": 0}
     tensors = torch.from_numpy(found), torch.from_numpy(truth)
     jaccard = MulticlassJaccardIndex(5, ignore_index=IGNORE)
     assert scores["miou"] == pytest.approx(jaccard(*tensors).item(), **digits)
@@ -220,7 +221,7 @@ def test_the_run_folder(trained, scenes, capsys):
     rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
     assert float(rows[-1]["train_loss"]) < 0.9 * float(rows[0]["train_loss"])
     best = max(rows, key=lambda row: float(row["val_miou"]))
-    figures, iou = own_scores(out / "best.safetensors", scenes)
+    figures, per_class = own_scores(out / "best.safetensors", scenes)
     assert {name: float(best[f"val_{name}"]) for name in figures} == pytest.approx(figures, abs=1e-4)
 
     status, printed = call(capsys, "evaluate", out / "best.safetensors", "--json", "--device", "cpu")
@@ -229,7 +230,8 @@ def test_the_run_folder(trained, scenes, capsys):
     assert result == json.loads((out / "evaluation.json").read_text())
     assert {name: result[name] for name in figures} == pytest.approx(figures, abs=1e-4)
     assert list(result["per_class"]) == (scenes / "classes.txt").read_text().split()
-    assert list(result["per_class"].values()) == pytest.approx(iou, abs=1e-3)
+    for key, shares in per_class.items():
+        assert [one[key] for one in result["per_class"].values()] == pytest.approx(shares, abs=1e-3)
     assert result["images"] == 5
     matrix = [row[1:] for row in csv.reader((out / "confusion.csv").read_text().splitlines())][1:]
     truth = [np.asarray(Image.open(path)) for path in (scenes / "annotations" / "val").iterdir()]

@@ -84,19 +84,22 @@ def test_evaluation_equals_an_independent_computation(trained):
     result = evaluate(out / "best.safetensors", device="cpu")
     model, checkpoint = load_model(out / "best.safetensors")
     transform = classification_eval(recipe(photos, data={"crop_pct": 0.9}).data, *timm_statistics())
-    right, losses, per_class = [], [], {}
+    predicted, truth, losses = [], [], []
     for label, name in enumerate(checkpoint.class_names):
-        paths = sorted((photos / "val" / name).iterdir())
-        for path in paths:
+        for path in (photos / "val" / name).iterdir():
             with torch.no_grad():
                 logits = model(transform(Image.open(path).convert("RGB"))[None])[0].double().numpy()
-            right.append(logits.argmax() == label)
+            predicted.append(logits.argmax())
+            truth.append(label)
             losses.append(np.log(np.exp(logits).sum()) - logits[label])
-        per_class[name] = (pytest.approx(np.mean(right[-len(paths) :])), len(paths))
     assert result.metrics["images"] == 18
-    assert result.metrics["top1"] == pytest.approx(np.mean(right), abs=1e-6)
+    predicted, truth = np.array(predicted), np.array(truth)
+    assert result.metrics["top1"] == pytest.approx(np.mean(predicted == truth), abs=1e-6)
     assert result.metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert result.details["per_class"] == per_class
+    for label, one in enumerate(result.details["per_class"].values()):
+        assert one["images"] == 6
+        assert one["top1"] == pytest.approx(np.mean(predicted[truth == label] == label))
+        assert one["precision"] == pytest.approx(np.mean(truth[predicted == label] == label))
     assert result.metrics["top1"] == pytest.approx(checkpoint.metrics["val_top1"])
     assert result.metrics["loss"] == pytest.approx(checkpoint.metrics["val_loss"], rel=1e-4)
 

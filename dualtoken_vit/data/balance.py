@@ -23,8 +23,8 @@ def image_weights(classes: Sequence[Collection[int]], power: float) -> list[floa
     return [max(((len(classes) / counts[each]) ** power for each in image), default=1.0) for image in classes]
 
 
-def class_weights(kind: str, counts: Tensor, within: Tensor | None = None) -> Tensor:
-    """The weight of each class in the loss, (classes,); 0 for a class without samples.
+def class_weights(kind: str, counts: Tensor, within: Tensor | None = None) -> Tensor | None:
+    """The weight of each class in the loss, (classes,); 0 for a class without samples. None for the kind equal: all 1.
 
     Args:
         kind: inverse: 1 / counts; effective: 1 / (1 - 0.999 ** counts), the inverse of the effective number of samples
@@ -32,9 +32,11 @@ def class_weights(kind: str, counts: Tensor, within: Tensor | None = None) -> Te
             median-frequency: the median of all f / f, where f is the class's share of the images that contain it
             (Eigen and Fergus, arXiv 1411.4734); log: 1 / ln(1.02 + f), where f is its share of all samples (ENet,
             arXiv 1606.02147)
-        counts: samples of each class, (classes,): images, or pixels
+        counts: samples of each class, (classes,): images, objects or pixels
         within: for median-frequency, the pixels of the images that contain each class, (classes,)
     """
+    if kind == "equal":
+        return None
     if kind == "log":
         weights = 1 / torch.log(1.02 + counts / counts.sum())
     elif kind == "median-frequency":

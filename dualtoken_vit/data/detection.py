@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import chain
@@ -47,8 +48,8 @@ class DetectionDataset(Dataset, ImageData):
     - image_id: int, as in the json
 
     Both have been through `transform`, if there is one. Objects and crowds with less than `MIN_SIDE` pixels of width or
-    height in the image are not in the targets, but they are in `truth`. `dropped` is the number of these, `trained` the
-    number of other objects.
+    height in the image are not in the targets, but they are in `truth`. `dropped` is the number of these, `counts` the
+    number of other objects of each class.
 
     Args:
         split: the images and their annotations, of which only those of the first `limit` images are used
@@ -102,10 +103,11 @@ class DetectionDataset(Dataset, ImageData):
                 self.dropped += 1
             elif not annotation.get("iscrowd"):
                 trained.append(annotation["category_id"])
-        self.trained, present = len(trained), set(trained)
+        counts = Counter(trained)
+        self.counts = [counts[category] for category in self.category_ids]
         self.annotations = Packed(list(of_image.values()))
         self._labels = {category: label for label, category in enumerate(self.category_ids)}
-        absent = [name for name in self.class_names if ids[name] not in present]
+        absent = [name for name, count in zip(self.class_names, self.counts, strict=True) if not count]
         if absent:
             self.notes += (f"{self.name}: no objects of class {some(absent)}",)
 

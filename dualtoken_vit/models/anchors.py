@@ -1,8 +1,9 @@
-"""Anchors of detectors, and crowd regions."""
+"""Anchors of detectors, crowd regions, and the weights of classes in the loss."""
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -76,3 +77,28 @@ def in_crowd(boxes: Tensor, target: Target) -> Tensor:
 def ignored(anchors: list[Tensor], targets: list[Target], matches: list[Tensor]) -> Tensor:
     """Whether anchors (A, 4) of each image match no object (A,), -1, but belong to a crowd region -> (B, A) bool."""
     return torch.stack([(m < 0) & in_crowd(a, t) for a, t, m in zip(anchors, targets, matches, strict=True)])
+
+
+def weigh(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The same logits, whose gradient is multiplied by the weight of the class of their anchor or proposal.
+
+    It is the gradient of the weighted loss with the same normalisers. Values do not change: neither the loss, which
+    remains comparable between runs, nor the negatives that SSD finds hardest.
+
+    Args:
+        logits: (..., classes), or (..., 1 + classes) with one of the background in front
+        labels: (...), indices of logits; -1: background
+        weights: (classes,); background has 1
+    """
+    background = logits.shape[-1] - len(weights)
+    scale = F.pad(weights.to(logits), (background, 1), value=1.0)[labels]  # the last one is that of -1
+    return logits.detach() + (logits - logits.detach()) * scale[..., None]
+
+
+def weigh_anchors(logits: Tensor, targets: list[Target], matches: list[Tensor], weights: Tensor | None) -> Tensor:
+    """`weigh` for logits (B, A, ...) of anchors that match objects (A,), or none where negative; None: as they are."""
+    if weights is None:
+        return logits
+    pairs = zip(targets, matches, strict=True)
+    labels = [F.pad(target["labels"], (0, 1), value=-1)[match.clamp(min=-1)] for target, match in pairs]
+    return weigh(logits, torch.stack(labels), weights)

@@ -24,6 +24,7 @@ Detections are one dict per image, in pixels of the original image, highest scor
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.anchors import Anchors, Target, in_crowd
+from dualtoken_vit.models.anchors import Anchors, Target, in_crowd, weigh
 from dualtoken_vit.models.backbone import OverBackbone, check_finite, create_body, pretrained_cfg, run_alike
 from dualtoken_vit.models.one_stage import DETECTIONS, FCOS, SCORE_THRESHOLD, SELECTION, RetinaNet, SSDLite, to_float32
 from dualtoken_vit.models.pyramid import CHANNELS, Pyramid, Stages
@@ -70,6 +71,9 @@ class ProposalNetwork(RegionProposalNetwork):
 class RegionHeads(RoIHeads):
     """torchvision's RoI heads; proposals in crowd regions are excluded from the loss."""
 
+    labels: Tensor
+    """(P,): of the proposals sampled for the loss; 0 is the background."""
+
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
             return super().forward(features, proposals, image_shapes)
@@ -79,6 +83,16 @@ class RegionHeads(RoIHeads):
             # Only crowd regions: torchvision's mean over no proposals is NaN.
             losses = {name: loss.nan_to_num() for name, loss in losses.items()}
         return detections, losses
+
+    def select_training_samples(self, proposals, targets):
+        samples = super().select_training_samples(proposals, targets)
+        self.labels = torch.cat(samples[2])
+        return samples
+
+    def weigh(self, weights: Tensor, predictor: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]):
+        """Forward hook of the box predictor: `weights` (classes,) in the classification loss."""
+        logits, deltas = outputs
+        return (weigh(logits, self.labels, weights), deltas) if self.training else outputs
 
     def outside_crowd(self, proposals: Tensor, target: Target) -> Tensor:
         """The proposals (N, 4) that match an object or are outside crowd regions."""
@@ -105,7 +119,14 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
     rpn: RegionProposalNetwork
     roi_heads: RegionHeads
 
-    def __init__(self, model: nn.Module, num_classes: int, transform: Transform, roi_samples: int = 512):
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        transform: Transform,
+        class_weights: Tensor | None = None,
+        roi_samples: int = 512,
+    ):
         anchors = Anchors((4, 8, 16, 32, 64), ((32,), (64,), (128,), (256,), (512,)))
         proposals = ProposalNetwork(
             anchors,
@@ -138,6 +159,8 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
         )
         for head in self.heads:
             head.register_forward_hook(to_float32)
+        if class_weights is not None:
+            heads.box_predictor.register_forward_hook(partial(heads.weigh, class_weights))
 
     @property
     def heads(self) -> tuple[nn.Module, ...]:
@@ -205,6 +228,7 @@ def build_detector(
     max_size: int = 1333,
     multi_scale: tuple[int, ...] = (),
     roi_samples: int = 512,
+    class_weights: Tensor | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Detector:
@@ -218,6 +242,9 @@ def build_detector(
         max_size: maximum long side, which takes precedence
         multi_scale: short sides to choose from at random for each training image; empty: image_size
         roi_samples: Mask R-CNN: proposals sampled per image to train the heads
+        class_weights: (num_classes,): what the classification loss of the anchors or proposals that match an object of
+            each class is multiplied by, as in MMDetection; background has 1. Only the gradient is: the loss that is
+            returned is not weighted, so that it can be compared. None: all are 1
         mean, std: per image channel; by default those of the network
 
     Raises:
@@ -228,7 +255,8 @@ def build_detector(
     cfg = pretrained_cfg(model)
     transform = Transform(image_size, max_size, multi_scale, mean or cfg["mean"], std or cfg["std"])
     more: dict[str, Any] = {"roi_samples": roi_samples} if detector == "mask-rcnn" else {}
-    return DETECTORS[detector](model, num_classes, transform, **more).to(memory_format=torch.channels_last)
+    built = DETECTORS[detector](model, num_classes, transform, class_weights, **more)
+    return built.to(memory_format=torch.channels_last)
 
 
 def create_detector(detector: str, name: str, num_classes: int, **args: Any) -> Detector:

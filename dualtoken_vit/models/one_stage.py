@@ -13,7 +13,7 @@ from torchvision.models.detection import fcos, retinanet, ssd
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
-from dualtoken_vit.models.anchors import Anchors, DefaultBoxes, Target, ignored, in_crowd
+from dualtoken_vit.models.anchors import Anchors, DefaultBoxes, Target, ignored, in_crowd, weigh_anchors
 from dualtoken_vit.models.backbone import OverBackbone, run_alike
 from dualtoken_vit.models.pyramid import CoarseLevels, LiteLevels, Pyramid, Stages
 from dualtoken_vit.models.resizing import Transform
@@ -73,7 +73,7 @@ class RetinaNet(Dense, retinanet.RetinaNet):
     head: retinanet.RetinaNetHead
     proposal_matcher: retinanet.det_utils.Matcher
 
-    def __init__(self, model: nn.Module, num_classes: int, transform: Transform):
+    def __init__(self, model: nn.Module, num_classes: int, transform: Transform, class_weights: Tensor | None = None):
         body = Stages(model, 8, len(transform.image_mean))
         sizes = tuple(tuple(int(s * 2 ** (i / 3)) for i in range(3)) for s in (32, 64, 128, 256, 512))
         super().__init__(
@@ -83,12 +83,13 @@ class RetinaNet(Dense, retinanet.RetinaNet):
             nms_thresh=0.5,
             **SELECTION,
         )
-        self.transform = transform
+        self.transform, self.class_weights = transform, class_weights
         self.head.register_forward_hook(to_float32)
 
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]):
         matches = [self.match(a, t) for a, t in zip(anchors, targets, strict=True)]
-        return self.head.compute_loss(targets, head_outputs, anchors, matches)
+        logits = weigh_anchors(head_outputs["cls_logits"], targets, matches, self.class_weights)
+        return self.head.compute_loss(targets, {**head_outputs, "cls_logits": logits}, anchors, matches)
 
     def match(self, anchors: Tensor, target: Target) -> Tensor:
         """The object index of each anchor (N,), or the matcher's values: -1 for background, -2 for ignored anchors."""
@@ -104,9 +105,12 @@ class RetinaNet(Dense, retinanet.RetinaNet):
 class FCOSHead(fcos.FCOSHead):
     """torchvision's FCOS head; anchors in crowd regions are excluded from the loss."""
 
+    class_weights: Tensor | None = None
+
     def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
         crowded = ignored(anchors, targets, matched_idxs)[..., None]
-        logits = head_outputs["cls_logits"].masked_fill(crowded, -100.0)  # certainly background: no loss
+        logits = weigh_anchors(head_outputs["cls_logits"], targets, matched_idxs, self.class_weights)
+        logits = logits.masked_fill(crowded, -100.0)  # certainly background: no loss
         return super().compute_loss(targets, {**head_outputs, "cls_logits": logits}, anchors, matched_idxs)
 
 
@@ -119,7 +123,7 @@ class FCOS(Dense, fcos.FCOS):
 
     class_layers = ("head.classification_head.cls_logits",)
 
-    def __init__(self, model: nn.Module, num_classes: int, transform: Transform):
+    def __init__(self, model: nn.Module, num_classes: int, transform: Transform, class_weights: Tensor | None = None):
         body = Stages(model, 8, len(transform.image_mean))
         super().__init__(
             Pyramid(body, 8, CoarseLevels(body.feature_info.channels()[-1], FCOS_WIDTH), FCOS_WIDTH),
@@ -130,6 +134,7 @@ class FCOS(Dense, fcos.FCOS):
             **SELECTION,
         )
         self.transform = transform
+        self.head.class_weights = class_weights
         self.head.register_forward_hook(to_float32)
 
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
@@ -156,7 +161,7 @@ class SSDLite(Dense, ssd.SSD):
     "bbox_regression".
     """
 
-    def __init__(self, model: nn.Module, num_classes: int, transform: Transform):
+    def __init__(self, model: nn.Module, num_classes: int, transform: Transform, class_weights: Tensor | None = None):
         norm = partial(BatchNorm, eps=0.001, momentum=0.03)  # as in torchvision
         side = transform.min_size[-1]
         boxes = DefaultBoxes(side)
@@ -165,7 +170,7 @@ class SSDLite(Dense, ssd.SSD):
         super().__init__(
             levels, boxes, (side, side), num_classes + 1, head=head, nms_thresh=0.55, topk_candidates=2000, **SELECTION
         )
-        self.transform = transform
+        self.transform, self.class_weights = transform, class_weights
         self.head.register_forward_hook(to_float32)
         self.class_layers = tuple(
             f"head.classification_head.module_list.{level}.1" for level in range(len(levels.out_channels))
@@ -176,7 +181,7 @@ class SSDLite(Dense, ssd.SSD):
         return super().forward(images, targets and [{**t, "labels": t["labels"] + 1} for t in targets])
 
     def compute_loss(self, targets, head_outputs, anchors, matched_idxs):
-        logits = head_outputs["cls_logits"]
+        logits = weigh_anchors(head_outputs["cls_logits"], targets, matched_idxs, self.class_weights)
         background = 100.0 * F.one_hot(logits.new_zeros((), dtype=torch.int64), logits.shape[-1])  # certain: no loss
         logits = torch.where(ignored(anchors, targets, matched_idxs)[..., None], background, logits)
         losses = super().compute_loss(targets, {**head_outputs, "cls_logits": logits}, anchors, matched_idxs)

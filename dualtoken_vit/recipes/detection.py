@@ -117,6 +117,10 @@ class Detection(Recipe):
     """retinanet, fcos (lighter), ssdlite (lightest): boxes; mask-rcnn: boxes and masks."""
     roi_samples: Annotated[int, Interval(ge=4, le=100_000)] = 512
     """Mask R-CNN: proposals sampled per image to train its heads; fewer need less time and memory."""
+    class_weights: Literal["equal", "inverse", "effective"] = "equal"
+    """Weight of a class of n training objects in the classification loss, up to a common factor. equal: 1; inverse:
+    1 / n; effective: 1 / (1 - 0.999 ** n) (arXiv 1901.05555). Background has 1; the logged loss is not weighted. An
+    alternative to data.balanced."""
     data: DetectionData = DetectionData()
     augment: DetectionAugment = DetectionAugment()
 

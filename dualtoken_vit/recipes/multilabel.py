@@ -42,6 +42,10 @@ class MultiLabel(Recipe):
     loss: Literal["bce", "asymmetric"] = "bce"
     """bce: binary cross-entropy of each label; asymmetric: ASL (arXiv 2009.14119), for many labels of which few are
     present, with timm's parameters."""
+    class_weights: Literal["equal", "inverse", "effective"] = "equal"
+    """Loss weight of the images that have a label, if n training images have it, up to a common factor. equal: 1;
+    inverse: 1 / n; effective: 1 / (1 - 0.999 ** n) (arXiv 1901.05555). Images without it have 1. An alternative to
+    data.balanced."""
     data: MultiLabelData = MultiLabelData()
     augment: MultiLabelAugment = MultiLabelAugment()
 

@@ -60,6 +60,11 @@ class Evaluation:
         return table
 
 
+def percent(share: float | None) -> str:
+    """A metric in a table; "-" for one that is not defined: None, or negative."""
+    return "-" if share is None or share < 0 else f"{share:.1%}"
+
+
 class TaskModule(LightningModule):
     """A network in training and validation.
 

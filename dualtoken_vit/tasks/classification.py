@@ -32,7 +32,7 @@ from dualtoken_vit.recipes import Classification, ClassificationInput, Distill, 
 from dualtoken_vit.results import Classes
 from dualtoken_vit.runtime.report import ClassesReport
 from dualtoken_vit.show import plots
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
 from dualtoken_vit.tasks.calibration import BINS
 from dualtoken_vit.tasks.distill import Teacher, distillation_loss, load_teacher
 from dualtoken_vit.tasks.networks import create_model
@@ -177,9 +177,8 @@ class ClassificationModule(TaskModule):
             return
         if self.recipe.data.balanced:
             train.weights = image_weights([(target,) for target in train.targets], self.recipe.data.balanced)
-        if self.recipe.class_weights != "equal":
-            counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.class_names))
-            self.class_weights = class_weights(self.recipe.class_weights, counts)
+        counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.class_names))
+        self.class_weights = class_weights(self.recipe.class_weights, counts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["teacher"] = self.teacher and self.teacher.digest
@@ -206,21 +205,27 @@ class ClassificationModule(TaskModule):
             metric.reset()
         scores = {name: round(value.item(), 6) for name, value in found.items()}
         top = {name: scores[name] for name in self.accuracies}
-        counts = self.confusion.sum(1)
-        accuracies = (self.confusion.diagonal() / np.maximum(counts, 1)).tolist()
-        per_class = dict(zip(self.predictor.class_names, zip(accuracies, counts.tolist(), strict=True), strict=True))
+        counts, shares = self.confusion.sum(1), class_metrics(self.confusion)
+        means = shares[:, counts > 0].mean(1).round(6).tolist()
+        macro = {"mean_accuracy": means[0], "f1": means[2]}
+        keys = ("images", "top1", "precision", "f1")
+        rows = zip(self.predictor.class_names, counts.tolist(), *shares.tolist(), strict=True)
+        per_class = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
         return Evaluation(
             scores=scores,
-            metrics=top | {"loss": scores["loss"], "ece": round(ece, 6), "images": int(counts.sum())},
+            metrics=top | macro | {"loss": scores["loss"], "ece": round(ece, 6), "images": int(counts.sum())},
             headline="  ".join(
                 [f"val loss {scores['loss']:.4f}", *(f"top-{k} {top[name]:.2%}" for name, k in self.accuracies.items())]
             ),
-            columns=("class", "images", "top-1"),
+            columns=("class", "images", "top-1", "precision", "F1"),
             classes=[
-                (name, str(count) if count else "absent", f"{accuracy:.1%}" if count else "-")
-                for name, (accuracy, count) in per_class.items()
+                (name, str(one["images"] or "absent"), *(percent(one[key]) for key in keys[1:]))
+                for name, one in per_class.items()
             ],
-            totals=[("all", str(counts.sum()), f"{top['top1']:.1%}")],
+            totals=[
+                ("all", str(counts.sum()), percent(top["top1"]), "", ""),  # so are their precision and F1
+                ("mean of classes", "", *map(percent, means)),
+            ],
             details={"per_class": per_class},
         )
 
@@ -232,6 +237,23 @@ class ClassificationModule(TaskModule):
         plots.save_confusion(self.confusion, names, out / "confusion.png")
         if self.trainer.state.fn != TrainerFn.FITTING:  # a run has enough to draw after each epoch
             plots.save_reliability(self.reliability, BINS, evaluation.metrics["ece"], out / "calibration.png")
+
+
+def class_metrics(confusion: np.ndarray) -> np.ndarray:
+    """Recall (top-1), precision and F1 of each class, (3, classes); -1 for a class without images.
+
+    The precision of a class that is never predicted is 0, as in scikit-learn and torchmetrics.
+
+    Args:
+        confusion: (classes, classes): images by true class (row) and predicted class (column)
+    """
+    right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    shares = [
+        right / np.maximum(true, 1),
+        right / np.maximum(predicted, 1),
+        2 * right / np.maximum(true + predicted, 1),
+    ]
+    return np.where(true > 0, shares, -1.0)
 
 
 def prepare_epoch(

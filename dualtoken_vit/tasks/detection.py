@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dualtoken_vit.checkpoint import Checkpoint
-from dualtoken_vit.data.balance import image_weights
+from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import detection as data_check
 from dualtoken_vit.data.coco import MIN_SIDE
 from dualtoken_vit.data.contract import ImageData
@@ -33,7 +33,7 @@ from dualtoken_vit.runtime.report import ObjectsReport, to_results
 from dualtoken_vit.runtime.session import Arrays
 from dualtoken_vit.runtime.tiles import detect_in_tiles
 from dualtoken_vit.show import plots
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
 from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results
 from dualtoken_vit.tasks.distributed import gather
 from dualtoken_vit.tasks.networks import create_network
@@ -132,15 +132,21 @@ class DetectionModule(TaskModule):
         self.scores = scores = evaluate(self.val.truth, self.results, self.masks)
         figures = {kind: score.figures for kind, score in scores.items()}
         per_class = {kind: score.per_class for kind, score in scores.items()}
-        best = (f"{kind} AP {_percent(found['AP'])} AP50 {_percent(found['AP50'])}" for kind, found in figures.items())
+        counts = Counter(one["category_id"] for one in self.val.truth["annotations"] if not one["iscrowd"])
+        ids = zip(self.val.class_names, self.val.category_ids, strict=True)
+        objects = {name: counts[category] for name, category in ids}
+        best = (f"{kind} AP {percent(found['AP'])} AP50 {percent(found['AP50'])}" for kind, found in figures.items())
         return Evaluation(
             scores={f"{kind}_{name}": round(found[name], 6) for kind, found in figures.items() for name in FIGURES},
             metrics=figures | {"images": len(self.results)},
             headline="  ".join(best),
-            columns=("class", *(f"{kind} AP" for kind in scores)),
-            classes=[(name, *(_percent(aps[name]) for aps in per_class.values())) for name in per_class["box"]],
-            totals=[(name, *(_percent(found[name]) for found in figures.values())) for name in FIGURES],
-            details={"per_class": per_class},
+            columns=("class", "objects", *(f"{kind} AP" for kind in scores)),
+            classes=[
+                (name, str(count), *(percent(aps[name]) for aps in per_class.values()))
+                for name, count in objects.items()
+            ],
+            totals=[(name, "", *(percent(found[name]) for found in figures.values())) for name in FIGURES],
+            details={"per_class": per_class, "objects": objects},
         )
 
     def save_details(self, out: Path, evaluation: Evaluation) -> None:
@@ -173,10 +179,6 @@ def precision_recall(score: Score, class_names: tuple[str, ...]) -> dict[str, tu
     return curves
 
 
-def _percent(share: float) -> str:
-    return "-" if share < 0 else f"{share:.1%}"
-
-
 class DetectionTask(Task[Detection]):
     name = "detection"
     recipe = Detection
@@ -197,7 +199,7 @@ class DetectionTask(Task[Detection]):
             train.weights = image_weights(
                 [{one["category_id"] for one in each} for each in objects], recipe.data.balanced
             )
-        if not train.trained:
+        if not any(train.counts):
             raise InputError(f"{train.name}: no object to train on; see check-data")
         if train.dropped:
             note = f"not trained on: {counted(train.dropped, 'object')} with less than {MIN_SIDE:g} pixel in the image"
@@ -218,7 +220,13 @@ class DetectionTask(Task[Detection]):
             **statistics(pretrained_cfg(network), start.in_chans),
         )
         names, size = train.class_names, recipe.data.image_size
-        model = build_detector(model=network, num_classes=len(names), multi_scale=recipe.augment.multi_scale, **made)
+        model = build_detector(
+            model=network,
+            num_classes=len(names),
+            multi_scale=recipe.augment.multi_scale,
+            class_weights=class_weights(recipe.class_weights, torch.tensor(train.counts)),
+            **made,
+        )
         usual = model.transform.usual(val.sizes)
         preprocessing = dict(
             input_size=(start.in_chans, size, size), mean=made["mean"], std=made["std"], usual_size=usual

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Annotated, Any
 
 import timm
@@ -18,7 +19,7 @@ from torchmetrics.functional.classification import (
 )
 
 from dualtoken_vit.checkpoint import Checkpoint
-from dualtoken_vit.data.balance import image_weights
+from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import multilabel as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
@@ -28,7 +29,7 @@ from dualtoken_vit.models.backbone import check_finite
 from dualtoken_vit.recipes import ClassificationInput, Model, MultiLabel
 from dualtoken_vit.results import Labels
 from dualtoken_vit.runtime.report import LabelsReport
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
 from dualtoken_vit.tasks.classification import ImagePredictor, data_config
 from dualtoken_vit.tasks.networks import create_model
 
@@ -80,6 +81,8 @@ class MultiLabelModule(TaskModule):
     def __init__(self, predictor: MultiLabelPredictor, recipe: MultiLabel, choose: bool):
         super().__init__(predictor, recipe)
         self.choose = choose
+        self.class_weights: Tensor | None = None
+        """(classes,) in the loss of the labels that images have, with a mean of 1 over them; None: all are 1."""
         bce = partial(F.binary_cross_entropy_with_logits, reduction="none")
         self.criterion: Any = bce if recipe.loss == "bce" else AsymmetricLossMultiLabel(reduction="none")
         # Of all images of the validation, which thresholds and average precision need together.
@@ -88,7 +91,10 @@ class MultiLabelModule(TaskModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, target = batch
-        loss = self.criterion(self.model(x.contiguous(memory_format=torch.channels_last)), target).mean()
+        loss = self.criterion(self.model(x.contiguous(memory_format=torch.channels_last)), target)
+        if self.class_weights is not None:
+            loss = loss * torch.where(target > 0, self.class_weights.to(target), 1.0)
+        loss = loss.mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -133,10 +139,13 @@ class MultiLabelModule(TaskModule):
             headline=f"val loss {loss:.4f}  mAP {scores['map']:.2%}  F1 {scores['f1']:.2%} (micro {micro:.2%})",
             columns=("class", "images", "AP", "F1", "threshold"),
             classes=[
-                (name, str(one["images"]), _percent(one["ap"]), _percent(one["f1"]), f"{one['threshold']:.3f}")
+                (name, str(one["images"]), percent(one["ap"]), percent(one["f1"]), f"{one['threshold']:.3f}")
                 for name, one in per_class.items()
             ],
-            totals=[("mean", str(len(targets)), _percent(rounded["map"]), _percent(rounded["f1"]), "")],
+            totals=[
+                ("all", str(len(targets)), "", percent(rounded["micro_f1"]), ""),
+                ("mean of classes", "", percent(rounded["map"]), percent(rounded["f1"]), ""),
+            ],
             details={"per_class": per_class},
         )
 
@@ -150,10 +159,6 @@ def best_threshold(precision: Tensor, recall: Tensor, thresholds: Tensor) -> flo
     best = int(f1[:-1].nan_to_num(-1.0).argmax())  # the last point of the curve has no threshold
     lower = thresholds[best - 1] if best else torch.zeros(())
     return float((thresholds[best] + lower) / 2)
-
-
-def _percent(share: float) -> str:
-    return "-" if share < 0 else f"{share:.1%}"
 
 
 def prepare_epoch(
@@ -184,6 +189,8 @@ class MultiLabelTask(Task[MultiLabel]):
         module.prepare_epoch(train, 0, 0.0)  # rejects a wrong policy now
         if recipe.data.balanced:
             train.weights = image_weights(train.labels, recipe.data.balanced)
+        counts = torch.bincount(torch.tensor([*chain(*train.labels)]), minlength=len(names))
+        module.class_weights = class_weights(recipe.class_weights, counts)
         val.transform = predictor.preprocess
         return Setup(recipe.model.name, module, train, val, model_args)
 

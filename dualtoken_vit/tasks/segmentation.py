@@ -26,7 +26,7 @@ from dualtoken_vit.results import LabelMap
 from dualtoken_vit.runtime.report import LabelMapReport
 from dualtoken_vit.show import plots
 from dualtoken_vit.show.drawing import draw_scene, save_image
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
 from dualtoken_vit.tasks.distributed import gather, mean_over_processes
 from dualtoken_vit.tasks.networks import create_network
 from dualtoken_vit.tasks.predictor import Predictor
@@ -110,8 +110,7 @@ class SegmentationModule(TaskModule):
                 f"the training masks have only one class, besides ignored pixels ({self.recipe.data.ignore_index}, "
                 "--data.ignore-index); look at them with check-data"
             )
-        if self.recipe.class_weights != "equal":
-            self.weights = class_weights(self.recipe.class_weights, *pixels)
+        self.weights = class_weights(self.recipe.class_weights, *pixels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = (torch.stack(each) for each in batch)
@@ -163,7 +162,7 @@ def evaluation(confusion: np.ndarray, class_names: tuple[str, ...], images: int)
     """Metrics of a confusion matrix in pixels (row: true class, column: predicted class).
 
     miou is the mean over the classes in the ground truth or the predictions, mean_accuracy over those in the ground
-    truth. per_class is the intersection over union of each class, None where it is in neither.
+    truth. per_class has the intersection over union and the accuracy of each class, None for one that is left out.
     """
     right, true = confusion.diagonal(), confusion.sum(1)
     union = true + confusion.sum(0) - right
@@ -174,15 +173,22 @@ def evaluation(confusion: np.ndarray, class_names: tuple[str, ...], images: int)
         accuracy[true > 0].mean() if true.any() else 0.0,
     )
     scores = {name: round(float(mean), 6) for name, mean in zip(FIGURES, means, strict=True)}
-    shares = (round(float(share), 6) if pixels else None for share, pixels in zip(iou, union, strict=True))
-    per_class = dict(zip(class_names, shares, strict=True))
+    shares = (
+        [round(float(share), 6) if there else None for share, there in zip(found, pixels, strict=True)]
+        for found, pixels in ((iou, union), (accuracy, true))
+    )
+    rows = zip(class_names, *shares, strict=True)
+    per_class = {name: {"iou": overlap, "accuracy": recall} for name, overlap, recall in rows}
     return Evaluation(
         scores=scores,
         metrics=scores | {"per_class": per_class, "images": images},
         headline="  ".join(f"{about} {scores[name]:.2%}" for name, about in FIGURES.items()),
-        columns=("class", "IoU"),
-        classes=[(name, "-" if share is None else f"{share:.1%}") for name, share in per_class.items()],
-        totals=[(about, f"{scores[name]:.1%}") for name, about in FIGURES.items()],
+        columns=("class", "IoU", "accuracy"),
+        classes=[(name, *map(percent, one.values())) for name, one in per_class.items()],
+        totals=[
+            ("all pixels", "", percent(scores["pixel_accuracy"])),
+            ("mean of classes", percent(scores["miou"]), percent(scores["mean_accuracy"])),
+        ],
     )
 
 

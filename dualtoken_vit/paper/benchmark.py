@@ -311,33 +311,30 @@ def benchmark(
     markdown: bool = False,
     plot: Path | None = None,
 ) -> list[Result]:
-    """Compare speed, memory and size of models in one run.
-
-    Prints a description of the machine, then the table. Weights are random and images are noise, both channels-last.
-    Flushes denormals to zero and keeps freed memory; these settings and the number of threads persist in the process.
+    """Compare speed, memory and size of models in one run, with random weights, on noise.
 
     Args:
-        models: timm names; retinanet:NAME, mask-rcnn:NAME, fcos:NAME and ssdlite:NAME for a detector over a timm model
-            (80 classes), with @320 after NAME for one that resizes images to this short side; deeplabv3:NAME,
-            pspnet:NAME and lraspp:NAME for a segmenter (150 classes); torchvision:NAME for a torchvision model
-            (segmenters with 150 classes); onnxruntime:FILE and openvino:FILE for a file that export wrote.
-            The first one is the reference for the ratios.
-        input_sizes: image sizes in pixels, as 224 or 640x480 (width x height), the same for all models.
-        batch_sizes: images per forward pass or training step.
-        modes: eager, or compiled by torch.compile with its default settings (compiling takes minutes).
+        models: timm names, the first being the reference of the ratios; KIND:NAME for a detector (retinanet,
+            mask-rcnn, fcos, ssdlite; NAME@320: with this short side) or segmenter (deeplabv3, pspnet, lraspp) over it;
+            torchvision:NAME; onnxruntime:FILE or openvino:FILE for a file that export wrote.
+        input_sizes: pixels, 224 or 640x480 (width x height).
+        batch_sizes: images at a time.
+        modes: eager, or compiled by torch.compile, which takes minutes.
         rounds: visits to each model.
-        visit_seconds: approximate duration of a visit in seconds.
-        device: auto uses the accelerator if there is one, otherwise the CPU.
-        precision: data types of weights and images, or in training of autocast, side by side.
-        threads: numbers of CPU threads, side by side; none uses PyTorch's default.
-        train: measure training steps: forward pass, backward pass and AdamW.
+        visit_seconds: approximate duration of a visit.
+        device: auto: an accelerator if there is one, else the CPU.
+        precision: data types; in training, of autocast.
+        threads: numbers of CPU threads; none: PyTorch's.
+        train: measure training steps, with AdamW.
         memory: also measure the peak memory.
         json: print one JSON object.
         markdown: print the table as Markdown.
-        plot: PNG file for a plot of latency against image size.
+        plot: PNG file: latency against image size.
 
     Returns:
-        One result for each mode, input size, batch size, precision, number of threads and model, in this order.
+        One result for each mode, input size, batch size, precision, number of threads and model, in this order. The
+        process keeps flushing denormals to zero and reusing freed memory, and the last number of threads. Weights and
+        images are channels-last; detectors have 80 classes, segmenters 150.
 
     Raises:
         InputError: for an unknown model, a model that does not accept this size, or an unavailable device.

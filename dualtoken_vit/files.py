@@ -189,7 +189,8 @@ def check_folder(path: str | os.PathLike[str], contents: str) -> None:
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 image, 2 images, 2 classes."""
-    return f"{number} {noun}{('es' if noun[-1] in 'sx' else 's') * (number != 1)}"
+    plural = "es" if noun[-1] in "sx" else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"  # the number may be NumPy's
 
 
 def printable(name: str | os.PathLike[str]) -> str:

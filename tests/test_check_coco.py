@@ -69,7 +69,7 @@ def test_sound_data(check):
     most = max(map(filled.count, filled))
     assert f"train: 14 images, {14 - len(set(filled))} without objects; up to {most} in one" in lines
     small = sum(one["bbox"][2] * one["bbox"][3] < 1024 for one in objects["train"])
-    assert f"train: {len(filled)} objects, {small} below 32x32 px, 0 of 96x96 and more; 1 crowds" in lines
+    assert f"train: {len(filled)} objects, {small} below 32x32 px, 0 of 96x96 and more; 1 crowd" in lines
     assert "val: width 48 to 48 px, median 48" in lines
     assert "val: modes RGB 6" in lines
 

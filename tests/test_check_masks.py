@@ -67,7 +67,7 @@ def test_check_of_the_first_images(tree, capsys):
     spoil(tree, lambda labels: labels[:-2], "1")
     verdict, out = check(tree, capsys, limit=1)
     assert verdict
-    assert "train: 1 images with a mask" in out
+    assert "train: 1 image with a mask" in out
 
 
 def test_check_names_what_was_planted(tree, capsys):

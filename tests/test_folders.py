@@ -5,6 +5,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -199,7 +200,7 @@ def test_lines_of_a_file_from_any_editor(tmp_path):
     ("number", "noun", "words"),
     [
         (0, "image", "0 images"),
-        (1, "image", "1 image"),
+        (np.int64(1), "image", "1 image"),
         (2, "box", "2 boxes"),
         (3, "trained class", "3 trained classes"),
     ],

@@ -322,14 +322,14 @@ def study(args: list[str]) -> None:
     def make(recipe: Any) -> Study:
         return replace(default, recipe=recipe)
 
-    run(name, _with_recipe(make, default.recipe, args, f"study {name}", "study", study.__doc__, ("distill",)))
+    run(name, _with_recipe(make, default.recipe, args, f"study {name}", "study", study.__doc__))
 
 
 def check_data(args: list[str]) -> bool:
     """Read all data of a recipe once, report what it holds and what is wrong."""
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
     about = f"{check_data.__doc__} {ABOUT[name]}"
-    chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about, ("optim", "run"))
+    chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about, ("optim",))
     _check(chosen.recipe)
     from dualtoken_vit.tasks.registry import get_task
 

@@ -84,12 +84,12 @@ class Study:
     seeds: Annotated[int, Interval(ge=1, le=1000)] = 3
     """Runs of each network, from run.seed on."""
     search_lr: Annotated[tuple[float, ...], Interval(ge=1e-12, le=1000)] = ()
-    """Learning rates to choose from for each network, by a run with each, validated on a held-out tenth of the training
-    images. Empty: optim.lr."""
+    """Learning rates to choose from for each network, by runs validated on a held-out tenth of the training images.
+    Empty: optim.lr."""
     jobs: Annotated[int, Interval(ge=1, le=1024)] = 1
     """Parallel runs, on the same cores or GPU."""
     out: Path = Path("runs", "study")
-    """Folder of the runs, for all studies, and of study-NAME.*; the same command resumes there."""
+    """Folder of the runs of all studies and of study-NAME.*; the same command resumes."""
     markdown: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the table as Markdown."""
 

@@ -112,8 +112,7 @@ class Classification(Recipe):
 
     task: ClassVar[str] = "classification"
     class_weights: Literal["equal", "inverse", "effective"] = "equal"
-    """Loss weight of a class of n training images, up to a factor. equal: 1; inverse: 1 / n; effective:
-    1 / (1 - 0.999 ** n) (arXiv 1901.05555). An alternative to data.balanced."""
+    """Loss weight of a class of n images, up to a factor: 1, 1 / n or 1 / (1 - 0.999 ** n) (arXiv 1901.05555)."""
     data: ClassificationData = ClassificationData()
     augment: ClassificationAugment = ClassificationAugment()
     distill: Distill = Distill()

@@ -9,13 +9,12 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-from dualtoken_vit.recipes import Device, Recipe
+from dualtoken_vit.recipes import Device, Recipe, Runtime
 
 R = TypeVar("R", bound=Recipe)
 D = TypeVar("D")  # the data section of a recipe
 O = TypeVar("O")  # noqa: E741  the options of a predictor
 Switch = tyro.conf.FlagCreatePairsOff[bool]  # without its opposite
-Runtime = Literal["onnxruntime", "openvino"] | None
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,17 @@ class Evaluate(Generic[D]):
     """auto: an accelerator if there is one, else the CPU."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of the forward pass."""
-    runtime: Runtime = None
+    runtime: Runtime | None = None
     """Of an exported file; by default onnxruntime."""
     calibrate: Switch = False
     """Classification: fit the temperature of the probabilities on these images, and store it in the checkpoint."""
     out: Path | None = None
     """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
     json: Switch = False
-    """Print one JSON object, and nothing else. Classification: top1, top5 (of more than five classes),
-    mean_accuracy and f1 (means of the classes), loss, ece, images; multi-label: map, f1, micro_f1, loss, images;
-    detection: box, mask, images; segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are
-    between 0 and 1."""
+    """Print one JSON object, and nothing else. Classification: top1, top5 (of more than five classes), mean_accuracy
+    and f1 (means of the classes), loss, ece; multi-label: map, f1, micro_f1, loss; detection: box, mask, objects;
+    segmentation: miou, pixel_accuracy, mean_accuracy; all: images, and per_class by class, in detection by kind. Shares
+    are between 0 and 1; -1 or null: the class is absent."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Predict(Generic[O]):
     """Images in a forward pass; by default 32, in detection and segmentation 4."""
     device: Device = "auto"
     """auto: an accelerator if there is one, else the CPU."""
-    runtime: Runtime = None
+    runtime: Runtime | None = None
     """Of an exported file; by default onnxruntime."""
 
 

@@ -200,6 +200,10 @@ def test_the_documented_exit_statuses_are_those_of_these_tests():
         ),
         (["export", "dualtoken_vit_tiny_mix", "--format=litert", "--evaluate"], "not available for --format litert"),
         (["benchmark", "dualtoken_vit_tinny"], "dualtoken_vit_tiny"),
+        *(
+            ([command, "dualtoken_vit_tiny_mix", "--device", "gpu"], "invalid choice 'gpu' for argument '--device'")
+            for command in ("attention", "localise", "benchmark", "evaluate", "predict")
+        ),
     ],
 )
 def test_mistakes_are_told_in_short(call, args, message):
@@ -241,7 +245,9 @@ def test_from_images_to_predictions(call, photos, tmp_path):
     status, out, _ = call("evaluate", run / "best.safetensors", "--json", "--device", "cpu")
     assert status == 0
     found = json.loads(out)
-    assert list(found) == ["top1", "mean_accuracy", "f1", "loss", "ece", "images"]
+    assert list(found) == ["top1", "mean_accuracy", "f1", "loss", "ece", "images", "per_class"]
+    assert found["per_class"].keys() == {"red", "green", "blue"}
+    assert found["top1"] == pytest.approx(np.mean([one["top1"] for one in found["per_class"].values()]), abs=1e-6)
     assert found["images"] == 18
     assert 0 <= found["top1"] <= 1
     assert "top5" not in (run / "metrics.csv").read_text() + (run / "evaluation.json").read_text()  # of three classes

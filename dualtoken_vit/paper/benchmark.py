@@ -1,8 +1,8 @@
 """Speed, memory and size of networks, side by side in one run on one machine.
 
 Only ratios within a run are comparable: speed differs between machines, and on one machine from hour to hour.
-Therefore the models take turns, with one short visit per round, so that drift affects all of them alike. The same holds
-for modes, precisions and numbers of threads. The figures are medians over the rounds.
+Therefore the models take turns, with one short visit per round, in shuffled order with pauses, so that drift affects
+all of them alike. The same holds for modes, precisions and numbers of threads. The figures are medians over the rounds.
 """
 
 import os
@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from dualtoken_vit.data.threads import Rate
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import describe, pick_device, tune_cpu
 from dualtoken_vit.models.detectors import DETECTORS
@@ -56,6 +57,7 @@ HOW_MEMORY_IS_MEASURED = {
     "its memory before",
     "cuda": "peak memory allocated by PyTorch while the model runs, minus that before it was built",
 }
+PAUSE = 0.1  # of a visit
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -161,7 +163,8 @@ def take_turns(
     """Time callables against each other: seconds per call by name, one value per round.
 
     Each round visits all of them, in a random order. A visit repeats one callable for about `visit_seconds`, at least
-    once; `synchronize` waits for the device before and after, `after_visit` follows.
+    once; `synchronize` waits for the device before and after, `after_visit` follows. A pause, a tenth of a visit,
+    precedes it: threads of the last callable's runtime may still spin, which slows the next one.
     """
 
     def visit(call: Callable[[], object], repeats: int) -> float:
@@ -180,6 +183,7 @@ def take_turns(
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in order.sample(list(calls), len(calls)):
+            sleep(PAUSE * visit_seconds)
             seconds[name].append(visit(calls[name], repeats[name]))
             after_visit()
     return seconds
@@ -320,7 +324,7 @@ def benchmark(
         input_sizes: pixels, 224 or 640x480 (width x height).
         batch_sizes: images at a time.
         modes: eager, or compiled by torch.compile, which takes minutes.
-        rounds: visits to each model.
+        rounds: visits to each model, shuffled, with pauses.
         visit_seconds: approximate duration of a visit.
         device: auto: an accelerator if there is one, else the CPU.
         precision: data types; in training, of autocast.
@@ -364,7 +368,7 @@ def benchmark(
         for size, batch in product(counted, batch_sizes)
     ]
     results: list[Result] = []
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(models) * (len(counted) + len(cells) * len(cells[0][0]) * (1 + rounds)))
 

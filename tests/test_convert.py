@@ -114,12 +114,12 @@ def test_an_object_in_parts_keeps_its_mask_in_yolo(tmp_path, capsys):
     ]
     assert np.array_equal(*masks)
     assert one["bbox"] == [2, 2, 28, 17]
-    joined = "note: 1 object of several polygons joined into one each, with the same mask"
+    joined = "note: 1 object of several polygons written as one polygon with the same mask"
     assert capsys.readouterr().out.splitlines()[-1] == joined
     coco["annotations"][0]["bbox"] = [2, 2, 28, 17.5]
     save(tmp_path, "train/_annotations.coco.json", coco)
     convert(tmp_path, tmp_path / "other", "yolo")
-    moved = "note: 1 box other than the polygons' extent left out: YOLO derives boxes"
+    moved = "note: 1 box other than those of their polygons left out: YOLO derives them"
     assert capsys.readouterr().out.splitlines()[-2:] == [joined, moved]
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import save_scenes
 from nbclient import NotebookClient
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 from dualtoken_vit import cli
 from dualtoken_vit.cli_help import EXAMPLES
@@ -309,6 +311,29 @@ def test_the_figures_are_those_of_the_scripts(monkeypatch):
     assert found["DualToken-ViT-T (mix)"] == (17.0, 45.95)  # of the tables in results/
     assert found["XCiT-T12"] == (30.1, 49.07)
     assert all((ROOT / "docs/images" / f"{name}.png").is_file() for name in plots.FIGURES)
+
+
+def test_the_figure_of_the_stages_shows_what_the_network_computes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import stages_figure
+
+    x, downsampled, attention, g = stages_figure.follow()
+    model = timm.create_model("dualtoken_vit_tiny_mix", pretrained=True, features_only=True, out_indices=(1, 2, 3, 4))
+    transform = create_transform(**resolve_data_config({"input_size": (3, 224, 224)}, model=model), is_training=False)
+    with torch.inference_mode():
+        pyramid = model.eval()(transform(stages_figure.IMAGE)[None])
+    for found, expected in zip((x[0], *x[2:]), pyramid, strict=True):  # without the last map of the stem
+        torch.testing.assert_close(found, expected[0].permute(1, 2, 0), atol=1e-4, rtol=1e-4)
+    assert [tuple(each.shape) for each in downsampled] == [(7, 7, 48), (7, 7, 96), (7, 7, 192)]
+    assert [tuple(each.shape) for each in g] == [(7, 7, 48), (7, 7, 48), (7, 7, 96), (7, 7, 192)]
+    for each in attention:
+        torch.testing.assert_close(each.sum((2, 3)), torch.ones(each.shape[:2]))
+    tokens = x[2].flatten(0, 1).numpy()
+    _, directions = np.linalg.eigh(np.cov(tokens.T))  # the last ones have the largest variance
+    components = (tokens - tokens.mean(0)) @ directions[:, :-4:-1]
+    expected = np.abs(components / components.std(0, ddof=1) / 4).clip(0, 0.5)
+    assert np.abs(stages_figure.colours(x[2]).flatten(0, 1).numpy() - 0.5) == pytest.approx(expected, abs=1e-3)
+    assert (ROOT / "docs/images/stages.png").is_file()
 
 
 @pytest.mark.slow

@@ -111,6 +111,20 @@ def test_one_table_and_a_holdout(tmp_path, capsys):
         build_datasets(replace(data, holdout=0.0), 3)
 
 
+def test_a_table_beside_class_folders_is_named(tmp_path):
+    for split, names in (("train", "ab"), ("val", "cd")):
+        for name in names:
+            save_images(tmp_path / split / LABELS[f"{name}.png"], [f"{name}.png"])
+    (tmp_path / "broken.parquet").write_text("")
+    write(tmp_path / "sizes.csv", [("file", "size"), ("a.png", 12)])
+    assert not build_datasets(ClassificationData(root=str(tmp_path)), 3)[0].notes
+    paths = {name: f"train/{label}/{name}" for name, label in LABELS.items()}
+    write(tmp_path / "labels.csv", [("file", "label"), *((paths[name], label) for name, label in LABELS.items())])
+    table = f"{tmp_path}/labels.csv"
+    line = f"{table}: not read, because {tmp_path}/train has class folders; --data.root {table} reads it"
+    assert build_datasets(ClassificationData(root=str(tmp_path)), 3)[0].notes == (line,)
+
+
 def test_one_folder_without_splits(tmp_path):
     save_images(tmp_path / "cat", ["a.png", "b.png", "c.png"])
     save_images(tmp_path / "dog", ["d.png", "e.png", "f.png"])

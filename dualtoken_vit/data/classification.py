@@ -25,7 +25,7 @@ from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
 from dualtoken_vit.data.splits import split_of
 from dualtoken_vit.data.streams import ImageStream, Record, Shards, TensorFlowDataset, unreadable
-from dualtoken_vit.data.tables import Labelled, read_labels
+from dualtoken_vit.data.tables import Labelled, read_labels, unread_note
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
@@ -168,6 +168,7 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
         for split in sorted(os.listdir(data.root))
         if split_of(split) and any(os.path.isdir(os.path.join(data.root, split, name)) for name in names)
     ]
+    dataset.notes += unread_note(Path(data.root), folder)
     if shared:
         pair = " = ".join(map(printable, shared[0]))
         dataset.shared = f"files in more than one class: {len(shared)}, for example {pair}"

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +104,18 @@ def has_labels(path: Path) -> bool:
     if not rows or column(rows[0], FILE) is None:
         return False
     return column(rows[0], CLASS) is not None or bool(_one_hot(rows))
+
+
+def unread_note(root: Path, folder: Path) -> tuple[str, ...]:
+    """A line on the tables in `root` that could be meant instead of the class folders in `folder`."""
+    for path in _tables(root):
+        with suppress(InputError):  # a file that cannot be read is not meant
+            if has_labels(path):
+                line = (
+                    f"not read, because {printable(folder)} has class folders; --data.root {printable(path)} reads it"
+                )
+                return (f"{printable(path)}: {line}",)
+    return ()
 
 
 def _one_hot(rows: list[list[Any]]) -> list[int]:

@@ -124,8 +124,8 @@ class MaskRCNN(OverBackbone, GeneralizedRCNN):
         model: nn.Module,
         num_classes: int,
         transform: Transform,
-        class_weights: Tensor | None = None,
         roi_samples: int = 512,
+        class_weights: Tensor | None = None,
     ):
         anchors = Anchors((4, 8, 16, 32, 64), ((32,), (64,), (128,), (256,), (512,)))
         proposals = ProposalNetwork(
@@ -243,8 +243,8 @@ def build_detector(
         multi_scale: short sides to choose from at random for each training image; empty: image_size
         roi_samples: Mask R-CNN: proposals sampled per image to train the heads
         class_weights: (num_classes,): what the classification loss of the anchors or proposals that match an object of
-            each class is multiplied by, as in MMDetection; background has 1. Only the gradient is: the loss that is
-            returned is not weighted, so that it can be compared. None: all are 1
+            each class is multiplied by, as in MMDetection; background has 1. They are in the gradient only: the
+            returned losses remain comparable. None: all are 1
         mean, std: per image channel; by default those of the network
 
     Raises:
@@ -255,7 +255,7 @@ def build_detector(
     cfg = pretrained_cfg(model)
     transform = Transform(image_size, max_size, multi_scale, mean or cfg["mean"], std or cfg["std"])
     more: dict[str, Any] = {"roi_samples": roi_samples} if detector == "mask-rcnn" else {}
-    built = DETECTORS[detector](model, num_classes, transform, class_weights, **more)
+    built = DETECTORS[detector](model, num_classes, transform, class_weights=class_weights, **more)
     return built.to(memory_format=torch.channels_last)
 
 

@@ -244,8 +244,8 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
         "written": drawn and not polygons,
         f"{counted(masks, 'mask')} left out: YOLO has none": masks,
         f"{counted(clipped, 'box')} clipped to the image": clipped,
-        f"{counted(joined, 'object')} of several polygons joined into one each, with the same mask": joined,
-        f"{counted(moved, 'box')} other than the polygons' extent left out: YOLO derives boxes": moved,
+        f"{counted(joined, 'object')} of several polygons written as one polygon with the same mask": joined,
+        f"{counted(moved, 'box')} other than those of their polygons left out: YOLO derives them": moved,
     }
     return [line for line, count in lost.items() if count]
 

@@ -110,10 +110,12 @@ def test_the_run_folder_agrees_with_pycocotools(trained, scenes, capsys):
     for command in (("evaluate", "--overlap", "0.3"), ("predict", "--overlap=0.3", scenes / "images")):
         with pytest.raises(InputError, match="--overlap is that of tiles: give --tile too"):
             cli.run([command[0], str(out / "best.safetensors"), *map(str, command[1:])])
-    assert result.keys() == {*kinds, "images"}
+    assert result.keys() == {*kinds, "images", "per_class", "objects"}
     assert result["images"] == 5
     for kind in kinds:
         assert result[kind]["AP"] == pytest.approx(float(best[f"val_{kind}_AP"]), abs=1e-6)
+        there = [ap for ap in result["per_class"][kind].values() if ap >= 0]
+        assert result[kind]["AP"] == pytest.approx(np.mean(there), abs=1e-6)
 
 
 def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):

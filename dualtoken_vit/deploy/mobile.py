@@ -33,7 +33,8 @@ def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path
         import litert_torch
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--format litert needs {error.name}, and torch below 2.15: pip install 'dualtoken-vit[litert]'"
+            f"--format litert needs {error.name}, and torch below 2.15: pip install 'dualtoken-vit[litert]', "
+            "then pip install --upgrade typing-extensions"
         ) from error
     try:
         with quiet():

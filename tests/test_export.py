@@ -346,8 +346,8 @@ def test_litert_files(checkpoint, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_core_ml_files(checkpoint, tmp_path):
-    """Only a Mac can run them: this is their description."""
+def test_coreml_files(checkpoint, tmp_path):
+    """Their description everywhere, and on a Mac, which alone can run them, their logits."""
     coremltools = pytest.importorskip("coremltools")
     file = export(checkpoint, tmp_path / "model.mlpackage", format="coreml")
     about = coremltools.models.MLModel(str(file), skip_model_load=True).get_spec().description
@@ -355,6 +355,12 @@ def test_core_ml_files(checkpoint, tmp_path):
     assert (image.name, list(image.type.multiArrayType.shape)) == ("image", [1, 3, 64, 64])
     assert (logits.name, list(logits.type.multiArrayType.shape)) == ("logits", [1, 3])
     assert json.loads(about.metadata.userDefined[KEY])["class_names"] == ["blue", "green", "red"]
+    if sys.platform == "darwin":
+        x = noise(1, 3, 64, 64)
+        with torch.inference_mode():
+            expected = graphs.Classifier(load_model(checkpoint)[0], MEAN, STD)(x).numpy()
+        found = coremltools.models.MLModel(str(file)).predict({"image": x.numpy()})["logits"]
+        assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
     with pytest.raises(InputError, match=r"model.mlpackage: a folder; remove it"):
         export(checkpoint, file, format="coreml")
 
@@ -380,7 +386,13 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(InputError, match="--format onnx needs onnxscript: pip install"):
         export(checkpoint, other)
+    for format, module, suffix in (("litert", "litert_torch", ".tflite"), ("coreml", "coremltools", ".mlpackage")):
+        monkeypatch.setitem(sys.modules, module, None)
+        message = rf"--format {format} needs {module}.*: pip install 'dualtoken-vit\[{format}\]'"
+        with pytest.raises(InputError, match=message):
+            export(checkpoint, tmp_path / f"model{suffix}", format=format)
     assert other.read_text() == "kept"
+    assert not list(tmp_path.glob("model.*"))
 
 
 def test_the_size_for_most_images():

@@ -146,11 +146,11 @@ def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "detections-box.json").read_text())
     assert {one["category_id"] for one in found} <= {one["id"] for one in coco["categories"]}
 
-    one = coco["annotations"][-1]
-    coco["annotations"] += [one | {"id": 10_000 + number} for number in range(100)]
+    one, ids = coco["annotations"][-1], [each["id"] for each in coco["categories"]]
+    coco["annotations"] += [one | {"id": 10_000 + n, "category_id": ids[n % 2]} for n in range(100)]
     path.write_text(json.dumps(coco))
     cli.run([*map(str, ("evaluate", best, *data, *common))])
-    limit = "instances_val.json: images with more than 100 objects of a class: 1; COCO's metrics count at most 100"
+    limit = "instances_val.json: images with more than 100 objects: 1; detectors return at most 100 objects in an image"
     assert limit in capsys.readouterr().err
 
     coco["categories"][0]["name"] = "blob"

@@ -1,5 +1,6 @@
 # make demo    train the default recipe, evaluate it, predict; under two minutes on two cores after the install
 # make test    the tests, but those that take more than ten seconds each;  make test-slow: these
+# make test-wheel  the wheel with each extra in an empty environment, which downloads PyTorch
 # make docs    the site, in docs/_build/index.html; a warning is an error
 # make campaign  the reliability campaign, one to two hours; SEED=1 for another, and it goes on where it was stopped
 # make lint    ruff, mypy and the import contract;  make format: ruff, with automatic fixes
@@ -24,7 +25,7 @@ DEV := $(VENV)/.dev
 EXPORT := $(VENV)/.export
 endif
 
-.PHONY: demo test test-slow campaign docs lint format web test-web clean
+.PHONY: demo test test-slow test-wheel campaign docs lint format web test-web clean
 
 demo: $(TRAIN)
 	rm -rf $(DEMO)
@@ -40,6 +41,10 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
+
+# Several gigabytes, with CUDA.
+test-wheel: $(DEV)
+	DUALTOKEN_INSTALL=1 $(BIN)/python -m pytest -s tests/test_package.py -k test_each_extra_installs
 
 docs: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

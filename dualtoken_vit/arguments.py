@@ -9,12 +9,12 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-from dualtoken_vit.recipes import Device, Recipe
+from dualtoken_vit.recipes import Device, Recipe, Runtime
 
 R = TypeVar("R", bound=Recipe)
 D = TypeVar("D")  # the data section of a recipe
 O = TypeVar("O")  # noqa: E741  the options of a predictor
-Runtime = Literal["onnxruntime", "openvino"] | None
+Switch = tyro.conf.FlagCreatePairsOff[bool]  # without its opposite
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Train(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder of the run; by default runs/RECIPE."""
-    resume: bool = False
+    resume: Switch = False
     """Continue the run in that folder where it was interrupted, with its settings."""
 
 
@@ -31,11 +31,11 @@ class CheckData(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path = Path("runs", "check-data")
     """Folder for labels.png, a contact sheet of images with their labels."""
-    augmented: bool = False
+    augmented: Switch = False
     """Draw the images as training sees them, after augmentation."""
     suspects: tuple[Path, ...] = ()
-    """Classification: rank probably wrong labels by the networks of these runs, among the images that each of them held
-    out or validated on. Several runs with --data.holdout 0.2 and --data.fold 0, 1, 2, 3, 4 cover all images."""
+    """Classification: rank probably wrong labels by the networks of these runs, among the images that each did not
+    train on; runs with --data.holdout 0.2 and --data.fold 0, 1, 2, 3, 4 cover all."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Evaluate(Generic[D]):
     """auto: an accelerator if there is one, else the CPU."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of the forward pass."""
-    runtime: Runtime = None
+    runtime: Runtime | None = None
     """Of an exported file; by default onnxruntime."""
-    calibrate: bool = False
+    calibrate: Switch = False
     """Classification: fit the temperature of the probabilities on these images, and store it in the checkpoint."""
     out: Path | None = None
     """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
-    json: bool = False
-    """Print one JSON object, and nothing else. Classification: top1, top5 (of more than five classes),
-    mean_accuracy and f1 (means of the classes), loss, ece, images; multi-label: map, f1, micro_f1, loss, images;
-    detection: box, mask, images; segmentation: miou, pixel_accuracy, mean_accuracy, per_class, images. Shares are
-    between 0 and 1."""
+    json: Switch = False
+    """Print one JSON object, and nothing else. Classification: top1, top5 (of more than five classes), mean_accuracy
+    and f1 (means of the classes), loss, ece; multi-label: map, f1, micro_f1, loss; detection: box, mask, objects;
+    segmentation: miou, pixel_accuracy, mean_accuracy; all: images, and per_class by class, in detection by kind. Shares
+    are between 0 and 1; -1 or null: the class is absent."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Predict(Generic[O]):
     """Folder for a drawing of each image, scaled to a long side of 800 to 1600 pixels (segmentation: 480 to 1280, with
     the label map in the image's size as a palette PNG), contact sheets of all images, and predictions.json. Of a video:
     the annotated video, scaled likewise, with a .jsonl beside it."""
-    json: bool = False
+    json: Switch = False
     """Print one JSON object on stdout instead of the table, and nothing else there; of a video, one for each frame."""
     batch_size: int | None = None
     """Images in a forward pass; by default 32, in detection and segmentation 4."""
     device: Device = "auto"
     """auto: an accelerator if there is one, else the CPU."""
-    runtime: Runtime = None
+    runtime: Runtime | None = None
     """Of an exported file; by default onnxruntime."""
 
 
@@ -88,22 +88,21 @@ class Export(Generic[D]):
     """onnx: for ONNX Runtime and OpenVINO. litert (.tflite), coreml (.mlpackage, not verified): one image of one size,
     classifiers and segmenters."""
     size: str | None = None
-    """SIDE or WIDTHxHEIGHT of the images in pixels; by default as in training. Detectors take this size only, rounded
-    up to multiples of 32, and others are resized and padded to it: by default the size at which the detector processes
-    most of --images, or of the validation images. Other files take any size."""
-    raw: bool = False
+    """SIDE or WIDTHxHEIGHT in pixels; by default as in training. A detector takes this size only, rounded up to
+    multiples of 32, and resizes and pads others: by default the size at which it processes most of --images, or of the
+    validation images. Other files take any size."""
+    raw: Switch = False
     """RetinaNet, FCOS, SSDLite: boxes (B, A, 4) and scores (B, A, classes) of all anchors, for images of any size; the
     predictor of the file chooses among them."""
-    attention: bool = False
+    attention: Switch = False
     """DualToken-ViT classifiers: also the attention maps of the last block, for the command attention."""
     int8: Literal["dynamic", "static"] | None = None
-    """Weights of linear layers as int8. dynamic (also without a value) needs no data; static fixes the range of the
-    activations from --images."""
-    fp16: bool = False
+    """Linear layers as int8: dynamic (also without a value), or static, with activations in the range of --images."""
+    fp16: Switch = False
     """Weights as float16: half the size, not faster on a CPU."""
     images: Path | None = None
     """Folder of images to verify and calibrate with; by default noise."""
-    evaluate: bool = False
+    evaluate: Switch = False
     """Also evaluate checkpoint and file on the validation images (--data.*)."""
 
 

@@ -26,7 +26,7 @@ try:
 
     from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train
     from dualtoken_vit.bounds import check_bounds
-    from dualtoken_vit.cli_help import describe, fill, help_page, only, section_help, sections
+    from dualtoken_vit.cli_help import describe, fill, help_page, only, recipe_rows, section_help, sections
     from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe, flatten
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
     if sys.argv[1:] == ["env"]:
@@ -63,8 +63,8 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
     if help_page(
         args,
         f"{command} RECIPE [--section.field VALUE ...]",
-        f"{describe(about, command)}\n\nRecipes:",
-        ABOUT,
+        f"{describe(about, command)}\n\nRecipes (ROOT: the folder of --data.root):",
+        recipe_rows(ABOUT),
         f"\nTheir fields with type, default and meaning: dualtoken-vit {command} RECIPE --help",
     ):
         sys.exit()
@@ -126,14 +126,23 @@ class _Nothing:
 
 
 def _with_recipe(
-    make: Callable[[Any], Any], recipe: Any, args: list[str], prog: str, examples: str, about: str | None
+    make: Callable[[Any], Any],
+    recipe: Any,
+    args: list[str],
+    prog: str,
+    examples: str,
+    about: str | None,
+    hidden: Sequence[str] = (),
 ) -> Any:
-    """Parse arguments into the dataclass of a command that has the fields of a recipe: `make(recipe)`, its default."""
+    """Parse arguments into the dataclass of a command that has the fields of a recipe: `make(recipe)`, its default.
+
+    Sections that are `hidden` have no effect, and so no help.
+    """
 
     def parse(recipe: Any, args: list[str], about: str = "") -> Any:
         return _parse(make(recipe), recipe, args, flatten(recipe), prog, about)
 
-    found = sections(recipe)
+    found = {name: section for name, section in sections(recipe).items() if name not in hidden}
     section_help(args, examples, about, found, lambda shown, args, about: parse(only(recipe, shown), args, about))
     return parse(recipe, args)
 
@@ -320,7 +329,7 @@ def check_data(args: list[str]) -> bool:
     """Read all data of a recipe once, report what it holds and what is wrong."""
     name, args = _recipe_name(args, "check-data", check_data.__doc__)
     about = f"{check_data.__doc__} {ABOUT[name]}"
-    chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about)
+    chosen = _with_recipe(CheckData, RECIPES[name], args, f"check-data {name}", "check-data", about, ("optim",))
     _check(chosen.recipe)
     from dualtoken_vit.tasks.registry import get_task
 

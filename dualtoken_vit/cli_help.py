@@ -63,7 +63,7 @@ EXAMPLES = {
     ),
     "localise": ("localise runs/position/best.safetensors runs/normal/best.safetensors --plot localisation.png",),
     "benchmark": (
-        "benchmark dualtoken_vit_tiny_mix mobilevit_xs --batch-sizes 1 --modes eager",
+        "benchmark dualtoken_vit_tiny_mix mobilevit_xs --modes eager",
         "benchmark dualtoken_vit_small --train --precision float32 bfloat16",
     ),
     "study": ("study mlp --data.root photos --seeds 2 --out runs/study",),
@@ -71,6 +71,28 @@ EXAMPLES = {
     "completion": ("completion bash > ~/.local/share/bash-completion/completions/dualtoken-vit",),
 }
 """Arguments that each help page begins with; a task's recipes have their own."""
+
+
+SERIES = {
+    "table6-": "Table 6, global tokens",
+    "table7-grid-": "Table 7, side of their grid",
+    "table8-": "Table 8, local attention",
+    "table9-": "Table 9, downsampling",
+}
+"""The paper's comparisons by the beginning of their recipes' names."""
+
+
+def recipe_rows(about: Mapping[str, str]) -> dict[str, str]:
+    """The recipes and one line about each; those of a comparison in one line."""
+    rows: dict[str, str] = {}
+    for name, text in about.items():
+        start = next(filter(name.startswith, SERIES), None)
+        if start is None:
+            rows[name] = text
+        else:
+            before = rows.get(f"{start}*", f"{SERIES[start]}:").replace(".", ",")
+            rows[f"{start}*"] = f"{before} {name.removeprefix(start)}."
+    return rows
 
 
 def width() -> int:
@@ -99,7 +121,7 @@ def help_page(args: Sequence[str], usage: str, *parts: str | Mapping[str, str | 
         if isinstance(part, str):
             console.print(part, markup=False, soft_wrap=True)  # commands in it can be copied
             continue
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
         table.add_column(no_wrap=True)
         for name, about in part.items():
             table.add_row(name, about)

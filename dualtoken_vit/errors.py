@@ -19,7 +19,7 @@ class InputError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not empty, or its type."""
-    return next(filter(str.strip, str(error).splitlines()), type(error).__name__)
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def reason(error: BaseException) -> str:

@@ -115,7 +115,7 @@ def evaluate(
     tune_cpu()
     header = read_header(checkpoint)
     recipe, task, given = recipe or stored_recipe(checkpoint, header), get_task(header.task), data or {}
-    if calibrate and (is_exported(checkpoint) or task.name != "classification"):
+    if calibrate and (is_exported(checkpoint) or not task.calibrates):
         raise InputError(f"--calibrate: {checkpoint} is not the best.safetensors of a classifier; leave it out")
     if calibrate and (file := locate(checkpoint)) != Path(checkpoint):
         raise InputError(f"--calibrate would change the installed package: give a copy of {file}")

@@ -20,7 +20,7 @@ def test_top5_needs_more_than_five_classes(classes, names):
     ranks = (logits > logits[np.arange(40), targets][:, None]).sum(1)
     expected = {name: pytest.approx((ranks < int(name[3:])).mean(), abs=1e-6) for name in names}
     assert {name: found.metrics[name] for name in names} == expected
-    assert list(found.metrics) == [*names, "mean_accuracy", "f1", "loss", "ece", "images"]
+    assert list(found.metrics) == [*names, "mean_accuracy", "f1", "loss", "ece", "images", "per_class"]
     assert sorted(found.scores) == sorted([*names, "loss"])
     shares = "".join(f"  top-{name[3:]} {found.metrics[name]:.2%}" for name in names)
     assert found.headline == f"val loss {found.metrics['loss']:.4f}{shares}"
@@ -40,7 +40,7 @@ def test_metrics_of_each_class_and_their_means_are_torchmetrics():
     counts, there = np.bincount(targets, minlength=5), [0, 1, 2, 4]
     assert counts[3] == 0
     assert (logits.argmax(1) == 3).any()
-    per_class = found.details["per_class"]
+    per_class = found.metrics["per_class"]
     assert list(per_class) == list("abcde")
     for key, shares in expected.items():
         shares[3] = -1

@@ -110,10 +110,12 @@ def test_the_run_folder_agrees_with_pycocotools(trained, scenes, capsys):
     for command in (("evaluate", "--overlap", "0.3"), ("predict", "--overlap=0.3", scenes / "images")):
         with pytest.raises(InputError, match="--overlap is that of tiles: give --tile too"):
             cli.run([command[0], str(out / "best.safetensors"), *map(str, command[1:])])
-    assert result.keys() == {*kinds, "images"}
+    assert result.keys() == {*kinds, "images", "per_class", "objects"}
     assert result["images"] == 5
     for kind in kinds:
         assert result[kind]["AP"] == pytest.approx(float(best[f"val_{kind}_AP"]), abs=1e-6)
+        there = [ap for ap in result["per_class"][kind].values() if ap >= 0]
+        assert result[kind]["AP"] == pytest.approx(np.mean(there), abs=1e-6)
 
 
 def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):
@@ -355,6 +357,29 @@ def test_killed_and_resumed(trained, scenes, tmp_path):
         cli.run([*args, "--class-weights", "equal", "--resume"])
     assert cli.run([*args, "--resume"]) == 0
     assert_same_run(out, whole, kinds={"state_dict", "optimizer_states"}, files=("metrics.csv", "detections-box.json"))
+
+
+def test_fcos_is_killed_and_resumed(scenes, tmp_path):
+    settings = {"detector": "fcos", "optim__epochs": 1}
+    assert cli.run(arguments(scenes, tmp_path / "whole", **settings)) == 0
+    die(arguments(scenes, tmp_path / "run", **settings), "saved last.ckpt", 1)
+    assert torch.load(tmp_path / "run" / "last.ckpt")["global_step"] == 2
+    assert cli.run([*arguments(scenes, tmp_path / "run", **settings), "--resume"]) == 0
+    kinds, files = {"state_dict", "optimizer_states"}, ("metrics.csv", "detections-box.json")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", kinds, files)
+
+
+@pytest.mark.parametrize("detector", ["ssdlite", "fcos"])
+def test_two_processes_of_detectors_with_other_losses(scenes, tmp_path, capsys, detector):
+    """Their losses are means over the objects of a process, so that one process makes other steps; not other scores."""
+    args = arguments(scenes, tmp_path / "two", detector=detector, run__devices=2)
+    finished = run(["-m", "dualtoken_vit.cli", *args])
+    assert finished.returncode == 0, finished.stderr
+    alone = json.loads(call(capsys, "evaluate", tmp_path / "two" / "best.safetensors", "--json")[1])
+    found = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert found["images"] == alone["images"] == 5
+    assert found["box"] == pytest.approx(alone["box"], abs=1e-6)
+    assert found["box"]["AR100"] > 0
 
 
 def test_two_processes_count_each_image_once(scenes, tmp_path, capsys):

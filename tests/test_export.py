@@ -244,12 +244,15 @@ def test_export_evaluates_the_file_on_the_data_of_the_run(checkpoint, photos, tm
 @pytest.mark.slow
 def test_attention_and_benchmark_take_the_file(checkpoint, exported, photos, tmp_path, capsys):
     maps = []
-    for path in (checkpoint, exported):
-        out = tmp_path / path.suffix[1:]
-        image = str(photos / "val" / "red" / "0.jpg")
-        assert run(["attention", str(path), image, "--token", "1,0", "--out", str(out)]) == 0
+    image = str(photos / "val" / "red" / "0.jpg")
+    for path, *runtime in ((checkpoint,), (exported,), (exported, "--runtime", "openvino")):
+        out = tmp_path / str(len(maps))
+        assert run(["attention", str(path), image, "--token", "1,0", "--out", str(out), *runtime]) == 0
         maps.append(np.load(out / "0.jpg.npy"))
-    assert maps[1] == pytest.approx(maps[0], abs=1e-5)
+    for others in maps[1:]:
+        assert others == pytest.approx(maps[0], abs=1e-5)
+    with pytest.raises(InputError, match="--runtime openvino: for files that dualtoken-vit export wrote"):
+        run(["attention", str(checkpoint), image, "--runtime", "openvino", "--out", str(tmp_path / "other")])
     with pytest.raises(InputError, match="--token ROW,COL is needed with an exported file"):
         run(["attention", str(exported), image, "--out", str(tmp_path / "other")])
     (result,) = benchmark(
@@ -327,7 +330,7 @@ def test_litert_files(checkpoint, tmp_path, capfd):
     file = export(checkpoint, tmp_path / "model.tflite", format="litert")
     printed = capfd.readouterr()
     assert [line.partition(" ")[0] for line in printed.out.splitlines()] == ["largest", f"{file}:"]
-    assert printed.err == ""
+    assert [line.split()[0] for line in printed.err.splitlines()] == ["converting", "verifying"]
     with zipfile.ZipFile(file) as archive:
         assert json.loads(archive.read(f"{KEY}.json"))["class_names"] == ["blue", "green", "red"]
     classifier = graphs.Classifier(load_model(checkpoint)[0], MEAN, STD)
@@ -343,8 +346,8 @@ def test_litert_files(checkpoint, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_core_ml_files(checkpoint, tmp_path):
-    """Only a Mac can run them: this is their description."""
+def test_coreml_files(checkpoint, tmp_path):
+    """Their description everywhere, and on a Mac, which alone can run them, their logits."""
     coremltools = pytest.importorskip("coremltools")
     file = export(checkpoint, tmp_path / "model.mlpackage", format="coreml")
     about = coremltools.models.MLModel(str(file), skip_model_load=True).get_spec().description
@@ -352,6 +355,12 @@ def test_core_ml_files(checkpoint, tmp_path):
     assert (image.name, list(image.type.multiArrayType.shape)) == ("image", [1, 3, 64, 64])
     assert (logits.name, list(logits.type.multiArrayType.shape)) == ("logits", [1, 3])
     assert json.loads(about.metadata.userDefined[KEY])["class_names"] == ["blue", "green", "red"]
+    if sys.platform == "darwin":
+        x = noise(1, 3, 64, 64)
+        with torch.inference_mode():
+            expected = graphs.Classifier(load_model(checkpoint)[0], MEAN, STD)(x).numpy()
+        found = coremltools.models.MLModel(str(file)).predict({"image": x.numpy()})["logits"]
+        assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
     with pytest.raises(InputError, match=r"model.mlpackage: a folder; remove it"):
         export(checkpoint, file, format="coreml")
 
@@ -377,7 +386,13 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(InputError, match="--format onnx needs onnxscript: pip install"):
         export(checkpoint, other)
+    for format, module, suffix in (("litert", "litert_torch", ".tflite"), ("coreml", "coremltools", ".mlpackage")):
+        monkeypatch.setitem(sys.modules, module, None)
+        message = rf"--format {format} needs {module}.*: pip install 'dualtoken-vit\[{format}\]'"
+        with pytest.raises(InputError, match=message):
+            export(checkpoint, tmp_path / f"model{suffix}", format=format)
     assert other.read_text() == "kept"
+    assert not list(tmp_path.glob("model.*"))
 
 
 def test_the_size_for_most_images():

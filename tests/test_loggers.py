@@ -1,7 +1,9 @@
 """Trackers of experiments, read back with the packages' own readers."""
 
 import csv
+import sys
 import threading
+from types import ModuleType, SimpleNamespace
 
 import mlflow
 import pytest
@@ -82,6 +84,68 @@ def test_wandb(photos, tmp_path, monkeypatch):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
+class FakeTrackio(ModuleType):
+    """The calls that Trackio gets."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.calls = []
+
+    def init(self, project, **given):
+        self.calls.append(("init", project, given))
+        return SimpleNamespace(log=self.log)  # a run ended by its own `finish` is ended again as Python exits
+
+    def log(self, metrics, step=None):
+        self.calls.append(("log", metrics, step))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+def trackio_runs(photos, out, monkeypatch):
+    """Losses by step of a run that is killed after its first epoch and resumed."""
+    monkeypatch.setattr("dualtoken_vit.tasks.trainer.check_logger", lambda name: None)  # it may be a stand-in
+    with monkeypatch.context() as patch:
+        stop_after_an_epoch(patch)
+        with pytest.raises(InputError, match="killed"):
+            run(photos, out, "trackio")
+    return dict(zip((3, 6), run(photos, out, "trackio", resume=True), strict=True))
+
+
+def test_what_trackio_gets(photos, tmp_path, monkeypatch, capsys):
+    fake = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    losses = trackio_runs(photos, tmp_path / "run", monkeypatch)
+    assert "warning" not in capsys.readouterr().err
+    first, second = (call for call in fake.calls if call[0] == "init")
+    assert first[1] == "dualtoken-vit"
+    assert first[2] == second[2]  # of the same name
+    assert first[2]["name"].startswith("run-")
+    assert first[2]["resume"] == "allow"
+    assert first[2]["config"]["optim.lr"] == 0.001
+    kinds = [call[0] for call in fake.calls]
+    assert kinds.count("finish") == 2
+    assert kinds[kinds.index("init", 1) - 1] == kinds[-1] == "finish"
+    logged = [call[1:] for call in fake.calls if call[0] == "log"]
+    received = {step: metrics["epoch/val_loss"] for metrics, step in logged if "epoch/val_loss" in metrics}
+    assert received == losses
+
+
+def test_trackio_itself_continues_a_run(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "tracked"))
+    trackio = pytest.importorskip("trackio")
+    from trackio.context_vars import current_run
+    from trackio.sqlite_storage import SQLiteStorage
+
+    losses = trackio_runs(photos, tmp_path / "run", monkeypatch)
+    assert "warning" not in capsys.readouterr().err
+    assert current_run.get() is None  # Trackio has nothing left to end as Python exits
+    (found,) = trackio.Api().runs("dualtoken-vit")
+    logged = SQLiteStorage.get_logs("dualtoken-vit", found.name, run_id=found.id)
+    history = {row["step"]: row["epoch/val_loss"] for row in logged if "epoch/val_loss" in row}
+    assert history == pytest.approx(losses)
+
+
 def test_a_failing_tracker_does_not_stop_the_run(photos, tmp_path, monkeypatch, capsys):
     expected = run(photos, tmp_path / "other", "tensorboard")
 
@@ -135,4 +199,8 @@ def test_missing_package(photos, tmp_path, monkeypatch):
     message = r"--run\.logger wandb: install it, for example by pip install 'dualtoken-vit\[wandb\]"
     with pytest.raises(InputError, match=message):
         run(photos, tmp_path / "run", "wandb")
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None if name == "sqlalchemy" else object())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(InputError, match=r"needs SQLAlchemy: pip install 'dualtoken-vit\[mlflow\]', or name a server"):
+        run(photos, tmp_path / "run", "mlflow")
     assert not (tmp_path / "run").exists()

@@ -187,7 +187,7 @@ def test_metrics_and_thresholds_are_those_of_numpy(monkeypatch):
     assert np.allclose(chosen, best)
     assert thresholds[3] == 0.5
     aps = [average_precision(shares[:, k], truth[:, k] > 0) for k in range(3)]
-    found = list(evaluation.details["per_class"].values())
+    found = list(evaluation.metrics["per_class"].values())
     assert np.allclose([one["ap"] for one in found], [*aps, -1])
     assert np.allclose([one["f1"] for one in found], [*best, -1])
     assert [one["images"] for one in found] == truth.sum(0).tolist()

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
@@ -98,13 +99,14 @@ def limited(cls, name, path=None, target=None):
 
 PathFinder.find_spec = limited
 """
+TINY = "--model.args", "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32", "--run.device", "cpu"
 SMOKE = {
     "": ["env"],
     "models": """
 import timm, torch, dualtoken_vit
 assert timm.create_model("dualtoken_vit_tiny", num_classes=3)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 """,
-    "train": ["train", "folder", "--data.root", "photos", "--data.image-size", "32", "--optim.epochs", "1"],
+    "train": ["train", "folder", "--data.root", "photos", "--data.image-size", "32", "--optim.epochs", "1", *TINY],
     "export": ["export", "runs/folder/best.safetensors"],
     "runtime": ["predict", "runs/folder/model.onnx", "photos/val/red/0.jpg", "--json"],
 }
@@ -114,10 +116,8 @@ assert timm.create_model("dualtoken_vit_tiny", num_classes=3)(torch.zeros(1, 3, 
 def test_each_extra_is_enough_for_its_part(wheel, photos, tmp_path):
     """The wheel with an extra's packages, and no others: in a process that cannot import them.
 
-    The packages are those of the environment of the tests, not newly installed ones: tests/test_runtime.py installs the
-    smallest extra, and the workflow `models`.
+    The packages are those of the environment of the tests: `test_each_extra_installs` installs them anew.
     """
-    tiny = ["--model.args", "dims=(16,32,32)", "depths=(1,1,1)", "head_hidden_size=32", "--run.device", "cpu"]
     modules = packages_distributions()
     for extra, smoke in SMOKE.items():
         allowed = requirements(wheel, extra)
@@ -127,7 +127,7 @@ def test_each_extra_is_enough_for_its_part(wheel, photos, tmp_path):
         site.mkdir()
         (site / "sitecustomize.py").write_text(LIMIT.format(blocked=blocked))
         if isinstance(smoke, list):
-            args = ["dualtoken-vit", *smoke, *(tiny if extra == "train" else ())]
+            args = ["dualtoken-vit", *smoke]
             smoke = f"import sys, dualtoken_vit_command\nsys.argv = {args!r}\ndualtoken_vit_command.main()"
         env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, wheel))), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", smoke]
@@ -139,3 +139,27 @@ def test_each_extra_is_enough_for_its_part(wheel, photos, tmp_path):
         if extra == "":
             assert "numpy" in blocked
             assert f"{dualtoken_vit.__version__}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif("DUALTOKEN_INSTALL" not in os.environ, reason="downloads torch: make test-wheel")
+def test_each_extra_installs(built, photos, tmp_path):
+    """By pip into an empty environment, one after the other, as each includes those before it; runtime into its own."""
+    (file,) = built.glob("*.whl")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for extra, smoke in SMOKE.items():
+        if extra in ("", "runtime"):
+            venv.create(tmp_path / "env", clear=True, with_pip=True)
+        (programs,) = (path for path in (tmp_path / "env").iterdir() if path.name in ("bin", "Scripts"))
+        install = ["-m", "pip", "install", "--quiet", f"{file}[{extra}]" if extra else file]
+        subprocess.run([programs / "python", *install], check=True, env=env)
+        program, *args = ["dualtoken-vit", *smoke] if isinstance(smoke, list) else ["python", "-c", smoke]
+        done = subprocess.run([programs / program, *args], capture_output=True, text=True, cwd=photos.parent, env=env)
+        assert done.returncode == 0, (extra, done.stderr)
+        print(f"-- {extra or 'core'}:\n{done.stdout}")  # for `make test-wheel`, which shows it
+        if extra == "":
+            assert dualtoken_vit.__version__ in done.stdout
+        if extra == "runtime":
+            assert '"class": ' in done.stdout
+    shutil.rmtree(tmp_path / "env")  # gigabytes, with CUDA

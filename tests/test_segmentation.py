@@ -376,9 +376,10 @@ def test_a_diverged_run_names_its_last_good_state(scenes, tmp_path):
         cli.run(arguments(scenes, tmp_path / "run", **given))
 
 
-def test_two_processes_count_each_image_once(scenes, tmp_path):
+@pytest.mark.parametrize("segmenter", ["deeplabv3", "lraspp"])
+def test_two_processes_count_each_image_once(scenes, tmp_path, segmenter):
     """With weighted classes, and crops that reach beyond the image: what counts differs from process to process."""
-    settings = {"optim__optimizer": "sgd", "optim__lr": 0.01, "optim__epochs": 1}
+    settings = {"segmenter": segmenter, "optim__optimizer": "sgd", "optim__lr": 0.01, "optim__epochs": 1}
     settings["dropout"] = 0  # processes draw it for themselves
     more = "--augment.scale", "0.5", "1", "--class-weights", "log"
     assert cli.run(arguments(scenes, tmp_path / "begin", *more, **settings | {"optim__lr": 1e-12})) == 0

@@ -96,7 +96,7 @@ def test_evaluation_equals_an_independent_computation(trained):
     predicted, truth = np.array(predicted), np.array(truth)
     assert result.metrics["top1"] == pytest.approx(np.mean(predicted == truth), abs=1e-6)
     assert result.metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    for label, one in enumerate(result.details["per_class"].values()):
+    for label, one in enumerate(result.metrics["per_class"].values()):
         assert one["images"] == 6
         assert one["top1"] == pytest.approx(np.mean(predicted[truth == label] == label))
         assert one["precision"] == pytest.approx(np.mean(truth[predicted == label] == label))

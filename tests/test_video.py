@@ -214,3 +214,37 @@ def test_a_truncated_video_keeps_what_could_be_read(constant, tmp_path, capsys):
     assert f"{count} frames" in said.out
     assert not status
     assert f"clip.mkv: truncated: it ends after {(count - 1) / RATE:.1f} of 8.0 seconds" in said.err
+
+
+@pytest.mark.parametrize(
+    ("system", "place", "kind"),
+    [("linux", "/dev/video0", "v4l2"), ("darwin", "0", "avfoundation"), ("win32", "0", "vfwcap")],
+)
+def test_a_camera(constant, tmp_path, monkeypatch, capsys, system, place, kind):  # noqa: F811
+    """By the name of its device, for which a file stands in; until Ctrl-C ends it."""
+    images, opened, open_file = frames(3), [], av.open
+    clip = write(tmp_path / "clip.mkv", images)
+
+    def open_device(name, *args, format=None, **options):
+        if format not in ("v4l2", "avfoundation", "vfwcap"):
+            return open_file(name, *args, format=format, **options)
+        opened.append((name, format))
+        return open_file(str(clip))
+
+    def until_stopped(self):
+        yield from read(self)
+        raise KeyboardInterrupt
+
+    read = Video.__iter__
+    monkeypatch.setattr(av, "open", open_device)
+    monkeypatch.setattr(Video, "__iter__", until_stopped)
+    monkeypatch.setattr("dualtoken_vit.show.video.sys", SimpleNamespace(platform=system))
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["predict", str(constant), "0", "--json", "--out", "seen.mkv"]) == 0
+    assert opened == [(place, kind)]
+    said = capsys.readouterr()
+    lines = (tmp_path / "seen.jsonl").read_text().splitlines()
+    assert said.out.splitlines() == lines
+    assert [json.loads(line)["frame"] for line in lines] == [0, 1, 2]
+    assert "stopped after 3 frames" in said.err
+    assert len(list(open_file(str(tmp_path / "seen.mkv")).decode(video=0))) == 3

@@ -1,12 +1,22 @@
 """Process many files in threads, with a progress bar."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from dualtoken_vit.errors import InputError
@@ -16,7 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class _Rate(ProgressColumn):
+class Rate(ProgressColumn):
     """Items per second, once it is meaningful."""
 
     def render(self, task: Task) -> Text:
@@ -48,9 +58,20 @@ def in_threads(
 
 def track(items: Iterable[Item], total: int | None, title: str) -> Iterator[Item]:
     """The items, with a progress bar on stderr; `total` is their number, if known."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         yield from bar.track(items, total, description=title)
+
+
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """Context of a step of unknown duration: shows on stderr that it runs, and for how long."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
+    ) as bar:
+        step = bar.add_task(title, total=None)
+        yield
+        bar.update(step, total=1, completed=1)
 
 
 def verify_each(

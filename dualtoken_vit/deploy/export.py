@@ -1,6 +1,7 @@
 """The command `export`: a trained network as one file for other runtimes, verified against PyTorch."""
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import dualtoken_vit
 from dualtoken_vit import recipes
 from dualtoken_vit.checkpoint import Checkpoint, locate
+from dualtoken_vit.data.threads import track, working
 from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
 from dualtoken_vit.deploy.mobile import TARGETS
 from dualtoken_vit.deploy.plans import Plan, Size, plan
@@ -114,6 +116,7 @@ def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # on the same disk, so that it can be renamed
         file = Path(folder, out.name)
+        print(f"converting to {format}", file=sys.stderr, flush=True)
         target.convert(chosen, channels, description, file)
         if target.run is None:
             print(f"not verified: {format} does not run here")
@@ -128,7 +131,8 @@ def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, imag
     """Write the file; ConversionError if it cannot be made or differs from PyTorch."""
     channels = about.preprocessing["input_size"][0]
     inputs = batches(chosen, channels, images)  # first: a folder without images is found at once
-    file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
+    with working("converting to ONNX"):
+        file.write_bytes(to_onnx(chosen, channels, describe(chosen, about, checkpoint)))
     try:
         _verify(ExportedModel(file), chosen, inputs)
     except ConversionError:
@@ -139,7 +143,10 @@ def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, imag
 
 def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, inputs: list[np.ndarray]) -> None:
     """Print the largest difference to PyTorch; ConversionError where it is above `TOLERANCE`."""
-    worst = max(difference(expected(chosen, image), network(image), max(image.shape[2:])) for image in inputs)
+    worst = max(
+        difference(expected(chosen, image), network(image), max(image.shape[2:]))
+        for image in track(inputs, len(inputs), "verifying")
+    )
     shapes = ", ".join(dict.fromkeys("x".join(map(str, image.shape)) for image in inputs))
     report = f"largest difference to PyTorch {worst:.1e} of the largest output, at {shapes}"
     if not worst <= TOLERANCE:
@@ -161,7 +168,9 @@ def _smaller(file: Path, precision: Any, images: Path | None) -> Path:
     smaller = file.with_name("smaller.onnx")
     with quiet():
         quantise(file, smaller, precision, network_inputs(before, some) if precision == "int8-static" else ())
-    agree = agreement(before(some), load_exported(smaller)(some))
+    titles = {"predicting, float32": before, f"predicting, {precision}": load_exported(smaller)}
+    results = [[each(image) for image in track(some, len(some), title)] for title, each in titles.items()]
+    agree = agreement(*results)
     sizes = " to ".join(f"{each.stat().st_size / 1e6:.1f}" for each in (file, smaller))
     hint = "" if images else "; these are noise: give --images FOLDER for real ones"
     print(f"{precision}: {sizes} MB; compared with the float32 file: {agree}{hint}")

@@ -33,7 +33,8 @@ def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path
         import litert_torch
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--format litert needs {error.name}, and torch below 2.15: pip install litert-torch ai-edge-litert"
+            f"--format litert needs {error.name}, and torch below 2.15: pip install 'dualtoken-vit[litert]', "
+            "then pip install --upgrade typing-extensions"
         ) from error
     try:
         with quiet():
@@ -70,7 +71,7 @@ def to_coreml(plan: Plan, channels: int, description: dict[str, Any], file: Path
     try:
         import coremltools
     except ModuleNotFoundError as error:
-        raise InputError(f"--format coreml needs {error.name}: pip install coremltools") from error
+        raise InputError(f"--format coreml needs {error.name}: pip install 'dualtoken-vit[coreml]'") from error
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(plan.graph.eval(), (example(plan, channels),)).run_decompositions({})

@@ -18,6 +18,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from PIL import Image
 from torchvision.ops import box_iou
 
+from dualtoken_vit.data.threads import track, working
 from dualtoken_vit.files import counted
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.predictor import ExportedPredictor
@@ -30,7 +31,7 @@ SAME_IOU = 0.5  # from which on two boxes of one class are the same object
 
 class _Reader(CalibrationDataReader):
     def __init__(self, inputs: Sequence[np.ndarray]):
-        self.inputs: Iterator[np.ndarray] = iter(inputs)
+        self.inputs: Iterator[np.ndarray] = iter(track(inputs, len(inputs), "calibrating"))
 
     def get_next(self) -> Any:
         image = next(self.inputs, None)
@@ -47,7 +48,7 @@ def network_inputs(predictor: ExportedPredictor[Any], images: Sequence[Image.Ima
         return network(image)
 
     predictor.model = record  # type: ignore[assignment]
-    for image in images:
+    for image in track(images, len(images), "calibration images"):
         predictor.forward([predictor.preprocess(image)])
     predictor.model = network
     return found
@@ -60,13 +61,18 @@ def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[
         inputs: of the network, for int8-static
     """
     if precision == "float16":
-        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+        with working("converting to float16"):
+            onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
     elif precision == "int8-dynamic":
         options = {"MatMulConstBOnly": True}
-        quantize_dynamic(source, target, PRODUCTS, per_channel=True, weight_type=QuantType.QInt8, extra_options=options)
+        with working("quantising"):
+            quantize_dynamic(
+                source, target, PRODUCTS, per_channel=True, weight_type=QuantType.QInt8, extra_options=options
+            )
     else:
         prepared = target.with_suffix(".prepared")
-        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        with working("optimising"):
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
         constants = {weight.name for weight in graph.initializer}
         products = [node.name for node in graph.node if node.op_type in PRODUCTS and node.input[1] in constants]

@@ -37,6 +37,7 @@ from dualtoken_vit.models.dualtoken import Block, PositionAwareFusion
 from dualtoken_vit.models.layers import Attention
 from dualtoken_vit.predict import files_in, find_images, none_readable, tell_older, tell_unreadable
 from dualtoken_vit.predictors import load_predictor
+from dualtoken_vit.recipes import Device, Runtime
 from dualtoken_vit.runtime.predictor import ExportedPredictor
 from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.show.console import table_text
@@ -254,20 +255,20 @@ def _parse_token(token: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def load_classifier(checkpoint: Path, device: str, image_size: int | None) -> ClassificationPredictor:
-    """A DualToken-ViT classifier, at another image size if one is given; an InputError for another task or network."""
+def load_classifier(checkpoint: Path, device: str, **options: Any) -> ClassificationPredictor:
+    """A DualToken-ViT classifier with these options of prediction; an InputError for another task or network."""
     if is_exported(checkpoint):
         raise InputError(f"{checkpoint} is an exported file; give the best.safetensors of a classification run")
-    predictor = load_predictor(checkpoint, device, **({} if image_size is None else {"image_size": image_size}))
+    predictor = load_predictor(checkpoint, device, **options)
     if not isinstance(predictor, ClassificationPredictor):
         raise InputError(f"{checkpoint} is not a classifier; give the best.safetensors of a classification run")
     blocks_of(predictor.model, f"{checkpoint}: the network")
     return predictor
 
 
-def _load_exported(file: Path, device: str, image_size: int | None, token: tuple[int, int] | None) -> Any:
+def _load_exported(file: Path, token: tuple[int, int] | None, device: str, options: dict[str, Any]) -> Any:
     """An exported classifier with attention maps; an InputError for another file, or without a token."""
-    predictor: Any = load_predictor(file, device, **({} if image_size is None else {"image_size": image_size}))
+    predictor: Any = load_predictor(file, device, **options)
     if "attention" not in predictor.export:
         raise InputError(f"{file} has no attention maps; write it with dualtoken-vit export --attention")
     if token is None:
@@ -317,7 +318,8 @@ def attention(
     token: str | None = None,
     every_block: bool = False,
     image_size: int | None = None,
-    device: str = "auto",
+    device: Device = "auto",
+    runtime: Runtime | None = None,
     json: bool = False,
 ) -> bool:
     """Draw the attention of image tokens to global tokens in a trained classifier, as in the paper's Figures 1 and 4.
@@ -328,16 +330,16 @@ def attention(
     predicted class most. The table compares it with the estimate from the gradient.
 
     Args:
-        checkpoint: The best.safetensors of a classification run of a DualToken-ViT, or a file that export --attention
-            wrote, which has the last block only and needs --token.
-        images: Image files, and folders to search for them, subfolders included.
+        checkpoint: The best.safetensors of a DualToken-ViT classifier, or a file that export --attention wrote, which
+            has the last block only and needs --token.
+        images: Image files, and folders to search for them.
         out: Folder for the drawings: a new one, or an output folder of this command.
-        block: Index of the block, starting at 0; -1 is the last.
+        block: Index of the block from 0; -1: the last.
         token: ROW,COL of the token to show instead of the key token, starting at 0.
-        every_block: Also draw the mean map of every block, NAME.blocks.png, and save the maps of every block as
-            NAME.BLOCK.npy.
-        image_size: Input size of the network in pixels; by default as in training.
-        device: auto, or any of torch's: cpu, cuda, mps.
+        every_block: Also draw the mean map of every block, NAME.blocks.png, and save their maps as NAME.BLOCK.npy.
+        image_size: Input size in pixels; by default as in training.
+        device: auto: an accelerator if there is one, else the CPU.
+        runtime: Of an exported file; by default onnxruntime.
         json: Print one JSON object on stdout instead of the table, and nothing else there.
 
     Returns:
@@ -349,12 +351,14 @@ def attention(
     place = _parse_token(token) if token is not None else None
     sources = find_images(images, out, RECORD)
     before, written = files_in(out), [out / RECORD]
+    given: dict[str, Any] = {"image_size": image_size, "runtime": runtime}
+    options = {key: value for key, value in given.items() if value is not None}
     predictor: Any
     if is_exported(checkpoint):
-        predictor = _load_exported(checkpoint, device, image_size, place)
+        predictor = _load_exported(checkpoint, place, device, options)
         blocks = [predictor.export["attention"]]
     else:
-        predictor = load_classifier(checkpoint, device, image_size)
+        predictor = load_classifier(checkpoint, device, **options)
         blocks = list(blocks_of(predictor.model))
     if not -len(blocks) <= block < len(blocks):
         raise InputError(f"--block {block}: the network has blocks 0 to {len(blocks) - 1} (-1 is the last)")

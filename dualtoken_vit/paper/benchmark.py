@@ -1,8 +1,8 @@
 """Speed, memory and size of networks, side by side in one run on one machine.
 
 Only ratios within a run are comparable: speed differs between machines, and on one machine from hour to hour.
-Therefore the models take turns, with one short visit per round, so that drift affects all of them alike. The same holds
-for modes, precisions and numbers of threads. The figures are medians over the rounds.
+Therefore the models take turns, with one short visit per round, in shuffled order with pauses, so that drift affects
+all of them alike. The same holds for modes, precisions and numbers of threads. The figures are medians over the rounds.
 """
 
 import os
@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from dualtoken_vit.data.threads import Rate
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import describe, pick_device, tune_cpu
 from dualtoken_vit.models.detectors import DETECTORS
@@ -56,6 +57,7 @@ HOW_MEMORY_IS_MEASURED = {
     "its memory before",
     "cuda": "peak memory allocated by PyTorch while the model runs, minus that before it was built",
 }
+PAUSE = 0.1  # of a visit
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -161,7 +163,8 @@ def take_turns(
     """Time callables against each other: seconds per call by name, one value per round.
 
     Each round visits all of them, in a random order. A visit repeats one callable for about `visit_seconds`, at least
-    once; `synchronize` waits for the device before and after, `after_visit` follows.
+    once; `synchronize` waits for the device before and after, `after_visit` follows. A pause, a tenth of a visit,
+    precedes it: threads of the last callable's runtime may still spin, which slows the next one.
     """
 
     def visit(call: Callable[[], object], repeats: int) -> float:
@@ -180,6 +183,7 @@ def take_turns(
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in order.sample(list(calls), len(calls)):
+            sleep(PAUSE * visit_seconds)
             seconds[name].append(visit(calls[name], repeats[name]))
             after_visit()
     return seconds
@@ -311,33 +315,30 @@ def benchmark(
     markdown: bool = False,
     plot: Path | None = None,
 ) -> list[Result]:
-    """Compare speed, memory and size of models in one run.
-
-    Prints a description of the machine, then the table. Weights are random and images are noise, both channels-last.
-    Flushes denormals to zero and keeps freed memory; these settings and the number of threads persist in the process.
+    """Compare speed, memory and size of models in one run, with random weights, on noise.
 
     Args:
-        models: timm names; retinanet:NAME, mask-rcnn:NAME, fcos:NAME and ssdlite:NAME for a detector over a timm model
-            (80 classes), with @320 after NAME for one that resizes images to this short side; deeplabv3:NAME,
-            pspnet:NAME and lraspp:NAME for a segmenter (150 classes); torchvision:NAME for a torchvision model
-            (segmenters with 150 classes); onnxruntime:FILE and openvino:FILE for a file that export wrote.
-            The first one is the reference for the ratios.
-        input_sizes: image sizes in pixels, as 224 or 640x480 (width x height), the same for all models.
-        batch_sizes: images per forward pass or training step.
-        modes: eager, or compiled by torch.compile with its default settings (compiling takes minutes).
-        rounds: visits to each model.
-        visit_seconds: approximate duration of a visit in seconds.
-        device: auto uses the accelerator if there is one, otherwise the CPU.
-        precision: data types of weights and images, or in training of autocast, side by side.
-        threads: numbers of CPU threads, side by side; none uses PyTorch's default.
-        train: measure training steps: forward pass, backward pass and AdamW.
+        models: timm names, the first being the reference of the ratios; KIND:NAME for a detector (retinanet,
+            mask-rcnn, fcos, ssdlite; NAME@320: with this short side) or segmenter (deeplabv3, pspnet, lraspp) over it;
+            torchvision:NAME; onnxruntime:FILE or openvino:FILE for a file that export wrote.
+        input_sizes: pixels, 224 or 640x480 (width x height).
+        batch_sizes: images at a time.
+        modes: eager, or compiled by torch.compile, which takes minutes.
+        rounds: visits to each model, shuffled, with pauses.
+        visit_seconds: approximate duration of a visit.
+        device: auto: an accelerator if there is one, else the CPU.
+        precision: data types; in training, of autocast.
+        threads: numbers of CPU threads; none: PyTorch's.
+        train: measure training steps, with AdamW.
         memory: also measure the peak memory.
         json: print one JSON object.
         markdown: print the table as Markdown.
-        plot: PNG file for a plot of latency against image size.
+        plot: PNG file: latency against image size.
 
     Returns:
-        One result for each mode, input size, batch size, precision, number of threads and model, in this order.
+        One result for each mode, input size, batch size, precision, number of threads and model, in this order. The
+        process keeps flushing denormals to zero and reusing freed memory, and the last number of threads. Weights and
+        images are channels-last; detectors have 80 classes, segmenters 150.
 
     Raises:
         InputError: for an unknown model, a model that does not accept this size, or an unavailable device.
@@ -367,7 +368,7 @@ def benchmark(
         for size, batch in product(counted, batch_sizes)
     ]
     results: list[Result] = []
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(models) * (len(counted) + len(cells) * len(cells[0][0]) * (1 + rounds)))
 

@@ -32,6 +32,7 @@ from dualtoken_vit.files import counted, printable
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.models.two_stream import STRIDE
 from dualtoken_vit.paper.attention import blocks_of, load_classifier, recording
+from dualtoken_vit.recipes import Device
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 
@@ -196,7 +197,7 @@ def localise(
     correct: bool = False,
     image_size: int | None = None,
     limit: int | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     plot: Path | None = None,
     json: bool = False,
     markdown: bool = False,
@@ -216,7 +217,7 @@ def localise(
         image_size: Short side of the input in pixels; by default as in training. Larger inputs resolve more positions,
             because global aggregation has a stride of 32.
         limit: Use only the first LIMIT images.
-        device: auto, or any of torch's: cpu, cuda, mps.
+        device: auto: an accelerator if there is one, else the CPU.
         plot: PNG file for a plot of the results by block.
         json: Print one JSON object and nothing else.
         markdown: Print the table as Markdown.
@@ -234,7 +235,8 @@ def localise(
         raise InputError("--images DIR and --annotations FILE go together; without both, shapes are drawn")
     else:
         dataset = DetectionDataset(draw_scenes("val", 128, limit), masks=True)
-    predictors = {checkpoint: load_classifier(checkpoint, device, image_size) for checkpoint in checkpoints}
+    options = {} if image_size is None else {"image_size": image_size}
+    predictors = {checkpoint: load_classifier(checkpoint, device, **options) for checkpoint in checkpoints}
     sizes = sorted({str(predictor.options.image_size) for predictor in predictors.values()})
     if len(sizes) > 1:
         raise InputError(f"the networks differ in input size ({', '.join(sizes)} pixels); give one --image-size")

@@ -9,6 +9,7 @@ import timm
 import torch
 
 import dualtoken_vit.models  # noqa: F401  registers the models
+from dualtoken_vit.data.threads import track
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.show.console import table_text
 
@@ -33,9 +34,9 @@ class Modern(NamedTuple):
 @cache
 def modern() -> tuple[Modern, ...]:
     """The networks, counted, in the order of their multiply-accumulates; DualToken-ViT is among them."""
-    rows = files(__package__).joinpath("modern.csv").read_text(encoding="utf-8").splitlines()
-    found = []
-    for row in csv.DictReader(rows):
+    text = files(__package__).joinpath("modern.csv").read_text(encoding="utf-8")
+    rows, found = list(csv.DictReader(text.splitlines())), []
+    for row in track(rows, len(rows), "counting"):
         size, distilled = int(row.pop("size")), bool(row.pop("distilled"))
         with torch.device("meta"):
             counts = count(timm.create_model(row["key"], num_classes=1000), (3, size, size))

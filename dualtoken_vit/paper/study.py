@@ -76,23 +76,21 @@ class Study:
 
     recipe: Annotated[Classification, tyro.conf.arg(name="")]
     preset: Literal["cpu", "equal", "gpu"] = "cpu"
-    """Budget that the other options start from: two cores for 30 minutes, two cores for days, or one GPU. All of them
-    train every network by AdamW with a cosine schedule."""
+    """Budget that the other options start from; see dualtoken-vit study --help."""
     base: Base = "small"
-    """The DualToken-ViT of an ablation: small as in the paper, or tiny. Does not apply to peers."""
+    """DualToken-ViT of ablations, not of peers."""
     networks: tuple[str, ...] = ()
-    """Only these networks of the study, two or more, as the table's column "model" names them. Empty: all. A later
-    command with more of them trains only those that are new; one with fewer needs another --out."""
+    """Only these networks, two or more, as the table's column "model" names them. Empty: all. More can follow later."""
     seeds: Annotated[int, Interval(ge=1, le=1000)] = 3
-    """Runs of each network, with the seeds run.seed, run.seed + 1, ..."""
+    """Runs of each network, from run.seed on."""
     search_lr: Annotated[tuple[float, ...], Interval(ge=1e-12, le=1000)] = ()
-    """Learning rates to choose from, for each network: first, one run with each of them, validated on a held-out tenth
-    of the training images. Empty: optim.lr for all networks."""
+    """Learning rates to choose from for each network, by runs validated on a held-out tenth of the training images.
+    Empty: optim.lr."""
     jobs: Annotated[int, Interval(ge=1, le=1024)] = 1
-    """Parallel runs; they share the CPU's cores, or the GPU."""
+    """Parallel runs, on the same cores or GPU."""
     out: Path = Path("runs", "study")
-    """Folder of the runs, which studies share, and of study-NAME.json, .md, .png; the same command resumes there."""
-    markdown: bool = False
+    """Folder of the runs of all studies and of study-NAME.*; the same command resumes."""
+    markdown: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the table as Markdown."""
 
 

@@ -21,6 +21,7 @@ from dualtoken_vit.files import check_folder
 
 FREE = "may differ when a run is resumed"  # metadata of fields that say where a run reads its data or runs
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Runtime = Literal["onnxruntime", "openvino"]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Range = tuple[float, float]
 Side = Interval(ge=1, le=16384)  # pixels

@@ -112,8 +112,7 @@ class Classification(Recipe):
 
     task: ClassVar[str] = "classification"
     class_weights: Literal["equal", "inverse", "effective"] = "equal"
-    """Loss weight of a class of n training images, up to a common factor. equal: 1; inverse: 1 / n; effective:
-    1 / (1 - 0.999 ** n) (arXiv 1901.05555). An alternative to data.balanced."""
+    """Loss weight of a class of n images, up to a factor: 1, 1 / n or 1 / (1 - 0.999 ** n) (arXiv 1901.05555)."""
     data: ClassificationData = ClassificationData()
     augment: ClassificationAugment = ClassificationAugment()
     distill: Distill = Distill()
@@ -171,7 +170,7 @@ register(
     Classification,
     {
         "demo": (
-            "Classify generated shapes: no files, no downloads, under two minutes on two CPU cores.",
+            "Classify generated shapes: under two minutes, no files.",
             replace(
                 FOLDER,
                 model=Model(args=("depths=(1,2,1)",)),  # shallow, to be fast
@@ -180,15 +179,12 @@ register(
                 optim=replace(ADAMW, epochs=6),
             ),
         ),
-        "folder": ("Classify your own images: --data.root DIR with train/CLASS/*.jpg and val/CLASS/*.jpg.", FOLDER),
+        "folder": ("Classify your own images: ROOT/{train,val}/CLASS/*.jpg.", FOLDER),
         "imagenette": (
-            "Imagenette (10 classes of ImageNet, 160 pixels), downloaded by torchvision.",
+            "Imagenette (10 classes of ImageNet), downloaded.",
             replace(FOLDER, data=replace(FOLDER.data, dataset="imagenette", root="data", image_size=128)),
         ),
-        "tin190": (
-            "Pretrain on 190 classes of Tiny-ImageNet: --data.root DIR with {train,val}/WNID/*.JPEG.",
-            TIN190,
-        ),
+        "tin190": ("Tiny-ImageNet, 190 classes: ROOT/{train,val}/WNID/*.JPEG.", TIN190),
         "in1k-tiny-mix": ("Table 2, DualToken-ViT-T (mix): 75.4 % on ImageNet-1k.", _paper("dualtoken_vit_tiny_mix")),
         "in1k-small-mix": ("Table 2, DualToken-ViT-S (mix): 79.4 % on ImageNet-1k.", _paper(SMALL_MIX)),
         "in1k-small": ("Table 2, DualToken-ViT-S: 79.5 % on ImageNet-1k.", _paper()),

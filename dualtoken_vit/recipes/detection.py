@@ -150,7 +150,7 @@ register(
     Detection,
     {
         "demo-detect": (
-            "Detect generated shapes, with boxes and masks: no files, no downloads.",
+            "Detect generated shapes, with boxes and masks: no files.",
             Detection(
                 detector="mask-rcnn",
                 roi_samples=32,
@@ -160,14 +160,14 @@ register(
             ),
         ),
         "coco": (
-            "Detect your own objects: --data.root DIR with COCO, YOLO, Pascal VOC, CSV or LabelMe labels.",
+            "Detect your own objects: COCO, YOLO, VOC, ... in ROOT.",
             Detection(
                 model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
                 optim=Optim(lr=2e-4, batch_size=8, epochs=36, clip_grad=10.0),
             ),
         ),
         "coco-lite": (
-            "The same on a small machine: SSDLite over T (mix) at 320 pixels.",
+            "The same, light: SSDLite over T (mix) at 320 pixels.",
             Detection(
                 detector="ssdlite",
                 model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
@@ -175,10 +175,10 @@ register(
                 optim=Optim(lr=1e-3, batch_size=8, epochs=60, clip_grad=10.0),
             ),
         ),
-        "coco-retinanet-1x": ("Table 4, RetinaNet 1x with S, from an ImageNet --model.checkpoint: 40.3 AP.", COCO),
-        "coco-mask-rcnn-1x": ("Table 3, Mask R-CNN 1x with S (mix), likewise: 41.1 box AP, 38.1 mask AP.", COCO_MASK),
+        "coco-retinanet-1x": ("Table 4, RetinaNet 1x with a pretrained S: 40.3 AP.", COCO),
+        "coco-mask-rcnn-1x": ("Table 3, Mask R-CNN 1x, S (mix): 41.1 box, 38.1 mask AP.", COCO_MASK),
         "coco-mask-rcnn-3x": (
-            "Table 3, Mask R-CNN 3x with S (mix), likewise, multi-scale: 43.7 box AP, 39.9 mask AP.",
+            "Table 3, the same 3x, multi-scale: 43.7 box, 39.9 mask AP.",
             replace(
                 COCO_MASK,
                 augment=DetectionAugment(multi_scale=tuple(range(480, 801, 32))),

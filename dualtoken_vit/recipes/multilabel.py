@@ -54,7 +54,7 @@ register(
     MultiLabel,
     {
         "demo-multilabel": (
-            "Label generated images that show several shapes: no files, no downloads.",
+            "Label generated images of several shapes: no files.",
             MultiLabel(
                 model=Model(args=("depths=(1,2,1)",)),
                 data=MultiLabelData(dataset="shapes", image_size=64, crop_pct=1.0),
@@ -63,7 +63,7 @@ register(
             ),
         ),
         "multilabel": (
-            "Images with any number of labels: --data.root DIR with a CSV or Parquet table of labels.",
+            "Images with several labels: CSV or Parquet in ROOT.",
             MultiLabel(
                 model=FOLDER.model,
                 data=MultiLabelData(crop_pct=1.0),

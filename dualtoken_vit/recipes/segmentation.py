@@ -105,7 +105,7 @@ register(
     Segmentation,
     {
         "demo-segment": (
-            "Segment images of generated shapes: no files, no downloads.",
+            "Segment images of generated shapes: no files.",
             Segmentation(
                 width=64,
                 model=Model(name="dualtoken_vit_tiny_mix", args=("depths=(1,2,1)",)),
@@ -115,14 +115,14 @@ register(
             ),
         ),
         "masks": (
-            "Segment your own images: --data.root DIR with {images,annotations}/{train,val}/.",
+            "Segment your images: ROOT/{images,annotations}/{train,val}.",
             Segmentation(
                 model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
                 optim=Optim(lr=5e-4, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2),
             ),
         ),
         "masks-lite": (
-            "The same on a small machine: LR-ASPP over T (mix).",
+            "The same, light: LR-ASPP over T (mix).",
             Segmentation(
                 segmenter="lraspp",
                 model=Model(name="dualtoken_vit_tiny_mix", pretrained="auto"),
@@ -130,7 +130,7 @@ register(
                 optim=Optim(lr=1e-3, batch_size=8, schedule="poly", epochs=100, weight_decay=1e-2),
             ),
         ),
-        "ade20k-deeplabv3": ("Section 4.3, DeepLabv3 with S, from an ImageNet --model.checkpoint: 39.0 mIoU.", ADE20K),
-        "ade20k-pspnet": ("Section 4.3, PSPNet with S, likewise: 38.8 mIoU.", replace(ADE20K, segmenter="pspnet")),
+        "ade20k-deeplabv3": ("Section 4.3, DeepLabv3 with a pretrained S: 39.0 mIoU.", ADE20K),
+        "ade20k-pspnet": ("Section 4.3, PSPNet with a pretrained S: 38.8 mIoU.", replace(ADE20K, segmenter="pspnet")),
     },
 )

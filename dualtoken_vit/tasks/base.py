@@ -3,7 +3,7 @@
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -35,7 +35,7 @@ class Evaluation:
     scores: dict[str, float]
     """Columns of metrics.csv, where their names start with val_."""
     metrics: dict[str, Any]
-    """For JSON, with the number of images as "images"."""
+    """For JSON, with the number of images as "images", and the metrics of each class as "per_class"."""
     headline: str
     """The main metrics in a few words."""
     columns: Sequence[str] = ()
@@ -44,8 +44,6 @@ class Evaluation:
     """A row of the table for each class, which starts with its name."""
     totals: Sequence[Sequence[str]] = ()
     """The rows below them."""
-    details: dict[str, Any] = field(default_factory=dict)
-    """Further entries of evaluation.json."""
     notes: Sequence[str] = ()
     """Lines below the table."""
 
@@ -135,7 +133,7 @@ class TaskModule(LightningModule):
 
     def save_details(self, out: Path, evaluation: Evaluation) -> None:
         """Write evaluation.json, and whatever else a task adds, of the validation just evaluated into a folder."""
-        write_json(evaluation.metrics | evaluation.details, out / "evaluation.json")
+        write_json(evaluation.metrics, out / "evaluation.json")
 
 
 @dataclass(frozen=True)
@@ -156,6 +154,7 @@ class Task(ABC, Generic[R]):
     recipe: ClassVar[type[Recipe]]
     predictor: ClassVar[type[Predictor[Any]]]
     data_flags: ClassVar[str]  # the flags that name a dataset, for messages
+    calibrates: ClassVar[bool] = False  # whether its probabilities have a temperature
     evaluation_options: ClassVar[dict[str, Any]] = {}  # of the predictor, where they differ from those of prediction
 
     @abstractmethod

@@ -213,7 +213,9 @@ class ClassificationModule(TaskModule):
         per_class = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
         return Evaluation(
             scores=scores,
-            metrics=top | macro | {"loss": scores["loss"], "ece": round(ece, 6), "images": int(counts.sum())},
+            metrics=top
+            | macro
+            | {"loss": scores["loss"], "ece": round(ece, 6), "images": int(counts.sum()), "per_class": per_class},
             headline="  ".join(
                 [f"val loss {scores['loss']:.4f}", *(f"top-{k} {top[name]:.2%}" for name, k in self.accuracies.items())]
             ),
@@ -226,7 +228,6 @@ class ClassificationModule(TaskModule):
                 ("all", str(counts.sum()), percent(top["top1"]), "", ""),  # so are their precision and F1
                 ("mean of classes", "", *map(percent, means)),
             ],
-            details={"per_class": per_class},
         )
 
     def save_details(self, out: Path, evaluation: Evaluation) -> None:
@@ -289,6 +290,7 @@ class ClassificationTask(Task[Classification]):
     name = "classification"
     recipe = Classification
     predictor = ClassificationPredictor
+    calibrates = True
     data_flags = "--data.root DIR [--data.val-split NAME]"
     check_data = staticmethod(data_check.check)
 

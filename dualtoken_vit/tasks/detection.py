@@ -138,7 +138,7 @@ class DetectionModule(TaskModule):
         best = (f"{kind} AP {percent(found['AP'])} AP50 {percent(found['AP50'])}" for kind, found in figures.items())
         return Evaluation(
             scores={f"{kind}_{name}": round(found[name], 6) for kind, found in figures.items() for name in FIGURES},
-            metrics=figures | {"images": len(self.results)},
+            metrics=figures | {"images": len(self.results), "per_class": per_class, "objects": objects},
             headline="  ".join(best),
             columns=("class", "objects", *(f"{kind} AP" for kind in scores)),
             classes=[
@@ -146,7 +146,6 @@ class DetectionModule(TaskModule):
                 for name, count in objects.items()
             ],
             totals=[(name, "", *(percent(found[name]) for found in figures.values())) for name in FIGURES],
-            details={"per_class": per_class, "objects": objects},
         )
 
     def save_details(self, out: Path, evaluation: Evaluation) -> None:

@@ -17,6 +17,10 @@ from dualtoken_vit.errors import InputError, first_line
 PROJECT = "dualtoken-vit"  # of wandb and trackio; the experiment of MLflow
 
 
+def _mlflow_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+
+
 class TrackioLogger(Logger):
     """Trackio; Lightning has no logger for it."""
 
@@ -39,7 +43,11 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.run.finish()
+        import trackio
+
+        if self.run is not None:
+            trackio.finish()  # not `self.run.finish()`, which Trackio would repeat as Python ends
+            self.run = None
 
 
 # From the folder of the run, the step that it starts from and, for a resumed run, its name in the tracker
@@ -49,17 +57,20 @@ LOGGERS: dict[str, Callable[[Path, int, str | None], Logger]] = {
     # A folder for each start, because CSVLogger deletes the file that it finds.
     "csv": lambda out, step, run: CSVLogger(out, name="csv", version=f"from-step-{step}"),
     "wandb": lambda out, step, run: WandbLogger(out.name, save_dir=out, project=PROJECT, id=run, resume="allow"),
-    "mlflow": lambda out, step, run: MLFlowLogger(
-        PROJECT, out.name, os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"), run_id=run
-    ),
+    "mlflow": lambda out, step, run: MLFlowLogger(PROJECT, out.name, _mlflow_uri(), run_id=run),
     "trackio": lambda out, step, run: TrackioLogger(run or f"{out.name}-{os.urandom(3).hex()}"),
 }
 
 
 def check_logger(name: str) -> None:
-    """Raise an InputError if the package of a tracker is missing."""
+    """Raise an InputError if the package of a tracker, or of MLflow's database, is missing."""
     if name not in ("tensorboard", "csv") and find_spec(name) is None:
         raise InputError(f"--run.logger {name}: install it, for example by pip install 'dualtoken-vit[{name}]'")
+    if name == "mlflow" and _mlflow_uri().startswith("sqlite:") and find_spec("sqlalchemy") is None:  # mlflow-skinny
+        raise InputError(
+            "--run.logger mlflow: its database needs SQLAlchemy: pip install 'dualtoken-vit[mlflow]', "
+            "or name a server by the environment variable MLFLOW_TRACKING_URI"
+        )
 
 
 class Tracker(Logger):

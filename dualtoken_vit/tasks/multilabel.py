@@ -135,7 +135,7 @@ class MultiLabelModule(TaskModule):
         per_class = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
         return Evaluation(
             scores=rounded,
-            metrics=rounded | {"images": len(targets)},
+            metrics=rounded | {"images": len(targets), "per_class": per_class},
             headline=f"val loss {loss:.4f}  mAP {scores['map']:.2%}  F1 {scores['f1']:.2%} (micro {micro:.2%})",
             columns=("class", "images", "AP", "F1", "threshold"),
             classes=[
@@ -146,7 +146,6 @@ class MultiLabelModule(TaskModule):
                 ("all", str(len(targets)), "", percent(rounded["micro_f1"]), ""),
                 ("mean of classes", "", percent(rounded["map"]), percent(rounded["f1"]), ""),
             ],
-            details={"per_class": per_class},
         )
 
 

@@ -181,7 +181,7 @@ def evaluation(confusion: np.ndarray, class_names: tuple[str, ...], images: int)
     per_class = {name: {"iou": overlap, "accuracy": recall} for name, overlap, recall in rows}
     return Evaluation(
         scores=scores,
-        metrics=scores | {"per_class": per_class, "images": images},
+        metrics=scores | {"images": images, "per_class": per_class},
         headline="  ".join(f"{about} {scores[name]:.2%}" for name, about in FIGURES.items()),
         columns=("class", "IoU", "accuracy"),
         classes=[(name, *map(percent, one.values())) for name, one in per_class.items()],

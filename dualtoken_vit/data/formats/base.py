@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.images import image_size
-from dualtoken_vit.data.threads import in_threads
+from dualtoken_vit.data.threads import in_threads, track
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 
@@ -140,12 +140,13 @@ def class_names(splits: Mapping[str, AnnotatedImages]) -> list[str]:
 
 
 def labelled(split: AnnotatedImages) -> Iterable[tuple[dict, list[tuple[str, dict]]]]:
-    """Each image of a split with its annotations and their classes, as (name, annotation)."""
+    """Each image of a split with its annotations and their classes, as (name, annotation); a progress bar on stderr."""
     names = {one["id"]: one["name"] for one in split.coco["categories"]}
     of_image: dict[int, list[tuple[str, dict]]] = {image["id"]: [] for image in split.coco["images"]}
     for one in split.coco["annotations"]:
         of_image[one["image_id"]].append((names[one["category_id"]], one))
-    return ((image, of_image[image["id"]]) for image in split.coco["images"])
+    images = split.coco["images"]
+    return ((image, of_image[image["id"]]) for image in track(images, len(images), "writing"))
 
 
 def polygons_of(annotation: dict) -> list[list[float]]:

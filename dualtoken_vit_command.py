@@ -40,6 +40,6 @@ def _end_output() -> None:
             return
     except OSError as failure:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at its exit
-        if not isinstance(failure, BrokenPipeError):
-            return  # a full disk, which the command has reported
+        if not isinstance(failure, BrokenPipeError) or not isinstance(error, SystemExit | BrokenPipeError):
+            return  # a full disk, which the command has reported; or an error of its own, which is to be seen
     sys.exit(141)

@@ -180,7 +180,9 @@ def guard(path: Path) -> Iterator[None]:
 def check_folder(path: str | os.PathLike[str], contents: str) -> None:
     """Raise an InputError for a folder that is missing, empty or a file; `contents` is what it should contain."""
     if os.path.isdir(path):
-        problem = "" if os.listdir(path) else "an empty folder"
+        problem = ""
+        with suppress(PermissionError), os.scandir(path) as entries:  # files in it may be readable nevertheless
+            problem = "" if any(True for _ in entries) else "an empty folder"
     else:
         problem = "a file, not a folder" if os.path.exists(path) else "no such folder"
     if problem:

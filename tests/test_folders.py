@@ -13,7 +13,7 @@ from dualtoken_vit.data import folders
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.folders import EXTENSIONS, contains, image_files, read_lines, scan, skipped_note
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import counted, printable
+from dualtoken_vit.files import check_folder, counted, printable
 from dualtoken_vit.recipes import ClassificationData
 
 
@@ -194,6 +194,18 @@ def test_lines_of_a_file_from_any_editor(tmp_path):
         read_lines(path)
     with pytest.raises(InputError, match=r"none\.txt: cannot be read \(No such file"):
         read_lines(tmp_path / "none.txt")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_refused(tmp_path, monkeypatch):
+    """Files in it can be read if their names are known."""
+
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    with pytest.raises(InputError, match=r"an empty folder; give the one that contains images$"):
+        check_folder(tmp_path, "images")
+    monkeypatch.setattr(os, "scandir", scandir)
+    check_folder(tmp_path, "images")
 
 
 @pytest.mark.parametrize(

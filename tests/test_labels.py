@@ -112,6 +112,7 @@ def test_one_table_and_a_holdout(tmp_path, capsys):
 
 
 def test_a_table_beside_class_folders_is_named(tmp_path):
+    """By its header: the rest is not read."""
     for split, names in (("train", "ab"), ("val", "cd")):
         for name in names:
             save_images(tmp_path / split / LABELS[f"{name}.png"], [f"{name}.png"])
@@ -119,10 +120,23 @@ def test_a_table_beside_class_folders_is_named(tmp_path):
     write(tmp_path / "sizes.csv", [("file", "size"), ("a.png", 12)])
     assert not build_datasets(ClassificationData(root=str(tmp_path)), 3)[0].notes
     paths = {name: f"train/{label}/{name}" for name, label in LABELS.items()}
-    write(tmp_path / "labels.csv", [("file", "label"), *((paths[name], label) for name, label in LABELS.items())])
-    table = f"{tmp_path}/labels.csv"
-    line = f"{table}: not read, because {tmp_path}/train has class folders; --data.root {table} reads it"
-    assert build_datasets(ClassificationData(root=str(tmp_path)), 3)[0].notes == (line,)
+    rows = [("file", "label"), *((paths[name], label) for name, label in LABELS.items())]
+    for suffix, rest in (("csv", ""), ("csv", "\0"), ("parquet", "")):
+        table = tmp_path / f"labels.{suffix}"
+        write(table, rows)
+        with table.open("a") as file:
+            file.write(rest)
+        train, val = build_datasets(ClassificationData(root=str(tmp_path)), 3)
+        line = f"{table}: not read, because {tmp_path}/train has class folders; --data.root {table} reads it"
+        assert (train.notes, val.notes) == ((line,), ())
+        table.unlink()
+
+
+def test_a_table_may_have_the_suffix_of_text(tmp_path):
+    save_images(tmp_path)
+    write(tmp_path / "labels.txt", [("image", "label"), *LABELS.items()])
+    train, val = build_datasets(ClassificationData(root=str(tmp_path / "labels.txt"), holdout=0.5), 3)
+    assert pairs(train) | pairs(val) == LABELS
 
 
 def test_one_folder_without_splits(tmp_path):

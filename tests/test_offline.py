@@ -63,7 +63,9 @@ def test_without_a_network_one_line_and_no_second_try(monkeypatch, tmp_path, no_
         (PEER, {"all": "socks5://proxy"}, nullcontext, ("proxy", 1080), False),
         (PEER, {"https": "http://proxy:3128", "no": ".co"}, nullcontext, ("huggingface.co", 443), False),
         (PEER, {"no": "localhost"}, refused, ("huggingface.co", 443), True),
+        (PEER, {"https": "http://me:a/b@proxy:3128"}, None, None, True),  # no port: "/" must be %2F
         (replace(PEER, pretrained=False), {}, None, None, False),  # asks for no address
+        (Model("local-dir:folder"), {}, None, None, False),
         (Model("dualtoken_vit_tiny_mix", pretrained=True), {}, None, None, False),  # comes with the package
     ],
 )

@@ -111,6 +111,25 @@ def test_output_that_is_not_read_ends_the_command_quietly(command, unbuffered):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes of Windows end with another error")
+def test_an_error_is_shown_also_where_output_is_not_read():
+    code = (
+        "import dualtoken_vit_command\n"
+        "from dualtoken_vit import cli\n"
+        "def fail():\n"
+        "    print('lost')\n"
+        "    raise RuntimeError('an error of its own')\n"
+        "cli.main = fail\n"
+        "dualtoken_vit_command.main()"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(writer)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "RuntimeError: an error of its own")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_cannot_be_written_is_reported(unbuffered):

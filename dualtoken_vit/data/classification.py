@@ -168,7 +168,8 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
         for split in sorted(os.listdir(data.root))
         if split_of(split) and any(os.path.isdir(os.path.join(data.root, split, name)) for name in names)
     ]
-    dataset.notes += unread_note(Path(data.root), folder)
+    if split == "train":
+        dataset.notes += unread_note(Path(data.root), folder)
     if shared:
         pair = " = ".join(map(printable, shared[0]))
         dataset.shared = f"files in more than one class: {len(shared)}, for example {pair}"

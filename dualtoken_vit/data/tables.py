@@ -15,6 +15,7 @@ from dualtoken_vit.files import printable
 FILE = ("filename", "file_name", "file", "image", "image_path", "path", "image_name", "filepath")
 CLASS = ("class", "class_name", "label", "name", "category", "labels", "tags", "classes")
 SPLIT = ("split", "subset", "set")
+HEADER = 2**16  # characters of a first line that `_header` reads at most
 
 
 class Part(NamedTuple):
@@ -107,15 +108,28 @@ def has_labels(path: Path) -> bool:
 
 
 def unread_note(root: Path, folder: Path) -> tuple[str, ...]:
-    """A line on the tables in `root` that could be meant instead of the class folders in `folder`."""
+    """A line on a table in `root` that could be meant instead of the class folders in `folder`: its header names both.
+
+    Only headers are read, as the table may be large and have nothing to do with the images.
+    """
     for path in _tables(root):
-        with suppress(InputError):  # a file that cannot be read is not meant
-            if has_labels(path):
-                line = (
-                    f"not read, because {printable(folder)} has class folders; --data.root {printable(path)} reads it"
-                )
-                return (f"{printable(path)}: {line}",)
+        header = _header(path)
+        if column(header, FILE) is not None and column(header, CLASS) is not None:
+            name = printable(path)
+            return (f"{name}: not read, because {printable(folder)} has class folders; --data.root {name} reads it",)
     return ()
+
+
+def _header(path: Path) -> list[str]:
+    """The names of the columns of a table; none for a file that cannot be read."""
+    with suppress(Exception):  # of a note only
+        if path.suffix.lower() == ".parquet":
+            from pyarrow.parquet import read_schema
+
+            return read_schema(path).names
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            return next(csv.reader([file.readline(HEADER)]))
+    return []
 
 
 def _one_hot(rows: list[list[Any]]) -> list[int]:

@@ -93,7 +93,7 @@ class SplitData(DataSection):
             return
         if not self.root:
             raise InputError(f"--data.root is missing: give the folder that contains {self.contents}")
-        table = self.one_table and self.root.lower().endswith((".csv", ".parquet"))
+        table = self.one_table and self.root.lower().endswith((".csv", ".txt", ".parquet"))
         if not (table and os.path.isfile(self.root)):
             check_folder(self.root, self.contents)
 

@@ -157,12 +157,16 @@ class DetectionModule(TaskModule):
             plots.save_precision_recall(curves, f"{kind}: precision against recall", out / f"pr-{kind}.png")
 
 
-def _beyond_limit(val: DetectionDataset) -> Iterator[str]:
-    """A line if images have more objects of a class than COCO's metrics count detections of."""
-    objects = Counter((one["image_id"], one["category_id"]) for one in val.truth["annotations"] if not one["iscrowd"])
-    if many := {image for (image, _), count in objects.items() if count > DETECTIONS}:
-        limit = f"COCO's metrics count at most {DETECTIONS} detections of a class in an image, so they are too low"
-        yield f"{val.name}: images with more than {DETECTIONS} objects of a class: {len(many)}; {limit}"
+def _beyond_limit(val: DetectionDataset, tiles: bool) -> Iterator[str]:
+    """A line if images have more objects than a detector returns or, of a class in all tiles, COCO's metrics count."""
+    of_class, limit = (" of a class", "COCO's metrics count") if tiles else ("", "detectors return")
+    many = 0
+    for annotations in val.annotations:  # unpacked for each image: the whole `truth` would go to each loading process
+        objects = [one["category_id"] if tiles else 0 for one in annotations if not one.get("iscrowd")]
+        many += max(Counter(objects).values(), default=0) > DETECTIONS
+    if many:
+        limit = f"{limit} at most {DETECTIONS}, which limits recall and AP"
+        yield f"{val.name}: images with more than {DETECTIONS} objects{of_class}: {many}; {limit}"
 
 
 def precision_recall(score: Score, class_names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -192,7 +196,7 @@ class DetectionTask(Task[Detection]):
         if recipe.augment.copy_paste and not masks:
             raise InputError("--augment.copy-paste needs masks: give --detector mask-rcnn, or leave it out")
         train.transform = detection_train(recipe.augment, train if masks else None)
-        val.notes = (*val.notes, *_beyond_limit(val))
+        val.notes = (*val.notes, *_beyond_limit(val, recipe.data.tile is not None))
         if recipe.data.balanced:
             objects = (train.objects(index)[0] for index in range(len(train)))
             train.weights = image_weights(
@@ -241,7 +245,7 @@ class DetectionTask(Task[Detection]):
     def evaluation(self, predictor: DetectionPredictor, recipe: Detection) -> tuple[DetectionModule, ImageData]:
         masks = recipe.detector == "mask-rcnn"
         val = build_val_dataset(recipe.data, masks, predictor.channels, predictor.class_names)
-        val.notes = (*val.notes, *_beyond_limit(val))
+        val.notes = (*val.notes, *_beyond_limit(val, recipe.data.tile is not None))
         return DetectionModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:

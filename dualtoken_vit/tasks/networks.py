@@ -49,16 +49,15 @@ def _known_cfg(name: str) -> Any:
 
 def reaches(url: str) -> bool:
     """Whether a server, or the proxy before it, takes connections: huggingface_hub itself would wait for minutes."""
-    target = urlsplit(url)
-    proxies = getproxies()
+    target, proxies = urlsplit(url), getproxies()
     proxy = proxies.get(target.scheme, proxies.get("all"))
     if proxy and not proxy_bypass(target.netloc):
         target = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
-    port = target.port or {"https": 443, "http": 80}.get(target.scheme, 1080)  # of SOCKS
     try:
+        port = target.port or {"https": 443, "http": 80}.get(target.scheme, 1080)  # of SOCKS
         with socket.create_connection((target.hostname, port), CONNECT_SECONDS):
             return True
-    except OSError:
+    except (OSError, ValueError):  # the latter for what is no port or no name
         return False
 
 
@@ -84,7 +83,8 @@ def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Mo
     if recipe.drop_path_rate > 0:  # not every network takes it
         common["drop_path_rate"] = recipe.drop_path_rate
     try:
-        local = not (common["pretrained"] or ":" in recipe.name) or own_weights(recipe.name)
+        hub = common["pretrained"] or ":" in recipe.name
+        local = not hub or recipe.name.startswith("local-dir:") or own_weights(recipe.name)
         with nullcontext() if local else _cached_without_network():
             model: Any = timm.create_model(recipe.name, **common, **args)
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError) as error:

@@ -19,7 +19,7 @@ from dualtoken_vit.data.splits import ALL, find, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted, printable
 
-EXACT = 1e-3  # pixels within which boxes are the same
+ROUNDED = 0.02  # pixels within which boxes are the same: COCO's have two decimals, as have its polygons
 PIXELS = 2.0  # larger coordinates are no fractions; smaller ones, beyond the image, are for check-data to report
 
 
@@ -223,7 +223,7 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
                 corners = left, top, left + width, top + height
                 if polygons:
                     joined += len(polygons_of(one)) > 1
-                    moved += any(abs(a - b) > EXACT for a, b in zip(_corners(values), corners, strict=True))
+                    moved += any(abs(a - b) > ROUNDED for a, b in zip(_corners(values), corners, strict=True))
                 else:
                     clipped += clip(one, image) != corners
                 sides = (image["width"], image["height"]) * (len(values) // 2)

@@ -374,7 +374,7 @@ def test_names_that_are_hard_to_print(files, coco):
     with pytest.raises(InputError) as caught:
         data.verify(progress=False)
     assert str(caught.value).startswith(f"{files.folder}/caf\ufffd\\n.png: cannot be read as an image")
-    with pytest.raises(InputError, match=r"category '\$cat\\n\\r' is not among the 1 trained classes"):
+    with pytest.raises(InputError, match=r"category '\$cat\\n\\r' is not among the 1 trained class"):
         DetectionDataset(read_coco(path, files.folder), False, class_names=["dog"])
 
 

@@ -280,7 +280,7 @@ def test_the_agreement_of_two_files():
     theirs = objects([[0, 0, 10, 6], [20, 20, 30, 24], [50, 0, 60, 10]], [0, 1, 0])  # IoU 0.6, IoU 0.4, another class
     found = agreement([ours, objects([], [])], [theirs, objects([], [])])
     assert found == "66.67% of the objects in 2 images found by both (same class, IoU of at least 0.5)"  # 1/3 and 1
-    assert agreement([objects([], [])], [objects([], [])]) == "no objects in 1 images"
+    assert agreement([objects([], [])], [objects([], [])]) == "no objects in 1 image"
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def test_colours_count_from_one_without_label_zero(tmp_path):
         ("sky,1,2,3\nroad,1,2,256\n", r"class_dict\.csv, line 2: 'road,1,2,256' is not NAME,R,G,B"),
         ("sky,1,2,3\nsky,1,2,4\n", r"class_dict\.csv, line 2: the name or the colour of 'sky' is listed twice"),
         ("sky,1,2,3\nroad,1,2,3\n", r"class_dict\.csv, line 2: the name or the colour of 'road' is listed twice"),
-        ("sky,1,2,3\n", r"class_dict\.csv: 1 classes, but 2 to 254 are supported"),
+        ("sky,1,2,3\n", r"class_dict\.csv: 1 class, but 2 to 254 are supported"),
         ("sky\nroad\ncar\n", r"a mask of mode RGB, but masks need one label per pixel, or a class file .* NAME,R,G,B"),
     ],
 )

@@ -171,7 +171,7 @@ def test_a_file_of_the_classes_from_another_editor(tree):
         (f"{'9' * 5000}\tsky\nroad\n", r"classes\.txt, line 1: '999.* is neither NAME nor NUMBER<TAB>"),
         ("sky\nroad\ncar\tvehicle\nperson\n", r"classes\.txt, line 3: 'car\\tvehicle' is neither NAME nor NUMBER<TAB>"),
         ("0\tsky\n2\troad\n", r"classes\.txt, line 2: label 2, but labels must count up from 0"),
-        ("sky\n", r"classes\.txt: 1 classes, but 2 to 254 are supported"),
+        ("sky\n", r"classes\.txt: 1 class, but 2 to 254 are supported"),
     ],
 )
 def test_a_file_of_the_classes_that_cannot_be_meant(tree, text, message):
@@ -294,7 +294,7 @@ def test_a_negative_label_is_not_a_class(tree):
     Image.fromarray(labels).save(path)
     assert read_mask(path).tolist() == labels.tolist()
     train, _ = build_datasets(data(tree), 3)
-    message = r"0\.tif: label -300 in 1 pixels \(and 1 more such labels\), but there are 3 classes"
+    message = r"0\.tif: label -300 in 1 pixel \(and 1 more such labels\), but there are 3 classes"
     with pytest.raises(InputError, match=message):
         train[0]
     with pytest.raises(InputError, match=message):

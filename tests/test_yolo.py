@@ -76,3 +76,28 @@ def test_yolo_fractions_are_of_the_rotated_image(export):
 )
 def test_one_clear_error(export, kind, files, message):
     assert_one_error(export(kind, files=files), message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "where"),
+    [
+        ("yolo-ultralytics", "labels/train/lost.txt", "in images/train"),
+        ("yolo-roboflow", "train/labels/lost.txt", "in train/images"),
+        ("yolo-label-studio", "labels/deep/lost.txt", "in images"),
+        ("yolo-labelimg", "lost.txt", "beside it"),
+    ],
+)
+def test_labels_without_an_image_are_an_error(export, kind, label, where):
+    """Otherwise the image that they were for is trained on as one without objects. Other text files are not labels."""
+    folder = label.rpartition("/")[0] or "."
+    others = {f"{folder}/classes.txt": "cat\ndog\n", f"{folder}/README.txt": "2024 1 2 3 4 a\n", f"{folder}/c.txt": ""}
+    root = export(kind, files=others)
+    assert read(str(root), "yolo", "train").problems == ()
+    root = export(kind, files={**others, label: "\n" + LINES})
+    assert read(str(root), "yolo", "train").problems == (f"{label}: no image of this name {where}",)
+    assert_one_error(root, f"{label}: no image of this name {where}")
+
+
+def test_a_list_of_images_may_leave_some_out(export):
+    root = export("yolo-cvat", files={"images/train/c.png": (40, 20), "labels/train/c.txt": LINES})
+    assert read(str(root), "yolo", "train").problems == ()

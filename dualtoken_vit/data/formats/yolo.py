@@ -1,19 +1,20 @@
 """YOLO: data.yaml and one text file per image, as Ultralytics reads them and Roboflow, CVAT and LabelImg export them.
 
 A line is `CLASS X Y WIDTH HEIGHT`, a box by its centre, or `CLASS X Y X Y X Y ...`, a polygon, all as fractions of the
-image's width and height. An image without a text file has no objects.
+image's width and height. An image without a text file has no objects; a text file of such lines without
+an image is an error.
 """
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dualtoken_vit.data.coco import AnnotatedImages, clip
-from dualtoken_vit.data.folders import image_files, read_lines
+from dualtoken_vit.data.folders import image_files, read_lines, scan
 from dualtoken_vit.data.formats.base import Format, Labels, class_names, labelled, number, polygons_of, sizes, text
 from dualtoken_vit.data.splits import ALL, find, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
@@ -167,7 +168,33 @@ def _read(root: Path, entries: list[str]) -> AnnotatedImages:
     if paths and not labelled and not labels.problems:
         example = f"{printable(_label_file(paths[0]))} for {printable(paths[0])}"
         raise InputError(f"{printable(root)}: no image has a label file; expected {example}")
+    labels.problems += _orphans(labels, entries, paths)
     return labels.collect()
+
+
+def _orphans(labels: Labels, entries: list[str], images: list[Path]) -> Iterator[str]:
+    """A line on each label file of the folders of a split that belongs to none of its images.
+
+    Lists of files are left out: the other files of their folders may be of another split.
+    """
+    known = set(map(_label_file, images))
+    for entry in entries:
+        place = _inside(labels.root, _base(labels.root), entry)
+        if place is None or not place.is_dir() or not (folder := _label_file(place / "image").parent).is_dir():
+            continue
+        for file in map(Path, scan(folder)[1]):
+            if file.suffix == ".txt" and file not in known and _has_labels(file):
+                there = "beside it" if file.parent == place else f"in {labels.place(place)}"
+                yield f"{labels.place(file)}: no image of this name {there}"
+
+
+def _has_labels(file: Path) -> bool:
+    """Whether the first line has the numbers of a label, unlike classes.txt and other text."""
+    try:
+        first = next(filter(str.strip, read_lines(file)), "")
+        return len(list(map(number, first.split()))) > 4
+    except (ValueError, InputError):
+        return False
 
 
 def _parse(line: str, size: tuple[int, int], classes: int) -> tuple[int, list[float], list[list[float]]]:

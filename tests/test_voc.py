@@ -48,3 +48,19 @@ def test_voc_polygons_and_difficult_objects(export):
 )
 def test_one_clear_error(export, files, message):
     assert_one_error(export(VOC, files=files), message)
+
+
+def test_an_xml_file_named_after_another_image_is_noted(export):
+    """<filename> counts, as always; that of another folder or extension is not in doubt."""
+    files = {"Annotations/a.xml": voc("C:\\me\\a.jpg"), "JPEGImages/a.png": None, "JPEGImages/a.jpg": (40, 20)}
+    files |= {"Annotations/c.xml": voc("b.png", (20, 20), ()), "ImageSets/Main/train.txt": "a\nc\n"}
+    split = read(str(export("voc-devkit", files=files)), "voc", "train")
+    assert split.notes == ()  # there is no image c
+    assert [one["file_name"] for one in split.coco["images"]] == ["a.jpg", "b.png"]
+    split = read(str(export("voc-devkit", files=files | {"JPEGImages/c.jpg": (40, 20)})), "voc", "train")
+    assert split.problems == ()
+    assert [one["file_name"] for one in split.coco["images"]] == ["a.jpg", "b.png"]
+    assert split.notes == (
+        "<filename> names another image than that of the file's own name in 1 XML file, for example Annotations/c.xml "
+        "is taken as that of JPEGImages/b.png",
+    )

@@ -77,6 +77,7 @@ class Labels:
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
         self.problems: list[str] = []
+        self.notes: list[str] = []
 
     def place(self, path: Path, inside: str = "") -> str:
         """A file, and a line or object in it, for messages."""
@@ -129,8 +130,8 @@ class Labels:
             "categories": [{"id": number, "name": name} for name, number in ids.items()],
             "annotations": self.annotations,
         }
-        problems = tuple(map(printable, self.problems))
-        return AnnotatedImages(str(self.root), coco, folder, problems=problems)
+        problems, notes = tuple(map(printable, self.problems)), tuple(map(printable, self.notes))
+        return AnnotatedImages(str(self.root), coco, folder, problems=problems, notes=notes)
 
 
 def class_names(splits: Mapping[str, AnnotatedImages]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Coordinates are taken as they are: of the edges of the box, from 0 at the left and the top, as LabelImg, CVAT and
 Roboflow write them. Objects marked as difficult are regions that neither training nor evaluation counts, as in VOC's
-own evaluation. `polygon` elements of x1, y1, x2, y2, ... are Roboflow's.
+own evaluation. `polygon` elements of x1, y1, x2, y2, ... are Roboflow's. An XML file belongs to the image that its
+<filename> names, whatever the file itself is called; a note says where both images exist.
 """
 
 import shutil
@@ -15,11 +16,11 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
 from dualtoken_vit.data.coco import AnnotatedImages
-from dualtoken_vit.data.folders import read_lines, scan
+from dualtoken_vit.data.folders import image_files, read_lines, scan
 from dualtoken_vit.data.formats.base import Format, Labels, labelled, number, polygons_of, sizes, stated_size, text
 from dualtoken_vit.data.splits import ALL, find, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 
 EDGES = ("xmin", "ymin", "xmax", "ymax")
 LISTS = Path("ImageSets", "Main")  # of the names of the images of each split
@@ -92,7 +93,17 @@ def _read(root: Path, files: list[Path]) -> AnnotatedImages:
                 labels.add(name, corners, where, list(map(_points, one.findall("polygon"))), crowd)
             except ValueError as error:
                 labels.problems.append(f"{where}: {error}")
+    labels.notes += _renamed(labels, [(file, path) for file, _, path, _ in found if file.stem != path.stem])
     return labels.collect()
+
+
+def _renamed(labels: Labels, pairs: list[tuple[Path, Path]]) -> Iterator[str]:
+    """A line on the XML files beside whose images there is one of the XML file's own name."""
+    stems = {Path(one).with_suffix("") for folder in {path.parent for _, path in pairs} for one in image_files(folder)}
+    if doubtful := [(file, path) for file, path in pairs if path.with_name(file.stem) in stems]:
+        (file, path), files = doubtful[0], counted(len(doubtful), "XML file")
+        example = f"{labels.place(file)} is taken as that of {labels.place(path)}"
+        yield f"<filename> names another image than that of the file's own name in {files}, for example {example}"
 
 
 def _parse(file: Path) -> Element:
@@ -111,7 +122,7 @@ def _image(root: Path, file: Path, tree: Element) -> Path:
         raise ValueError("has no filename")
     folders = [file.parent, root / "JPEGImages", root / "images", root]
     folders += [parent / file.parent.name for parent in folders[1:3]]
-    path = find(root, name, folders) or find(root, Path(name).name, folders)
+    path = find(root, name, folders) or find(root, Path(name.replace("\\", "/")).name, folders)
     if path is None:
         raise ValueError(f"its image {name!r:.200} is neither beside it nor in JPEGImages or images")
     return path

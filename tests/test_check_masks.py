@@ -65,9 +65,14 @@ def test_check_counts_classes_and_knows_large_images(tree, capsys):
 
 def test_check_of_the_first_images(tree, capsys):
     spoil(tree, lambda labels: labels[:-2], "1")
+    (tree / "classes.txt").write_text("sky\nroad\ncar\nboat\n")
     verdict, out = check(tree, capsys, limit=1)
     assert verdict
     assert "train: 1 image with a mask" in out
+    assert "note: --data.limit 1: 1 class in no mask of train: 'boat'" in out
+    verdict, out = check(tree, capsys, limit=2)  # which leaves out nothing
+    assert not verdict
+    assert "class in no mask: train/boat" in out
 
 
 def test_check_names_what_was_planted(tree, capsys):

@@ -180,9 +180,11 @@ def test_copy_paste_needs_masks():
         ["folder", "--data.root", "PHOTOS", "--data.image-size", "32"],
     ],
 )
-def test_check_data_draws_what_training_sees(args, photos, tmp_path):
+def test_check_data_draws_what_training_sees(args, photos, tmp_path, capsys):
     args, sheets = [str(photos) if arg == "PHOTOS" else arg for arg in args], []
     for more in ([], ["--augmented"]):
         assert cli.run(["check-data", *args, *more, "--out", str(tmp_path)]) == 0
         sheets.append(np.asarray(Image.open(tmp_path / "labels.png")))
+        content = "as training sees them" if more else "with their labels"
+        assert f" images {content}: {tmp_path / 'labels.png'}\n" in capsys.readouterr().out
     assert sheets[0].shape != sheets[1].shape or (sheets[0] != sheets[1]).mean() > 0.05

@@ -341,8 +341,8 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
         if empty:
             where = _where(data, "train")
             where = where if os.path.isdir(where) else printable(data.root)  # one folder without splits
-            message = f"{where}: no images in class {some(empty)}; add some, or remove the class"
-            raise InputError(message)
+            remedy = "add some, or remove the class (check-data lists all problems)"
+            raise InputError(f"{where}: no images in class {some(empty)}; {remedy}")
     val: Images
     if data.holdout:
         train, val = _hold_out(train, data.holdout, data.fold)

@@ -12,6 +12,8 @@ from dualtoken_vit.data.transforms import classification_train
 from dualtoken_vit.recipes import Classification
 from dualtoken_vit.show.drawing import draw_scene, spread
 
+UNEVEN = 1.5  # images of the largest class per image of the smallest, from which a note says so
+
 
 def check(recipe: Classification, out: Path, augmented: bool = False) -> bool:
     """Read every image of a recipe's dataset once, print a report, and draw some images as OUT/labels.png.
@@ -39,7 +41,7 @@ def check(recipe: Classification, out: Path, augmented: bool = False) -> bool:
             train.transform = report.visible(classification_train, recipe)
         samples = ((train.class_names[train.targets[i]], report.sample(train, i, recipe.run.seed)[0]) for i in sound)
         drawings = (draw_scene([(name, image, None)], ()) for name, image in samples)
-        lines.append(report.contact_sheet(drawings, out / "labels.png"))
+        lines.append(report.contact_sheet(drawings, out / "labels.png", augmented))
     table = report.count_table(class_names, counts)
     return report.print_report(table, found, lines, notes, [*empty, *report.missing_classes(class_names)], [mixed])
 
@@ -58,4 +60,5 @@ def _balance(counts: Counter[str], names: Sequence[str]) -> Iterator[str]:
     ranked = counts.most_common()
     if ranked and len(ranked) == len(names):  # else the smallest is empty, which is a problem of its own
         (most, many), (least, few) = ranked[0], ranked[-1]
-        yield f"largest class {most} ({many}), smallest {least} ({few}): {many / few:.1f} to 1"
+        if many / few >= UNEVEN:
+            yield f"largest class {most} ({many}), smallest {least} ({few}): {many / few:.1f} to 1"

@@ -64,7 +64,7 @@ def check(recipe: Detection, out: Path, augmented: bool = False) -> bool:
     table = report.count_table(class_names, {name: one.counts() for name, one in found.items()})
     lines = [line for name, one in found.items() for line in _summary(name, one)]
     drawings = _augmented(recipe, found["train"]) if augmented else _drawings(found["train"])
-    lines.append(report.contact_sheet(drawings, out / "labels.png"))
+    lines.append(report.contact_sheet(drawings, out / "labels.png", augmented))
     notes = [line for name, one in found.items() for line in _notes(name, one)]
     if absent := [name for name in class_names["train"] if name not in class_names["val"]]:
         shown = ", ".join(map(printable, absent[:5])) + (", ..." if len(absent) > 5 else "")
@@ -135,7 +135,8 @@ def _summary(name: str, checked: _Checked) -> Iterator[str]:
     yield f"{name}: {counted(images, 'image')}, {empty} without objects; up to {highest} in one"
     sized = f"{counted(len(areas), 'object')}, {small} below 32x32 px, {large} of 96x96 and more"
     yield f"{name}: {sized}; {counted(crowds, 'crowd')}"
-    yield f"{name}: {masks} of the {len(annotations)} annotations have a segmentation"
+    if masks:
+        yield f"{name}: {masks} of the {len(annotations)} annotations have a segmentation"
 
 
 def _notes(name: str, checked: _Checked) -> Iterator[str]:

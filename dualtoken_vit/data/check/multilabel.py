@@ -37,7 +37,7 @@ def check(recipe: MultiLabel, out: Path, augmented: bool = False) -> bool:
         train.transform = report.visible(classification_train, recipe)
     samples = ((facts["train"][i].label or "no label", report.sample(train, i, recipe.run.seed)[0]) for i in sound)
     drawings = (draw_scene([(label, image, None)], ()) for label, image in samples)
-    lines.append(report.contact_sheet(drawings, out / "labels.png"))
+    lines.append(report.contact_sheet(drawings, out / "labels.png", augmented))
     pairs = [(role, name) for role, names in class_names.items() for name in names]
     empty = [f"empty class: {role}/{name}" for role, name in pairs if not counts[role][name]]
     mixed = [f"equal images with different labels: {one}" for one in report.copies(facts, lambda _, fact: fact.label)]

@@ -150,13 +150,13 @@ def visible(transform: Callable[..., Callable[[Any], Any]], recipe: Any) -> Call
     return lambda image: to_pil_image(prepare(image).clamp(0, 1))
 
 
-def contact_sheet(drawings: Iterable[Image.Image], path: Path) -> str:
-    """Draw a sheet of training images with their labels; returns a line for the report."""
+def contact_sheet(drawings: Iterable[Image.Image], path: Path, augmented: bool = False) -> str:
+    """Draw a sheet of training images with their labels; returns a line for the report, which says if `augmented`."""
     drawn = list(drawings)
     if not drawn:
         return "no image of train has labels to draw"
     save_image(draw_labelled(drawn), path)
-    return f"{counted(len(drawn), 'image')} with their labels: {path}"
+    return f"{counted(len(drawn), 'image')} {'as training sees them' if augmented else 'with their labels'}: {path}"
 
 
 def _properties(splits: Splits) -> Iterator[str]:

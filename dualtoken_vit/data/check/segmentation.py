@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from dualtoken_vit.data import segmentation
 from dualtoken_vit.data.check import report
-from dualtoken_vit.data.contract import split_name
+from dualtoken_vit.data.contract import some, split_name
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
@@ -31,16 +31,17 @@ class _Pair(NamedTuple):
 def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     """Read every image and mask once, print a report, and draw some images with their labels as OUT/labels.png.
 
-    Returns whether there is no problem. Problems are: everything that stops training (missing or unreadable
-    masks, sizes that differ, labels outside the classes), masks without an image, classes that are in no training mask,
-    and images in both splits. The share of each class and copies are only reported. An InputError for a dataset that
-    does not exist, or has no usable mask.
+    Returns whether there is no problem. Problems are: everything that stops training (missing or unreadable masks,
+    sizes that differ, labels outside the classes), masks without an image, classes that are in no training mask (with
+    --data.limit a note), and images in both splits. The share of each class and copies are only reported. An InputError
+    for a dataset that does not exist, or has no usable mask.
     """
     data = recipe.data
     roles = {role if data.holdout else split_name(data, role): role for role in ("train", "val")}
     splits = {name: segmentation.read_split(data, role) for name, role in roles.items()}
-    splits = {name: split._replace(pairs=split.pairs[: data.limit]) for name, split in splits.items()}
     first = next(iter(splits))
+    limited = data.limit is not None and data.limit < len(splits[first].pairs)
+    splits = {name: split._replace(pairs=split.pairs[: data.limit]) for name, split in splits.items()}
     train = splits[first]
     names = train.class_names or segmentation.number_classes([mask for _, mask in train.pairs], data)
     table = segmentation.label_table(range(len(names)), data.ignore_index, data.reduce_zero_label)
@@ -58,13 +59,18 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
         shown.transform = segmentation_train(data, recipe.augment)
     samples = (report.sample(shown, i, recipe.run.seed) for i in spread(sound))
     scenes = ([("", to_pil_image(image), labels.numpy())] for image, labels in samples)
-    lines.append(report.contact_sheet((draw_scene(scene, names) for scene in scenes), out / "labels.png"))
+    drawings = (draw_scene(scene, names) for scene in scenes)
+    lines.append(report.contact_sheet(drawings, out / "labels.png", augmented))
     notes = [note for split in splits.values() for note in split.notes]
     sides = [min(fact.size) for fact in facts[first] if not fact.problem]
     if data.image_size is None and sides and median(sides) > 2 * max(data.crop_size):
         notes.append("most images are more than twice the crop: --data.image-size makes training faster")
     seen = counts[first][: len(names)]
-    missing = [f"class in no mask: {first}/{name}" for name, n in zip(names, seen, strict=True) if not n]
+    unseen = [name for name, n in zip(names, seen, strict=True) if not n]
+    missing = [] if limited else [f"class in no mask: {first}/{name}" for name in unseen]
+    if limited and unseen:
+        classes = f"{counted(len(unseen), 'class')} in no mask of {first}: {some(unseen)}"
+        notes.append(f"--data.limit {data.limit}: {classes}")
     alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
     orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
     broken = [f"{data.root}: {line}" for split in splits.values() for line in split.problems]

@@ -7,7 +7,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError, lacks_memory
-from dualtoken_vit.files import counted, printable
+from dualtoken_vit.files import counted, printable, similar
 from dualtoken_vit.header import check_file, check_path
 from dualtoken_vit.machine import print_environment
 
@@ -183,8 +182,7 @@ def _known(kind: str, name: str, names: Iterable[str]) -> str:
     """The name, if it is one of `names`; else an error with similar ones."""
     if name in names:
         return name
-    near = get_close_matches(name, names)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+    hint = similar(name, names) or f"there are {', '.join(names)}"
     raise InputError(f"{kind} {name!r} is unknown; {hint}")
 
 

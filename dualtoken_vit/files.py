@@ -7,8 +7,9 @@ import shutil
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
 
@@ -205,3 +206,9 @@ def printable(name: str | os.PathLike[str]) -> str:
         return char.encode("unicode_escape").decode() if category in ("Cc", "Zl", "Zp") else char
 
     return "".join(map(shown, str(name)))
+
+
+def similar(name: str, names: Iterable[str], quote: str = "") -> str:
+    """The question whether an unknown name is meant to be one of those that resemble it; "" if none does."""
+    near = [f"{quote}{printable(each)}{quote}" for each in get_close_matches(name, list(names))]
+    return f"did you mean {' or '.join(near)}?" if near else ""

@@ -200,6 +200,8 @@ def test_classes_of_a_trained_network(files):
         InputError, match=r"coco\.json: category 'dog' is not among the 2 trained classes: 'cat', 'cow'; rename or rem"
     ):
         files(class_names=("cat", "cow"))
+    with pytest.raises(InputError, match=r"'dog' is not .*'dogs'; rename or remove it \(did you mean 'dogs'\?\)$"):
+        files(class_names=("cat", "dogs"))
 
 
 def test_a_file_without_a_trained_class_has_an_id_for_it(files, coco):

@@ -94,6 +94,10 @@ def test_splits_by_other_names(photos):
             r"photos/val: class 'pink' is not among the 3 trained classes: 'blue', 'green', 'red'; rename",
         ),
         (lambda root: (root / "val/red").rename(root / "val/rot"), r"photos/val: class 'rot' is not among the 3 "),
+        (
+            lambda root: (root / "val/green").rename(root / "val/Green"),
+            r"photos/val: class 'Green' is not .* rename or remove it \(did you mean 'green'\?\)$",
+        ),
     ],
 )
 def test_a_spoilt_folder_is_refused_in_one_line(data, photos, spoil, message):

@@ -73,6 +73,8 @@ def test_samples(root):
     assert other[6][1].tolist() == [1, 0, 1, 0]
     assert other[6][0].mode == "L"
     assert other.notes == (f"{root}: no validation image of class 'white'",)
+    with pytest.raises(InputError, match=r"class 'green' is not .* remove it \(did you mean 'greens'\?\)$"):
+        build_val_dataset(MultiLabelData(root=str(root)), 1, ("red", "greens", "blue"))
     parts = build_datasets(MultiLabelData(root=str(root), holdout=0.25), 3)
     assert sorted(parts[0].image_names + parts[1].image_names) == sorted(train.image_names)
     assert len(parts[1]) == 8

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from dualtoken_vit.data.splits import split_of
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import counted, printable
+from dualtoken_vit.files import counted, printable, similar
 
 Split = TypeVar("Split")
 
@@ -106,7 +106,8 @@ def check_trained(names: Iterable[str], trained: Sequence[str], where: str) -> N
     unknown = [name for name in names if name not in known]
     if unknown:
         message = f"{where} {some(unknown)} is not among the {counted(len(trained), 'trained class')}: {some(trained)}"
-        raise InputError(f"{message}; rename or remove it")
+        hint = similar(unknown[0], trained, "'") if len(unknown) == 1 else ""
+        raise InputError(f"{message}; rename or remove it{hint and f' ({hint})'}")
 
 
 def some(names: Sequence[str]) -> str:

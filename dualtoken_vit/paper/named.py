@@ -1,7 +1,6 @@
 """The models of `benchmark` by their names: networks, detectors and segmenters of any library, and exported files."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.ssd import SSD
 
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import similar
 from dualtoken_vit.models.detectors import DETECTORS, create_detector
 from dualtoken_vit.models.segmenters import SEGMENTERS, create_segmenter
 from dualtoken_vit.runtime.session import RUNTIMES, ExportedModel, read_description
@@ -95,8 +95,7 @@ def check_models(models: tuple[str, ...], train: bool) -> None:
         library = torchvision.models if kind == "torchvision" else timm
         names = library.list_models()
         if inner not in names and not (library is timm and timm.is_model(inner)):  # timm also accepts names with a tag
-            near = get_close_matches(inner, names)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"{library.__name__}.list_models() lists them"
+            hint = similar(inner, names) or f"{library.__name__}.list_models() lists them"
             raise InputError(f"models: {kind or 'timm'} has no model {inner!r}; {hint}")
         if train and kind:
             raise InputError(f"models: {name}: only timm names can be trained; remove it, or leave out train")

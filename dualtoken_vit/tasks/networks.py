@@ -5,7 +5,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -18,6 +17,7 @@ from torch import nn
 
 from dualtoken_vit.checkpoint import own_weights
 from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.files import similar
 from dualtoken_vit.models.backbone import check_size, constructor_arguments
 from dualtoken_vit.recipes import Model, model_kwargs
 
@@ -36,9 +36,8 @@ def _known_cfg(name: str) -> Any:
     if ":" in name:
         return None
     if not timm.is_model(name):  # which takes any tag
-        near = get_close_matches(name, timm.list_models())
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
-        raise InputError(f"--model.name {name}: timm has no such model{hint}")
+        hint = similar(name, timm.list_models()) or "timm.list_models() lists them"
+        raise InputError(f"--model.name {name}: timm has no such model; {hint}")
     try:
         return timm.get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -122,8 +121,7 @@ def _refusal(recipe: Model, error: Exception) -> str:
     if key in args:
         with torch.device("meta"):
             known = constructor_arguments(type(timm.create_model(name)))
-        near = get_close_matches(key, known)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+        hint = similar(key, known) or f"it has {', '.join(known)}"
         return f"--model.args {key}={args[key]}: {name} has no such argument; {hint}"
     if key == "drop_path_rate":
         return f"--model.drop-path-rate {recipe.drop_path_rate}: {name} has no stochastic depth; give 0"

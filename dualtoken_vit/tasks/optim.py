@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
 import timm.optim
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import similar
 from dualtoken_vit.models.backbone import layer_names
 from dualtoken_vit.recipes import Optim
 
@@ -40,9 +40,8 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
             **options,
         )
     except ValueError as error:
-        near = get_close_matches(optim.optimizer, map(str, timm.optim.list_optimizers()))
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise InputError(f"--optim.optimizer {optim.optimizer}: {error}{hint}") from error
+        hint = similar(optim.optimizer, map(str, timm.optim.list_optimizers()))
+        raise InputError(f"--optim.optimizer {optim.optimizer}: {error}{hint and f'; {hint}'}") from error
     for group in optimizer.param_groups:  # torch's schedulers ignore timm's lr_scale
         group["lr"] *= group.get("lr_scale", 1.0)
         if "fused" in group and all(parameter.device.type == "cpu" for parameter in group["params"]):

@@ -1,7 +1,9 @@
 """Videos: their frames give what the same images give as files, and the written video is the drawings."""
 
 import json
+import os
 import resource
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
@@ -175,6 +177,18 @@ def test_a_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_output_that_is_not_read_leaves_no_video(constant, tmp_path, monkeypatch):  # noqa: F811
+    """It is an error of the pipe, which the command ends with (status 141), and none of the files."""
+    clip = write(tmp_path / "clip.mkv", frames(2))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(BrokenPipeError), open(writer, "w", buffering=1) as pipe, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", pipe)
+        with pytest.raises(BrokenPipeError):
+            predict(constant, (clip,), tmp_path / "out.mp4", json=True)
+    assert list(tmp_path.iterdir()) == [clip]
 
 
 def test_a_video_without_frames(constant, tmp_path, monkeypatch):  # noqa: F811

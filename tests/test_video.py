@@ -148,7 +148,10 @@ def test_mistakes(constant, tmp_path):  # noqa: F811
     with pytest.raises(InputError, match="give one video or camera, and no images beside it"):
         predict(constant, (clip, tmp_path))
     with pytest.raises(InputError, match="camera 97: cannot be opened"):
-        predict(constant, (type(tmp_path)("97"),))
+        predict(constant, (type(tmp_path)("97"),), json=True)
+    for given in (clip, type(tmp_path)("0")):
+        with pytest.raises(InputError, match=rf"{given}: there is no table of a video; give --out FILE\.mp4 or --json"):
+            predict(tmp_path / "is not loaded", (given,))
     with pytest.raises(InputError, match="a video is written as"):
         predict(constant, (clip,), type(tmp_path)("."))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mkv"]

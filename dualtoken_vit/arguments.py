@@ -54,10 +54,10 @@ class Evaluate(Generic[D]):
     out: Path | None = None
     """Folder for evaluation.json, plots, and in detection the results in COCO's format."""
     json: Switch = False
-    """Print one JSON object, and nothing else. Classification: top1, top5 (of more than five classes), mean_accuracy
-    and f1 (means of the classes), loss, ece; multi-label: map, f1, micro_f1, loss; detection: box, mask, objects;
-    segmentation: miou, pixel_accuracy, mean_accuracy; all: images, and per_class by class, in detection by kind. Shares
-    are between 0 and 1; -1 or null: the class is absent."""
+    """Print one JSON object, and nothing else. Classification: top1, top5 (of more than five classes), mean_accuracy,
+    precision and f1 (means of the classes), loss, ece; multi-label: map, f1, micro_f1, loss; detection: box, mask,
+    objects; segmentation: miou, pixel_accuracy, mean_accuracy; all: images, and per_class by class, in detection by
+    kind. Shares are between 0 and 1; -1 or null: the class is absent."""
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,8 @@ def evaluate(args: list[str]) -> None:
     else:
         console = Console()
         console.print(result.table())
-        console.print(f"{result.headline}  {counted(result.metrics['images'], 'image')}")
+        images = counted(result.metrics["images"], "image")
+        console.print("  ".join(filter(None, (result.headline, result.more, images))), soft_wrap=True)
         for note in result.notes:
             print(note)
 

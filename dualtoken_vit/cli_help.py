@@ -21,7 +21,7 @@ EXAMPLES = {
     ),
     "train": (
         "train folder --data.root photos --data.image-size 112 --out runs/photos",
-        "train coco-lite --data.root cells --run.max-minutes 15 --out runs/cells",
+        "train coco-lite --data.root cells --run.max-minutes 15 --out runs/objects",
         "train folder --data.root photos --out runs/photos --resume",
     ),
     "train classification": (
@@ -31,11 +31,11 @@ EXAMPLES = {
     ),
     "train multilabel": ("train multilabel --data.root labelled --loss asymmetric --out runs/labels",),
     "train detection": (
-        "train coco-lite --data.root cells --run.max-minutes 15 --out runs/cells",
+        "train coco-lite --data.root cells --run.max-minutes 15 --out runs/objects",
         "train coco --data.root cells --detector mask-rcnn --model.checkpoint runs/photos/best.safetensors",
     ),
     "train segmentation": (
-        "train masks-lite --data.root scenes --run.max-minutes 15 --out runs/scenes",
+        "train masks-lite --data.root scenes --run.max-minutes 15 --out runs/masks",
         "train masks --data.root scenes --segmenter pspnet --model.checkpoint runs/photos/best.safetensors",
     ),
     "check-data": (

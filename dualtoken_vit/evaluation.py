@@ -115,8 +115,10 @@ def evaluate(
     tune_cpu()
     header = read_header(checkpoint)
     recipe, task, given = recipe or stored_recipe(checkpoint, header), get_task(header.task), data or {}
-    if calibrate and (is_exported(checkpoint) or not task.calibrates):
-        raise InputError(f"--calibrate: {checkpoint} is not the best.safetensors of a classifier; leave it out")
+    if calibrate and not task.calibrates:
+        raise InputError("--calibrate: only for networks with one label per image; leave it out")
+    if calibrate and is_exported(checkpoint):
+        raise InputError(f"--calibrate: {checkpoint} cannot store it; calibrate the best.safetensors, and export again")
     if calibrate and (file := locate(checkpoint)) != Path(checkpoint):
         raise InputError(f"--calibrate would change the installed package: give a copy of {file}")
     if is_exported(checkpoint) and precision != "32-true":

@@ -61,7 +61,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = _os_error(error)
-        if cause is None:
+        if cause is None or cause.errno == errno.EPIPE:  # no file's: stdout, which the block prints on, is not read on
             raise
         kept = "; the file that was there is kept" if path.is_file() else ""
         raise InputError(f"cannot write {path}: {_reason(cause)}{kept}") from error

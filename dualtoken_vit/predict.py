@@ -122,6 +122,8 @@ def _predict_video(
     """Predict for each frame of a video; with `out`, draw the frames as a video, and write a line of JSON for each."""
     if len(videos) > 1:
         raise InputError(f"{videos[0]} and {videos[1]}: give one video or camera, and no images beside it")
+    if out is None and not json:
+        raise InputError(f"{printable(videos[0])}: there is no table of a video; give --out FILE.mp4 or --json")
     if out is not None and realpath(out) == realpath(videos[0]):
         raise InputError(f"--out {out}: is the video that is read; name another file")
     record = out and out.parent / f"{out.stem}.jsonl"
@@ -166,7 +168,7 @@ def _predict_video(
     for problem in problems:
         print(problem, file=sys.stderr)
     if not json:
-        print(counted(count, "frame") + (f": {out}, {record}" if out else ""))
+        print(f"{counted(count, 'frame')}: {out}, {record}")
     return not problems
 
 

@@ -20,10 +20,11 @@ def test_top5_needs_more_than_five_classes(classes, names):
     ranks = (logits > logits[np.arange(40), targets][:, None]).sum(1)
     expected = {name: pytest.approx((ranks < int(name[3:])).mean(), abs=1e-6) for name in names}
     assert {name: found.metrics[name] for name in names} == expected
-    assert list(found.metrics) == [*names, "mean_accuracy", "f1", "loss", "ece", "images", "per_class"]
+    assert list(found.metrics) == [*names, "mean_accuracy", "precision", "f1", "loss", "ece", "images", "per_class"]
     assert sorted(found.scores) == sorted([*names, "loss"])
     shares = "".join(f"  top-{name[3:]} {found.metrics[name]:.2%}" for name in names)
     assert found.headline == f"val loss {found.metrics['loss']:.4f}{shares}"
+    assert found.more == f"calibration error {found.metrics['ece']:.1%}"
 
 
 def test_metrics_of_each_class_and_their_means_are_torchmetrics():
@@ -44,10 +45,12 @@ def test_metrics_of_each_class_and_their_means_are_torchmetrics():
     assert list(per_class) == list("abcde")
     for key, shares in expected.items():
         shares[3] = -1
-        assert [one[key] for one in per_class.values()] == pytest.approx(shares.tolist())
+        assert [one[key] for one in per_class.values()] == pytest.approx(shares.tolist(), abs=1e-6)
+    assert [*per_class.values()] == [{key: round(value, 6) for key, value in one.items()} for one in per_class.values()]
     assert [one["images"] for one in per_class.values()] == counts.tolist()
     assert per_class["e"] == {"images": counts[4], "top1": 0, "precision": 0, "f1": 0}
     assert found.metrics["mean_accuracy"] == pytest.approx(expected["top1"][there].mean(), abs=1e-6)
+    assert found.metrics["precision"] == pytest.approx(expected["precision"][there].mean(), abs=1e-6)
     assert found.metrics["f1"] == pytest.approx(expected["f1"][there].mean(), abs=1e-6)
     means = [f"{shares[there].mean():.1%}" for shares in expected.values()]
     assert found.totals == [("all", "60", f"{found.metrics['top1']:.1%}", "", ""), ("mean of classes", "", *means)]

@@ -140,5 +140,5 @@ def test_an_exported_file_has_it(copied, tmp_path):
     one, other = (load_predictor(path)(image) for path in (best, file))
     assert one.names == other.names
     np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
-    with pytest.raises(InputError, match=r"--calibrate: .* is not the best\.safetensors of a classifier"):
+    with pytest.raises(InputError, match=r"--calibrate: .*model\.onnx cannot store it; calibrate the best"):
         cli.run(["evaluate", str(file), "--calibrate"])

@@ -240,12 +240,13 @@ def test_from_images_to_predictions(call, photos, tmp_path):
     assert f"36 training and 18 validation images, 3 steps an epoch\n{few}\n" in out
     assert "epoch 2/2" in out
     assert "top-5" not in out
+    assert "calibration error" not in out
     assert f"dualtoken-vit evaluate {run}/best.safetensors" in out
 
     status, out, _ = call("evaluate", run / "best.safetensors", "--json", "--device", "cpu")
     assert status == 0
     found = json.loads(out)
-    assert list(found) == ["top1", "mean_accuracy", "f1", "loss", "ece", "images", "per_class"]
+    assert list(found) == ["top1", "mean_accuracy", "precision", "f1", "loss", "ece", "images", "per_class"]
     assert found["per_class"].keys() == {"red", "green", "blue"}
     assert found["top1"] == pytest.approx(np.mean([one["top1"] for one in found["per_class"].values()]), abs=1e-6)
     assert found["images"] == 18
@@ -254,7 +255,7 @@ def test_from_images_to_predictions(call, photos, tmp_path):
 
     status, out, _ = call("evaluate", run / "best.safetensors", "--device", "cpu")
     assert status == 0
-    assert f"top-1 {found['top1']:.2%}" in out
+    assert f"top-1 {found['top1']:.2%}  calibration error {found['ece']:.1%}  18 images\n" in out
     assert "green" in out
 
     status, out, _ = call("predict", run / "best.safetensors", photos / "val" / "red", "--json", "--out", shots)

@@ -117,6 +117,8 @@ def test_the_run_folder_agrees_with_pycocotools(trained, scenes, capsys):
     assert result["images"] == 5
     for kind in kinds:
         assert result[kind]["AP"] == pytest.approx(float(best[f"val_{kind}_AP"]), abs=1e-6)
+        digits = [*result[kind].values(), *result["per_class"][kind].values()]
+        assert digits == [round(value, 6) for value in digits]
         there = [ap for ap in result["per_class"][kind].values() if ap >= 0]
         assert result[kind]["AP"] == pytest.approx(np.mean(there), abs=1e-6)
 

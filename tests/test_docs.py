@@ -23,7 +23,7 @@ from timm.data import create_transform, resolve_data_config
 
 from dualtoken_vit import cli
 from dualtoken_vit.cli_help import EXAMPLES
-from dualtoken_vit.data import detection
+from dualtoken_vit.data import detection, tables
 from dualtoken_vit.data.shapes import CLASSES
 from dualtoken_vit.paper.tables import PUBLISHED
 from dualtoken_vit.recipes import RECIPES, SplitData
@@ -231,6 +231,29 @@ def test_the_python_of_the_documentation_runs_on_a_trained_network(inside):
                 names = {}
                 exec(block, names)
                 assert "result" not in names or names["result"].name in ("cat", "dog")
+
+
+def test_the_tables_of_the_documentation_are_read(tmp_path):
+    """The examples as they are printed, and the names of columns, all of them and no others."""
+    text = FILES["docs/guides/data.md"]
+    images = [f"{place}.jpg" for place in ("cats/1", "dogs/7", "1", "2")]
+    for name in images:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = []
+    for table in re.findall(r"^```\n(file,.*?)^```", text, re.MULTILINE | re.DOTALL):
+        (tmp_path / "labels.csv").write_text(table)
+        for split in ("train", "val"):
+            one = tables.read_labels(tmp_path, split, "," if "labels" in table else None)
+            found.append((split, [Path(file).relative_to(tmp_path).as_posix() for file in one.files], one.labels))
+    assert found == [
+        ("train", images[:1], [("cat",)]),
+        ("val", images[1:2], [("dog",)]),
+        ("train", images[2:3], [("cat", "dog")]),
+        ("val", images[3:], [("cat",)]),
+    ]
+    listed = [set(re.findall(r"`(\w+)`", row.split("|")[2])) for row in text.splitlines() if "|" in row]
+    assert all(set(names) in listed for names in (tables.FILE, tables.CLASS, tables.SPLIT))
 
 
 def test_the_make_targets_and_extras_of_the_documentation_exist():

@@ -316,6 +316,20 @@ def test_contact_sheets_go_on_after_a_page_that_failed(tmp_path, capsys, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["sheet-2.png"]
 
 
+def test_a_line_shows_the_first_of_many_names():
+    names = ("sign_symbol", "bicyclist", "pedestrian", "car", "road")
+    for count in range(1, 6):
+        rest = f" +{5 - count}" if count < 5 else ""
+        expected = ", ".join(names[:count]) + rest
+        width = text.fit_text(expected, 18)[1].getlength(expected)
+        assert text.fit_names(names, 18, width)[0] == expected
+        if count > 1:
+            assert text.fit_names(names, 18, width - 1)[0] == f"{', '.join(names[: count - 1])} +{6 - count}"
+    narrow, font = text.fit_names(names, 18, 80)
+    assert re.fullmatch(r"sig?n?\.\.\.b?ol \+4", narrow)
+    assert font.getlength(narrow) <= 80
+
+
 def test_tables_print_names_literally():
     table = table_text(("<name", "n"), [[("caf\udce9", "1"), ("a\nb", "2"), ("[red]", "3")]])
     assert [line.split() for line in table.splitlines()[2:]] == [["caf�", "1"], ["a\\nb", "2"], ["[red]", "3"]]

@@ -268,12 +268,14 @@ def run(root, tmp_path_factory):
 
 def test_a_run_learns_its_labels_and_predicts_with_its_thresholds(run, root, tmp_path, capsys):
     stored = json.loads((run / "evaluation.json").read_text())
+    digits = [value for one in stored["per_class"].values() for value in one.values()]
+    assert digits == [round(value, 6) for value in digits]
     assert stored["map"] > 0.8  # by chance 0.5
     found = evaluate(run / "best.safetensors", device="cpu")
     assert found.metrics == {key: stored[key] for key in found.metrics}
     thresholds = [one["threshold"] for one in stored["per_class"].values()]
     predictor = load_predictor(run / "best.safetensors", device="cpu")
-    assert predictor.thresholds.tolist() == pytest.approx(thresholds)
+    assert predictor.thresholds.tolist() == pytest.approx(thresholds, abs=1e-6)
     files = [root / "images" / f"{index}.png" for index in range(64, 80)]
     results = predictor(files)
     hits = np.zeros((16, 3), dtype=bool)
@@ -285,6 +287,8 @@ def test_a_run_learns_its_labels_and_predicts_with_its_thresholds(run, root, tmp
         hits[row, above] = True
     truth = np.array([[label in bands(index)[1] for label in range(3)] for index in range(64, 80)])
     assert np.mean([f1(hits[:, k], truth[:, k]) for k in range(3)]) == pytest.approx(stored["f1"], abs=1e-6)
+    with pytest.raises(InputError, match="--calibrate: only for networks with one label per image; leave it out"):
+        evaluate(run / "best.safetensors", device="cpu", calibrate=True)
     every = load_predictor(run / "best.safetensors", device="cpu", threshold=0.0)(files[0])
     assert sorted(every.names) == sorted(NAMES)
     none = load_predictor(run / "best.safetensors", device="cpu", threshold=1.0)(files[0])

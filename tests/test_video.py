@@ -1,7 +1,9 @@
 """Videos: their frames give what the same images give as files, and the written video is the drawings."""
 
 import json
+import os
 import resource
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
@@ -146,7 +148,10 @@ def test_mistakes(constant, tmp_path):  # noqa: F811
     with pytest.raises(InputError, match="give one video or camera, and no images beside it"):
         predict(constant, (clip, tmp_path))
     with pytest.raises(InputError, match="camera 97: cannot be opened"):
-        predict(constant, (type(tmp_path)("97"),))
+        predict(constant, (type(tmp_path)("97"),), json=True)
+    for given in (clip, type(tmp_path)("0")):
+        with pytest.raises(InputError, match=rf"{given}: there is no table of a video; give --out FILE\.mp4 or --json"):
+            predict(tmp_path / "is not loaded", (given,))
     with pytest.raises(InputError, match="a video is written as"):
         predict(constant, (clip,), type(tmp_path)("."))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mkv"]
@@ -175,6 +180,18 @@ def test_a_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_output_that_is_not_read_leaves_no_video(constant, tmp_path, monkeypatch):  # noqa: F811
+    """It is an error of the pipe, which the command ends with (status 141), and none of the files."""
+    clip = write(tmp_path / "clip.mkv", frames(2))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(BrokenPipeError), open(writer, "w", buffering=1) as pipe, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", pipe)
+        with pytest.raises(BrokenPipeError):
+            predict(constant, (clip,), tmp_path / "out.mp4", json=True)
+    assert list(tmp_path.iterdir()) == [clip]
 
 
 def test_a_video_without_frames(constant, tmp_path, monkeypatch):  # noqa: F811

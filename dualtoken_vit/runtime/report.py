@@ -11,10 +11,10 @@ from PIL import Image
 from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.files import Spool, counted
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
-from dualtoken_vit.show.drawing import SIDE, draw_card, draw_objects, draw_scene, fit, palette
+from dualtoken_vit.show.drawing import SIDE, Text, draw_card, draw_objects, draw_scene, fit, palette
 
 Result = TypeVar("Result")
-Caption = tuple[str, float | None]  # text and share
+Caption = tuple[Text, float | None]  # and share
 
 
 class Report(ABC, Generic[Result]):
@@ -97,7 +97,7 @@ class LabelsReport(Report[Labels]):
 
     def draw(self, title: str, image: Image.Image, result: Labels) -> tuple[Image.Image, Image.Image, Caption]:
         small = fit(image, SIDE)
-        return draw_card(small, title, _pairs(result)), small, (", ".join(result.names) or "nothing", None)
+        return draw_card(small, title, _pairs(result)), small, (result.names or "nothing", None)
 
 
 def _pairs(result: Classes | Labels) -> list[tuple[str, float]]:

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from dualtoken_vit.files import atomic_write, guard
-from dualtoken_vit.show.text import fit_text
+from dualtoken_vit.show.text import fit_names, fit_text
 
 Top = list[tuple[str, float]]  # class names and their probabilities, most likely first
+Text = str | tuple[str, ...]  # or names, the first of which are shown
 
 # Sizes in pixels, for display at half size.
 SIDE = 448  # of the square that holds the image on a card
@@ -42,14 +43,22 @@ def fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def _row(
-    draw: ImageDraw.ImageDraw, x: int, y: int, width: int, size: int, name: str, share: float | None, first: bool = True
+    draw: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    width: int,
+    size: int,
+    text: Text,
+    share: float | None,
+    first: bool = True,
 ) -> None:
-    """A name in a line of `width` pixels and, if there is a `share`, its number at the right and its bar below."""
+    """A text in a line of `width` pixels and, if there is a `share`, its number at the right and its bar below."""
     color = INK if first else MUTED
     value, font = fit_text("" if share is None else f"{share:.1%}", size, bold=first)
     draw.text((x + width, y), value, color, font, anchor="ra")
-    name, font = fit_text(name, size, width - font.getlength(value) - size, bold=first)
-    draw.text((x, y), name, color, font)
+    names = (text,) if isinstance(text, str) else text
+    shown, font = fit_names(names, size, width - font.getlength(value) - size, bold=first)
+    draw.text((x, y), shown, color, font)
     if share is not None:
         top, height = y + round(1.55 * size), size // 2
         draw.rounded_rectangle((x, top, x + width, top + height), height // 2, TRACK)
@@ -206,10 +215,10 @@ class Sheet:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.cells: list[tuple[Image.Image, str, str, float | None]] = []
+        self.cells: list[tuple[Image.Image, str, Text, float | None]] = []
         self.page = 1
 
-    def add(self, image: Image.Image, file: str, caption: str, share: float | None) -> None:
+    def add(self, image: Image.Image, file: str, caption: Text, share: float | None) -> None:
         """Add an image; write the page if this fills it."""
         with guard(self._path):
             self.cells.append((fit(image, THUMB), file, caption, share))

@@ -1,6 +1,6 @@
 """Text in drawings: shown literally, in a font that has its characters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import inf
 from pathlib import Path
@@ -89,3 +89,16 @@ def fit_text(text: str, size: int, width: float = inf, bold: bool = False) -> tu
     shown, file = literal(printable(text), bold)
     font = _font(file, size)
     return shorten(shown, width, font.getlength), font
+
+
+def fit_names(
+    names: Sequence[str], size: int, width: float = inf, bold: bool = False
+) -> tuple[str, ImageFont.FreeTypeFont]:
+    """As `fit_text`, for a list of names: the first ones that fit, and the number of the others ("cat, dog +4")."""
+    for count in range(len(names), 0, -1):
+        rest = f" +{len(names) - count}" if count < len(names) else ""
+        text, font = fit_text(", ".join(names[:count]) + rest, size, bold=bold)
+        if font.getlength(text) <= width:
+            return text, font
+    text, font = fit_text(names[0], size, width - font.getlength(rest), bold)
+    return text + rest, font

@@ -2,7 +2,7 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -38,6 +38,8 @@ class Evaluation:
     """For JSON, with the number of images as "images", and the metrics of each class as "per_class"."""
     headline: str
     """The main metrics in a few words."""
+    more: str = ""
+    """Further ones, which the lines of training leave out."""
     columns: Sequence[str] = ()
     """Headings of the table."""
     classes: Sequence[Sequence[str]] = ()
@@ -56,6 +58,11 @@ class Evaluation:
         for row in self.totals:
             table.add_row(*row)
         return table
+
+
+def rounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics by name, to the six digits that files and JSON have."""
+    return {name: round(value, 6) for name, value in metrics.items()}
 
 
 def percent(share: float | None) -> str:

@@ -32,7 +32,7 @@ from dualtoken_vit.recipes import Classification, ClassificationInput, Distill, 
 from dualtoken_vit.results import Classes
 from dualtoken_vit.runtime.report import ClassesReport
 from dualtoken_vit.show import plots
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent, rounded
 from dualtoken_vit.tasks.calibration import BINS
 from dualtoken_vit.tasks.distill import Teacher, distillation_loss, load_teacher
 from dualtoken_vit.tasks.networks import create_model
@@ -207,10 +207,10 @@ class ClassificationModule(TaskModule):
         top = {name: scores[name] for name in self.accuracies}
         counts, shares = self.confusion.sum(1), class_metrics(self.confusion)
         means = shares[:, counts > 0].mean(1).round(6).tolist()
-        macro = {"mean_accuracy": means[0], "f1": means[2]}
+        macro = dict(zip(("mean_accuracy", "precision", "f1"), means, strict=True))
         keys = ("images", "top1", "precision", "f1")
         rows = zip(self.predictor.class_names, counts.tolist(), *shares.tolist(), strict=True)
-        per_class = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
+        per_class = {name: rounded(dict(zip(keys, values, strict=True))) for name, *values in rows}
         return Evaluation(
             scores=scores,
             metrics=top
@@ -219,6 +219,7 @@ class ClassificationModule(TaskModule):
             headline="  ".join(
                 [f"val loss {scores['loss']:.4f}", *(f"top-{k} {top[name]:.2%}" for name, k in self.accuracies.items())]
             ),
+            more=f"calibration error {percent(ece)}",
             columns=("class", "images", "top-1", "precision", "F1"),
             classes=[
                 (name, str(one["images"] or "absent"), *(percent(one[key]) for key in keys[1:]))

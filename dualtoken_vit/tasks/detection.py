@@ -33,7 +33,7 @@ from dualtoken_vit.runtime.report import ObjectsReport, to_results
 from dualtoken_vit.runtime.session import Arrays
 from dualtoken_vit.runtime.tiles import detect_in_tiles
 from dualtoken_vit.show import plots
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent, rounded
 from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results
 from dualtoken_vit.tasks.distributed import gather
 from dualtoken_vit.tasks.networks import create_network
@@ -130,14 +130,14 @@ class DetectionModule(TaskModule):
     def evaluate(self) -> Evaluation:
         self.results, self.found = gather(self.found), {}
         self.scores = scores = evaluate(self.val.truth, self.results, self.masks)
-        figures = {kind: score.figures for kind, score in scores.items()}
-        per_class = {kind: score.per_class for kind, score in scores.items()}
+        figures = {kind: rounded(score.figures) for kind, score in scores.items()}
+        per_class = {kind: rounded(score.per_class) for kind, score in scores.items()}
         counts = Counter(one["category_id"] for one in self.val.truth["annotations"] if not one["iscrowd"])
         ids = zip(self.val.class_names, self.val.category_ids, strict=True)
         objects = {name: counts[category] for name, category in ids}
         best = (f"{kind} AP {percent(found['AP'])} AP50 {percent(found['AP50'])}" for kind, found in figures.items())
         return Evaluation(
-            scores={f"{kind}_{name}": round(found[name], 6) for kind, found in figures.items() for name in FIGURES},
+            scores={f"{kind}_{name}": found[name] for kind, found in figures.items() for name in FIGURES},
             metrics=figures | {"images": len(self.results), "per_class": per_class, "objects": objects},
             headline="  ".join(best),
             columns=("class", "objects", *(f"{kind} AP" for kind in scores)),

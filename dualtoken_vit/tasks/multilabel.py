@@ -29,7 +29,7 @@ from dualtoken_vit.models.backbone import check_finite
 from dualtoken_vit.recipes import ClassificationInput, Model, MultiLabel
 from dualtoken_vit.results import Labels
 from dualtoken_vit.runtime.report import LabelsReport
-from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent
+from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent, rounded
 from dualtoken_vit.tasks.classification import ImagePredictor, data_config
 from dualtoken_vit.tasks.networks import create_model
 
@@ -129,13 +129,13 @@ class MultiLabelModule(TaskModule):
         f1[there] = multilabel_f1_score(found, targets, len(names), average="none")[there]
         aps[there] = torch.stack([binary_average_precision(shares[:, k], targets[:, k]) for k in there])
         scores = {"map": aps[there].mean(), "f1": f1[there].mean(), "micro_f1": micro}
-        rounded = {name: round(value.item(), 6) for name, value in scores.items()} | {"loss": round(loss, 6)}
+        means = rounded({name: value.item() for name, value in scores.items()} | {"loss": loss})
         rows = zip(names, counts.tolist(), aps.tolist(), f1.tolist(), thresholds.tolist(), strict=True)
         keys = ("images", "ap", "f1", "threshold")
-        per_class = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
+        per_class = {name: rounded(dict(zip(keys, values, strict=True))) for name, *values in rows}
         return Evaluation(
-            scores=rounded,
-            metrics=rounded | {"images": len(targets), "per_class": per_class},
+            scores=means,
+            metrics=means | {"images": len(targets), "per_class": per_class},
             headline=f"val loss {loss:.4f}  mAP {scores['map']:.2%}  F1 {scores['f1']:.2%} (micro {micro:.2%})",
             columns=("class", "images", "AP", "F1", "threshold"),
             classes=[
@@ -143,8 +143,8 @@ class MultiLabelModule(TaskModule):
                 for name, one in per_class.items()
             ],
             totals=[
-                ("all", str(len(targets)), "", percent(rounded["micro_f1"]), ""),
-                ("mean of classes", "", percent(rounded["map"]), percent(rounded["f1"]), ""),
+                ("all", str(len(targets)), "", percent(means["micro_f1"]), ""),
+                ("mean of classes", "", percent(means["map"]), percent(means["f1"]), ""),
             ],
         )
 

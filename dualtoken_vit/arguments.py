@@ -1,11 +1,13 @@
-"""The arguments of the commands as dataclasses, whose docstrings are the command line's help.
+"""The arguments of the commands as dataclasses, whose docstrings are the command line's help, and their parser.
 
 The commands whose arguments are the parameters of a function in `paper` are not here.
 """
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
@@ -116,3 +118,21 @@ class Convert:
     """Format of the new folder."""
     format: str = "auto"
     """Format of the source: coco, yolo, voc, csv or labelme; auto: detect it."""
+
+
+def parse_arguments(kind: Any, default: Any, args: list[str], prog: str, about: str, hint: str) -> Any:
+    """Parse arguments into one of these dataclasses; `hint` is printed above the error for unknown options."""
+    run = partial(tyro.cli, kind, default=default, prog=prog, description=about)
+    chosen, unknown = run(args=args, return_unknown_args=True)
+    if not unknown:
+        return chosen
+    kept: list[str] = []
+    flag = ""
+    for arg in args:
+        flag = arg if arg.startswith("--") else flag
+        if arg == flag or flag not in unknown or arg not in unknown:  # tyro would list the values as options, too
+            kept.append(arg)
+    if hint and any(arg.startswith("--") for arg in unknown):
+        print(hint, file=sys.stderr)
+    run(args=kept)
+    raise AssertionError("the parser exits after its error")

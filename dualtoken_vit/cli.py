@@ -23,7 +23,7 @@ try:
     import tyro
     from rich.console import Console
 
-    from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train
+    from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train, parse_arguments
     from dualtoken_vit.bounds import check_bounds
     from dualtoken_vit.cli_help import describe, fill, help_page, only, recipe_rows, section_help, sections
     from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe, flatten
@@ -108,15 +108,17 @@ def _flags(args: list[str], values: dict[str, Any]) -> list[str]:
     return [*found, "True"] if found[-1:] == [PRETRAINED] else found
 
 
-def _parse(default: Any, part: Any, args: list[str], values: dict[str, Any], prog: str, about: str) -> Any:
+def _parse(
+    default: Any, part: Any, args: list[str], values: dict[str, Any], prog: str, about: str, hint: str = ""
+) -> Any:
     """Parse arguments into a command's dataclass, `default`.
 
     Its field `part` is of the generic type: the class of `part` decides which options there are, and `values` has their
-    defaults by name, see `_flags`.
+    defaults by name, see `_flags`. `hint` is printed above the error for unknown options.
     """
     kind = type(default)
     kind = kind[type(part)] if hasattr(kind, "__class_getitem__") else kind  # not generic: a study
-    return tyro.cli(kind, default=default, args=_flags(args, values), prog=f"dualtoken-vit {prog}", description=about)
+    return parse_arguments(kind, default, _flags(args, values), f"dualtoken-vit {prog}", about, hint)
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,10 @@ def predict(args: list[str]) -> bool:
         tune_cpu()
     options = default_options(checkpoint)
     about = describe(predict.__doc__, "predict")
-    chosen = _parse(Predict((), options), options, args, asdict(options), f"predict {checkpoint}", about)
+    values = asdict(options)
+    flags = (f"--{name.replace('_', '-')}" for name in values)
+    hint = f"options for this network: {', '.join(flags)}"
+    chosen = _parse(Predict((), options), options, args, values, f"predict {checkpoint}", about, hint)
     check_overlap(chosen.options, args)
     options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
     return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.loss import AsymmetricLossMultiLabel
 
-from dualtoken_vit import load_predictor
+from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.data.check.multilabel import check as check_data
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
 from dualtoken_vit.data.shapes import CLASSES, scene
@@ -294,6 +294,11 @@ def test_a_run_learns_its_labels_and_predicts_with_its_thresholds(run, root, tmp
     none = load_predictor(run / "best.safetensors", device="cpu", threshold=1.0)(files[0])
     assert none.names == ()
     capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):  # of a detector
+        cli.run(["predict", str(run / "best.safetensors"), str(files[0]), "--score", "0.5", "--top-k=2"])
+    hint, *box = capsys.readouterr().err.splitlines()
+    assert hint == "options for this network: --image-size, --crop-pct, --interpolation, --threshold"
+    assert "Unrecognized options: --score, --top-k=2 " in " ".join(" ".join(box).split())
     assert predict(run / "best.safetensors", files[:2], tmp_path / "out", True, device="cpu", threshold=1.0)
     record = json.loads(capsys.readouterr().out)
     assert [one["labels"] for one in record["predictions"]] == [[], []]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -58,3 +59,10 @@ def save_scenes(folder, size, **counts):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 content.save(path)
     Path(folder, "classes.txt").write_text("\n".join(SCENE_CLASSES) + "\n")
+
+
+def near(metrics, tolerance):
+    """Metrics as `pytest.approx` compares them, those of each class too, which it refuses in a nested form."""
+    if isinstance(metrics, dict):
+        return {key: near(value, tolerance) for key, value in metrics.items()}
+    return pytest.approx(metrics, abs=tolerance)

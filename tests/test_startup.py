@@ -98,17 +98,22 @@ def test_a_package_run_by_m_has_the_models(tmp_path):
     assert subprocess.run(args, capture_output=True, text=True, check=True, cwd=tmp_path, env=env).stdout == "True\n"
 
 
+def unread(args, unbuffered=""):
+    """Run Python with arguments, its stdout a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, *args], stdout=writer, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(writer)
+    return done
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes of Windows end with another error")
 @pytest.mark.parametrize(("command", "unbuffered"), [("--version", ""), ("--help", "1"), ("train masks --help", "1")])
 def test_output_that_is_not_read_ends_the_command_quietly(command, unbuffered):
     """As after `| head -1`: when it is written at exit, or at once."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    args = [sys.executable, "-m", "dualtoken_vit", *command.split()]
-    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(args, stdout=writer, stderr=subprocess.PIPE, env=env)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+    done = unread(["-m", "dualtoken_vit", *command.split()], unbuffered)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of Windows end with another error")
@@ -122,11 +127,7 @@ def test_an_error_is_shown_also_where_output_is_not_read():
         "cli.main = fail\n"
         "dualtoken_vit_command.main()"
     )
-    reader, writer = os.pipe()
-    os.close(reader)
-    env = os.environ | {"PYTHONUNBUFFERED": ""}
-    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, env=env)
-    os.close(writer)
+    done = unread(["-c", code])
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "RuntimeError: an error of its own")
 
 

@@ -69,7 +69,8 @@ def predict(
     record: dict[str, Any] = {"checkpoint": str(checkpoint), **report.record(), "unreadable": []}
     sheet = Sheet(out) if out and len(sources) > 1 else None
     older = files_in(out) if out else set()
-    if out and not (out / RECORD).exists():  # else a run that is cut short leaves a folder that the next one rejects
+    begun = out is not None and not (out / RECORD).exists()
+    if out and begun:  # else a run that is cut short leaves a folder that the next one rejects
         write_json(record, out / RECORD)
     predictions = predictor.stream([source.path for source in sources], batch_size, "predicting")
     for source, prediction in zip(sources, predictions, strict=True):
@@ -88,6 +89,8 @@ def predict(
                     sheet.add(small, source.path.name, *caption)
             older.difference_update(os.path.abspath(out / f"{source.place}{suffix}") for suffix in report.suffixes)
     if len(record["unreadable"]) == len(sources) and not json:
+        if out and begun:
+            (out / RECORD).unlink()
         raise InputError(none_readable(record["unreadable"]))
     if sheet:
         sheet.close()

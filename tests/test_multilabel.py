@@ -74,6 +74,7 @@ def test_samples(root):
     assert other[6][1].tolist() == [1, 0, 1, 0]
     assert other[6][0].mode == "L"
     assert other.notes == (f"{root}: no validation image of class 'white'",)
+    assert val.notes == ()
     with pytest.raises(InputError, match=r"class 'green' is not .* remove it \(did you mean 'greens'\?\)$"):
         build_val_dataset(MultiLabelData(root=str(root)), 1, ("red", "greens", "blue"))
     parts = build_datasets(MultiLabelData(root=str(root), holdout=0.25), 3)
@@ -100,6 +101,9 @@ def test_roboflow_s_columns_and_separators(root, tmp_path):
     train, val = build_datasets(MultiLabelData(root=str(tmp_path), separator="|"), 3)
     assert train.class_names == ("sea", "sky")
     assert [train.labels, val.labels] == [[(0, 1)], [(1,)]]
+    absent, everywhere = val.notes
+    assert absent.endswith("no validation image of class 'sea'")
+    assert everywhere.endswith("every validation image has class 'sky': AP is 100 % for any network")
 
 
 def test_generated_images_have_the_labels_of_their_shapes():

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +28,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu() -> str:
-    """The name of the CPU."""
+@cache
+def cpu_name() -> str:
+    """The name of the CPU; on Linux and Windows with its vendor."""
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         if names:
@@ -43,7 +45,7 @@ def _system() -> str:
 def print_environment() -> None:
     """Print versions and hardware, a line for each, as bug reports need them."""
     found = {"dualtoken-vit": f"{sys.modules['dualtoken_vit'].__version__} {commit() or ''}", "system": _system()}
-    found |= {"CPU": f"{_cpu()}, {cores()} cores"}
+    found |= {"CPU": f"{cpu_name()}, {cores()} cores"}
     if find_spec("torch"):
         import torch
 
@@ -74,7 +76,7 @@ def describe(device: "torch.device", threads: int | str | None = None) -> dict[s
     import torch
 
     machine = {
-        "CPU": f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
+        "CPU": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": f"{cores()}, threads used: {threads or torch.get_num_threads()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "system": _system(),

@@ -36,12 +36,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=SKIPPED[name]))
 
 
+@pytest.fixture
+def avx512(monkeypatch):
+    """A processor of AMD with AVX-512, on which `linear` uses oneDNN, which computes the same on others."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("dualtoken_vit.models.layers.cpu_name", lambda: "AMD EPYC 9B14")
+
+
 @pytest.fixture(params=[1, 2], ids="{}-threads".format)
-def threads(request, monkeypatch):
-    """Run the test with one thread and with two, as if with AVX-512: `linear` then uses oneDNN."""
+def threads(request, avx512):
+    """Run the test with one thread and with two, with `avx512`."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     yield request.param
     torch.set_num_threads(before)
 

@@ -29,8 +29,14 @@ def cores() -> int:
 
 
 @cache
-def cpu_name() -> str:
-    """The name of the CPU; on Linux and Windows with its vendor."""
+def is_intel() -> bool:
+    """Whether the CPU is of Intel, by its vendor on Linux and Windows; False where that is not known."""
+    info = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (info.read_text() if info.exists() else platform.processor())
+
+
+def _cpu() -> str:
+    """The name of the CPU."""
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         if names:
@@ -45,7 +51,7 @@ def _system() -> str:
 def print_environment() -> None:
     """Print versions and hardware, a line for each, as bug reports need them."""
     found = {"dualtoken-vit": f"{sys.modules['dualtoken_vit'].__version__} {commit() or ''}", "system": _system()}
-    found |= {"CPU": f"{cpu_name()}, {cores()} cores"}
+    found |= {"CPU": f"{_cpu()}, {cores()} cores"}
     if find_spec("torch"):
         import torch
 
@@ -76,7 +82,7 @@ def describe(device: "torch.device", threads: int | str | None = None) -> dict[s
     import torch
 
     machine = {
-        "CPU": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "CPU": f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": f"{cores()}, threads used: {threads or torch.get_num_threads()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "system": _system(),

@@ -90,7 +90,8 @@ def predict(
             older.difference_update(os.path.abspath(out / f"{source.place}{suffix}") for suffix in report.suffixes)
     if len(record["unreadable"]) == len(sources) and not json:
         if out and begun:
-            (out / RECORD).unlink()
+            with suppress(OSError):
+                (out / RECORD).unlink()
         raise InputError(none_readable(record["unreadable"]))
     if sheet:
         sheet.close()

@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from dualtoken_vit.machine import is_intel
 from dualtoken_vit.models import layers
 from dualtoken_vit.models.layers import Linear, goes_to_onednn, linear
 
@@ -135,6 +136,11 @@ def test_autocast_decides_the_precision(avx512):
         assert linear(x, weight, None).dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="PyTorch without the names of processors")
+def test_the_vendor_is_that_which_pytorch_finds():
+    assert is_intel() == torch.cpu.get_capabilities().get("cpu_name", "").startswith("Intel")
+
+
 def test_when_linear_remains_a_matrix_product(avx512, monkeypatch):
     large, weight = torch.zeros(1, 32, 32, 48), torch.zeros(48, 48)
     assert goes_to_onednn(large, weight)
@@ -146,7 +152,7 @@ def test_when_linear_remains_a_matrix_product(avx512, monkeypatch):
         patch.setattr(torch.backends.mkldnn, "enabled", False)
         assert not goes_to_onednn(large, weight)
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "cpu_name", lambda: "Intel(R) Xeon(R) Processor")  # for which MKL has AVX-512
+        patch.setattr(layers, "is_intel", lambda: True)  # MKL has AVX-512
         assert not goes_to_onednn(large, weight)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not goes_to_onednn(large, weight)

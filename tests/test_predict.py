@@ -286,7 +286,7 @@ def test_json_of_unreadable_images_only(constant, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.json"]
 
 
-def test_a_table_of_unreadable_images_only_leaves_the_folder_as_it_was(constant, tmp_path):
+def test_a_table_of_unreadable_images_only_leaves_the_files_as_they_were(constant, tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     out = tmp_path / "out"
     for before in ([], ["predictions.json", "x.png.png"]):

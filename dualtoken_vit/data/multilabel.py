@@ -112,7 +112,8 @@ def build_datasets(data: MultiLabelData, channels: int) -> tuple[MultiLabelDatas
 
 
 def build_val_dataset(data: MultiLabelData, channels: int, class_names: Sequence[str]) -> MultiLabelDataset:
-    """The validation images alone, with `class_names` in their order; absent classes are named in `notes`."""
+    """The validation images alone, with `class_names` in their order; `notes` name absent classes, and
+    those of every image."""
     val = read_split(data, "val", channels)
     check_trained(val.class_names, class_names, f"{printable(data.root)}: class")
     places = [list(class_names).index(name) for name in val.class_names]

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from dualtoken_vit.machine import cpu_name
+from dualtoken_vit.machine import is_intel
 
 
 def is_known(condition: bool) -> bool:
@@ -46,7 +46,7 @@ ONEDNN_CONV_MACS: Final[int] = 2**24
 def onednn_is_faster() -> bool:
     """Whether oneDNN has AVX-512 where MKL has not: MKL uses it on processors of Intel only."""
     usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return usable and torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in cpu_name()
+    return usable and torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel()
 
 
 def goes_to_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import sys
-from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,13 +25,6 @@ EXTRAS = ("models", "train", "runtime", "export", "data", "video")  # whose pack
 def cores() -> int:
     """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
-def is_intel() -> bool:
-    """Whether the CPU is of Intel, by its vendor on Linux and Windows; False where that is not known."""
-    info = Path("/proc/cpuinfo")
-    return "GenuineIntel" in (info.read_text() if info.exists() else platform.processor())
 
 
 def _cpu() -> str:

@@ -8,9 +8,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualtoken_vit.machine import is_intel
 from dualtoken_vit.models import layers
-from dualtoken_vit.models.layers import Linear, goes_to_onednn, linear
+from dualtoken_vit.models.layers import Linear, goes_to_onednn, is_intel, linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 

@@ -1,6 +1,9 @@
 """Layers shared by DualToken-ViT, its ablations and LightViT. Maps are channels-last, (B, H, W, C)."""
 
+import platform
+from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -11,8 +14,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-from dualtoken_vit.machine import is_intel
 
 
 def is_known(condition: bool) -> bool:
@@ -40,6 +41,13 @@ def autocasts_on_cpu() -> bool:
 # Multiply-accumulates from which oneDNN is as fast as MKL, or faster: its matrix product, its convolution.
 ONEDNN_MACS: Final[int] = 2**21
 ONEDNN_CONV_MACS: Final[int] = 2**24
+
+
+@cache
+def is_intel() -> bool:
+    """Whether the CPU is of Intel, by its vendor on Linux and Windows; False where that is not known."""
+    info = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (info.read_text() if info.exists() else platform.processor())
 
 
 @torch.compiler.assume_constant_result

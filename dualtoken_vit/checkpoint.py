@@ -10,6 +10,7 @@ import json
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,18 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     category_ids: tuple[int, ...] = ()
     """Detection: the number of each class in the COCO json."""
+    license: str | None = None
+    """Of the weights from which the training started, as the Hub names it, if they have one: see `license_of`."""
 
 
-_FIELDS = ("task", "model", "model_args", "class_names", "preprocessing", "recipe", "metrics", "category_ids")
+_REQUIRED = ("task", "model", "model_args", "class_names", "preprocessing", "recipe", "metrics")
+_FIELDS = (*_REQUIRED, "category_ids", "license")  # the latter two are not in older files
 
 
 def own_weights(name: str) -> str | None:
     """The timm name, with its tag, of the weights that come with the installed package for a network; None: none."""
+    if set("*?[") & set(name):  # timm takes patterns
+        return None
     architecture, _, tag = name.partition(".")
     for candidate in timm.list_pretrained(f"{architecture}.{tag or '*'}"):
         if timm.get_pretrained_cfg(candidate).file:  # type: ignore[union-attr]  # the name is timm's own
@@ -79,6 +85,32 @@ def locate(path: str | Path) -> Path:
     raise InputError(f"{path}: no such checkpoint{known}")
 
 
+def license_of(path: str | Path) -> str | None:
+    """The licence of weights: those of the package by their name or file, or what was trained from them; or None.
+
+    Raises:
+        InputError: as `locate`, and for a damaged file.
+    """
+    path = locate(path)
+    for name in timm.list_pretrained():
+        cfg: Any = timm.get_pretrained_cfg(name)
+        if cfg.file and Path(cfg.file).exists() and path.samefile(cfg.file):
+            return cfg.license
+    try:
+        found = _metadata(path) if path.suffix == ".safetensors" else {}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(unreadable(path)) from error
+    return found.get("license") or _license_of_start(found.get("recipe", {}).get("model", {}))
+
+
+def _license_of_start(model: Mapping[str, Any]) -> str | None:
+    """As `license_of`, of the weights from which a run with this section `model` in its recipe started."""
+    start = model.get("checkpoint") or (model.get("name") if model.get("pretrained") is True else None)
+    with suppress(InputError):  # it may be gone, or not be of the package
+        return license_of(start) if start else None
+    return None
+
+
 def save_checkpoint(
     path: str | Path,
     model: nn.Module,
@@ -90,6 +122,7 @@ def save_checkpoint(
     metrics: dict[str, Any],
     model_args: dict[str, Any] | None = None,
     category_ids: Sequence[int] = (),
+    license: str | None = None,
 ) -> None:
     """Write a network as one safetensors file that `load_model` reads, and a timm model's `timm.create_model` too.
 
@@ -97,14 +130,14 @@ def save_checkpoint(
         path: the file; replaced atomically
         model: of timm.create_model, `create_detector` or `create_segmenter`
         model_args: of the same function, beside num_classes and in_chans
-        task, class_names, preprocessing, recipe, metrics, category_ids: as in `Checkpoint`
+        task, class_names, preprocessing, recipe, metrics, category_ids, license: as in `Checkpoint`
 
     Raises:
         InputError: where the file cannot be written.
     """
     args = {"num_classes": len(class_names), "in_chans": preprocessing["input_size"][0], **(model_args or {})}
     name = pretrained_cfg(model)["architecture"]
-    values = (task, name, args, list(class_names), preprocessing, recipe, metrics, list(category_ids))
+    values = (task, name, args, list(class_names), preprocessing, recipe, metrics, list(category_ids), license)
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in zip(_FIELDS, values, strict=True)}
     # safetensors takes neither channels-last strides nor tensors that share memory.
     tensors = {
@@ -117,7 +150,11 @@ def save_checkpoint(
 def _write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file with its checksum, atomically."""
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, metadata | {CHECKSUM: _checksum(tensors, metadata)}))
+        file.write(_encode(tensors, metadata))
+
+
+def _encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    return safetensors.torch.save(tensors, metadata | {CHECKSUM: _checksum(tensors, metadata)})
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -132,8 +169,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise an InputError where a file's content is not what was saved: a flipped bit is another network."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+    metadata = _raw_metadata(path)
     if metadata.get(CHECKSUM) not in (None, _checksum(tensors, metadata)):
         raise InputError(f"{path} is damaged: its content does not match its checksum; copy it again from its source")
 
@@ -162,7 +198,7 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
             f"{path} has weights, but no description of network, classes and preprocessing; "
             "give the best.safetensors of a run, or fine-tune from it with --model.checkpoint"
         )
-    if missing := [key for key in _FIELDS[:-1] if key not in metadata]:  # older files lack category_ids
+    if missing := [key for key in _REQUIRED if key not in metadata]:
         raise InputError(f"{path} was written by another version of dualtoken-vit: it lacks {', '.join(missing)}")
     check_header(metadata, path)
     if weights:
@@ -170,23 +206,39 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
     return Checkpoint(**metadata, state_dict=state_dict)
 
 
-def store_preprocessing(path: str | Path, **values: Any) -> None:
+def store_preprocessing(path: str | Path, of: str | None = None, **values: Any) -> None:
     """Set entries of `preprocessing` in a best.safetensors, which is replaced atomically.
 
+    Args:
+        path: the file
+        of: the `checksum` of the file that the values are for
+
     Raises:
-        InputError: as `read_checkpoint`, or where the file cannot be written.
+        InputError: as `read_checkpoint`; where the file cannot be written, or is not the one that the values are for.
     """
-    checkpoint = read_checkpoint(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+    before, checkpoint = checksum(path), read_checkpoint(path)
+    metadata = _raw_metadata(path)
     metadata["preprocessing"] = json.dumps(checkpoint.preprocessing | values)
-    _write(path, checkpoint.state_dict, metadata)
+    content = _encode(checkpoint.state_dict, metadata)
+    with atomic_write(path) as file:
+        if checksum(path) != before or (of is not None and before != of):
+            raise InputError(f"{path} was replaced meanwhile, perhaps by a training; repeat this when it has ended")
+        file.write(content)
+
+
+def _raw_metadata(path: str | Path) -> dict[str, str]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def checksum(path: str | Path) -> str | None:
+    """The checksum that a best.safetensors states; files of early versions have none."""
+    return _raw_metadata(path).get(CHECKSUM)
 
 
 def _metadata(path: Path) -> dict[str, Any]:
     """The fields of `Checkpoint` in a safetensors file's metadata; empty for files of other programs."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    metadata = _raw_metadata(path)
     if metadata.get("format") != FORMAT:
         return {}
     fields = {key: json.loads(metadata[key]) for key in _FIELDS if key in metadata}

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
-from dualtoken_vit.checkpoint import locate, store_preprocessing
+from dualtoken_vit.checkpoint import checksum, locate, store_preprocessing
 from dualtoken_vit.data.contract import unread_test_split
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
@@ -61,8 +61,11 @@ def _check_held_out(stored: Any, given: dict[str, Any]) -> None:
         raise InputError(f"--data.fold {given['fold']}: the network was trained on its images; leave it out")
 
 
-def _calibrate(module: Any, checkpoint: str | Path, before: Evaluation) -> Evaluation:
-    """Store the best temperature for the validation just done by a classifier's module; returns its metrics with it."""
+def _calibrate(module: Any, checkpoint: str | Path, of: str | None, before: Evaluation) -> Evaluation:
+    """Store the best temperature for the validation just done by a classifier's module; returns its metrics with it.
+
+    `of` is the `checksum` of the file with the classifier.
+    """
     logits, targets = map(torch.cat, zip(*module.kept or [], strict=True))
     logits = logits * module.predictor.temperature  # as the network computes them
     temperature = fit_temperature(logits, targets)
@@ -71,7 +74,7 @@ def _calibrate(module: Any, checkpoint: str | Path, before: Evaluation) -> Evalu
             f"--calibrate: the best temperature is {temperature:.3g}, at its bound: the network's confidence says "
             "nothing about these images; nothing is stored"
         )
-    store_preprocessing(checkpoint, temperature=temperature)
+    store_preprocessing(checkpoint, of, temperature=temperature)
     module.add(logits / temperature, targets)
     after = module.evaluate()
     change = f"{before.metrics['ece']:.2%} to {after.metrics['ece']:.2%}"
@@ -139,6 +142,7 @@ def evaluate(
     options = {name: getattr(recipe.data, name) for name in names & known} | task.evaluation_options
     if runtime is not None:
         options["runtime"] = runtime
+    read = checksum(checkpoint) if calibrate else None
     predictor: Any = load_predictor(checkpoint, device, **options)
     if isinstance(predictor, ExportedPredictor):
         predictor = _InTorch(predictor)
@@ -172,7 +176,7 @@ def evaluate(
     if not all(map(math.isfinite, evaluation.scores.values())):
         raise InputError("the network produced NaN or Inf; use another checkpoint or --precision 32-true")
     if calibrate:
-        evaluation = _calibrate(module, checkpoint, evaluation)
+        evaluation = _calibrate(module, checkpoint, read, evaluation)
     if out is not None:
         module.save_details(out, evaluation)
     if "val_split" not in given and (test := unread_test_split(recipe.data, images.splits)):

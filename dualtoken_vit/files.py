@@ -57,8 +57,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
             if fcntl is not None:
                 os.replace(temporary, path)  # as long as it is locked
+                own = False  # its name is free for the next writer
         if fcntl is None:
             os.replace(temporary, path)
+            own = False
     except (OSError, RuntimeError) as error:
         cause = _os_error(error)
         if cause is None or cause.errno == errno.EPIPE:  # no file's: stdout, which the block prints on, is not read on
@@ -113,7 +115,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{printable(path)}: is not empty; name a new folder")
     temporary = path.with_name(f".{path.name}.tmp")
-    own = None
+    own, placed = None, False
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         own = _lock(temporary, os.O_RDONLY) if fcntl is not None else os.open(os.devnull, os.O_RDONLY)
@@ -121,11 +123,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield temporary
         os.replace(temporary, path)
+        placed = True  # its name is free for the next writer
     except OSError as error:
         raise InputError(f"cannot write {printable(path)}: {_reason(error)}; nothing was written") from error
     finally:
         if own is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not placed:
+                shutil.rmtree(temporary, ignore_errors=True)
             os.close(own)
 
 

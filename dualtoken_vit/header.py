@@ -46,6 +46,7 @@ OPTIONAL: dict[str, dict[str, Entry]] = {
         "recipe": Entry(dict),
         "metrics": Entry(dict),
         "category_ids": Entry(tuple[int, ...]),
+        "license": Entry(str | None),
         "export": Entry(dict),
     },
     "preprocessing": {

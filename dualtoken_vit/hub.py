@@ -9,11 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from timm.models import save_for_hf
 
-from dualtoken_vit.checkpoint import Checkpoint, locate, own_weights
+from dualtoken_vit.checkpoint import Checkpoint, license_of, locate
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import atomic_folder
 from dualtoken_vit.predictors import load_model
@@ -68,14 +67,6 @@ model = timm.create_model("hf-hub:{repo}", pretrained=True)
 """
 
 
-def inherited_license(checkpoint: Checkpoint, path: str | Path = "") -> str | None:
-    """The licence of the package's weights that a network is, or was trained from; None: of none of them."""
-    model = checkpoint.recipe.get("model", {})
-    start = model.get("checkpoint") or (model.get("name") if model.get("pretrained") else "")
-    tagged = own_weights(str(path)) or own_weights(str(start))
-    return timm.get_pretrained_cfg(tagged).license if tagged else None  # type: ignore[union-attr]  # a name of timm's
-
-
 def model_card(checkpoint: Checkpoint, repo: str, about: str = "", license: str | None = None) -> str:
     """The model card of a network, in the Hub's format: metadata in YAML, then text.
 
@@ -83,7 +74,7 @@ def model_card(checkpoint: Checkpoint, repo: str, about: str = "", license: str 
         checkpoint: of `load_model`
         repo: USER/NAME on the Hub
         about: what the network was trained on, and for what; Markdown
-        license: of the weights, as the Hub names it; by default `inherited_license`, or none
+        license: of the weights, as the Hub names it; by default that of the weights from which they were trained
     """
     kind, metric, metric_name = KINDS.get(checkpoint.task, ("", "", ""))
     results = []
@@ -91,7 +82,7 @@ def model_card(checkpoint: Checkpoint, repo: str, about: str = "", license: str 
         value = round(float(checkpoint.metrics[metric]), 6)
         results = [EvalResult(kind, "custom", "validation images of the training", metric_name, value)]
     data = ModelCardData(
-        license=license or inherited_license(checkpoint),
+        license=license or checkpoint.license,
         library_name="timm" if checkpoint.task in CLASSIFIERS else "dualtoken-vit",
         pipeline_tag=kind or None,
         tags=["dualtoken-vit", "arxiv:2309.12424"],
@@ -140,7 +131,7 @@ def save_for_hub(path: str | Path, folder: str | Path, repo: str, about: str = "
             }
             save_for_hf(model, str(target), names, args or None, safe_serialization=True, data_config=config)
         shutil.copyfile(locate(path), target / WEIGHTS)
-        card = model_card(checkpoint, repo, about, license or inherited_license(checkpoint, path))
+        card = model_card(checkpoint, repo, about, license or license_of(path))
         (target / "README.md").write_text(card, encoding="utf-8")
 
 

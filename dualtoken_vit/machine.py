@@ -36,13 +36,12 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _system() -> str:
-    return f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
-
-
 def print_environment() -> None:
     """Print versions and hardware, a line for each, as bug reports need them."""
-    found = {"dualtoken-vit": f"{sys.modules['dualtoken_vit'].__version__} {commit() or ''}", "system": _system()}
+    found = {
+        "dualtoken-vit": f"{sys.modules['dualtoken_vit'].__version__} {commit() or ''}",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+    }
     found |= {"CPU": f"{_cpu()}, {cores()} cores"}
     if find_spec("torch"):
         import torch
@@ -77,7 +76,7 @@ def describe(device: "torch.device", threads: int | str | None = None) -> dict[s
         "CPU": f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": f"{cores()}, threads used: {threads or torch.get_num_threads()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "system": _system(),
+        "system": f"{platform.system()}, Python {platform.python_version()}",
         "versions": f"torch {torch.__version__}, timm {timm.__version__}, dualtoken_vit {version('dualtoken-vit')}",
     }
     found = commit()

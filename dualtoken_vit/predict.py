@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 import dualtoken_vit
-from dualtoken_vit.data.folders import contains, scan, skipped_note
+from dualtoken_vit.data.folders import scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, counted, guard, printable, write_json
 from dualtoken_vit.runtime.base import BasePredictor
@@ -146,8 +146,8 @@ def _predict_video(
             problems.append(error)
 
     with ExitStack() as stack:
-        writer = stack.enter_context(VideoWriter(out, video.rate)) if out else None
         lines = stack.enter_context(atomic_write(record, "w")) if record else None
+        writer = stack.enter_context(VideoWriter(out, video.rate)) if out else None  # ends first: it may fail then
         frames = read()
         with suppress(ModuleNotFoundError):  # without the train extra, no progress bar
             from dualtoken_vit.data.threads import track
@@ -295,7 +295,7 @@ def find_images(
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    return contains(realpath(folder), realpath(path))
+    return Path(realpath(path)).is_relative_to(realpath(folder))
 
 
 def _check_out(out: Path | None, images: tuple[Path, ...], record: str) -> None:
@@ -304,7 +304,7 @@ def _check_out(out: Path | None, images: tuple[Path, ...], record: str) -> None:
         return
     if not out.is_dir():
         raise InputError(f"--out {out}: a file; name a folder")
-    if any(realpath(given) == realpath(out) for given in images):
+    if any(given.is_dir() and _is_in(given, out) for given in images):
         raise InputError(f"--out {out}: the images are read from there; name another folder")
     if any(out.iterdir()) and not (out / record).exists():
         raise InputError(

@@ -67,16 +67,16 @@ def default_options(path: str | Path) -> Any:
 def load_predictor(path: str | Path, device: str = "auto", **options: Any) -> BasePredictor[Any]:
     """A trained network as a function of images, ready to call; see `BasePredictor` for what it accepts.
 
-    It returns `results.Classes`, `results.Objects` or `results.LabelMap`, depending on the task.
+    It returns `results.Classes`, `Labels`, `Objects` or `LabelMap`, depending on the task.
 
     Args:
         path: a best.safetensors, a file that `dualtoken-vit export` wrote, or the name of a network whose weights come
             with the package
         device: auto (an accelerator if there is one), cpu, cuda or mps; exported files run on the CPU
         options: how to predict; by default as in the validation of the training run. Classification: image_size,
-            crop_pct, interpolation, top_k (5). Detection: score (0.5), tile, overlap, image_size, max_size.
-            Segmentation: image_size, mode, window, window_stride, scales, flip. Exported files: runtime (onnxruntime,
-            openvino), threads; a detector of fixed size has neither image_size nor max_size
+            crop_pct, interpolation, top_k (5); multilabel: threshold instead of top_k. Detection: score (0.5), tile,
+            overlap, image_size, max_size. Segmentation: image_size, mode, window, window_stride, scales, flip. Exported
+            files: runtime (onnxruntime, openvino), threads; those of detectors of fixed size: no image_size, max_size
 
     Raises:
         InputError: for a file, device or option that cannot be used.

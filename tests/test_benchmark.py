@@ -1,6 +1,7 @@
 """The report of `benchmark`, not the speed of anything."""
 
 import json
+import math
 import re
 from statistics import median
 
@@ -252,6 +253,7 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
         (("test_vit",), {"batch_sizes": (1, 0)}, "batch_sizes: 0 is too small"),
         (("test_vit",), {"batch_sizes": ()}, "batch_sizes"),
         (("test_vit",), {"rounds": 0}, "rounds: 0 is too small"),
+        *((("test_vit",), {"visit_seconds": each}, "is no duration") for each in (-1.0, math.nan, math.inf)),
         (("test_vit",), {"threads": (1, 0)}, "threads: 0 is too small"),
         (("test_vit",), {"precision": ()}, "precision: none given"),
         (("retinanet:test_resnet",), {"train": True}, "retinanet:test_resnet: only timm names can be trained"),

@@ -4,10 +4,12 @@ import re
 
 import numpy as np
 import pytest
+from label_files import labelme, save, shape
 from mask_files import data, labels_of, mean_label, spoil
 from PIL import ExifTags, Image
 
 from dualtoken_vit.data.check.segmentation import check as check_data
+from dualtoken_vit.data.segmentation import build_datasets
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Segmentation, SegmentationData
 
@@ -91,3 +93,28 @@ def test_check_names_what_was_planted(tree, capsys):
         "problems: 5",
     ):
         assert line in out
+
+
+def test_check_of_splits_with_classes_of_their_own(tmp_path, capsys):
+    """As VOC, LabelMe and Roboflow list them: only those that a split has."""
+    boxes = {"cat": [[4.0, 2.0], [24.0, 12.0]], "dog": [[30.0, 0.0], [40.0, 20.0]], "zebra": [[0.0, 0.0], [2.0, 2.0]]}
+    for split, names in (("train", ("cat", "dog")), ("val", ("dog",)), ("test", ("dog", "zebra"))):
+        save(tmp_path, f"{split}/a.png", (40, 20))
+        save(tmp_path, f"{split}/a.json", labelme(shapes=[shape(name, boxes[name], "rectangle") for name in names]))
+    verdict, out = check(tmp_path, capsys)
+    assert verdict
+    assert re.search(r"│ cat +│ +25\.00% │ +0\.00% │", out)
+    assert re.search(r"│ dog +│ +25\.00% │ +25\.00% │", out)
+    verdict, out = check(tmp_path, capsys, val_split="test")
+    assert not verdict
+    assert "class missing: train/zebra" in out
+    with pytest.raises(InputError, match="class 'zebra' is not among the 3 trained classes"):
+        build_datasets(data(tmp_path, val_split="test"), 3)
+
+
+def test_check_counts_classes_before_the_limit(tree, capsys):
+    (tree / "classes.txt").unlink()
+    spoil(tree, lambda labels: labels * 0, "0")
+    _, out = check(tree, capsys, limit=1)
+    assert "but there are" not in out
+    assert re.search(r"│ 2 +│", out)

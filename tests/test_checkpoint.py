@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import ExitStack
 
 import pytest
 import safetensors.torch
@@ -11,7 +12,15 @@ import torch
 from helpers import edit
 from timm.models import adapt_input_conv
 
-from dualtoken_vit.checkpoint import load_weights, locate, read_checkpoint, save_checkpoint, store_preprocessing
+from dualtoken_vit.checkpoint import (
+    checksum,
+    load_weights,
+    locate,
+    own_weights,
+    read_checkpoint,
+    save_checkpoint,
+    store_preprocessing,
+)
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_folder, atomic_write
 from dualtoken_vit.predictors import load_model
@@ -354,3 +363,47 @@ def test_other_errors_of_the_body_pass(tmp_path):
     with pytest.raises(InputError, match="Input/output error"), atomic_write(tmp_path / "file"):
         raise OSError(errno.EIO, "Input/output error")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_writer_that_begins_as_another_ends(tmp_path, monkeypatch, kind):
+    """The second writer's temporary file has the name of the first one's: it must survive the end of the first."""
+    path, replace, second = tmp_path / "it", os.replace, ExitStack()
+
+    def begin(*args):
+        replace(*args)
+        monkeypatch.setattr("os.replace", replace)
+        if kind == "folder":
+            path.rmdir()
+        opened.append(second.enter_context(write(path)))
+
+    write, opened = (atomic_write if kind == "file" else atomic_folder), []
+    monkeypatch.setattr("os.replace", begin)
+    with write(path):
+        pass
+    if kind == "file":
+        opened[0].write(b"second")
+    else:
+        (opened[0] / "second").touch()
+    second.close()
+    assert (path.read_bytes() == b"second") if kind == "file" else (path / "second").exists()
+
+
+def test_values_for_a_file_that_was_replaced(tmp_path):
+    path = tmp_path / "best.safetensors"
+    save(path, model := make())
+    of = checksum(path)
+    torch.nn.init.ones_(model.head.bias)
+    save(path, model)
+    with pytest.raises(InputError, match="was replaced meanwhile"):
+        store_preprocessing(path, of, temperature=2.0)
+    assert "temperature" not in read_checkpoint(path).preprocessing
+    store_preprocessing(path, checksum(path), temperature=2.0)
+    assert read_checkpoint(path).preprocessing["temperature"] == 2.0
+
+
+def test_patterns_are_no_names_of_weights():
+    assert own_weights("dualtoken_vit_tiny_mix") is not None
+    assert own_weights("dualtoken_vit_tiny_mi?") is None
+    with pytest.raises(InputError, match="no such checkpoint"):
+        locate("*")

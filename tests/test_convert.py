@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from label_files import COMMON, LINES, VOC, YOLO, A, B, objects, roboflow_coco, save
+from label_files import COMMON, EXPORTS, LINES, VOC, YOLO, A, B, objects, roboflow_coco, save
 from pycocotools import mask as reference
 from pycocotools.coco import COCO
 
@@ -177,3 +177,44 @@ def test_conversion_writes_all_or_nothing(export, tmp_path, capsys):
         run(["convert", str(root), str(target), "--to", "coco"])
     assert sorted(target.rglob("*")) == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", YOLO]
+
+
+def test_overlapping_parts_are_not_called_the_same_mask(tmp_path, capsys):
+    """A polygon that is filled where an odd number of its parts overlap."""
+    parts = [[2.0, 2, 22, 2, 22, 12, 2, 12], [12.0, 2, 32, 2, 32, 12, 12, 12]]
+    coco = roboflow_coco()
+    coco["annotations"] = [coco["annotations"][0] | {"segmentation": parts, "bbox": [2, 2, 30, 10]}]
+    for name, content in {"train/a.png": A, "train/b.png": B, "train/_annotations.coco.json": coco}.items():
+        save(tmp_path, name, content)
+    convert(tmp_path, tmp_path / "yolo", "yolo")
+    assert "same mask" not in (out := capsys.readouterr().out)
+    assert "1 object of several polygons that overlap written as one" in out
+
+
+def test_what_cannot_be_read_again_is_not_written(tmp_path):
+    coco = roboflow_coco()
+    coco["annotations"] = [coco["annotations"][0] | {"segmentation": [[2.0, 2, 120, 2, 12, 12]]}]  # 3 times the width
+    for name, content in {"train/a.png": A, "train/b.png": B, "train/_annotations.coco.json": coco}.items():
+        save(tmp_path, name, content)
+    with pytest.raises(InputError, match=r"train: cannot be written as yolo: .*must be a fraction"):
+        convert(tmp_path, tmp_path / "yolo", "yolo")
+    assert not (tmp_path / "yolo").exists()
+
+
+@pytest.mark.parametrize("name", ["a\udce9.png", "a\x01.png", " a.png"])
+def test_names_that_xml_cannot_hold(tmp_path, name):
+    coco = roboflow_coco()
+    coco["images"][0]["file_name"] = name
+    for file, content in {f"train/{name}": A, "train/b.png": B, "train/_annotations.coco.json": coco}.items():
+        save(tmp_path, file, content)
+    convert(tmp_path, tmp_path / "coco", "coco")
+    with pytest.raises(InputError, match="XML cannot hold this name"):
+        convert(tmp_path, tmp_path / "voc", "voc")
+    assert not (tmp_path / "voc").exists()
+
+
+def test_a_test_split_that_was_not_exported(tmp_path, capsys):
+    for name, content in EXPORTS["yolo-roboflow"].items():
+        save(tmp_path, name, content)
+    assert set(convert(tmp_path, tmp_path / "coco", "coco")) == {"train", "val"}
+    assert "note: test left out: " in capsys.readouterr().out

@@ -367,3 +367,23 @@ def test_hugging_face_folder(photos, tmp_path, monkeypatch):
 def test_classes_of_a_format_that_is_not_known():
     with pytest.raises(InputError, match=r"--data\.dataset nope/x: unknown format; choose from folder, "):
         build_datasets(ClassificationData(dataset="nope/x"), 3)
+
+
+def test_class_folders_of_numbers_in_circles(tmp_path):
+    for split in ("train", "val"):
+        for name in ("②", "①", "10", "9"):
+            save(tmp_path / split / name / "a.png", "red")
+    train, _ = build_datasets(ClassificationData(root=str(tmp_path)), 3)
+    assert train.class_names == ("9", "10", "①", "②")
+
+
+def test_a_shared_file_of_an_excluded_class(tmp_path):
+    for split in ("train", "val"):
+        for name, colour in (("a", "red"), ("b", "blue"), ("c", "green")):
+            save(tmp_path / split / name / f"{name}.png", colour)
+    (tmp_path / "train/c/link.png").symlink_to(tmp_path / "train/a/a.png")
+    data = ClassificationData(root=str(tmp_path))
+    with pytest.raises(InputError, match="files in more than one class: 1"):
+        build_datasets(data, 3)
+    train, _ = build_datasets(replace(data, exclude=("c",)), 3)
+    assert (len(train), train.notes) == (2, ())

@@ -276,3 +276,11 @@ def test_refusals(args, said):
         create_detector(*args, 3)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_detectors_of_other_channels(channels):
+    """Normalised by the mean over the three channels."""
+    model = create("retinanet", in_chans=channels).eval()
+    assert model.transform.image_mean == pytest.approx([sum((0.485, 0.456, 0.406)) / 3] * channels)
+    assert set(model([torch.rand(channels, 64, 96)])[0]) == {"boxes", "scores", "labels"}

@@ -23,14 +23,15 @@ from dualtoken_vit import create_segmenter, load_model, load_predictor
 from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.cli import run
 from dualtoken_vit.deploy import graphs
-from dualtoken_vit.deploy.convert import silent, to_onnx
-from dualtoken_vit.deploy.export import export, parse_size
+from dualtoken_vit.deploy.convert import ConversionError, silent, to_onnx
+from dualtoken_vit.deploy.export import _verify, export, parse_size
 from dualtoken_vit.deploy.mobile import run_litert, to_litert
 from dualtoken_vit.deploy.plans import Plan
 from dualtoken_vit.deploy.quantise import agreement
 from dualtoken_vit.deploy.verify import difference, expected
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.resizing import Transform
+from dualtoken_vit.paper import named
 from dualtoken_vit.paper.attention import recording
 from dualtoken_vit.paper.benchmark import benchmark
 from dualtoken_vit.recipes import RECIPES, to_dict
@@ -455,3 +456,38 @@ def test_a_file_that_differs_is_not_kept(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"above 0.0001, the file is not kept"):
         export(checkpoint, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_nan_in_any_output_is_a_difference():
+    ones, bad = np.ones((1, 2), np.float32), np.array([[1, np.nan]], np.float32)
+    for ours, theirs in (((ones, ones), (ones, bad)), ((ones, bad), (ones, ones))):
+        names = "logits", "attention"
+        assert not difference(dict(zip(names, ours, strict=True)), dict(zip(names, theirs, strict=True)), 32) < np.inf
+
+
+def test_nan_for_any_image_is_refused():
+    class Doubled(torch.nn.Module):
+        def forward(self, image):
+            return image.mean((1, 2, 3))[:, None] * 2
+
+    def network(image):
+        outputs = {"logits": image.mean((1, 2, 3))[:, None] * 2}
+        return outputs if len(image) == 1 else {"logits": outputs["logits"] * np.nan}
+
+    images = [np.ones((count, 3, 32, 32), np.float32) for count in (1, 3)]
+    with pytest.raises(ConversionError, match="nan"):
+        _verify(network, Plan(Doubled(), ("logits",), (32, 32)), images)
+
+
+@pytest.mark.parametrize("threads", [(1, 2), (2, 1)])
+def test_exported_files_have_the_threads_that_are_measured(exported, monkeypatch, threads):
+    built = []
+
+    def build(file, runtime, count):
+        built.append(count)
+        return ExportedModel(file, runtime, count)
+
+    monkeypatch.setattr(named, "ExportedModel", build)
+    quick = dict(batch_sizes=(1,), modes=("eager",), rounds=1, visit_seconds=0, memory=False)
+    benchmark((f"onnxruntime:{exported}",), input_sizes=("64",), threads=threads, **quick)
+    assert built[-2:] == list(threads)

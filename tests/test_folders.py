@@ -1,17 +1,14 @@
 """Which files are images: each real file once, whatever links there are, and every extension that Pillow reads."""
 
-import ntpath
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dualtoken_vit.data import folders
 from dualtoken_vit.data.classification import build_datasets
-from dualtoken_vit.data.folders import EXTENSIONS, contains, image_files, read_lines, scan, skipped_note
+from dualtoken_vit.data.folders import EXTENSIONS, image_files, read_lines, scan, skipped_note
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import check_folder, counted, printable
 from dualtoken_vit.recipes import ClassificationData
@@ -89,12 +86,6 @@ def test_links_to_themselves_are_skipped(tree):
     assert found.class_names == ("a", "b")
     note = f"skipped files that are not images in a class folder: 2, for example {train}/loop"
     assert found.notes == (note,)
-
-
-def test_paths_on_two_drives(monkeypatch):
-    monkeypatch.setattr(folders, "os", SimpleNamespace(path=ntpath))
-    assert not contains("C:\\data", "D:\\data\\a")
-    assert contains("C:\\data", "C:\\data\\a")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

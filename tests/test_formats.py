@@ -174,3 +174,33 @@ def test_evaluation_on_other_data_forgets_where_the_training_data_was():
     follows |= {"train_split": "train", "val_split": "val"}
     assert TASK.relocate(Detection(data=data), given) == follows
     assert TASK.relocate(Detection(data=data), {"val_split": "test"}) == {"holdout": 0.0}
+
+
+def test_two_files_of_a_split(export):
+    root = export("coco-2017")
+    (root / "annotations/instances_train2014.json").write_text(json.dumps(roboflow_coco()))
+    with pytest.raises(
+        InputError, match=r"instances_train2014\.json and .*instances_train2017\.json are both the train"
+    ):
+        detect(root)
+
+
+def test_an_image_that_is_listed_twice(export):
+    root, coco = export("coco-2017"), roboflow_coco()
+    coco["images"][1]["file_name"] = "./a.png"
+    (root / "annotations/instances_train2017.json").write_text(json.dumps(coco))
+    assert_one_error(root, "image 1: its file_name './a.png' is that of image 0, too")
+
+
+def test_retinanet_s_rows_beyond_the_image(tmp_path, export):
+    root = export("csv-retinanet")
+    (root / "_annotations.csv").write_text("a.png,-3,2,24,12,cat\na.png,10,5,30,15,dog\n")
+    assert objects(read(str(root), "csv", "train"))["a.png"][0] == ("cat", [-3, 2, 27, 10])
+
+
+def test_a_reversed_box_is_reported(export, capsys):
+    root, coco = export("coco-2017"), roboflow_coco()
+    coco["annotations"][0]["bbox"] = [24, 2, -20, 10]
+    (root / "annotations/instances_train2017.json").write_text(json.dumps(coco))
+    assert not check_data(Detection(data=DetectionData(root=str(root), holdout=0.5)), root / "out")
+    assert "box without area" in capsys.readouterr().out

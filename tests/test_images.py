@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dualtoken_vit.data.check.report import read_facts
 from dualtoken_vit.data.images import image_size, load_image
@@ -335,3 +335,18 @@ def test_progressive_resizing(progress, side):
         112,
         112,
     )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png", "webp"])
+def test_size_of_rotated_images(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (40, 30)).save(path := tmp_path / f"a.{suffix}", exif=exif)
+    assert image_size(path) == load_image(path).size == ((40, 30) if orientation < 5 else (30, 40))
+
+
+def test_the_transparent_value_of_16_bits_is_white(tmp_path):
+    values = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
+    Image.fromarray(values).save(path := tmp_path / "a.png", transparency=257 * 100)
+    assert np.asarray(load_image(path, 1)).tolist() == [[0, 255], [200, 255]]

@@ -179,3 +179,57 @@ def test_a_damaged_parquet_file(tmp_path):
     (tmp_path / "labels.parquet").write_bytes(json.dumps("no table").encode())
     with pytest.raises(InputError, match=r"labels\.parquet: cannot be read as Parquet"):
         build_datasets(ClassificationData(root=str(tmp_path)), 3)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "CSV", "parquet"])
+def test_rows_of_an_unknown_split_are_named(tmp_path, suffix):
+    save_images(tmp_path)
+    rows = [(*pair, split) for pair, split in zip(LABELS.items(), ("train", "tarin", "", "val"), strict=True)]
+    write(
+        tmp_path / f"labels.{suffix}", [("file", "class", "split"), *[(name, "cat", split) for name, _, split in rows]]
+    )
+    train, val = build_datasets(ClassificationData(root=str(tmp_path)), 3)
+    assert (set(pairs(train)), set(pairs(val))) == ({"a.png"}, {"d.png"})
+    note = f"{tmp_path}/labels.{suffix}: 1 row left out: 'tarin' in line 3 is none of train, val and test"
+    assert (train.notes, val.notes) == ((note,), ())
+
+
+def test_a_column_of_splits_that_names_none(tmp_path):
+    save_images(tmp_path)
+    rows = [(name, label, str(number)) for number, (name, label) in enumerate(LABELS.items())]
+    write(tmp_path / "labels.csv", [("file", "class", "set"), *rows])
+    train, _ = build_datasets(ClassificationData(root=str(tmp_path), holdout=0.5), 3)
+    assert "its column of splits is not used: '0' in line 2" in train.notes[0]
+
+
+def test_a_cell_of_several_lines(tmp_path):
+    save_images(tmp_path, ["x\ny.png", "a.png"])
+    rows = [("file", "class"), ("x\ny.png", "cat"), ("a.png", "dog")]
+    write(tmp_path / "train.csv", rows)
+    write(tmp_path / "val.csv", [*rows, ("z.png", "dog")])
+    with pytest.raises(InputError, match=r"val\.csv, line 5: z\.png"):
+        build_datasets(ClassificationData(root=str(tmp_path)), 3)
+    write(tmp_path / "val.csv", rows)
+    assert pairs(build_datasets(ClassificationData(root=str(tmp_path)), 3)[0]) == {"x\ny.png": "cat", "a.png": "dog"}
+
+
+def test_names_with_and_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "data")
+    (first, label), *rest = LABELS.items()
+    for split in ("train", "val"):
+        write(tmp_path / f"data/{split}.csv", [("file", "class"), (str(tmp_path / "data" / first), label), *rest])
+    train, _ = build_datasets(ClassificationData(root="data"), 3)
+    assert train.image_names == [f"data/{name}" for name in LABELS]
+
+
+def test_images_left_out_of_a_folder_that_is_named_otherwise(tmp_path):
+    save_images(tmp_path / "data")
+    (tmp_path / "data/a.png").write_bytes(b"nothing")
+    for split in ("train", "val"):
+        write(tmp_path / f"data/{split}.csv", [("file", "class"), *LABELS.items()])
+    data = ClassificationData(root=str(tmp_path / "data/../data"), unreadable="skip")
+    train, fresh = (build_datasets(data, 3)[0] for _ in range(2))
+    train.verify(skip=True, progress=False)
+    fresh.load_state_dict(train.state_dict())
+    assert pairs(fresh) == pairs(train) == {name: label for name, label in LABELS.items() if name != "a.png"}

@@ -196,6 +196,10 @@ def test_command(checkpoint, tmp_path, capsys):
     masks = json.loads(capsys.readouterr().out)
     assert run(checkpoint, *files, "--image-size", 64, "--json") == 0
     boxes = json.loads(capsys.readouterr().out)
+    assert run(checkpoint, *files, "--image-size", 64, "--limit", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["scores"][0]["error"] is None
+    assert run(checkpoint, *files, "--image-size", 64, "--limit", 1) == 0
+    assert "nan" not in capsys.readouterr().out
     assert [score["block"] for score in masks["scores"]] == [f"stages.{i}.blocks.0" for i in range(3)]
     for mask, box in zip(masks["scores"], boxes["scores"], strict=True):
         assert mask["lift"] == mask["on_object"] / mask["chance"]

@@ -8,7 +8,7 @@ from PIL import Image
 from pycocotools import mask as reference
 
 from dualtoken_vit.data.check.segmentation import check as check_data
-from dualtoken_vit.data.segmentation import IGNORE, build_dataset, build_datasets
+from dualtoken_vit.data.segmentation import IGNORE, build_dataset, build_datasets, read_colours, read_mask
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Segmentation, SegmentationData
 
@@ -210,3 +210,26 @@ def test_listed_images_must_be_there(tmp_path):
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("../../2\n")
     with pytest.raises(InputError, match=r"Segmentation/val\.txt: \.\./\.\./2: no such image in .*JPEGImages"):
         build_datasets(SegmentationData(root=str(tmp_path)), 3)
+
+
+@pytest.mark.parametrize("header", ["class,r,g,b", "Name,Red,Green,Blue", "name, r, g, b"])
+def test_headers_of_colour_tables(tmp_path, header):
+    (path := tmp_path / "class_dict.csv").write_text(f'{header}\n"bg",0,0,0\n"a, b",255,0,0\n')
+    assert read_colours(path) == {"bg": (0, 0, 0), "a, b": (255, 0, 0)}
+
+
+@pytest.mark.parametrize("content", ["name,r,g,b,class\nbg,0,0,0,0\n", "bg,0,0,0,0\n", "id,name,r,g,b\n0,bg,0,0,0\n"])
+def test_colour_tables_of_other_columns_are_refused(tmp_path, content):
+    (path := tmp_path / "class_dict.csv").write_text(content)
+    with pytest.raises(InputError, match=r"class_dict\.csv, line \d: .* is not NAME,R,G,B"):
+        read_colours(path)
+
+
+def test_lossy_masks(tmp_path):
+    labels = Image.fromarray(np.zeros((8, 8), np.uint8))
+    for name, options in (("a.tif", {"compression": "jpeg"}), ("a.jp2", {}), ("a.jpg", {})):
+        labels.save(tmp_path / name, **options)
+        with pytest.raises(InputError, match="whose compression changes labels"):
+            read_mask(tmp_path / name)
+    labels.save(tmp_path / "b.tif", compression="tiff_lzw")
+    assert not read_mask(tmp_path / "b.tif").any()

@@ -369,3 +369,14 @@ def test_drawn_scenes(tmp_path):
     _, val = build_datasets(data(tmp_path), 3)
     assert val.class_names == scenes.class_names
     assert all(torch.equal(a, b) for i in range(3) for a, b in zip(val[i], scenes[i], strict=True))
+
+
+def test_masks_that_are_links_to_one_file(tree):
+    """As DVC and git-annex store equal files."""
+    masks = sorted((tree / "annotations" / "train").iterdir())
+    for path in masks[1:]:
+        path.unlink()
+        path.symlink_to(masks[0].name)
+    train = build_dataset(data(tree), "train", 3)
+    assert len(train) == len(masks)
+    assert all(torch.equal(train[0][1], train[index][1]) for index in range(len(masks)))

@@ -325,3 +325,8 @@ def test_dilated_stage_contains_the_positions_of_the_strided_one(size):
     strided, dense = PatchMerging(10, 12, False, 2, 1), PatchMerging(10, 12, False, 1, 2)
     dense.load_state_dict(strided.state_dict())
     torch.testing.assert_close(dense(dense_z, None)[0][:, ::4, ::4], strided(z, None)[0])
+
+
+def test_lightvit_without_global_tokens():
+    with pytest.raises(ValueError, match="num_tokens=0: LightViT needs one or more"):
+        timm.create_model("lightvit_tiny", num_tokens=0)

@@ -334,3 +334,14 @@ def test_an_exported_file_gives_the_same(run, root, tmp_path, capsys):
     assert [{each["label"] for each in one["labels"]} for one in printed] == [
         set(each.names) for each in load_predictor(best, device="cpu")(images[:2])
     ]
+
+
+def test_the_order_of_labels_does_not_matter(tmp_path, capsys):
+    solid = Image.new("RGB", (8, 8))
+    for split in ("train", "val"):
+        names = {f"{split}{index}.png": labels for index, labels in enumerate(('"x,y"', '"y,x"'))}
+        for name in names:
+            solid.save(tmp_path / name)
+        (tmp_path / f"{split}.csv").write_text("file,labels\n" + "".join(f"{k},{v}\n" for k, v in names.items()))
+    check_data(MultiLabel(data=MultiLabelData(root=str(tmp_path))), tmp_path / "out")
+    assert "different labels" not in capsys.readouterr().out

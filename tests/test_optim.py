@@ -160,3 +160,9 @@ def test_muon_leaves_the_ends_of_other_tasks_to_adamw(build, kind, place, output
     expected = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in ends}
     assert left == {*expected, f"{place}token_embed"}
     assert all(f"{end}.weight" in left for end in ends)
+
+
+@pytest.mark.parametrize("name", ["fusedadamw", "bnbadam8bit", "adahessian"])
+def test_optimisers_that_cannot_be_used_here(name):
+    with pytest.raises(InputError, match=rf"^--optim\.optimizer {name}: "):
+        build_optimizer(nn.Linear(2, 2), Optim(optimizer=name))

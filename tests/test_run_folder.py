@@ -168,3 +168,24 @@ def test_evaluation_flags_that_repeat_the_stored_value(photos, tmp_path, capsys)
             capsys.readouterr()
             assert call("evaluate", out / "best.safetensors", *given, "--json", "--device", "cpu") == 0
             assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == count
+
+
+def test_a_run_without_its_recipe(tmp_path):
+    (tmp_path / "best.safetensors").touch()
+    with pytest.raises(InputError, match=r"has no recipe\.json, without which no run is resumed"):
+        train(RECIPES["demo"], tmp_path, resume=True)
+
+
+def test_the_lock_of_a_folder_is_gone_before_it_is_free(tmp_path, monkeypatch):
+    """Else another training could take a file that is removed then, and a third one a new one."""
+    there = []
+    release = FileLock.release
+
+    def look(lock, **args):
+        there.append((tmp_path / ".lock").exists())
+        release(lock, **args)
+
+    monkeypatch.setattr(FileLock, "release", look)
+    with run_folder.in_use(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert there[0] is False

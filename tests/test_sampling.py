@@ -135,7 +135,10 @@ def test_alternating_flips(photos):
 
 def test_fewer_images_than_a_batch():
     assert len(batches(Numbers(8), 4, world=2)) == 1
-    with pytest.raises(InputError, match=r"7 training images cannot fill one batch of 8.*--optim\.batch-size 7"):
+    with pytest.raises(
+        InputError,
+        match=r"7 training images cannot fill one batch of 4 in each of 2 processes; .*--optim\.batch-size 3",
+    ):
         batches(Numbers(7), 4, world=2)
 
 

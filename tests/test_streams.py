@@ -99,6 +99,15 @@ def test_class_names_of_shards(shards, tmp_path):
     (tmp_path / "classnames.txt").write_text("even\n")
     with pytest.raises(InputError, match=r"train-0000\.tar/0001: class 1, but there are 1 class names"):
         build_datasets(shards, 3)[0].verify(progress=False)
+    (tmp_path / "classnames.txt").write_text("even\nodd\n\n\n")
+    assert build_datasets(shards, 3)[0].class_names == ("even", "odd")
+    for names, fault in (
+        ("odd\nodd\n", "line 2: the class 'odd' is listed twice"),
+        ("\nodd\n", "line 1: a class without"),
+    ):
+        (tmp_path / "classnames.txt").write_text(names)
+        with pytest.raises(InputError, match=rf"classnames\.txt, {fault}"):
+            build_datasets(shards, 3)
 
 
 def test_shards_by_their_names(shards, tmp_path):

@@ -2,10 +2,12 @@
 
 import asyncio
 import csv
+import hashlib
 import json
 import math
 import os
 import signal
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,15 +15,16 @@ import pytest
 import timm
 
 from dualtoken_vit import cli
-from dualtoken_vit.data.classification import ImageDataset
+from dualtoken_vit.data.classification import ImageDataset, build_datasets
+from dualtoken_vit.data.folders import image_files
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.paper import study
-from dualtoken_vit.paper.comparison import Result, chance, verdict
+from dualtoken_vit.paper.comparison import Result, chance, table_of, verdict
 from dualtoken_vit.paper.counting import Counts
 from dualtoken_vit.paper.study import PRESETS, STUDIES, networks
 from dualtoken_vit.paper.tables import PUBLISHED, Published
-from dualtoken_vit.recipes import RECIPES, Model, flatten
-from dualtoken_vit.tasks.run_folder import in_use
+from dualtoken_vit.recipes import RECIPES, ClassificationData, Model, flatten
+from dualtoken_vit.tasks.run_folder import in_use, write_recipe
 
 
 def result(name, published, *top1):
@@ -365,3 +368,49 @@ def test_damaged_result(tmp_path):
         (tmp_path / "study-x.json").write_text(text)
         with pytest.raises(InputError, match=r"study-x\.json: not a result of `study`"):
             cli.run(["tables", "--results", str(tmp_path)])
+
+
+def test_the_folder_of_the_images_may_be_written_in_any_way(photos, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    found = []
+    for root in (photos.name, f"{photos.name}/", f"./{photos.name}", str(photos)):
+        train, val = build_datasets(ClassificationData(root=root), 3)
+        found.append(study._fingerprint(train, val, root))
+    assert found[0] == found[1] == found[2] == found[3]
+    names = [
+        f"/{path.relative_to(photos).as_posix()}" for part in ("train", "val") for path in sorted_files(photos / part)
+    ]
+    assert found[0]["names"] == hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def sorted_files(folder):
+    return [path for group in sorted(folder.iterdir()) for path in map(Path, image_files(group))]
+
+
+def test_runs_that_no_rate_of_the_search_made_are_found_before_it(photos, tmp_path, small, monkeypatch):
+    folder = tmp_path / "runs/dualtoken_vit_tiny_mix/seed-0"
+    monkeypatch.setattr(study, "_run", lambda *args: pytest.fail("trained"))
+    base = PRESETS["cpu"][1].recipe
+    write_recipe(folder, replace(base, optim=replace(base.optim, lr=0.5)), "folder")
+    (folder / "metrics.csv").write_text("epoch,val_top1,val_loss\n1,0.5,1\n")
+    with pytest.raises(InputError, match=r"--.* is .* in .*seed-0"):
+        run(photos, tmp_path, "--search-lr", "1e-3", "2e-3")
+
+
+def test_a_rate_given_twice(photos, tmp_path, small):
+    with pytest.raises(InputError, match=r"--search-lr 0\.001 0\.001: one is given twice"):
+        run(photos, tmp_path, "--search-lr", "1e-3", "1e-3")
+
+
+def test_a_damaged_record(photos, tmp_path, small):
+    (tmp_path / "study-mlp.json").write_text('{"budget": {')
+    with pytest.raises(InputError, match=r"study-mlp\.json: damaged \(.*\); repair or remove it"):
+        run(photos, tmp_path)
+
+
+def test_the_paper_s_network_is_named_where_a_smaller_one_stands_for_it():
+    small = Published("Table 6", "key", "DualToken-ViT-S", "1", "1", "79.5")
+    tiny = replace(result("DualToken-ViT-T", 79.5, 0.5), published=small)
+    lines = judged([tiny, result("other", 70, 0.4)])
+    assert lines[0] == "Best network: DualToken-ViT-T, 50.0 %; in the paper: DualToken-ViT-S, 79.5 %."
+    assert "published %, of S" in table_of([tiny], True)

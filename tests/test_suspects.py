@@ -3,6 +3,7 @@
 import csv
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import timm
@@ -141,3 +142,15 @@ def test_runs_are_checked_before_the_images(args, message, tmp_path):
     with pytest.raises(InputError, match=message):
         cli.run(f"check-data {args} --data.root {tmp_path} --out {tmp_path / 'out'}".split())
     assert list(tmp_path.iterdir()) == [tmp_path / "notes.txt"]
+
+
+@pytest.mark.parametrize("count", [12, 14, 15, 16])
+def test_folds_are_alike(tmp_path, count):
+    for name in "ab":
+        for index in range(count):
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "train" / name / f"{index}.png")
+    data = recipe(tmp_path, data={"holdout": 0.1}).data
+    sizes = [len(build_datasets(replace(data, fold=fold), 3)[1]) for fold in range(10)]
+    assert sum(sizes) == 2 * count
+    assert max(sizes) - min(sizes) <= 2  # one of each class

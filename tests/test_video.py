@@ -265,3 +265,34 @@ def test_a_camera(constant, tmp_path, monkeypatch, capsys, system, place, kind):
     assert [json.loads(line)["frame"] for line in lines] == [0, 1, 2]
     assert "stopped after 3 frames" in said.err
     assert len(list(open_file(str(tmp_path / "seen.mkv")).decode(video=0))) == 3
+
+
+def test_both_files_of_a_video_or_neither(constant, tmp_path, monkeypatch):  # noqa: F811
+    """The video can fail at its very end, when what the encoder holds is written."""
+    clip, out = write(tmp_path / "clip.mkv", frames(2)), tmp_path / "out.mp4"
+    (folder := tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(InputError, match=r"folder\.mp4: a folder; name a video"):
+        predict(constant, (clip,), folder)
+    assert not (tmp_path / "folder.jsonl").exists()
+    predict(constant, (clip,), out)
+    before = {path: path.read_bytes() for path in (out, tmp_path / "out.jsonl")}
+
+    def fail(writer, kind, *_):
+        raise av.error.ExternalError(1, "made to fail")
+
+    monkeypatch.setattr(VideoWriter, "_end", fail)
+    write(clip, frames(3))
+    with pytest.raises((InputError, av.error.FFmpegError)):
+        predict(constant, (clip,), out)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_encoder_that_fails_at_the_end(tmp_path, monkeypatch):
+    class Container:
+        def close(self):
+            raise av.error.ExternalError(1, "made to fail")
+
+    writer = VideoWriter(tmp_path / "out.mp4", Fraction(RATE))
+    with pytest.raises(InputError, match=r"cannot write .*out\.mp4: .*made to fail"), writer as video:
+        video.container = Container()
+    assert not list(tmp_path.iterdir())

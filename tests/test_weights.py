@@ -16,9 +16,9 @@ from timm.data import ImageNetInfo
 from timm.models import generate_default_cfgs, register_model
 
 from dualtoken_vit import cli, load_model, load_predictor
-from dualtoken_vit.checkpoint import own_weights, read_checkpoint, save_checkpoint
+from dualtoken_vit.checkpoint import license_of, own_weights, read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.hub import inherited_license, save_for_hub
+from dualtoken_vit.hub import save_for_hub
 from dualtoken_vit.models.dualtoken import DualTokenViT
 from dualtoken_vit.models.two_stream import create, model_cfg
 from dualtoken_vit.predictors import read_header
@@ -140,7 +140,12 @@ def test_training_starts_from_them(donor, photos, tmp_path, capsys, monkeypatch,
     assert ("starting from the weights dualtoken_vit_test_weights.own" in capsys.readouterr().out) == expected
     assert json.loads(Path("run/recipe.json").read_text())["model"]["pretrained"] is expected
     trained, about = load_model("run/best.safetensors")
-    assert inherited_license(about) == ("cc-by-4.0" if expected else None)
+    assert about.license == license_of("run/best.safetensors") == ("cc-by-4.0" if expected else None)
+    for start in ("run/best.safetensors", str(FILE)):  # the licence goes on with the weights
+        out = f"from-{Path(start).stem}"
+        more = ["--data.workers", "0", "--model.checkpoint", start, "--out", out]
+        assert cli.run([*args.split(), *more]) == 0
+        assert license_of(f"{out}/best.safetensors") == ("cc-by-4.0" if expected or start == str(FILE) else None)
     same = torch.allclose(trained.token_embed, donor.token_embed, atol=1e-6)
     assert same == expected
 

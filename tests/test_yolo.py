@@ -7,7 +7,7 @@ from PIL import Image
 from pycocotools import mask as reference
 
 from dualtoken_vit.data.detection import build_datasets, build_val_dataset
-from dualtoken_vit.data.formats import read
+from dualtoken_vit.data.formats import detect, read
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import DetectionData
 
@@ -101,3 +101,21 @@ def test_labels_without_an_image_are_an_error(export, kind, label, where):
 def test_a_list_of_images_may_leave_some_out(export):
     root = export("yolo-cvat", files={"images/train/c.png": (40, 20), "labels/train/c.txt": LINES})
     assert read(str(root), "yolo", "train").problems == ()
+
+
+def test_a_flat_folder_called_images(tmp_path):
+    (root := tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 20)).save(root / "a.png")
+    (root / "a.txt").write_text(LINES)
+    (root / "classes.txt").write_text("cat\ndog\n")
+    assert len(objects(read(str(root), "auto", "train"))["a.png"]) == 2
+
+
+def test_keys_that_are_no_split(export):
+    root = export(YOLO)
+    path = root / "coco8.yaml"
+    path.write_text(path.read_text() + "training: {epochs: 3}\nvalidation:\n")
+    assert set(detect(root)[1]) == {"train", "val"}
+    path.write_text(path.read_text() + "valid: images/train\n")
+    with pytest.raises(InputError, match="valid: is the val split, as another key"):
+        detect(root)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import tyro
 
+from dualtoken_vit.checkpoint import license_of
 from dualtoken_vit.deploy.export import export
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.hub import inherited_license
 from dualtoken_vit.predictors import default_options, read_header
 from dualtoken_vit.runtime.session import read_description
 from dualtoken_vit.show.drawing import color_of
@@ -102,7 +102,7 @@ def _export(checkpoint: Path, task: str, folder: Path, precision: Precision, ima
         model=description["model"],
         precision=description["export"]["precision"],
         class_names=names,
-        license=inherited_license(header, checkpoint),
+        license=license_of(checkpoint),
     )
     if task == "classification":
         temperature = description["preprocessing"].get("temperature", 1.0)

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import ImageOps
 from timm.data import create_reader
-from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import Imagenette
 
 from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_splits, check_trained, some, split_name
-from dualtoken_vit.data.folders import contains, is_folder, read_lines, scan, skipped_note
+from dualtoken_vit.data.folders import is_folder, natural, read_lines, scan, skipped_note
 from dualtoken_vit.data.images import MODES, load_image
 from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
@@ -61,7 +60,7 @@ class ImageDataset(Dataset, ImageData):
         self.drawn = False  # whether the images are generated, so that none can be unreadable
         self.complete = False  # whether each class must keep a readable image: in training data
         self.flipped: Sequence[bool] = ()  # whether to flip each image horizontally before `transform`; empty: none
-        self.shared = ""  # names a file that is in more than one class, if there is one
+        self.shared: list[tuple[str, str]] = []  # names of files that are in more than one class
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -95,7 +94,7 @@ class ImageDataset(Dataset, ImageData):
     def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
         names = [] if self.drawn else unreadable(self, skip, progress)
         self._leave_out(names)
-        self.left_out += [os.path.relpath(name, self.root) if self.root else name for name in names]
+        self.left_out += map(self._relative, names)
         return names
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,7 +102,12 @@ class ImageDataset(Dataset, ImageData):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.left_out = state["left_out"]
-        self._leave_out([str(Path(self.root, name)) for name in self.left_out])
+        if left := set(self.left_out):
+            self._leave_out([name for name in self.image_names if self._relative(name) in left])
+
+    def _relative(self, name: str) -> str:
+        """The name of an image in `left_out`, the same wherever the data are."""
+        return os.path.relpath(name, self.root) if self.root else name
 
     def _leave_out(self, names: Collection[str]) -> None:
         """Drop the images of these names. If a class loses all its images: a note, or an InputError if `complete`."""
@@ -145,11 +149,11 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
         expected = f"expected {printable(folder)}/CLASS/*.jpg in --data.root"
         raise InputError(f"{printable(folder)}: no such folder; {expected}{holdout}")
     visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    real = os.path.realpath(folder)
-    names = [each.name for each in visible if is_folder(each) and not contains(os.path.realpath(each.path), real)]
+    real = Path(os.path.realpath(folder))
+    names = [each.name for each in visible if is_folder(each) and not real.is_relative_to(os.path.realpath(each.path))]
     if not names:
         raise InputError(f"{printable(folder)}: has no class folders; expected {printable(folder)}/CLASS/*.jpg")
-    names.sort(key=lambda name: (natural_key(name), name))
+    names.sort(key=natural)
     skipped = sorted(each.path for each in visible if not is_folder(each))
     targets: list[int] = []
     paths: list[str] = []
@@ -170,10 +174,7 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
     ]
     if split == "train":
         dataset.notes += unread_note(Path(data.root), folder)
-    if shared:
-        pair = " = ".join(map(printable, shared[0]))
-        dataset.shared = f"files in more than one class: {len(shared)}, for example {pair}"
-        dataset.notes += (dataset.shared,)
+    dataset.shared = shared
     if skipped:
         dataset.notes += (skipped_note(skipped, "images in a class folder"),)
     return dataset
@@ -188,7 +189,7 @@ def _labelled(found: Labelled, channels: int) -> ImageDataset:
     numbers = {name: label for label, name in enumerate(found.class_names)}
     targets = [numbers[name] for (name,) in found.labels]
     dataset = ImageDataset(found.files, targets, found.class_names, found.files, channels, str(found.table.parent))
-    dataset.splits = found.splits
+    dataset.splits, dataset.notes = found.splits, found.notes
     return dataset
 
 
@@ -268,7 +269,7 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
     with _opening(data, split, "webdataset") as (_, name):
         shards = Shards(data.root, name, channels)
     path = Path(data.root, "classnames.txt")
-    class_names = tuple(read_lines(path)) if path.is_file() else ()
+    class_names = _named_classes(path) if path.is_file() else ()
     if not class_names or not shards.samples:
         title = f"reading the labels of {name}"
         labels = list(in_threads(itemgetter(2), shards.read(), shards.samples or None, title))
@@ -276,6 +277,16 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
         class_names = class_names or _numbers(labels)
     shards.class_names, shards.labels = class_names, range(len(class_names))
     return shards
+
+
+def _named_classes(path: Path) -> tuple[str, ...]:
+    """The lines of a file of class names; an InputError for a name that is empty or listed twice."""
+    names = "\n".join(read_lines(path)).rstrip().split("\n")
+    for line, name in enumerate(names, start=1):
+        if not name.strip() or name in names[: line - 1]:
+            fault = f"the class {name!r} is listed twice" if name.strip() else "a class without a name"
+            raise InputError(f"{printable(path)}, line {line}: {fault}; give each class a name of its own")
+    return tuple(names)
 
 
 def _tfds(data: ClassificationData, split: str, channels: int) -> ImageStream:
@@ -306,7 +317,14 @@ def _exclude(dataset: Images, classes: Sequence[str], required: bool) -> ImageDa
     labels = [names.index(name) if name in names else -1 for name in dataset.class_names]
     kept = dataset.keep([i for i, target in enumerate(dataset.targets) if labels[target] >= 0])
     kept.relabel(tuple(names), labels)
+    there = set(kept.image_names)
+    kept.shared = [pair for pair in dataset.shared if there.issuperset(pair)]
     return kept
+
+
+def _shared_note(dataset: ImageDataset) -> str:
+    pair = " = ".join(map(printable, dataset.shared[0]))
+    return f"files in more than one class: {len(dataset.shared)}, for example {pair}"
 
 
 def read_split(data: ClassificationData, split: str, channels: int) -> Images:
@@ -316,6 +334,8 @@ def read_split(data: ClassificationData, split: str, channels: int) -> Images:
     dataset = FORMATS.read(data, split, channels)
     if data.exclude:
         dataset = _exclude(dataset, data.exclude, required=split == "train")
+    if isinstance(dataset, ImageDataset) and dataset.shared:
+        dataset.notes += (_shared_note(dataset),)
     if not len(dataset):
         raise InputError(f"{_where(data, split)}: no images")
     return dataset
@@ -336,7 +356,7 @@ def build_datasets(data: ClassificationData, channels: int) -> tuple[Images, Ima
     if isinstance(train, ImageDataset):
         train.complete = True
         if train.shared:
-            raise InputError(f"{train.shared}; keep each training file in one class")
+            raise InputError(f"{_shared_note(train)}; keep each training file in one class")
         empty = _empty(train) if train.root else []
         if empty:
             where = _where(data, "train")
@@ -405,8 +425,8 @@ def _hold_out(dataset: Images, share: float, fold: int = 0) -> tuple[ImageDatase
         size = round(share * len(members)) or min(1, len(members))
         first = random.Random(0).sample(members, size)
         others = [index for index in members if index not in set(first)]
-        order = [*first, *random.Random(0).sample(others, len(others))]
-        held.update(order[fold * size : None if fold == folds - 1 else (fold + 1) * size])
+        shuffled = random.Random(0).sample(others, len(others))
+        held.update(shuffled[fold - 1 :: folds - 1] if fold else first)
     if not held:
         raise InputError(f"--data.fold {fold}: has no image, as the classes have too few; give a larger --data.holdout")
     rest, val = dataset.keep([i for i in range(len(dataset)) if i not in held]), dataset.keep(sorted(held))

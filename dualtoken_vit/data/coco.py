@@ -84,7 +84,7 @@ def sift(coco: dict[str, list], masks: bool, folder: str = "") -> tuple[dict[str
     sound: dict[str, dict[int, dict]] = {}  # by id
     broken: dict[str, set] = {kind: set() for kind in _FIELDS}  # ids
     for kind, fields in _FIELDS.items():
-        sound[kind], names = {}, set()
+        sound[kind], names, files = {}, set(), dict[str, int]()
         for number, entry in enumerate(coco[kind]):
             fault = _field_fault(entry, fields)
             name = f"{kind}[{number}]" if fault else entry_name(kind, entry)
@@ -94,6 +94,9 @@ def sift(coco: dict[str, list], masks: bool, folder: str = "") -> tuple[dict[str
                 fault = f"its size is {entry['width']}x{entry['height']}"
             elif not fault and kind == "images" and not inside(folder, os.path.join(folder, entry["file_name"])):
                 fault = f"its file_name {entry['file_name']!r:.200} leads out of the folder of the images"
+            elif not fault and kind == "images" and os.path.normpath(entry["file_name"]) in files:
+                other = files[os.path.normpath(entry["file_name"])]
+                fault = f"its file_name {entry['file_name']!r:.200} is that of image {other}, too: give them one entry"
             elif not fault and kind == "categories" and entry["name"] in names:
                 fault = f"its name {entry['name']!r} is used twice"
             elif not fault and kind == "annotations":
@@ -107,6 +110,8 @@ def sift(coco: dict[str, list], masks: bool, folder: str = "") -> tuple[dict[str
             else:
                 sound[kind][entry["id"]] = entry
                 names.add(entry.get("name"))
+                if kind == "images":
+                    files[os.path.normpath(entry["file_name"])] = entry["id"]
     return {kind: list(entries.values()) for kind, entries in sound.items()}, problems
 
 

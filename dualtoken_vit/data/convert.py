@@ -48,12 +48,21 @@ def convert(source: str | Path, target: str | Path, to: str, format: str = "auto
     assert write is not None
     splits = {}
     for each, part in found.items():
-        splits["train" if each == ALL else each] = _valid(FORMATS[name].read(Path(source), part), each)
+        try:
+            splits["train" if each == ALL else each] = _valid(FORMATS[name].read(Path(source), part), each)
+        except InputError as error:
+            if each != "test" or FORMATS[name].usable(Path(source), part):
+                raise
+            notes.append(f"test left out: {error}")  # Roboflow names one that it did not export
     before = {each: _count(split) for each, split in splits.items()}
     with atomic_folder(target) as folder:
         notes += write(splits, folder)
         written = FORMATS[to].detect(folder)
-        after = {each: _count(FORMATS[to].read(folder, written[each])) for each in splits}
+        again = {each: FORMATS[to].read(folder, written[each]) for each in splits}
+        for each, split in again.items():
+            if split.problems:
+                raise InputError(f"{printable(source)}, {each}: cannot be written as {to}: {split.problems[0]}")
+        after = {each: _count(split) for each, split in again.items()}
     counts = {each: (before[each], after[each]) for each in splits}
     _print({"before": f"{name}, {printable(source)}", "after": f"{to}, {printable(target)}"}, counts, notes)
     return counts

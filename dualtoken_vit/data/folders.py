@@ -26,11 +26,12 @@ def is_image(path: str | Path) -> bool:
     return os.fspath(path).lower().endswith(EXTENSIONS)
 
 
-def scan(folder: str | Path) -> tuple[dict[str, str], list[str]]:
+def scan(folder: str | Path, repeated: bool = False) -> tuple[dict[str, str], list[str]]:
     """The files in and below a folder: (images with their real paths, other files), each in natural order.
 
     Hidden files and folders are left out. Symbolic links are followed, but each real file and folder is listed once, by
-    a name without links if it has one, and links to a folder that contains `folder` are not followed.
+    a name without links if it has one, and links to a folder that contains `folder` are not followed. With `repeated`,
+    each link to a file is listed, too.
 
     Raises:
         InputError: for a folder that cannot be read.
@@ -55,20 +56,21 @@ def scan(folder: str | Path) -> tuple[dict[str, str], list[str]]:
                 continue
             target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
             queue = folders if is_folder(entry) else files
-            if queue is files or not contains(target, root):
+            if queue is files or not Path(root).is_relative_to(target):
                 (queue.append if entry.is_symlink() else queue.appendleft)((entry.path, target))
     for path, target in files:
-        if target in seen:
+        if target in seen and not repeated:
             continue
         seen.add(target)
         if is_image(path):
             images[path] = target
         else:
             others.append(path)
-    return {path: images[path] for path in sorted(images, key=_natural)}, sorted(others, key=_natural)
+    return {path: images[path] for path in sorted(images, key=natural)}, sorted(others, key=natural)
 
 
-def _natural(path: str) -> tuple[list[str | int], str]:
+def natural(path: str) -> tuple[list[str | int], str]:
+    """The key of natural order: 2 before 10."""
     parts = re.split(r"(\d+)", path.lower())
     return [int(part) if part.isdecimal() else part for part in parts], path
 
@@ -81,14 +83,6 @@ def image_files(folder: str | Path) -> list[str]:
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or a link to one. For a link to itself, `entry.is_dir` raises OSError."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-
-def contains(folder: str, path: str) -> bool:
-    """Whether `path` is `folder` or below it; both are real paths."""
-    try:
-        return os.path.commonpath([folder, path]) == folder
-    except ValueError:  # two drives of Windows
-        return False
 
 
 def skipped_note(paths: Sequence[str], wanted: str = "images") -> str:

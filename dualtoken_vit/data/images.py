@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from dualtoken_vit.data.folders import DECODED
 from dualtoken_vit.errors import InputError, reason
@@ -64,6 +65,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of an image file after its EXIF rotation, without decoding it; an InputError for other files."""
     with naming(path), open_image(path) as image:
         width, height = image.size
+        if isinstance(image, TiffImageFile):  # some versions of Pillow have turned it already
+            width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
         turned = orientation(image) >= 5
     return (height, width) if turned else (width, height)
 
@@ -93,7 +96,9 @@ def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels of unknown range: save it with 8 or 16 bits")
-        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 / 257 = 255
+        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
+        grey[values == image.info.get("transparency", -1)] = 255  # the one value that is transparent, if there is one
+        image = Image.fromarray(grey)
     elif image.mode == "F":
         raise ValueError("floating-point pixels of unknown range: save it with 8 or 16 bits")
     if image.has_transparency_data:

@@ -77,7 +77,7 @@ def _table(data: MultiLabelData, split: str, channels: int) -> MultiLabelDataset
     numbers = {name: label for label, name in enumerate(found.class_names)}
     labels = [tuple(numbers[name] for name in names) for names in found.labels]
     dataset = MultiLabelDataset(found.files, labels, found.class_names, found.files, channels)
-    dataset.splits = found.splits
+    dataset.splits, dataset.notes = found.splits, found.notes
     return dataset
 
 

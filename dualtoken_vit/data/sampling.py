@@ -112,12 +112,13 @@ def _weighted_order(weights: Sequence[float], generator: torch.Generator) -> lis
     return numbers[torch.randperm(len(numbers), generator=generator)].tolist()
 
 
-def full_batches(count: int, batch_size: int) -> int:
-    """The number of full batches in `count` training images; an InputError for none."""
-    if count < batch_size:
-        message = f"{counted(count, 'training image')} cannot fill one batch of {batch_size}"
-        raise InputError(f"{message}; give --optim.batch-size {count} or less")
-    return count // batch_size
+def full_batches(count: int, batch_size: int, world: int = 1) -> int:
+    """The number of full batches of `world` processes in `count` training images; an InputError for none."""
+    if count < batch_size * world:
+        each = f" in each of {world} processes" if world > 1 else ""
+        remedy = f"give --optim.batch-size {count // world} or less" if count >= world else "add images"
+        raise InputError(f"{counted(count, 'training image')} cannot fill one batch of {batch_size}{each}; {remedy}")
+    return count // (batch_size * world)
 
 
 def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
@@ -214,7 +215,7 @@ def loader(
     if train:
         generator = torch.Generator().manual_seed(mix(seed, epoch))
         order = _weighted_order(weights, generator) if weights else torch.randperm(count, generator=generator).tolist()
-        full_batches(count, batch_size * world)
+        full_batches(count, batch_size, world)
         steps = _steps(order, batch_size * world, groups)[skip:]
         batches: list[Any] = [[(epoch, progress, index) for index in step[rank::world]] for step in steps]
         if before is not None:

@@ -1,5 +1,6 @@
 """Images with a mask each, in the formats of `FORMATS`."""
 
+import csv
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ CLASS_FILES = ("classes.txt", "objectInfo150.txt", "labelmap.txt", "class_dict.c
 BACKGROUND = "background"  # name of the class of pixels without an object
 SCENE_CLASSES = ("ground", *CLASSES)
 
-COLOUR = re.compile(r"(.+?)\s*[:,]\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*(?::.*)?")  # a line of a colour table
+CVAT = re.compile(r"([^:]+):\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*(?::.*)?")  # a line of its labelmap.txt
 LISTS = Path("ImageSets", "Segmentation")  # of the names of the images of each split
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's, of mask files
@@ -45,7 +46,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     """The labels (H, W), uint8 or int32, of a single-channel mask file as stored; an InputError for other files."""
     name = printable(path)
     with naming(path), open_image(path) as mask:
-        if mask.format == "JPEG":
+        if _is_lossy(mask):
             raise InputError(f"{name}: a JPEG mask, whose compression changes labels; save masks as PNG")
         tiles: Any = mask.tile
         stored = next((tile.args if isinstance(tile.args, str) else tile.args[0] for tile in tiles), "")
@@ -61,13 +62,17 @@ def read_mask(path: str | Path) -> np.ndarray:
     return labels.astype(np.uint8 if mode in ("L", "P", "1") else np.int32)
 
 
+def _is_lossy(mask: Image.Image) -> bool:
+    return mask.format in ("JPEG", "MPO", "JPEG2000") or mask.info.get("compression") == "jpeg"  # the latter: in TIFF
+
+
 def read_coloured(path: str | Path, colours: np.ndarray, first: int, other: int) -> np.ndarray:
     """The labels of a mask whose colours stand for classes: row i of `colours` (N, 3) for label `first` + i.
 
     All other colours become the label `other`. A greyscale mask has labels already.
     """
     with naming(path), open_image(path) as mask:
-        if mask.mode not in ("P", "RGB", "RGBA") or mask.format == "JPEG":
+        if mask.mode not in ("P", "RGB", "RGBA") or _is_lossy(mask):
             return read_mask(path)
         pixels = np.asarray(mask.convert("RGB"))
     keys, found = (each.astype(np.int32) @ (65536, 256, 1) for each in (colours, pixels))
@@ -215,10 +220,10 @@ def _draw_scene(split: str, size: int, index: int) -> tuple[Image.Image, np.ndar
     return image, labels
 
 
-def _by_stem(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The images in and below a folder, by their path in it without extension; and a note on the other files."""
+def _by_stem(folder: Path, repeated: bool = False) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What `scan` finds in a folder, by the path in it without extension; and a note on the other files."""
     found: dict[str, str] = {}
-    images, others = scan(folder)
+    images, others = scan(folder, repeated)
     for path in images:
         name = os.path.splitext(os.path.relpath(path, folder))[0]
         if name in found:
@@ -271,18 +276,24 @@ def read_colours(path: Path) -> dict[str, tuple[int, ...]]:
     """
     file = printable(path)
     found: dict[str, tuple[int, ...]] = {}
-    for place, line in enumerate(read_lines(path), start=1):
-        if not line.strip() or line.startswith("#") or (place == 1 and line.lower().startswith("name,")):
+    table = False  # whether it has a header
+    for place, line in enumerate(map(str.strip, read_lines(path)), start=1):
+        if not line or line.startswith("#"):
             continue
-        match = COLOUR.fullmatch(line.strip())
-        if match is None and not found:
-            return {}
-        colour = tuple(map(int, match.groups()[1:])) if match else (256,)
-        if match is None or max(colour) > 255:
-            raise InputError(f"{file}, line {place}: {line.strip()!r:.100} is not NAME,R,G,B with colours up to 255")
-        if match[1] in found or colour in found.values():
-            raise InputError(f"{file}, line {place}: the name or the colour of {match[1]!r} is listed twice")
-        found[match[1]] = colour
+        match = CVAT.fullmatch(line)
+        name, *cells = map(str.strip, match.groups() if match else next(csv.reader([line])))
+        if place == 1 and [cell.lower() for cell in cells] in (["r", "g", "b"], ["red", "green", "blue"]):
+            table = True
+            continue
+        if len(cells) != 3 or not all(cell.isdecimal() and len(cell) <= 3 and int(cell) < 256 for cell in cells):
+            meant = bool(cells) and (path.suffix.lower() == ".csv" or all(map(str.isdecimal, cells[:3])))
+            if not (found or table or meant):
+                return {}
+            raise InputError(f"{file}, line {place}: {line!r:.100} is not NAME,R,G,B with colours up to 255")
+        colour = tuple(map(int, cells))
+        if name in found or colour in found.values():
+            raise InputError(f"{file}, line {place}: the name or the colour of {name!r} is listed twice")
+        found[name] = colour
     return found
 
 
@@ -357,7 +368,7 @@ def _masks(data: SegmentationData, name: str) -> MaskedImages:
             layout = f"{printable(folders[0])}/NAME.jpg and {printable(folders[1])}/NAME.png"
             flags = "see --data.train-split, --data.val-split"
             raise InputError(f"{printable(folder)}: no such folder; expected {layout}; {flags}")
-    (images, skipped), (masks, others) = map(_by_stem, folders)
+    (images, skipped), (masks, others) = _by_stem(folders[0]), _by_stem(folders[1], repeated=True)  # masks can be equal
     if whole:
         names = [line.strip() for line in read_lines(listed) if line.strip()]
         if missing := [each for each in names if each not in images]:

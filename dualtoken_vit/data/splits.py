@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dualtoken_vit.data.folders import contains
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 
@@ -38,7 +37,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 def inside(root: str | Path, path: str | Path) -> bool:
     """Whether a path is `root` or below it, by its name: symbolic links may lead elsewhere."""
-    return contains(os.path.abspath(root), os.path.abspath(path))
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
 def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:
@@ -51,4 +50,6 @@ def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:
     paths = [path for path in paths if inside(root, path)]
     if not paths:
         raise InputError(f"the file name {name!r:.200} leads out of {printable(root)}")
-    return next((path for path in paths if os.path.isfile(path)), None)  # Path.is_file fails on a name that is too long
+    path = next((path for path in paths if os.path.isfile(path)), None)  # Path.is_file fails on a name that is too long
+    # Relative as `root` is, also where the name is absolute: names of one kind have a common folder.
+    return path if path is None or path.is_absolute() == root.is_absolute() else root / os.path.relpath(path, root)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dualtoken_vit.data.folders import read_lines
 from dualtoken_vit.data.splits import ALL, SPLITS, find, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 
 FILE = ("filename", "file_name", "file", "image", "image_path", "path", "image_name", "filepath")
 CLASS = ("class", "class_name", "label", "name", "category", "labels", "tags", "classes")
@@ -23,6 +23,7 @@ class Part(NamedTuple):
 
     path: Path
     split: str | None = None
+    notes: tuple[str, ...] = ()  # on rows that are in no split
 
     def has(self, cell: Any) -> bool:
         """Whether a row with this cell in the column `SPLIT` belongs to the split."""
@@ -33,7 +34,7 @@ def cells(path: Path) -> list[list[Any]]:
     """The rows of a table, the first one its header; an InputError for a file that cannot be read."""
     if path.suffix.lower() != ".parquet":
         try:
-            return list(csv.reader(read_lines(path)))
+            return _numbered(csv.reader(f"{line}\n" for line in read_lines(path)))
         except csv.Error as error:  # for example an open quote, which makes one cell of the rest of the file
             raise InputError(f"{printable(path)}: cannot be read as CSV ({reason(error)})") from None
     if importlib.util.find_spec("pyarrow") is None:
@@ -48,8 +49,16 @@ def cells(path: Path) -> list[list[Any]]:
     return [table.column_names, *map(list, zip(*(column.to_pylist() for column in table.columns), strict=True))]
 
 
+def _numbered(reader: Any) -> list[list[Any]]:
+    """The rows, with empty ones after those of several lines: the place of a row is then that of its first line."""
+    rows: list[list[Any]] = []
+    for row in reader:
+        rows += [row, *([] for _ in range(reader.line_num - len(rows) - 1))]
+    return rows
+
+
 def column(header: Sequence[Any], names: Sequence[str]) -> int | None:
-    """The place of the first column with one of these names."""
+    """The place of the column with the first of these names that there is."""
     lower = [str(name).strip().lower() for name in header]
     return next((lower.index(name) for name in names if name in lower), None)
 
@@ -72,14 +81,28 @@ def split_tables(root: Path, fits: Callable[[Path], bool]) -> dict[str, Part]:
     if tables and not found:
         header, *rows = cells(tables[0])
         place = column(header, SPLIT)
-        splits = [split_of(str(row[place]).strip()) for row in rows if len(row) > place] if place is not None else []
-        found = {split: Part(tables[0], split) for split in splits if split}
-        found = found or {ALL: Part(tables[0])}
+        values = [str(row[place]).strip() if len(row) > place else "" for row in rows] if place is not None else []
+        splits = list(dict.fromkeys(filter(None, map(split_of, values)))) or [ALL]
+        notes = _outside(tables[0], values, whole=splits == [ALL])
+        found = {split: Part(tables[0], None if split == ALL else split) for split in splits}
+        found[splits[0]] = found[splits[0]]._replace(notes=notes)
     return found
 
 
+def _outside(path: Path, values: Sequence[str], whole: bool) -> tuple[str, ...]:
+    """A line on the rows whose split is unknown. They are left out, but used if there is no other split (`whole`)."""
+    unknown = {line: value for line, value in enumerate(values, start=2) if value and not split_of(value)}
+    if not unknown:
+        return ()
+    (line, value), rows = next(iter(unknown.items())), counted(len(unknown), "row")
+    what = "its column of splits is not used" if whole else f"{rows} left out"
+    return (f"{printable(path)}: {what}: {value!r:.50} in line {line} is none of train, val and test",)
+
+
 def _tables(place: Path) -> list[Path]:
-    return [place] if place.is_file() else [*sorted(place.glob("*.csv")), *sorted(place.glob("*.parquet"))]
+    if place.is_file():
+        return [place]
+    return [path for kind in (".csv", ".parquet") for path in sorted(place.iterdir()) if path.suffix.lower() == kind]
 
 
 def _fitting(tables: Mapping[str, list[Path]], fits: Callable[[Path], bool]) -> dict[str, Part]:
@@ -97,6 +120,7 @@ class Labelled(NamedTuple):
     labels: list[tuple[str, ...]]  # of each image
     class_names: tuple[str, ...]  # in the order of their columns, or sorted
     splits: tuple[str, ...]  # those with labels
+    notes: tuple[str, ...] = ()
 
 
 def has_labels(path: Path) -> bool:
@@ -194,4 +218,4 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
     )
     labels = [tuple(dict.fromkeys(names)) for names in found.values()]
     splits = tuple(name for name, each in parts.items() if each.path == path or has_labels(each.path))
-    return Labelled(path, list(found), labels, tuple(named), splits)
+    return Labelled(path, list(found), labels, tuple(named), splits, parts[wanted].notes)

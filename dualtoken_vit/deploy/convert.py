@@ -32,13 +32,14 @@ def example(plan: Plan, channels: int) -> torch.Tensor:
 @contextmanager
 def quiet() -> Iterator[None]:
     """The converters warn of internals."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _flush() -> None:

@@ -143,10 +143,11 @@ def _convert(file: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, imag
 
 def _verify(network: Callable[[np.ndarray], Arrays], chosen: Plan, inputs: list[np.ndarray]) -> None:
     """Print the largest difference to PyTorch; ConversionError where it is above `TOLERANCE`."""
-    worst = max(
+    found = [
         difference(expected(chosen, image), network(image), max(image.shape[2:]))
         for image in track(inputs, len(inputs), "verifying")
-    )
+    ]
+    worst = float(np.max(found))  # NaN if one is
     shapes = ", ".join(dict.fromkeys("x".join(map(str, image.shape)) for image in inputs))
     report = f"largest difference to PyTorch {worst:.1e} of the largest output, at {shapes}"
     if not worst <= TOLERANCE:

@@ -68,11 +68,11 @@ def difference(ours: Arrays, theirs: Arrays, side: int) -> float:
         side: of the image, in pixels, by which differences of boxes are divided
     """
     if "labels" in ours:
-        return max(_objects(ours, theirs, side), _objects(theirs, ours, side))
+        return float(np.max([_objects(ours, theirs, side), _objects(theirs, ours, side)]))  # NaN where one is
     if any(ours[name].shape != theirs[name].shape for name in ours):
         return float("inf")
     scale = {name: side if name == "boxes" else float(np.abs(value).max()) or 1.0 for name, value in ours.items()}
-    return max(float(np.abs(ours[name] - theirs[name]).max()) / scale[name] for name in ours)
+    return float(np.max([np.abs(ours[name] - theirs[name]).max() / scale[name] for name in ours]))
 
 
 def _objects(ours: Arrays, theirs: Arrays, side: int) -> float:

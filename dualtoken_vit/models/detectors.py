@@ -40,7 +40,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.anchors import Anchors, Target, in_crowd, weigh
-from dualtoken_vit.models.backbone import OverBackbone, check_finite, create_body, pretrained_cfg, run_alike
+from dualtoken_vit.models.backbone import OverBackbone, check_finite, create_body, pretrained_cfg, run_alike, statistics
 from dualtoken_vit.models.one_stage import DETECTIONS, FCOS, SCORE_THRESHOLD, SELECTION, RetinaNet, SSDLite, to_float32
 from dualtoken_vit.models.pyramid import CHANNELS, Pyramid, Stages
 from dualtoken_vit.models.resizing import Transform
@@ -253,7 +253,8 @@ def build_detector(
     if detector not in DETECTORS:
         raise InputError(f"--detector {detector}: choose one of {', '.join(DETECTORS)}")
     cfg = pretrained_cfg(model)
-    transform = Transform(image_size, max_size, multi_scale, mean or cfg["mean"], std or cfg["std"])
+    own = statistics(cfg, getattr(model, "in_chans", len(cfg["mean"])))
+    transform = Transform(image_size, max_size, multi_scale, mean or own["mean"], std or own["std"])
     more: dict[str, Any] = {"roi_samples": roi_samples} if detector == "mask-rcnn" else {}
     built = DETECTORS[detector](model, num_classes, transform, class_weights=class_weights, **more)
     return built.to(memory_format=torch.channels_last)

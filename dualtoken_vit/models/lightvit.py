@@ -66,7 +66,7 @@ class LightViT(TwoStreamViT):
     """Light-weight vision transformer without convolutions except in the stem.
 
     Raises:
-        ValueError: if a per-stage argument does not have one value per stage.
+        ValueError: if a per-stage argument does not have one value per stage, or without global tokens.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class LightViT(TwoStreamViT):
         **kwargs: Any,  # head_hidden_size, output_stride, in_chans, num_classes, ...: see TwoStreamViT
     ):
         dd = {"device": device, "dtype": dtype}
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens={num_tokens}: LightViT needs one or more")
         check_stages(dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
 
         def make_block(i: int, halvings: int, dilation: int, drop_path: float) -> LightBlock:

@@ -5,6 +5,7 @@ Therefore the models take turns, with one short visit per round, in shuffled ord
 all of them alike. The same holds for modes, precisions and numbers of threads. The figures are medians over the rounds.
 """
 
+import math
 import os
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
@@ -122,6 +123,7 @@ class Setting:
 
     def call(self, name: str, batch_size: int) -> Callable[[], object]:
         """A forward pass, or a training step with AdamW, of the model of this name and one batch."""
+        torch.set_num_threads(self.threads)  # an exported file has them for good
         model, x = self.build(name), self.images(batch_size)
         network: Any = torch.compile(model, dynamic=False) if self.mode == "compiled" else model
 
@@ -348,6 +350,8 @@ def benchmark(
     for name, value in least.items():
         if value < 1:
             raise InputError(f"{name}: {value} is too small; give 1 or more")
+    if not 0 <= visit_seconds < math.inf:
+        raise InputError(f"visit_seconds: {visit_seconds} is no duration; give 0 or more")
     for name, given in {"input_sizes": input_sizes, "precision": precision, "modes": modes}.items():
         if not given:
             raise InputError(f"{name}: none given; give one or more")

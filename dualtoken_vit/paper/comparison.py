@@ -1,7 +1,7 @@
 """The outcome of a study: accuracies of its networks, the verdict on the paper's ranking, table and plot."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean, stdev
@@ -49,10 +49,10 @@ def chance(val: Images) -> float:
     return max(Counter(val.targets).values()) / len(val)
 
 
-def _leaders(results: Sequence[Result], score: Callable[[Result], float]) -> str:
+def _leaders(scores: Sequence[tuple[str, float]]) -> str:
     """The networks with the highest score."""
-    highest = max(map(score, results))
-    return f"{' and '.join(r.name for r in results if score(r) == highest)}, {highest:.1f} %"
+    highest = max(score for _, score in scores)
+    return f"{' and '.join(name for name, score in scores if score == highest)}, {highest:.1f} %"
 
 
 def verdict(results: Sequence[Result], chance: float, images: int) -> list[str]:
@@ -74,8 +74,8 @@ def verdict(results: Sequence[Result], chance: float, images: int) -> list[str]:
         return [*lines, f"{who} learned at this budget: it says nothing about the paper's ranking."]
     results = able
     lines.append(
-        f"Best network: {_leaders(results, lambda r: 100 * r.mean)}; "
-        f"in the paper: {_leaders(results, lambda r: float(r.published.score))}."
+        f"Best network: {_leaders([(r.name, 100 * r.mean) for r in results])}; "
+        f"in the paper: {_leaders([(r.published.network, float(r.published.score)) for r in results])}."
     )
     several = min(len(result.top1) for result in results) > 1
     with np.errstate(divide="ignore", invalid="ignore"):  # p is NaN where all seeds give exactly the same accuracy
@@ -119,12 +119,17 @@ def draw(results: Sequence[Result], title: str) -> Figure:
         paper.plot(float(result.published.score), row, "o", color="tab:orange")
     here.set_yticks(rows, [result.name for result in results])
     here.set(xlabel="top-1 (%): seeds (dots) and mean (bar)", title="this study")
-    paper.set(xlabel="top-1 (%)", title="paper (ImageNet-1k)")
+    paper.set(xlabel="top-1 (%)", title=f"paper ({'S, ' * _smaller(results)}ImageNet-1k)")
     for axes in (here, paper):
         axes.grid(alpha=0.3)
         axes.set_ylim(-0.6, len(results) - 0.4)
     figure.suptitle("\n".join(wrap(title, 110)), fontsize=9)
     return figure
+
+
+def _smaller(results: Sequence[Result]) -> bool:
+    """Whether smaller networks than the paper's were trained in their place."""
+    return any(result.name != result.published.network for result in results)
 
 
 def label(model: Model) -> str:
@@ -134,7 +139,8 @@ def label(model: Model) -> str:
 
 def table_of(results: Sequence[Result], markdown: bool) -> str:
     """The table of a study: a row per network, with the accuracy of each seed."""
-    columns = ("<network", "<model", "params M", "MACs G", "lr", "top-1 %", "std", "seeds", "published %")
+    published = "published %, of S" if _smaller(results) else "published %"
+    columns = ("<network", "<model", "params M", "MACs G", "lr", "top-1 %", "std", "seeds", published)
     cells = []
     for result in results:
         std = "" if result.spread is None else f"{100 * result.spread:.2f}"

@@ -14,13 +14,14 @@ from itertools import groupby
 from json import dumps
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import sem
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -63,7 +64,7 @@ class Score(Place):
     block: str
     images: int
     objects: int
-    error: float  # standard error of `on_object` minus `chance` over the images
+    error: float | None  # standard error of `on_object` minus `chance` over the images; None for one image
     own_chance: float  # `own` of uniform attention: one divided by the number of positions, mean over the images
 
     @property
@@ -161,7 +162,7 @@ def measure(
     number, own_chance, scores = len(positions), mean(1 / count for count in positions), []
     for key, places in found.items():
         values = np.stack(places)  # (images, 4)
-        error = stdev(values[:, 0] - values[:, 1]) / math.sqrt(number) if number > 1 else math.nan
+        error = float(sem(values[:, 0] - values[:, 1])) if number > 1 else None
         on_object, chance, highest, own = values.mean(0).tolist()
         scores.append(Score(on_object, chance, highest, own, name, key, number, objects, error, own_chance))
     return scores
@@ -174,7 +175,7 @@ def draw(scores: Sequence[Score]) -> Figure:
     lines = {}
     for name, group in groupby(scores, attrgetter("checkpoint")):
         rows = list(group)
-        errors = [score.error / score.chance for score in rows]
+        errors = [(score.error or 0) / score.chance for score in rows]
         left.errorbar(range(len(rows)), [score.lift for score in rows], errors, fmt=".-", capsize=2)
         (lines[name],) = right.plot([100 * score.own for score in rows], ".-")
         right.plot([100 * score.own_chance for score in rows], ":", color=lines[name].get_color())
@@ -254,7 +255,7 @@ def localise(
         return
     rows = []
     for s in scores:
-        lift = [f"{100 * share:.2f}" for share in (s.on_object, s.error, s.chance)]
+        lift = ["" if share is None else f"{100 * share:.2f}" for share in (s.on_object, s.error, s.chance)]
         place = [f"{100 * share:.1f}" for share in (s.highest, s.own, s.own_chance)]
         rows.append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
     groups = [list(group) for _, group in groupby(rows, itemgetter(0))]

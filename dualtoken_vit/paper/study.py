@@ -241,6 +241,19 @@ def _search(recipes: dict[str, Classification], rates: Sequence[float], out: Pat
     ]
 
 
+def _check_runs(recipes: dict[str, Classification], rates: Sequence[float], seeds: int, out: Path) -> None:
+    """Reject runs of a study that none of the learning rates can have made, before the search for the best one."""
+    for key, recipe in recipes.items():
+        faults = []
+        for lr in rates:
+            try:
+                _plan({key: replace(recipe, optim=replace(recipe.optim, lr=lr))}, seeds, out)
+            except InputError as error:
+                faults.append(error)
+        if faults and len(faults) == len(rates):
+            raise faults[0]
+
+
 def _with(recipe: Classification, model: Model) -> Classification:
     """A recipe with the name and arguments of another network."""
     return replace(recipe, model=replace(recipe.model, name=model.name, args=model.args, pretrained=False))
@@ -256,7 +269,9 @@ def _counts(recipe: Classification, classes: int) -> Counts:
 
 def _fingerprint(train: Images, val: Images, root: str) -> dict[str, Any]:
     """Identifies a dataset by its numbers of images, its classes and its image names below `root`."""
-    names = [name.removeprefix(root) for data in (train, val) for name in data.image_names]
+    names = [name for data in (train, val) for name in data.image_names]
+    if root:  # however it is written
+        names = [f"/{Path(os.path.relpath(name, root)).as_posix()}" for name in names]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {"training": len(train), "validation": len(val), "classes": list(train.class_names), "names": digest}
 
@@ -270,7 +285,7 @@ async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Con
     async with slots:
         write_recipe(job.folder, job.recipe, "folder")  # also on resume: the data may have moved
         device = machine.pick_device(job.recipe.run.device)
-        write_json(machine.describe(device, threads), job.folder / MACHINE)
+        write_json(machine.describe(device, job.recipe.run.threads or threads), job.folder / MACHINE)
         command = [sys.executable, "-m", "dualtoken_vit.cli", "train", "folder", "--out", str(job.folder), "--resume"]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with path.open("w", encoding="utf-8") as log:
@@ -302,7 +317,8 @@ async def _train_all(todo: Sequence[_Job], parallel: int) -> list[str]:
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):  # on Windows
             asyncio.get_running_loop().add_signal_handler(number, main.cancel)
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, machine.cores() // parallel)
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # the number of the outermost level
+    threads = int(given) if given.isdecimal() and int(given) else max(1, machine.cores() // parallel)
     console, slots = Console(stderr=True), asyncio.Semaphore(parallel)
     pending = {asyncio.create_task(_train(job, threads, slots, console)) for job in todo}
     before = sum(job.epochs for job in todo)
@@ -357,6 +373,13 @@ def _training(recipe: Classification, search: Sequence[float]) -> str:
     return f"Every network: {used}."
 
 
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); repair or remove it") from error
+
+
 def study(name: str, options: Study) -> None:
     """Train the networks of the study `name` of `STUDIES`; print and save the comparison.
 
@@ -368,6 +391,8 @@ def study(name: str, options: Study) -> None:
     """
     quiet()
     recipe, seeds, search, out = options.recipe, options.seeds, options.search_lr, options.out
+    if len({f"{lr:g}" for lr in search}) < len(search):
+        raise InputError(f"--search-lr {' '.join(f'{lr:g}' for lr in search)}: one is given twice; give each once")
     base: Base = "small" if name == "peers" else options.base  # peers are unaffected
     for key in OWN:
         if getattr(recipe.model, key) != getattr(TRAINING.model, key):
@@ -382,6 +407,7 @@ def study(name: str, options: Study) -> None:
     chosen = networks(name, base, options.networks)
     recipes = {row.key: _with(recipe, model) for row, model in chosen}
     plan = [] if search else _plan(recipes, seeds, out)  # with a search, the learning rates are not known yet
+    _check_runs(recipes, search, seeds, out)
     train, val = build_datasets(recipe.data, recipe.model.in_chans)
     data = _fingerprint(train, val, recipe.data.root)
     counts = {key: _counts(own, len(data["classes"])) for key, own in recipes.items()}
@@ -393,14 +419,14 @@ def study(name: str, options: Study) -> None:
     budget = {"text": text, "base": base, "seeds": seeds, "search_lr": list(search)} | settings
     stem = out / f"study-{name}"
     if (path := stem.with_suffix(".json")).exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = _read(path)
         _check_budget(stored["budget"], budget, path)
         if options.networks and (more := [each["model"] for each in stored["networks"] if each["key"] not in recipes]):
             names = ", ".join(repr(" ".join((each["name"], *each["args"]))) for each in more)
             raise InputError(f"--networks: {path} also has {names}: name them too, or choose another --out")
     print(f"{name} ({table}): {text}", trained, sep="\n", flush=True)
     with in_use(out):
-        if (path := out / "runs" / "data.json").exists() and json.loads(path.read_text(encoding="utf-8")) != data:
+        if (path := out / "runs" / "data.json").exists() and _read(path) != data:
             raise InputError(f"the runs in {path.parent} used other images (see {path.name}); choose another --out")
         write_json(data, path)
         if search:

@@ -1,5 +1,6 @@
 """A network as a function of images, whatever computes it."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class BasePredictor(ABC, Generic[Result]):
 
     def _expand(self, images: Any) -> tuple[bool, list[Any]]:
         """Whether one result is meant, and the single images."""
-        if isinstance(images, str | PathLike) and Path(images).is_dir():
+        if isinstance(images, str | PathLike) and os.path.isdir(images):
             found: list[Any] = list(image_files(Path(images)))
             if not found:
                 raise InputError(f"{printable(images)}: no images in this folder")
@@ -137,7 +138,7 @@ class BasePredictor(ABC, Generic[Result]):
             batch_size: images in a forward pass
             title: of a progress bar on stderr; none without one
         """
-        size = batch_size or self.batch_size
+        size = self.batch_size if batch_size is None else batch_size
         if size < 1:
             raise InputError(f"batch_size={size}: must be at least 1")
         images = list(images)

@@ -22,7 +22,7 @@ from dualtoken_vit.runtime.base import BasePredictor, Result
 from dualtoken_vit.runtime.boxes import clip, suppress
 from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, LabelsReport, ObjectsReport
 from dualtoken_vit.runtime.session import Arrays, ExportedModel, read_description
-from dualtoken_vit.runtime.tiles import detect_in_tiles
+from dualtoken_vit.runtime.tiles import detect_in_tiles, starts
 
 __all__ = ["ExportedPredictor", "default_options", "load_predictor"]
 
@@ -35,7 +35,7 @@ def load_predictor(
 ) -> "ExportedPredictor[Any]":
     """An exported file as a function of images, ready to call; see `BasePredictor` for what it accepts.
 
-    It returns `results.Classes`, `results.Objects` or `results.LabelMap`, depending on the task.
+    It returns `results.Classes`, `Labels`, `Objects` or `LabelMap`, depending on the task.
 
     Args:
         path: a file written by `dualtoken-vit export`
@@ -255,7 +255,7 @@ class Labeller(ImageClassifier[Labels]):
 
     def postprocess(self, outputs: np.ndarray) -> list[Labels]:
         results = []
-        for shares in 1 / (1 + np.exp(-outputs.astype(np.float32))):
+        for shares in np.exp(-np.logaddexp(0, -outputs.astype(np.float32))):  # sigmoid
             labels = np.argsort(-shares, kind="stable")
             labels = labels[shares[labels] >= self.thresholds[labels]]
             names = tuple(self.class_names[label] for label in labels)
@@ -281,7 +281,8 @@ class SegmenterOptions:
     """Average with the prediction for the flipped image."""
 
     def __post_init__(self) -> None:
-        require(1 <= (self.image_size or 1) <= MOST_SIDE, "image_size", self.image_size, f"from 1 to {MOST_SIDE}")
+        size = 1 if self.image_size is None else self.image_size
+        require(1 <= size <= MOST_SIDE, "image_size", self.image_size, f"from 1 to {MOST_SIDE}")
         require(self.mode in ("whole", "slide"), "mode", self.mode, "whole or slide")
         require(LEAST_SIDE <= self.window <= MOST_SIDE, "window", self.window, SIDES)
         require(1 <= self.window_stride <= self.window, "window_stride", self.window_stride, "at most the window")
@@ -329,12 +330,9 @@ class Segmenter(ExportedPredictor[LabelMap]):
     def _slide(self, x: np.ndarray) -> np.ndarray:
         """Logits of windows, averaged where they overlap; the last windows are aligned with the image border."""
         window, stride = self.options.window, self.options.window_stride
-        starts = [
-            sorted({min(start, max(side - window, 0)) for start in range(0, side, stride)}) for side in x.shape[1:]
-        ]
         total = np.zeros((len(self.class_names), *x.shape[1:]), np.float32)
         count = np.zeros(x.shape[1:], np.float32)
-        for top, left in product(*starts):
+        for top, left in product(*(starts(side, window, window - stride) for side in x.shape[1:])):
             place = ..., slice(top, top + window), slice(left, left + window)
             total[place] += self._logits(x[place])
             count[place] += 1

@@ -92,6 +92,8 @@ class VideoWriter:
     def __init__(self, path: Path, rate: Fraction):
         if path.suffix.lower() not in WRITTEN:
             raise InputError(f"--out {path}: a video is written as {', '.join(WRITTEN)}")
+        if path.is_dir():
+            raise InputError(f"--out {path}: a folder; name a video")
         self.av, self.path, self.rate = _av(), path, rate
         self.stream: Any = None
         self.last = -1  # time stamp
@@ -99,7 +101,7 @@ class VideoWriter:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             file = stack.enter_context(atomic_write(self.path))
-            self.container = stack.enter_context(self.av.open(file, "w", format=WRITTEN[self.path.suffix.lower()]))
+            self.container = self.av.open(file, "w", format=WRITTEN[self.path.suffix.lower()])
             stack.push(self._end)
             self.context = stack.pop_all()
         return self
@@ -109,8 +111,13 @@ class VideoWriter:
 
     def _end(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Write what the encoder still holds, unless an error discards the file."""
-        if kind is None and self.stream is not None:
-            self.container.mux(self.stream.encode())
+        try:
+            if kind is None and self.stream is not None:
+                self.container.mux(self.stream.encode())
+            self.container.close()
+        except self.av.FFmpegError as error:
+            if kind is None:
+                raise InputError(f"cannot write {self.path}: {first_line(error)}") from error
 
     def add(self, seconds: float, image: Image.Image) -> None:
         """Append an image, shown from this time on."""

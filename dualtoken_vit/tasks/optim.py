@@ -25,12 +25,15 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     groups follow `model.group_matcher()` and have peak learning rate lr * layer_decay ** (layers above).
 
     Raises:
-        InputError: for an unknown optimiser.
+        InputError: for an unknown optimiser, or one that cannot be used here.
     """
     options: dict[str, Any] = dict(lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
     ends = [*layer_names(model, "first_conv"), *layer_names(model, "classifier")]
     try:
-        if timm.optim.get_optimizer_info(optim.optimizer.rpartition("_")[2]).num_betas == 2:  # some have three
+        info = timm.optim.get_optimizer_info(optim.optimizer.rpartition("_")[2])
+        if info.second_order:
+            raise ValueError("needs second derivatives, which training does not compute")
+        if info.num_betas == 2:  # some have three
             options["betas"] = optim.betas
         optimizer = timm.optim.create_optimizer_v2(
             model,
@@ -39,8 +42,9 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
             fallback_no_weight_decay=True,
             **options,
         )
-    except ValueError as error:
-        hint = similar(optim.optimizer, map(str, timm.optim.list_optimizers()))
+    except (ValueError, AssertionError, ImportError, RuntimeError) as error:  # some need a GPU, or another package
+        names = list(map(str, timm.optim.list_optimizers()))
+        hint = "" if optim.optimizer in names else similar(optim.optimizer, names)
         raise InputError(f"--optim.optimizer {optim.optimizer}: {error}{hint and f'; {hint}'}") from error
     for group in optimizer.param_groups:  # torch's schedulers ignore timm's lr_scale
         group["lr"] *= group.get("lr_scale", 1.0)

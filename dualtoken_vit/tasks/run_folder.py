@@ -7,6 +7,7 @@ details that the task writes for the best epoch.
 import csv
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -121,11 +122,13 @@ def in_use(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        with suppress(OSError):  # another training may have taken it, or be in the folder
+        if os.name == "nt":  # which keeps a file that is open
+            lock.release()
+        with suppress(OSError):  # another training may be in the folder
             (out / ".lock").unlink(missing_ok=True)
             if not existed:  # and nothing was begun
                 out.rmdir()
+        lock.release()  # not before: whoever takes it then takes a file that is gone
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -193,6 +196,7 @@ class RunFolder(Callback):
         self.stepped = False  # whether a batch was trained on since the start
         self.interrupted = False  # whether to stop after the step
         self.tracked: dict[str, str | None] = {}  # the run's name in each tracker
+        self.license: str | None = None  # of the weights from which the run started
 
     def on_save_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {
@@ -202,12 +206,13 @@ class RunFolder(Callback):
             "images": trainer.datamodule.images,
             "class_names": list(task.predictor.class_names),
             "tracked": self.tracked | {trainer.logger.name: trainer.logger.version},
+            "license": self.license,
         }
 
     def on_load_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["run"]
         self.history, self.loss_sum, self.batches = run["history"], run["loss_sum"], run["batches"]
-        self.tracked = run.get("tracked", {})
+        self.tracked, self.license = run.get("tracked", {}), run.get("license")
         best_epoch(self.history, task.score)  # fails now, if it cannot be compared with what is to come
         images = trainer.datamodule.images
         if run["images"] != images:
@@ -322,6 +327,7 @@ class RunFolder(Callback):
                     metrics=row,
                     model_args=self.model_args,
                     category_ids=task.predictor.category_ids,
+                    license=self.license,
                 )
                 task.save_details(self.out, evaluation)
             with atomic_write(self.out / "metrics.csv", "w") as file:

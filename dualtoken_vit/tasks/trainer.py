@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
-from dualtoken_vit.checkpoint import load_weights, own_weights
+from dualtoken_vit.checkpoint import license_of, load_weights, own_weights
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted
 from dualtoken_vit.machine import tune_cpu
@@ -139,6 +139,8 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
             recipe = with_epochs(recipe, stored.optim.epochs)
         run_folder.check_resume(stored, recipe, out)
     elif main and any((out / each).exists() for each in run_folder.RUN):
+        if resume:
+            raise InputError(f"{out} has no recipe.json, without which no run is resumed; give another --out")
         raise InputError(f"{out} holds a run; continue it with --resume, or give another --out")
     last = out / run_folder.LAST if resume and (out / run_folder.LAST).is_file() else None
     tune_cpu()
@@ -164,6 +166,8 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     report = load_weights(model, start.checkpoint, class_names) if start.checkpoint else None
     build_optimizer(model, recipe.optim)  # rejects a wrong name now, not after the images were read
     folder = run_folder.RunFolder(out, recipe, name, setup.model_args, begun=stored is not None)
+    if begin := start.checkpoint or (start.pretrained and own_weights(recipe.model.name)):
+        folder.license = license_of(begin)
     trainer = _trainer(recipe, folder)
     loaders = Loaders(setup.train, setup.val, recipe, _share(recipe, trainer.world_size), resumed=last is not None)
     module.steps_per_epoch = loaders.steps_per_epoch  # rejects too few images now, too

@@ -166,7 +166,8 @@ def _drawings(checked: _Checked) -> Iterator[Image.Image]:
     pairs = zip(coco["images"], checked.facts, strict=True)
     of_image: dict[int, list[dict]] = {image["id"]: [] for image, fact in pairs if not fact.problem}
     for one in coco["annotations"]:
-        of_image.get(one["image_id"], []).append(one)
+        if min(one["bbox"][2:]) > 0:  # others cannot be drawn, and are reported
+            of_image.get(one["image_id"], []).append(one)
     for image in spread([image for image in coco["images"] if of_image.get(image["id"])]):
         ones, blank = of_image[image["id"]], {"size": [image["height"], image["width"]]}
         blank["counts"] = [image["height"] * image["width"]]

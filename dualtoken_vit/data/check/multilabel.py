@@ -50,7 +50,7 @@ def _read(dataset: MultiLabelDataset, role: str) -> list[report.Facts]:
     """Read every image of a split, with a progress bar."""
 
     def look(index: int) -> report.Facts:
-        label = ", ".join(dataset.class_names[label] for label in dataset.labels[index])
+        label = ", ".join(dataset.class_names[label] for label in sorted(dataset.labels[index]))
         return report.read_facts(dataset.image_names[index], dataset.sources[index], label)
 
     return list(in_threads(look, range(len(dataset)), len(dataset), f"reading {role}"))

@@ -16,7 +16,7 @@ from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import counted, printable
-from dualtoken_vit.recipes import Segmentation
+from dualtoken_vit.recipes import Segmentation, SegmentationData
 from dualtoken_vit.show.drawing import draw_scene, spread
 
 
@@ -41,11 +41,12 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     splits = {name: segmentation.read_split(data, role) for name, role in roles.items()}
     first = next(iter(splits))
     limited = data.limit is not None and data.limit < len(splits[first].pairs)
+    names = splits[first].class_names or segmentation.number_classes([mask for _, mask in splits[first].pairs], data)
+    own = {name: split.class_names or names for name, split in splits.items()}
+    untrained = [f"class missing: {first}/{each}" for each in sorted(set().union(*own.values()) - set(names))]
     splits = {name: split._replace(pairs=split.pairs[: data.limit]) for name, split in splits.items()}
-    train = splits[first]
-    names = train.class_names or segmentation.number_classes([mask for _, mask in train.pairs], data)
-    table = segmentation.label_table(range(len(names)), data.ignore_index, data.reduce_zero_label)
-    found = {name: _read(name, split, table) for name, split in splits.items()}
+    train, tables = splits[first], {name: _table(names, own[name], data) for name in splits}
+    found = {name: _read(name, split, tables[name]) for name, split in splits.items()}
     facts = {name: [pair.facts for pair in pairs] for name, pairs in found.items()}
     counts = {name: sum((pair.pixels for pair in pairs), np.zeros(256)) for name, pairs in found.items()}
     lines = []
@@ -54,7 +55,7 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
         images = counted(len(facts[name]), "image")
         lines.append(f"{name}: {images} with a mask; {ignored:.1%} of the pixels are ignored")
     sound = [i for i, pair in enumerate(found[first]) if not (pair.problem or pair.facts.problem)]
-    shown = segmentation.SegmentationDataset(train, names, table)
+    shown = segmentation.SegmentationDataset(train, names, tables[first])
     if augmented:
         shown.transform = segmentation_train(data, recipe.augment)
     samples = (report.sample(shown, i, recipe.run.seed) for i in spread(sound))
@@ -76,8 +77,14 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     broken = [f"{data.root}: {line}" for split in splits.values() for line in split.problems]
     masks = [pair.problem for pairs in found.values() for pair in pairs if pair.problem]
     return report.print_report(
-        _shares(names, counts), facts, lines, notes, missing, [broken, alone, orphans, masks], "masks"
+        _shares(names, counts), facts, lines, notes, untrained + missing, [broken, alone, orphans, masks], "masks"
     )
+
+
+def _table(trained: Sequence[str], own: Sequence[str], data: SegmentationData) -> np.ndarray:
+    """The `label_table` of a split with classes of its own: those that are not trained are ignored here."""
+    classes = [trained.index(name) if name in trained else segmentation.IGNORE for name in own]
+    return segmentation.label_table(classes, data.ignore_index, data.reduce_zero_label)
 
 
 def _read(name: str, split: segmentation.MaskedImages, table: np.ndarray) -> list[_Pair]:

@@ -25,6 +25,9 @@ def _detect(root: Path) -> dict[str, Path]:
     found = {split: path / ROBOFLOW for split, path in split_folders(root).items() if (path / ROBOFLOW).is_file()}
     for path in () if found else sorted([*root.glob("annotations/*.json"), *root.glob("*.json")]):
         if split := split_of(path.stem.removeprefix("instances_")):
+            if split in found:
+                both = f"{printable(found[split])} and {printable(path)}"
+                raise InputError(f"{both} are both the {split} split: rename or remove one")
             found[split] = path
     whole = next((root / name for name in WHOLE if (root / name).is_file()), None)
     return {ALL: whole} if whole and not found else found

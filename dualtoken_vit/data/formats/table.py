@@ -39,8 +39,16 @@ def _columns(path: Path) -> list[str] | None:
     found = [known.get(name, "") for name in names]
     if set(COLUMNS) <= set(found):
         return found
-    boxes = [name.replace(".", "").isdecimal() for name in names[1:5]]
-    return ["+", *KERAS] if len(names) == len(KERAS) and (all(boxes) or not any(names[1:])) else None
+    bare = len(names) == len(KERAS) and (all(map(_is_number, names[1:5])) or not any(names[1:]))
+    return ["+", *KERAS] if bare else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        number(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -58,6 +66,7 @@ def _read(root: Path, part: Part) -> AnnotatedImages:
         names = ", ".join(synonyms[0] for synonyms in COLUMNS.values())
         raise InputError(f"{printable(part.path)}: its first line does not name the columns {names}, as others here do")
     labels = Labels(root)
+    labels.notes += part.notes
     of_image: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(part.path):
         if part.has(row.get("split", "")):

@@ -6,6 +6,7 @@ own evaluation. `polygon` elements of x1, y1, x2, y2, ... are Roboflow's. An XML
 <filename> names, whatever the file itself is called; a note says where both images exist.
 """
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted, printable
 
 EDGES = ("xmin", "ymin", "xmax", "ymax")
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 excludes
 LISTS = Path("ImageSets", "Main")  # of the names of the images of each split
 
 
@@ -161,6 +163,8 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
             path, file = target / "JPEGImages" / relative, target / "Annotations" / relative.with_suffix(".xml")
             if file.exists():
                 raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
+            for each_name in (image["file_name"], *(category for category, _ in objects)):
+                _check_name(each_name)
             for each in (path, file):
                 each.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(split.path(image), path)
@@ -176,6 +180,12 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
             written.append(relative.with_suffix("").as_posix())
         (target / LISTS / f"{name}.txt").write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
     return [f"{masks} masks left out: VOC's XML files have polygons only"] if masks else []
+
+
+def _check_name(name: str) -> None:
+    """Raise an InputError for a name that an XML file cannot hold, or that is not the same when it is read again."""
+    if name != name.strip() or not name or NO_XML.search(name):
+        raise InputError(f"{printable(name)!r:.200}: XML cannot hold this name; rename it, or write another format")
 
 
 def _add_object(tree: Element, category: str, annotation: dict) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from dualtoken_vit.data.coco import AnnotatedImages, clip
+from dualtoken_vit.data.coco import AnnotatedImages, clip, decode_masks
 from dualtoken_vit.data.folders import image_files, read_lines, scan
 from dualtoken_vit.data.formats.base import Format, Labels, class_names, labelled, number, polygons_of, sizes, text
 from dualtoken_vit.data.splits import ALL, find, inside, split_folders, split_of
@@ -32,9 +33,15 @@ def _detect(root: Path) -> dict[str, list[str]]:
     """
     path = _yaml(root)
     if path:
-        entries = {split_of(str(key)): value for key, value in _load(path).items()}
-        found = {str(split): value if isinstance(value, list) else [value] for split, value in entries.items() if split}
-        return {split: list(map(str, values)) for split, values in found.items() if any(values)}
+        found: dict[str, list[str]] = {}
+        for key, value in _load(path).items():
+            listed = value if isinstance(value, list) else [value]
+            values = [each for each in listed if each and isinstance(each, str)]
+            if values and (split := split_of(str(key))):
+                if split in found:
+                    raise InputError(f"{printable(path)}: {key}: is the {split} split, as another key; remove one")
+                found[split] = values
+        return found
     if not (root / "classes.txt").is_file():
         return {}
     if (root / "labels").is_dir() and (root / "images").is_dir():
@@ -120,7 +127,7 @@ def _base(root: Path) -> Path:
 def _usable(root: Path, entries: list[str]) -> bool:
     """Whether any image has labels. Roboflow names a test split in every data.yaml, also where it exports none."""
     try:
-        return any(_label_file(path).is_file() for path in _images(root, entries))
+        return any(_label_file(root, path).is_file() for path in _images(root, entries))
     except InputError:
         return False
 
@@ -134,12 +141,12 @@ def _inside(root: Path, base: Path, entry: str) -> Path | None:
     return None
 
 
-def _label_file(image: Path) -> Path:
-    """Ultralytics' rule: the last folder `images` of the path becomes `labels`, and the extension .txt."""
-    parts = list(image.with_suffix(".txt").parts)
+def _label_file(root: Path, image: Path) -> Path:
+    """Ultralytics' rule: the last folder `images` of the path in `root` becomes `labels`, and the extension .txt."""
+    parts = list(Path(os.path.relpath(image.with_suffix(".txt"), root)).parts)
     if "images" in parts[:-1]:
         parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
-    return Path(*parts)
+    return root.joinpath(*parts)
 
 
 def _read(root: Path, entries: list[str]) -> AnnotatedImages:
@@ -151,7 +158,7 @@ def _read(root: Path, entries: list[str]) -> AnnotatedImages:
             labels.problems.append(size)
             continue
         labels.add_image(path, size)
-        file = _label_file(path)
+        file = _label_file(root, path)
         if not file.is_file():
             continue
         labelled += 1
@@ -166,7 +173,7 @@ def _read(root: Path, entries: list[str]) -> AnnotatedImages:
             else:
                 labels.add(names[label], corners, where, polygons)
     if paths and not labelled and not labels.problems:
-        example = f"{printable(_label_file(paths[0]))} for {printable(paths[0])}"
+        example = f"{printable(_label_file(root, paths[0]))} for {printable(paths[0])}"
         raise InputError(f"{printable(root)}: no image has a label file; expected {example}")
     labels.problems += _orphans(labels, entries, paths)
     return labels.collect()
@@ -177,10 +184,14 @@ def _orphans(labels: Labels, entries: list[str], images: list[Path]) -> Iterator
 
     Lists of files are left out: the other files of their folders may be of another split.
     """
-    known = set(map(_label_file, images))
+    known = {_label_file(labels.root, image) for image in images}
     for entry in entries:
         place = _inside(labels.root, _base(labels.root), entry)
-        if place is None or not place.is_dir() or not (folder := _label_file(place / "image").parent).is_dir():
+        if (
+            place is None
+            or not place.is_dir()
+            or not (folder := _label_file(labels.root, place / "image").parent).is_dir()
+        ):
             continue
         for file in map(Path, scan(folder)[1]):
             if file.suffix == ".txt" and file not in known and _has_labels(file):
@@ -232,12 +243,12 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
     objects = [one for split in splits.values() for one in split.coco["annotations"] if not one.get("iscrowd")]
     drawn = sum(bool(polygons_of(one)) for one in objects)
     polygons = bool(objects) and drawn == len(objects)
-    clipped = joined = moved = 0
+    clipped = joined = altered = moved = 0
     for name, split in splits.items():
         written: set[Path] = set()
         for image, ones in labelled(split):
             path = target / "images" / name / image["file_name"]
-            file = _label_file(path)  # not in TARGET/labels if the name has another folder `images`
+            file = _label_file(target, path)  # not in TARGET/labels if the name has another folder `images`
             if file in written:
                 raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
             written.add(file)
@@ -249,7 +260,9 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
                 left, top, width, height = one["bbox"]
                 corners = left, top, left + width, top + height
                 if polygons:
-                    joined += len(polygons_of(one)) > 1
+                    if len(polygons_of(one)) > 1:
+                        same = torch.equal(*decode_masks([one, {"segmentation": [values]}], image))
+                        joined, altered = joined + same, altered + (not same)
                     moved += any(abs(a - b) > ROUNDED for a, b in zip(_corners(values), corners, strict=True))
                 else:
                     clipped += clip(one, image) != corners
@@ -272,6 +285,8 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
         f"{counted(masks, 'mask')} left out: YOLO has none": masks,
         f"{counted(clipped, 'box')} clipped to the image": clipped,
         f"{counted(joined, 'object')} of several polygons written as one polygon with the same mask": joined,
+        f"{counted(altered, 'object')} of several polygons that overlap written as one: its mask is empty where an "
+        "even number of them overlap": altered,
         f"{counted(moved, 'box')} other than those of their polygons left out: YOLO derives them": moved,
     }
     return [line for line, count in lost.items() if count]

@@ -98,13 +98,14 @@ def test_check_names_what_was_planted(tree, capsys):
 def test_check_of_splits_with_classes_of_their_own(tmp_path, capsys):
     """As VOC, LabelMe and Roboflow list them: only those that a split has."""
     boxes = {"cat": [[4.0, 2.0], [24.0, 12.0]], "dog": [[30.0, 0.0], [40.0, 20.0]], "zebra": [[0.0, 0.0], [2.0, 2.0]]}
-    for split, names in (("train", ("cat", "dog")), ("val", ("dog",)), ("test", ("dog", "zebra"))):
-        save(tmp_path, f"{split}/a.png", (40, 20))
-        save(tmp_path, f"{split}/a.json", labelme(shapes=[shape(name, boxes[name], "rectangle") for name in names]))
+    for split, width, names in (("train", 40, ("cat", "dog")), ("val", 80, ("dog",)), ("test", 60, ("dog", "zebra"))):
+        shapes = [shape(name, boxes[name], "rectangle") for name in names]
+        save(tmp_path, f"{split}/a.png", (width, 20))
+        save(tmp_path, f"{split}/a.json", labelme("a.png", (width, 20), shapes))
     verdict, out = check(tmp_path, capsys)
     assert verdict
     assert re.search(r"│ cat +│ +25\.00% │ +0\.00% │", out)
-    assert re.search(r"│ dog +│ +25\.00% │ +25\.00% │", out)
+    assert re.search(r"│ dog +│ +25\.00% │ +12\.50% │", out)
     verdict, out = check(tmp_path, capsys, val_split="test")
     assert not verdict
     assert "class missing: train/zebra" in out

@@ -162,8 +162,11 @@ def _predict_video(
                         lines.write(f"{line}\n")
                     if json:
                         print(line, flush=video.camera)
-                    if writer:
-                        writer.add(seconds, report.draw(f"{seconds:.2f} s", image, result)[0])
+                    if writer and out:
+                        page = image
+                        with guard(out):
+                            page = report.draw(f"{seconds:.2f} s", image, result)[0]
+                        writer.add(seconds, page)
                     count += 1
         except KeyboardInterrupt:  # how a camera ends
             print(f"stopped after {counted(count, 'frame')}", file=sys.stderr)

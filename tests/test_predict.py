@@ -307,6 +307,7 @@ def test_a_table_of_unreadable_images_only_leaves_the_files_as_they_were(constan
         (lambda d: solid(d / "x.png"), {"device": "abacus"}, "device=abacus"),
         (lambda d: solid(d / "x.png"), {"out": "x.png"}, "x.png: a file; name a folder"),
         (lambda d: solid(d / "p" / "x.png"), {"images": "p", "out": "p"}, "the images are read from there"),
+        (lambda d: solid(d / "p" / "q" / "x.png"), {"images": "p/q", "out": "p"}, "the images are read from there"),
         (lambda d: (solid(d / "x.png"), solid(d / "o" / "y.png")), {"out": "o"}, "o: the folder holds other files"),
     ],
 )

@@ -497,3 +497,38 @@ def test_the_runtime_extra_alone_is_enough(classifier, image, tmp_path):
         assert "is not installed; install the train extra" in refused.stderr
     helped = [call("dualtoken-vit", *args) for args in ([], ["--help"], ["predict"], ["predict", "--help"])]
     assert [(done.returncode, done.stdout) for done in helped] == [(0, f"{cli_runtime.USAGE}\n")] * 4
+
+
+def test_an_image_on_which_the_runtime_fails_does_not_stop_the_others(segmenter, monkeypatch):
+    predictor = load_predictor(segmenter)
+    compute = predictor.model._run
+
+    def run(image):
+        if image.shape[2] > 50:
+            raise MemoryError("bad allocation")
+        return compute(image)
+
+    monkeypatch.setattr(predictor.model, "_run", run)
+    images = [Image.new("RGB", size, "red") for size in ((40, 32), (64, 64), (32, 40))]
+    first, failed, last = predictor.stream(images)
+    assert first.result.labels.shape == (32, 40)
+    assert last.result.labels.shape == (40, 32)
+    assert "fails on an input of 1x3x64x64: bad allocation" in str(failed.error)
+    with pytest.raises(InputError, match="bad allocation"):
+        predictor(images[1])
+
+
+@pytest.mark.parametrize(("option", "value"), [("image_size", 0), ("image_size", -1), ("window", 0)])
+def test_sizes_of_segmenters(segmenter, option, value):
+    with pytest.raises(InputError, match=option.replace("_", "[-_]")):
+        load_predictor(segmenter, **{option: value})
+
+
+def test_batches_of_none(segmenter):
+    with pytest.raises(InputError, match="batch_size=0: must be at least 1"):
+        load_predictor(segmenter)(Image.new("RGB", (32, 32)), 0)
+
+
+def test_a_name_that_is_too_long(segmenter):
+    with pytest.raises(InputError, match="aaa"):
+        load_predictor(segmenter)("a" * 300)

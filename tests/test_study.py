@@ -388,7 +388,8 @@ def sorted_files(folder):
 
 
 def test_runs_that_no_rate_of_the_search_made_are_found_before_it(photos, tmp_path, small, monkeypatch):
-    folder = tmp_path / "runs/dualtoken_vit_tiny_mix/seed-0"
+    ((_, model), _) = study.networks()
+    folder = tmp_path / "runs" / "-".join((model.name, *model.args)) / "seed-0"
     monkeypatch.setattr(study, "_run", lambda *args: pytest.fail("trained"))
     base = PRESETS["cpu"][1].recipe
     write_recipe(folder, replace(base, optim=replace(base.optim, lr=0.5)), "folder")
@@ -409,7 +410,7 @@ def test_a_damaged_record(photos, tmp_path, small):
 
 
 def test_the_paper_s_network_is_named_where_a_smaller_one_stands_for_it():
-    small = Published("Table 6", "key", "DualToken-ViT-S", "1", "1", "79.5")
+    small = Published("Table 6", "DualToken-ViT-S", "key", "1", "1", "79.5")
     tiny = replace(result("DualToken-ViT-T", 79.5, 0.5), published=small)
     lines = judged([tiny, result("other", 70, 0.4)])
     assert lines[0] == "Best network: DualToken-ViT-T, 50.0 %; in the paper: DualToken-ViT-S, 79.5 %."

@@ -21,7 +21,7 @@ from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.predict import predict
 from dualtoken_vit.results import Objects
-from dualtoken_vit.runtime.report import ObjectsReport
+from dualtoken_vit.runtime.report import ObjectsReport, Report
 from dualtoken_vit.show.drawing import draw_card
 from dualtoken_vit.show.video import Video, VideoWriter
 
@@ -296,3 +296,12 @@ def test_an_encoder_that_fails_at_the_end(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"cannot write .*out\.mp4: .*made to fail"), writer as video:
         video.container = Container()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_frame_that_cannot_be_drawn_is_shown_as_it_is(constant, tmp_path, monkeypatch, capsys):  # noqa: F811
+    clip = write(tmp_path / "clip.mkv", frames(2))
+    for each in Report.__subclasses__():
+        monkeypatch.setattr(each, "draw", lambda *args: 1 / 0)
+    assert predict(constant, (clip,), tmp_path / "out.mp4")
+    assert "warning: cannot save" in capsys.readouterr().err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(list(Video(tmp_path / "out.mp4"))) == 2

@@ -21,7 +21,7 @@ from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.base import BasePredictor, Result
 from dualtoken_vit.runtime.boxes import clip, suppress
 from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, LabelsReport, ObjectsReport
-from dualtoken_vit.runtime.session import Arrays, ExportedModel, read_description
+from dualtoken_vit.runtime.session import Arrays, ExportedModel, InputFailed, read_description
 from dualtoken_vit.runtime.tiles import detect_in_tiles, starts
 
 __all__ = ["ExportedPredictor", "default_options", "load_predictor"]
@@ -154,6 +154,13 @@ class ExportedPredictor(BasePredictor[Result]):
 
     def preprocess(self, image: Image.Image) -> np.ndarray:  # -> (C, H, W) uint8
         return to_array(image)
+
+    def _run(self, inputs: list[np.ndarray]) -> Sequence[Result | InputError]:
+        """The result of each image, or what went wrong with it: where a batch fails, one at a time."""
+        try:
+            return super()._run(inputs)
+        except InputFailed as error:
+            return [error] if len(inputs) == 1 else [result for one in inputs for result in self._run([one])]
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,10 @@ def read_description(path: str | Path) -> dict[str, Any]:
     return found
 
 
+class InputFailed(InputError):
+    """A runtime could not compute the outputs for an input, for example for lack of memory."""
+
+
 class ExportedModel:
     """The network of an exported file; see `deploy.graphs` for its inputs and outputs.
 
@@ -143,9 +147,9 @@ class ExportedModel:
         self._run = _load(self.path, lambda: RUNTIMES[runtime](self.path, {"threads": threads}))
 
     def __call__(self, image: np.ndarray) -> Arrays:
-        """The outputs by name for images (B, C, H, W) float32 in [0, 1]."""
+        """The outputs by name for images (B, C, H, W) float32 in [0, 1]; `InputFailed` where there are none."""
         try:
             return self._run(np.ascontiguousarray(image, dtype=np.float32))
         except Exception as error:
             size = "x".join(map(str, image.shape))
-            raise InputError(f"{self.path} fails on an input of {size}: {first_line(error)[:200]}") from error
+            raise InputFailed(f"{self.path} fails on an input of {size}: {first_line(error)[:200]}") from error

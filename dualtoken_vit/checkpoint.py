@@ -10,7 +10,6 @@ import json
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,15 +99,11 @@ def license_of(path: str | Path) -> str | None:
         found = _metadata(path) if path.suffix == ".safetensors" else {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(unreadable(path)) from error
-    return found.get("license") or _license_of_start(found.get("recipe", {}).get("model", {}))
-
-
-def _license_of_start(model: Mapping[str, Any]) -> str | None:
-    """As `license_of`, of the weights from which a run with this section `model` in its recipe started."""
-    start = model.get("checkpoint") or (model.get("name") if model.get("pretrained") is True else None)
-    with suppress(InputError):  # it may be gone, or not be of the package
-        return license_of(start) if start else None
-    return None
+    if "license" in found:
+        return found["license"]
+    model = found.get("recipe", {}).get("model", {})  # of an older file
+    start = own_weights(str(model.get("checkpoint") or (model.get("name") if model.get("pretrained") else "")))
+    return timm.get_pretrained_cfg(start).license if start else None  # type: ignore[union-attr]  # a name of timm's
 
 
 def save_checkpoint(

@@ -51,7 +51,7 @@ def convert(source: str | Path, target: str | Path, to: str, format: str = "auto
         try:
             splits["train" if each == ALL else each] = _valid(FORMATS[name].read(Path(source), part), each)
         except InputError as error:
-            if each != "test" or FORMATS[name].usable(Path(source), part):
+            if each != "test" or len(found) == 1 or FORMATS[name].usable(Path(source), part):
                 raise
             notes.append(f"test left out: {error}")  # Roboflow names one that it did not export
     before = {each: _count(split) for each, split in splits.items()}

@@ -84,8 +84,9 @@ def split_tables(root: Path, fits: Callable[[Path], bool]) -> dict[str, Part]:
         values = [str(row[place]).strip() if len(row) > place else "" for row in rows] if place is not None else []
         splits = list(dict.fromkeys(filter(None, map(split_of, values)))) or [ALL]
         notes = _outside(tables[0], values, whole=splits == [ALL])
-        found = {split: Part(tables[0], None if split == ALL else split) for split in splits}
-        found[splits[0]] = found[splits[0]]._replace(notes=notes)
+        found = {split: Part(tables[0], None if splits == [ALL] else split) for split in splits}
+        read = "train" if "train" in found else splits[0]
+        found[read] = found[read]._replace(notes=notes)
     return found
 
 
@@ -102,7 +103,7 @@ def _outside(path: Path, values: Sequence[str], whole: bool) -> tuple[str, ...]:
 def _tables(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
-    return [path for kind in (".csv", ".parquet") for path in sorted(place.iterdir()) if path.suffix.lower() == kind]
+    return [path for kind in (".csv", ".parquet") for path in sorted(place.glob("*")) if path.suffix.lower() == kind]
 
 
 def _fitting(tables: Mapping[str, list[Path]], fits: Callable[[Path], bool]) -> dict[str, Part]:

@@ -116,8 +116,10 @@ class VideoWriter:
                 self.container.mux(self.stream.encode())
             self.container.close()
         except self.av.FFmpegError as error:
-            if kind is None:
+            if kind is None and not isinstance(error, OSError):  # atomic_write knows what to say of that
                 raise InputError(f"cannot write {self.path}: {first_line(error)}") from error
+            elif kind is None:
+                raise
 
     def add(self, seconds: float, image: Image.Image) -> None:
         """Append an image, shown from this time on."""

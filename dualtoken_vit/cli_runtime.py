@@ -1,7 +1,7 @@
 """`dualtoken-vit predict FILE.onnx` where only the runtime extra is installed."""
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from dataclasses import fields, is_dataclass
 from inspect import getfile
 from pathlib import Path
@@ -69,7 +69,7 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
         default = getattr(stored, field.name)
         how: dict[str, Any] = {"type": type(default)}
         if isinstance(default, bool):
-            how = {"action": "store_true"}
+            how = {"action": BooleanOptionalAction}  # a stored True can be switched off
         elif isinstance(default, tuple):
             how = {"type": float, "nargs": "+"}
         elif get_origin(field.type) is Literal:

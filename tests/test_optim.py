@@ -15,7 +15,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import create_detector
 from dualtoken_vit.models.segmenters import create_segmenter
 from dualtoken_vit.recipes import Optim
-from dualtoken_vit.tasks.optim import build_optimizer, build_schedule, ema_update
+from dualtoken_vit.tasks.optim import build_optimizer, build_schedule, ema_update, schedule_factor
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +166,12 @@ def test_muon_leaves_the_ends_of_other_tasks_to_adamw(build, kind, place, output
 def test_optimisers_that_cannot_be_used_here(name):
     with pytest.raises(InputError, match=rf"^--optim\.optimizer {name}: "):
         build_optimizer(nn.Linear(2, 2), Optim(optimizer=name))
+
+
+@pytest.mark.parametrize("steps", range(1, 20))
+def test_a_flat_schedule_ends_at_the_lowest_rate(steps):
+    factor = schedule_factor(Optim(lr=1.0, min_lr=0.1, schedule="flat-cosine", epochs=1, warmup_epochs=0), steps)
+    factors = [factor(step) for step in range(steps)]
+    assert factors[0] == pytest.approx(1)
+    assert factors[-1] == pytest.approx(0.1 if steps > 1 else 1)
+    assert factors == sorted(factors, reverse=True)

@@ -532,3 +532,13 @@ def test_batches_of_none(segmenter):
 def test_a_name_that_is_too_long(segmenter):
     with pytest.raises(InputError, match="aaa"):
         load_predictor(segmenter)("a" * 300)
+
+
+@pytest.mark.parametrize(("args", "expected"), [([], True), (["--no-flip"], False), (["--flip"], True)])
+def test_a_stored_switch_can_be_turned_off(tmp_path, args, expected):
+    node = helper.make_node("Conv", ["image", "weight"], ["logits"], pads=[1, 1, 1, 1])
+    outputs = [("logits", TensorProto.FLOAT, ["b", 3, "h", "w"])]
+    about = description("segmentation")
+    about = about | {"recipe": about["recipe"] | {"data": {"flip": True}}}
+    path = save(tmp_path / "segmenter.onnx", [node], outputs, about, {"weight": WEIGHT})
+    assert cli_runtime.parse(path, ["a.png", *args])["flip"] is expected

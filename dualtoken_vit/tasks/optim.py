@@ -82,7 +82,8 @@ def schedule_factor(optim: Optim, steps_per_epoch: int) -> Callable[[int], float
         elif optim.schedule == "poly":
             return floor + (1 - floor) * (1 - progress) ** 0.9
         elif optim.schedule == "flat-cosine":
-            progress = max((step - FLAT * total) / max(total - 1 - FLAT * total, 1), 0.0)
+            start = max(min(FLAT * total, total - 2), 0)  # the last step decays in short runs, too
+            progress = max((step - start) / max(total - 1 - start, 1), 0.0)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor

@@ -286,8 +286,8 @@ def read_colours(path: Path) -> dict[str, tuple[int, ...]]:
             table = True
             continue
         if len(cells) != 3 or not all(cell.isdecimal() and len(cell) <= 3 and int(cell) < 256 for cell in cells):
-            meant = path.suffix.lower() == ".csv" if len(cells) < 3 else all(map(str.isdecimal, cells[:3]))
-            if not (found or table or (cells and meant)):
+            coloured = len(cells) >= 3 and all(map(str.isdecimal, cells[:3]))
+            if not (found or table or coloured or (cells and path.suffix.lower() == ".csv")):
                 return {}
             raise InputError(f"{file}, line {place}: {line!r:.100} is not NAME,R,G,B with colours up to 255")
         colour = tuple(map(int, cells))

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny_detectors import create, target
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -15,7 +14,7 @@ from dualtoken_vit.checkpoint import load_weights
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import RetinaNet, create_detector
 from dualtoken_vit.models.one_stage import BatchNorm
-from dualtoken_vit.paper.counting import RULES
+from dualtoken_vit.paper.counting import count
 from dualtoken_vit.recipes import Optim
 from dualtoken_vit.tasks.optim import build_optimizer
 
@@ -40,23 +39,18 @@ def heads(detector, maps):
     ],
 )
 def test_parameters_and_flops(kind, name, params, flops, flops_without_attention):
-    detector = create_detector(kind, name, 80).to("meta").eval().requires_grad_(False)
+    detector = create_detector(kind, name, 80)
     # torchvision gives the background a box of its own and a mask, which detectors elsewhere leave out.
     background = 0 if kind == "retinanet" else 4 * 1025 + 257
     background_flops = 0 if kind == "retinanet" else 1000 * 4 * 1024 + 100 * 28 * 28 * 256
     assert sum(p.numel() for p in detector.parameters()) - background == pytest.approx(params, abs=0.005e6)
-    for module in detector.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
-        heads(detector, list(detector.backbone(torch.empty(1, 3, 800, 1280, device="meta")).values()))
-    found = sum(n if op in RULES else n / 2 for op, n in counter.get_flop_counts()["Global"].items())
+    counts = count(detector, (3, 800, 1280), lambda model, image: heads(model, list(model.backbone(image).values())))
     # Q K^T and the sum over V: 25 x 40 places at stride 32 among themselves, every place over the 49 global tokens.
     stages = zip((2, 6, 6), (64, 128, 256), (100 * 160, 50 * 80, 25 * 40), strict=True)
     attention = sum(depth * 2 * dim * (1000 * 1000 + 49 * places) for depth, dim, places in stages)
-    assert counter.get_flop_counts()["Global"][torch.ops.aten.bmm] / 2 == attention
-    assert found - background_flops == pytest.approx(flops, abs=0.05e9)
-    assert found - background_flops - attention == pytest.approx(flops_without_attention, abs=0.05e9)
+    assert counts.attention == attention
+    assert counts.flops - background_flops == pytest.approx(flops, abs=0.05e9)
+    assert counts.flops - background_flops - attention == pytest.approx(flops_without_attention, abs=0.05e9)
 
 
 # The pyramid

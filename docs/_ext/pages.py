@@ -7,8 +7,10 @@ begin with "On GitHub" are left out.
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parents[1]
 INCLUDED = {
@@ -31,15 +33,15 @@ def for_site(file: Path, text: str) -> str:
     return re.sub(r"\]\(([^)#:\s]+\.md)", link, text)
 
 
-def _read(app: Sphinx, docname: str, source: list[str]) -> None:
+def _read(app: "Sphinx", docname: str, source: list[str]) -> None:
     source[0] = for_site(DOCS / f"{docname}.md", source[0])
 
 
-def _include(app: Sphinx, path: Path, docname: str, source: list[str]) -> None:
+def _include(app: "Sphinx", path: Path, docname: str, source: list[str]) -> None:
     source[0] = for_site(DOCS / path, source[0])
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     app.connect("source-read", _read)
     app.connect("include-read", _include)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -60,8 +60,10 @@ def count(
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # PyTorch's counter has missed fused attention in some versions
+        if isinstance(module, nn.Linear):
+            module.requires_grad_()  # else PyTorch 2.11 computes some of them by `bmm`, as if they were attention
     dtype = next((p.dtype for p in model.parameters()), None)
-    with FlopCounterMode(display=False, custom_mapping=RULES) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=RULES) as counter:
         (forward or nn.Module.__call__)(model, torch.rand(1, *input_size, device=device, dtype=dtype))
     operations = counter.get_flop_counts()["Global"]
     rest = sum(n for op, n in operations.items() if op in RULES)

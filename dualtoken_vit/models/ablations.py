@@ -51,7 +51,8 @@ class OneStepDownsample(nn.Module):
 @register_notrace_function
 def crop(x: Tensor, like: Tensor) -> Tensor:
     """Crop x (B, H, W, C) at the right and bottom to the height and width of `like`."""
-    return x[:, : like.shape[1], : like.shape[2]]
+    # Not a slice: torch.export of PyTorch 2.11 does not see that its end is within the map.
+    return x.narrow(1, 0, like.shape[1]).narrow(2, 0, like.shape[2])
 
 
 class Windows(Attention):

@@ -91,7 +91,10 @@ class Backbone(FeatureGetterNet):
         height, width = x.shape[-2:]
         bottom, right = (ceil_div(side, self.multiple) * self.multiple - side for side in (height, width))
         maps = super().forward(F.pad(x, (0, right, 0, bottom)))
-        return [m[..., : ceil_div(height, s), : ceil_div(width, s)] for m, s in zip(maps, self.strides, strict=True)]
+        return [  # not by slices: see `segmenters.enlarge`
+            m.narrow(-2, 0, ceil_div(height, s)).narrow(-1, 0, ceil_div(width, s))
+            for m, s in zip(maps, self.strides, strict=True)
+        ]
 
 
 def check_finite(outputs: Tensor) -> None:

@@ -57,7 +57,8 @@ def enlarge(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
     whole: Any = int(factor) if factor == int(factor) else factor
     grown = [side * whole if isinstance(whole, int) else round(side * whole) for side in x.shape[-2:]]
     inner: Any = [torch.sym_max(side, least) for side, least in zip(grown, size, strict=True)]
-    return resize(x, inner)[..., : size[0], : size[1]]
+    # Not a slice: torch.export of PyTorch 2.11 does not see that its end is within the map.
+    return resize(x, inner).narrow(-2, 0, size[0]).narrow(-1, 0, size[1])
 
 
 class AtrousPooling(ASPP):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
 from dualtoken_vit import cli
@@ -163,6 +164,18 @@ def test_samples_of_the_presets(preset, scenes):
         check(*first)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1]["boxes"], again[1]["boxes"])
+
+
+@pytest.mark.parametrize("preset", ["light", "medium", "strong"])
+def test_presets_leave_most_of_an_image(preset, scenes):
+    """The frames of zoom-out and scale jitter do not add up to images that are mostly black."""
+    _, target = scenes[0]
+    white = tv_tensors.Image(torch.full_like(scenes[0][0], 255))
+    transform = detection_train(DetectionAugment(preset=preset))
+    with seeded(7, 0):
+        filled = [(transform(white, target)[0] > 0).any(0).float().mean().item() for _ in range(300)]
+    assert np.mean(np.array(filled) < 0.5) < 0.2
+    assert np.mean(filled) > 0.75
 
 
 def test_copy_paste_needs_masks():

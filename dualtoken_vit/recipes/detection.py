@@ -103,7 +103,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "custom": {},
     "light": dict(photometric=0.3, zoom_out=0.0, iou_crop=0.0, scale=(0.8, 1.25), copy_paste=0.0),
     "medium": dict(photometric=0.5, zoom_out=0.25, iou_crop=0.5, scale=(1.0, 1.0), copy_paste=0.0),
-    "strong": dict(photometric=0.5, zoom_out=0.5, iou_crop=0.8, scale=(0.75, 1.5), copy_paste=0.5),
+    "strong": dict(photometric=0.5, zoom_out=0.5, iou_crop=0.8, scale=(1.0, 1.5), copy_paste=0.5),
 }
 """Presets of `DetectionAugment`; copy-paste is left out without masks."""
 

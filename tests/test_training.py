@@ -115,8 +115,10 @@ def test_evaluation_of_other_data(trained, photos):
         path.unlink()
     assert evaluate(best, data={"root": str(photos)}, batch_size=1, device="cpu").metrics["images"] == 14
     (photos / "val" / "red").rename(photos / "val" / "pink")
-    with pytest.raises(InputError, match=r"'pink' is not among the 3 trained classes: 'blue', 'green', 'red'"):
+    with pytest.raises(InputError, match=r"'pink' .* 3 trained classes: 'blue', 'green', 'red'; .* --data\.exclude"):
         evaluate(best, data={"root": str(photos)}, device="cpu")
+    without = evaluate(best, data={"root": str(photos), "exclude": ("pink",)}, device="cpu")
+    assert without.metrics["images"] == 12
 
 
 @pytest.mark.parametrize(

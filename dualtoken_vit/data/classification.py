@@ -380,7 +380,8 @@ def build_val_dataset(data: ClassificationData, channels: int, class_names: Sequ
         labels, named = {name: label for label, name in enumerate(class_names)}, val.class_names
         if data.dataset.startswith(("wds", "hfds")) and named == _numbers(range(len(named))):
             named = (*class_names[: len(named)], *named[len(class_names) :])
-        check_trained(named, class_names, f"{_where(data, 'val')}: class")
+        excludable = ", or leave it out by --data.exclude" if isinstance(val, ImageDataset) else ""
+        check_trained(named, class_names, f"{_where(data, 'val')}: class", f"rename or remove it{excludable}")
         val.relabel(tuple(class_names), [labels[name] for name in named])
     absent = _empty(val) if isinstance(val, ImageDataset) else []
     if absent:

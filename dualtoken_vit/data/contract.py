@@ -100,14 +100,16 @@ def fingerprint(names: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(sorted(map(os.path.basename, names))).encode(errors="replace")).hexdigest()
 
 
-def check_trained(names: Iterable[str], trained: Sequence[str], where: str) -> None:
+def check_trained(
+    names: Iterable[str], trained: Sequence[str], where: str, remedy: str = "rename or remove it"
+) -> None:
     """Raise an InputError for names that are not among the trained classes; `where` is their place and kind."""
     known = set(trained)
     unknown = [name for name in names if name not in known]
     if unknown:
         message = f"{where} {some(unknown)} is not among the {counted(len(trained), 'trained class')}: {some(trained)}"
         hint = similar(unknown[0], trained, "'") if len(unknown) == 1 else ""
-        raise InputError(f"{message}; rename or remove it{hint and f' ({hint})'}")
+        raise InputError(f"{message}; {remedy}{hint and f' ({hint})'}")
 
 
 def some(names: Sequence[str]) -> str:

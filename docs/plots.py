@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 OURS, PEER, PAPER = "#bc4c00", "#0969da", "#8250df"
 RUNS = {  # folder, column of metrics.csv: title
     ("tin190", "val_top1"): "The weights, T (mix)\ntop-1",
+    ("tin190-small", "val_top1"): "The weights, S (mix)\ntop-1",
     ("imagenette112", "val_top1"): "Imagenette, T\ntop-1",
     ("imagenette112-mix", "val_top1"): "Imagenette, T (mix)\ntop-1",
     ("bccd", "val_box_AP50"): "BCCD, RetinaNet\nbox AP50",
@@ -90,7 +91,7 @@ def paper_tables() -> Figure:
 
 
 def learning_curves() -> Figure:
-    figure = Figure(figsize=(15, 2.9), layout="constrained")
+    figure = Figure(figsize=(17.5, 2.9), layout="constrained")
     for axes, ((folder, column), title) in zip(figure.subplots(1, len(RUNS)), RUNS.items(), strict=True):
         with open(ROOT / "results" / folder / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row[column]]

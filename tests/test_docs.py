@@ -282,7 +282,8 @@ def links(page, text):
             yield link, (ROOT / page).parent / path if path else ROOT / page, anchor
 
 
-LINKED = [*FILES, "CHANGELOG.md", "web/README.md", "dualtoken_vit/weights/dualtoken_vit_tiny_mix.tin190.md"]
+CARDS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("dualtoken_vit/weights/*.md"))]
+LINKED = [*FILES, *CARDS, "CHANGELOG.md", "web/README.md"]
 
 
 @pytest.mark.parametrize("page", LINKED)

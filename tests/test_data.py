@@ -96,7 +96,7 @@ def test_splits_by_other_names(photos):
         (lambda root: (root / "val/red").rename(root / "val/rot"), r"photos/val: class 'rot' is not among the 3 "),
         (
             lambda root: (root / "val/green").rename(root / "val/Green"),
-            r"photos/val: class 'Green' is not .* rename or remove it \(did you mean 'green'\?\)$",
+            r"photos/val: class 'Green' is not .* or leave it out by --data\.exclude \(did you mean 'green'\?\)$",
         ),
     ],
 )

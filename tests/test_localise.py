@@ -210,6 +210,32 @@ def test_command(checkpoint, tmp_path, capsys):
     assert "stages.2.blocks.0" in capsys.readouterr().out
 
 
+def test_the_objects_are_counted_for_each_network(tmp_path, capsys):
+    """With `--correct`, for networks that always predict the first or the second class."""
+    images = [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 64} for i in range(4)]
+    labels = [(0, 1), (1, 1), (2, 1), (2, 1), (3, 2)]  # image, category
+    objects = [
+        {"id": i, "image_id": image, "category_id": category, "bbox": [9, 9, 40, 40], "area": 1600, "iscrowd": 0}
+        for i, (image, category) in enumerate(labels)
+    ]
+    categories = [{"id": i, "name": name} for i, name in enumerate(NAMES[:2], 1)]
+    annotations = tmp_path / "val.json"
+    annotations.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    for image in images:
+        Image.new("RGB", (64, 64)).save(tmp_path / image["file_name"])
+    paths = []
+    for predicted in range(2):
+        model = timm.create_model("dualtoken_vit_tiny", num_classes=len(NAMES), depths=(1, 1, 1))
+        torch.nn.init.zeros_(model.head.weight)
+        model.head.bias.data = 1.0 * (torch.arange(len(NAMES)) == predicted)
+        (tmp_path / NAMES[predicted]).mkdir()
+        paths.append(save(tmp_path / NAMES[predicted] / "best.safetensors", model, depths=(1, 1, 1)))
+    assert run(*paths, "--images", tmp_path, "--annotations", annotations, "--correct") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{paths[0].parent}: 4 objects in 3 of 4 images" in lines
+    assert f"{paths[1].parent}: 1 object in 1 of 4 images" in lines
+
+
 def test_mistakes(checkpoint, tmp_path):
     for args, message in (
         ((checkpoint, "--images", tmp_path), "--images DIR and --annotations FILE go together"),

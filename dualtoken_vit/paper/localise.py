@@ -260,6 +260,7 @@ def localise(
         rows.append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
     groups = [list(group) for _, group in groupby(rows, itemgetter(0))]
     print(table_text(("<network", "<block", *SHARES), groups, markdown))
-    objects, total = counted(scores[0].objects, "object"), counted(len(dataset), "image")
-    print(f"\n{objects} in {scores[0].images} of {total}; means over the images.")
-    print(EXPLANATION)
+    print("\nMeans over the images with an object that counts:")
+    for name, score in {s.checkpoint: s for s in scores}.items():  # with `correct` the networks differ
+        print(f"{name}: {counted(score.objects, 'object')} in {score.images} of {counted(len(dataset), 'image')}")
+    print(f"\n{EXPLANATION}")

@@ -20,6 +20,11 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]  # without its opposite
 
 
 @dataclass(frozen=True)
+class Nothing:
+    """In place of options that depend on the recipe or checkpoint."""
+
+
+@dataclass(frozen=True)
 class Train(Generic[R]):
     recipe: Annotated[R, tyro.conf.arg(name="")]
     out: Path | None = None

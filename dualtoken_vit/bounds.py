@@ -17,6 +17,14 @@ ASCENDING = "in ascending order"  # metadata of a (low, high) range
 T = TypeVar("T")
 
 
+def parse_size(text: str, flag: str, least: int = 1) -> tuple[int, int]:
+    """Height and width from "224" or "640x480" (width x height); an InputError that names `flag` for anything else."""
+    width, cross, height = text.partition("x")
+    if not width.isdecimal() or (cross and not height.isdecimal()) or min(int(width), int(height or width)) < least:
+        raise InputError(f"{flag} {text}: give pixels as 224, or WIDTHxHEIGHT as 640x480, at least {least}")
+    return int(height or width), int(width)
+
+
 def build(cls: type[T], values: dict[str, Any], path: str = "") -> T:
     """The dataclass that `dataclasses.asdict` converted; missing fields take their defaults, lists become tuples.
 

@@ -139,11 +139,6 @@ def save_checkpoint(
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in model.state_dict().items()
     }
-    _write(path, tensors, metadata)
-
-
-def _write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file with its checksum, atomically."""
     with atomic_write(path) as file:
         file.write(_encode(tensors, metadata))
 

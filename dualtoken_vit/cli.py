@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
@@ -23,7 +23,7 @@ try:
     import tyro
     from rich.console import Console
 
-    from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train, parse_arguments
+    from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Nothing, Predict, Train, parse_arguments
     from dualtoken_vit.bounds import check_bounds
     from dualtoken_vit.cli_help import describe, fill, help_page, only, recipe_rows, section_help, sections
     from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe, flatten
@@ -121,11 +121,6 @@ def _parse(
     return parse_arguments(kind, default, _flags(args, values), f"dualtoken-vit {prog}", about, hint)
 
 
-@dataclass(frozen=True)
-class _Nothing:
-    """In place of a section without help."""
-
-
 def _with_recipe(
     make: Callable[[Any], Any],
     recipe: Any,
@@ -157,7 +152,7 @@ def _with_data(
     prog = f"{command} {checkpoint}"
 
     def show(shown: Sequence[str], args: list[str], about: str) -> None:
-        part = stored if shown else _Nothing()
+        part = stored if shown else Nothing()
         _parse(replace(default, data=part), part, args, {}, prog, about)
 
     section_help(args, command, about, {"data": stored}, show)
@@ -285,7 +280,7 @@ def export(args: list[str]) -> None:
     from dualtoken_vit.checkpoint import read_checkpoint
     from dualtoken_vit.deploy.export import export as run
     from dualtoken_vit.evaluation import evaluate as measure
-    from dualtoken_vit.predictors import stored_recipe
+    from dualtoken_vit.predictors import default_options, stored_recipe
 
     if "--int8" in args and args[args.index("--int8") + 1 :][:1] not in (["dynamic"], ["static"]):
         args.insert(args.index("--int8") + 1, "dynamic")
@@ -298,6 +293,8 @@ def export(args: list[str]) -> None:
     options = {key: value for key, value in vars(chosen).items() if key not in ("data", "evaluate")}
     file = run(checkpoint, **options)
     if chosen.evaluate:
+        size = getattr(default_options(file), "image_size", None)  # None: of a detector of a fixed size
+        data = data if size is None else {"image_size": size} | data
         for path in (checkpoint, file):
             print(f"{path}: {measure(path, data=data, recipe=recipe).headline}")  # the file has no paths
 

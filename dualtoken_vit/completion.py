@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train
+from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Nothing, Predict, Train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import RECIPES
 
@@ -19,11 +19,6 @@ SHELLS = ("bash", "zsh", "fish")
 @dataclass(frozen=True)
 class _WithCheckpoint:
     checkpoint: tyro.conf.Positional[Path]
-
-
-@dataclass(frozen=True)
-class _Nothing:
-    """In place of the options that depend on the checkpoint."""
 
 
 def _subcommands(kinds: Mapping[str, Any]) -> Any:
@@ -38,7 +33,7 @@ def _recipes(kind: Any) -> Any:
 
 
 def _checkpoint(kind: Any) -> Any:
-    options: Any = Annotated[kind[_Nothing], tyro.conf.arg(name="")]
+    options: Any = Annotated[kind[Nothing], tyro.conf.arg(name="")]
     return make_dataclass(kind.__name__, [("options", options)], bases=(_WithCheckpoint,), frozen=True)
 
 
@@ -55,6 +50,6 @@ def completion(args: list[str], functions: Mapping[str, Callable[..., Any]]) -> 
     commands = _subcommands(
         {"train": _recipes(Train), "check-data": _recipes(CheckData)}
         | {"evaluate": _checkpoint(Evaluate), "predict": _checkpoint(Predict), "export": _checkpoint(Export)}
-        | {"convert": Convert, "env": _Nothing, "completion": _Nothing, **functions}
+        | {"convert": Convert, "study": Nothing, "env": Nothing, "completion": Nothing, **functions}
     )
     tyro.cli(commands, args=["--tyro-write-completion", args[0], "-"], prog="dualtoken-vit")

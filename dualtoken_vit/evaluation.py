@@ -89,7 +89,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "auto",
     precision: str = "32-true",
-    out: Path | None = None,
+    out: str | Path | None = None,
     runtime: str | None = None,
     calibrate: bool = False,
     recipe: Recipe | None = None,
@@ -110,6 +110,7 @@ def evaluate(
     Raises:
         InputError: for a file or data that cannot be used.
     """
+    out = None if out is None else Path(out)
     if out is not None and any((out / name).exists() for name in RUN):
         raise InputError(f"--out {out}: holds a run, whose files are kept; give another, for example {out / 'test'}")
     if batch_size is not None and batch_size < 1:
@@ -139,7 +140,7 @@ def evaluate(
     check_bounds(recipe)
     own = vars(default_options(checkpoint)) | given  # a given option that the file does not have is rejected
     names = {field.name for field in fields(task.predictor.Options)} & own.keys()
-    options = {name: getattr(recipe.data, name) for name in names & known} | task.evaluation_options
+    options = {name: own[name] for name in names & known} | task.evaluation_options
     if runtime is not None:
         options["runtime"] = runtime
     read = checksum(checkpoint) if calibrate else None

@@ -169,6 +169,8 @@ def _predict_video(
                         writer.add(seconds, page)
                     count += 1
         except KeyboardInterrupt:  # how a camera ends
+            if not (video.camera and count):
+                raise
             print(f"stopped after {counted(count, 'frame')}", file=sys.stderr)
         if not count:
             raise problems[0] if problems else InputError(f"{video.name}: has no frames")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from shutil import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,11 +21,12 @@ from PIL import Image
 from tiny_graphs import ONE_STAGE, SHALLOW, broken, detector, noise, raw_plan
 
 from dualtoken_vit import create_segmenter, load_model, load_predictor
-from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.bounds import parse_size
+from dualtoken_vit.checkpoint import save_checkpoint, store_preprocessing
 from dualtoken_vit.cli import run
 from dualtoken_vit.deploy import graphs
 from dualtoken_vit.deploy.convert import ConversionError, silent, to_onnx
-from dualtoken_vit.deploy.export import _verify, export, parse_size
+from dualtoken_vit.deploy.export import _verify, export
 from dualtoken_vit.deploy.mobile import run_litert, to_litert
 from dualtoken_vit.deploy.plans import Plan
 from dualtoken_vit.deploy.quantise import agreement
@@ -243,6 +245,35 @@ def test_export_evaluates_the_file_on_the_data_of_the_run(checkpoint, photos, tm
 
 
 @pytest.mark.slow
+def test_a_file_of_another_size_is_evaluated_as_it_predicts(checkpoint, photos, tmp_path, capsys):
+    out, data = tmp_path / "model.onnx", ["--data.root", str(photos)]
+    assert run(["export", str(checkpoint), "--out", str(out), "--size", "96", "--evaluate", *data]) == 0
+    before, after = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()[-2:])
+    assert before == after
+    results = []
+    for path, *size in ((checkpoint, "--data.image-size", "96"), (out,), (checkpoint,)):
+        assert run(["evaluate", str(path), *data, *size, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[1] == near(results[0], 1e-4)
+    assert abs(results[2]["loss"] - results[0]["loss"]) > 1e-3  # the size makes a difference
+
+
+@pytest.mark.slow
+def test_attention_divides_by_the_temperature(checkpoint, photos, tmp_path, capsys):
+    path, found = tmp_path / "best.safetensors", []
+    copy(checkpoint, path)
+    store_preprocessing(path, temperature=4.0)
+    file = export(str(path), str(tmp_path / "calibrated.onnx"), attention=True)
+    capsys.readouterr()
+    image = str(photos / "val" / "red" / "0.jpg")
+    for each in (path, file, checkpoint):
+        assert run(["attention", str(each), image, "--token", "1,0", "--out", str(tmp_path / each.stem), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["images"][0]["probability"])
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+    assert abs(found[2] - found[0]) > 1e-2
+
+
+@pytest.mark.slow
 def test_attention_and_benchmark_take_the_file(checkpoint, exported, photos, tmp_path, capsys):
     maps = []
     image = str(photos / "val" / "red" / "0.jpg")
@@ -263,6 +294,12 @@ def test_attention_and_benchmark_take_the_file(checkpoint, exported, photos, tmp
     assert result.params == sum(parameter.numel() for parameter in model.parameters())
     with pytest.raises(InputError, match="--train: onnxruntime:"):
         benchmark((f"onnxruntime:{exported}",), train=True)
+    with pytest.raises(
+        InputError, match=f"onnxruntime:{exported}: exported files run on the CPU in a precision of their"
+    ):
+        benchmark((f"onnxruntime:{exported}",), precision=("float32", "bfloat16"))
+    with pytest.raises(InputError, match=f"onnxruntime:{exported} is given twice"):
+        benchmark((f"onnxruntime:{exported}",) * 2)
 
 
 def test_the_agreement_of_two_files():
@@ -375,6 +412,7 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
         ({"raw": True}, "--raw: only RetinaNet, FCOS and SSDLite"),
         ({"size": "64x32"}, "--size 64x32: classifiers take square images"),
         ({"size": "8"}, "--size 8: give pixels as 224"),
+        ({"size": "x"}, "--size x: give pixels as 224"),
         ({"int8": "static"}, "--int8 static needs --images FOLDER"),
         ({"int8": "dynamic", "fp16": True}, "--int8, --fp16: give one of them"),
         ({"out": tmp_path / "model.pb"}, "name a file that ends with .onnx"),
@@ -431,8 +469,8 @@ def test_a_detector_s_file_has_the_size_of_most_training_images(tmp_path, monkey
 
 
 def test_sizes():
-    assert parse_size("224") == (224, 224)
-    assert parse_size("640x480") == (480, 640)
+    assert parse_size("224", "--size") == (224, 224)
+    assert parse_size("640x480", "--size") == (480, 640)
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_measure_is_the_mean_over_images_of_the_mean_over_objects(tokens):
     scores = measure(model, images)
     assert [score.block for score in scores] == [f"stages.{stage}.blocks.0" for stage in range(3)]
     for score in scores:
-        means = []
+        means, controls, before = [], [], None
         for x, target in map(images.__getitem__, range(6)):
             if not len(target["masks"]):
                 continue
@@ -116,12 +116,18 @@ def test_measure_is_the_mean_over_images_of_the_mean_over_objects(tokens):
             over_places = gathered(attended, (4, 4)).double().numpy()
             found = [by_hand(over_places, mask.double().numpy(), stride) for mask in target["masks"]]
             means.append(np.mean(found, 0))
+            if before is not None:
+                controls.append(np.mean([by_hand(over_places, mask, stride)[0] for mask in before]))
+            before = target["masks"].double().numpy()
         assert score.images == len(means) > 3
         expected = np.mean(means, 0)
         np.testing.assert_allclose((score.on_object, score.chance, score.highest, score.own), expected, atol=1e-5)
         gains = [one[0] - one[1] for one in means]
         assert score.error == pytest.approx(np.std(gains, ddof=1) / len(gains) ** 0.5, rel=1e-3)
         assert score.own_chance == 1 / 16
+        assert score.control == pytest.approx(np.mean(controls), abs=1e-5)
+        differences = np.array(means)[1:, 0] - controls
+        assert score.control_error == pytest.approx(np.std(differences, ddof=1) / len(differences) ** 0.5, rel=1e-3)
     assert max(abs(score.lift - 1) for score in scores) > 0.005  # otherwise all maps are uniform
 
 
@@ -141,6 +147,27 @@ def test_objects_of_the_predicted_class_alone():
         assert score.images == sum(wanted in one for one in labels)
     with pytest.raises(InputError, match="no objects of the predicted class"):
         measure(model, images, correct=[f"other {name}" for name in images.class_names])
+
+
+def test_the_control_resizes_the_objects_of_another_size():
+    """Images of 64x64 and 128x64 pixels, and the same object in relative terms: the control is the own value."""
+    images = DetectionDataset(draw_scenes("val", 64, 2), masks=True)
+    sizes = iter([(64, 64), (128, 64)])
+
+    def transform(image, target):
+        height, width = next(sizes)
+        masks = torch.zeros(1, height, width, dtype=torch.bool)
+        masks[:, : height // 2, :32] = True
+        return torch.rand(3, height, width), target | {"masks": masks, "labels": torch.tensor([0])}
+
+    images.transform = transform
+    model = create()
+    for block in blocks_of(model).values():
+        torch.nn.init.zeros_(block.broadcast_attn.q.weight)
+        torch.nn.init.zeros_(block.broadcast_attn.q.bias)
+    for score in measure(model, images):
+        assert score.control == pytest.approx(0.25, abs=1e-5)
+        assert score.control_error is None
 
 
 def test_measure_converts_maps_as_the_network_resizes():
@@ -168,7 +195,7 @@ def test_measure_converts_maps_as_the_network_resizes():
 
 @pytest.mark.parametrize("name", ["_run", "run", "$x$"])
 def test_legend_has_every_network(name):
-    score = Score(0.5, 0.4, 0.3, 0.2, name, "stages.0.blocks.0", 1, 1, 0.1, 0.1)
+    score = Score(0.5, 0.4, 0.3, 0.2, name, "stages.0.blocks.0", 1, 1, 0.1, 0.1, 0.4, 0.1)
     legend = draw([score, replace(score, checkpoint="other")]).axes[1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == [name, "other"]
 
@@ -197,7 +224,8 @@ def test_command(checkpoint, tmp_path, capsys):
     assert run(checkpoint, *files, "--image-size", 64, "--json") == 0
     boxes = json.loads(capsys.readouterr().out)
     assert run(checkpoint, *files, "--image-size", 64, "--limit", 1, "--json") == 0
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["scores"][0]["error"] is None
+    score = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["scores"][0]
+    assert score["error"] is score["control"] is score["control_error"] is None
     assert run(checkpoint, *files, "--image-size", 64, "--limit", 1) == 0
     assert "nan" not in capsys.readouterr().out
     assert [score["block"] for score in masks["scores"]] == [f"stages.{i}.blocks.0" for i in range(3)]

@@ -6,6 +6,7 @@ import resource
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 from types import SimpleNamespace
 
 import av
@@ -230,7 +231,7 @@ def test_a_truncated_video_keeps_what_could_be_read(constant, tmp_path, capsys):
     assert len(list(Video(tmp_path / "out.mp4"))) == count
     assert f"{count} frames" in said.out
     assert not status
-    assert f"clip.mkv: truncated: it ends after {(count - 1) / RATE:.1f} of 8.0 seconds" in said.err
+    assert f"clip.mkv: truncated: it ends after {count / RATE:.1f} of 8.0 seconds" in said.err
 
 
 @pytest.mark.parametrize(
@@ -265,6 +266,42 @@ def test_a_camera(constant, tmp_path, monkeypatch, capsys, system, place, kind):
     assert [json.loads(line)["frame"] for line in lines] == [0, 1, 2]
     assert "stopped after 3 frames" in said.err
     assert len(list(open_file(str(tmp_path / "seen.mkv")).decode(video=0))) == 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("case", ["longer sound", "slide show"])
+def test_a_whole_video_is_not_truncated(tmp_path, suffix, case):
+    path = tmp_path / f"clip{suffix}"
+    rate = RATE if case == "longer sound" else Fraction(1, 5)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate)
+        stream.width, stream.height, stream.pix_fmt = 46, 38, "yuv420p"
+        sound = container.add_stream("aac", 8000) if case == "longer sound" else None
+        for image in frames(6):
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+        if sound:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8 * 8000), np.float32), "fltp", "mono")  # 8 seconds
+            silence.sample_rate = 8000
+            container.mux(sound.encode(silence))
+            container.mux(sound.encode())
+    assert len(list(Video(path))) == 6
+
+
+def test_a_video_that_is_interrupted_keeps_the_former_files(constant, tmp_path, monkeypatch):  # noqa: F811
+    clip, out = write(tmp_path / "clip.mkv", frames(5)), tmp_path / "out.mp4"
+    assert predict(constant, (clip,), out)
+    before = {path: path.read_bytes() for path in (out, tmp_path / "out.jsonl")}
+    read = Video.__iter__
+
+    def interrupted(self):
+        yield from islice(read(self), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Video, "__iter__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(constant, (clip,), out, batch_size=1)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_both_files_of_a_video_or_neither(constant, tmp_path, monkeypatch):  # noqa: F811

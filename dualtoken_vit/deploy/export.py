@@ -14,11 +14,12 @@ import numpy as np
 
 import dualtoken_vit
 from dualtoken_vit import recipes
+from dualtoken_vit.bounds import parse_size
 from dualtoken_vit.checkpoint import Checkpoint, locate
 from dualtoken_vit.data.threads import track, working
 from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
 from dualtoken_vit.deploy.mobile import TARGETS
-from dualtoken_vit.deploy.plans import Plan, Size, plan
+from dualtoken_vit.deploy.plans import Plan, plan
 from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable
@@ -32,13 +33,13 @@ PACKAGES = "torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
 
 
 def export(
-    checkpoint: Path,
-    out: Path | None = None,
+    checkpoint: str | Path,
+    out: str | Path | None = None,
     *,
     size: str | None = None,
     raw: bool = False,
     attention: bool = False,
-    images: Path | None = None,
+    images: str | Path | None = None,
     int8: Literal["dynamic", "static"] | None = None,
     fp16: bool = False,
     format: Literal["onnx", "litert", "coreml"] = "onnx",
@@ -57,8 +58,10 @@ def export(
     Raises:
         InputError: for a checkpoint or option that cannot be used, or if the file differs from PyTorch.
     """
+    checkpoint, images = Path(checkpoint), Path(images) if images else None
     suffix = ".onnx" if format == "onnx" else TARGETS[format].suffix
-    out = out or (checkpoint.with_name(f"model{suffix}") if checkpoint.exists() else Path(f"{checkpoint}{suffix}"))
+    beside = checkpoint.with_name(f"model{suffix}") if checkpoint.exists() else f"{checkpoint}{suffix}"
+    out = Path(out or beside)
     if out.suffix.lower() != suffix:
         raise InputError(f"--out {out}: name a file that ends with {suffix}")
     if out.is_dir():
@@ -71,7 +74,7 @@ def export(
         raise InputError("--int8 static needs --images FOLDER, to measure the range of the activations")
     model: Any
     model, about = load_model(checkpoint)
-    sides = parse_size(size) if size else None
+    sides = parse_size(size, "--size", 32) if size else None
     if sides is None and about.task == "detection":
         if tile := about.recipe.get("data", {}).get("tile"):
             sides = model.transform.usual([(tile, tile)])
@@ -176,14 +179,6 @@ def _smaller(file: Path, precision: Any, images: Path | None) -> Path:
     hint = "" if images else "; these are noise: give --images FOLDER for real ones"
     print(f"{precision}: {sizes} MB; compared with the float32 file: {agree}{hint}")
     return smaller
-
-
-def parse_size(text: str) -> Size:
-    """Height and width from "224" or "640x480" (width x height)."""
-    width, cross, height = text.partition("x")
-    if not width.isdecimal() or (cross and not height.isdecimal()) or min(int(width), int(height or width)) < 32:
-        raise InputError(f"--size {text}: give pixels as 224, or WIDTHxHEIGHT as 640x480, at least 32")
-    return int(height or width), int(width)
 
 
 def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any]:

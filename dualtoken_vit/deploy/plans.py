@@ -62,7 +62,7 @@ def _classifier(model: Any, checkpoint: Checkpoint, size: Size | None, raw: bool
     if height != width:
         raise InputError(f"--size {width}x{height}: classifiers take square images; give one side")
     if list(size) != trained:
-        check_size(model, channels, height)
+        check_size(model, channels, height, "--size")
     fixed = bool(pretrained_cfg(model).get("fixed_input_size"))
     mean, std = checkpoint.preprocessing["mean"], checkpoint.preprocessing["std"]
     if not attention:

@@ -281,7 +281,8 @@ def _examine(predictor: Any, block: str, x: Any, token: tuple[int, int] | None) 
     model = predictor.model
     if isinstance(predictor, ExportedPredictor):
         outputs = {key: torch.from_numpy(value) for key, value in model(x[None]).items()}
-        logits, maps = outputs["logits"], {block: outputs["attention"]}
+        logits = outputs["logits"] / predictor.preprocessing.get("temperature", 1.0)
+        maps = {block: outputs["attention"]}
         x, mean, std = torch.from_numpy(x), torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     else:
         x = x.to(predictor.device)

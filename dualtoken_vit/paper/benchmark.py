@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from dualtoken_vit.bounds import parse_size
 from dualtoken_vit.data.threads import Rate
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import describe, pick_device, tune_cpu
@@ -291,14 +292,6 @@ def _measure(
     return results
 
 
-def _size(text: str) -> tuple[int, int]:
-    """Height and width from "224" or "640x480" (width x height)."""
-    width, cross, height = text.partition("x")
-    if not width.isdecimal() or (cross and not height.isdecimal()) or int(width) < 1 or int(height or 1) < 1:
-        raise InputError(f"input_sizes: {text!r} is not a size; give pixels as 224, or WIDTHxHEIGHT as 640x480")
-    return int(height or width), int(width)
-
-
 def benchmark(
     models: tuple[str, ...] = PEERS,
     /,
@@ -355,7 +348,16 @@ def benchmark(
     for name, given in {"input_sizes": input_sizes, "precision": precision, "modes": modes}.items():
         if not given:
             raise InputError(f"{name}: none given; give one or more")
-    counted = [Setting(_size(text), pick_device(device), precision[0], train=train) for text in input_sizes]
+    counted = [
+        Setting(parse_size(text, "--input-sizes"), pick_device(device), precision[0], train=train)
+        for text in input_sizes
+    ]
+    exported = [name for name in models if name.rpartition(":")[0] in RUNTIMES]
+    if exported and (counted[0].device.type != "cpu" or precision != ("float32",)):
+        raise InputError(
+            f"models: {exported[0]}: exported files run on the CPU in a precision of their own; give --device cpu, and "
+            "leave out --precision"
+        )
     threads = threads or (torch.get_num_threads(),)
     tune_cpu()
     described = describe(counted[0].device, ", ".join(map(str, threads)))

@@ -37,11 +37,23 @@ from dualtoken_vit.recipes import Device
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
 
-SHARES = ("on object %", "+-", "chance %", "lift", "peak on object %", "peak at token %", "its chance %")
+SHARES = (
+    "on object %",
+    "+-",
+    "chance %",
+    "lift",
+    "control %",
+    "+-",
+    "peak on object %",
+    "peak at token %",
+    "its chance %",
+)
 EXPLANATION = """\
 on object       share of the attention of an object's tokens on the object; +-: standard error of its
                 difference from chance
 chance          share of the positions that the object covers; lift: on object / chance
+control         on object, with the objects of the image before in place of those of the image: above chance where
+                attention prefers the places of objects in all images; +-: standard error of its difference
 peak on object  how often the position with the highest attention lies on the object; compare with chance
 peak at token   how often no other position is closer to the token than that position"""
 
@@ -66,6 +78,8 @@ class Score(Place):
     objects: int
     error: float | None  # standard error of `on_object` minus `chance` over the images; None for one image
     own_chance: float  # `own` of uniform attention: one divided by the number of positions, mean over the images
+    control: float | None  # `on_object` with the objects of the image before, for all but the first; None for one image
+    control_error: float | None  # standard error of `on_object` minus `control`; None below three images
 
     @property
     def lift(self) -> float:
@@ -138,6 +152,8 @@ def measure(
     """
     device, blocks = next(model.parameters()).device, blocks_of(model)
     found: dict[str, list[np.ndarray]] = {name: [] for name in blocks}  # a mean `Place` per image
+    others: dict[str, list[float]] = {name: [] for name in blocks}  # `on_object` of the control, from the second image
+    before: list[Tensor] = []  # the objects of the image before
     positions: list[int] = []  # of X_ga, per image
     objects = 0
     for x, target in in_threads(images.__getitem__, range(len(images)), len(images), name, 16):
@@ -154,6 +170,10 @@ def measure(
         for key, attended in maps.items():
             over_places = gathered(attended[0].float().cpu(), grid, getattr(blocks[key].fusion, "antialias", False))
             found[key].append(np.mean([astuple(places_of(over_places, cover)) for cover, _ in covers], axis=0))
+            if before:
+                same_size = [F.interpolate(cover[None, None], x.shape[1:], mode="area")[0, 0] for cover in before]
+                others[key].append(mean(places_of(over_places, cover).on_object for cover in same_size))
+        before = [cover for cover, _ in covers]
         positions.append(math.prod(grid))
         objects += len(covers)
     if not objects:
@@ -163,24 +183,29 @@ def measure(
     for key, places in found.items():
         values = np.stack(places)  # (images, 4)
         error = float(sem(values[:, 0] - values[:, 1])) if number > 1 else None
-        on_object, chance, highest, own = values.mean(0).tolist()
-        scores.append(Score(on_object, chance, highest, own, name, key, number, objects, error, own_chance))
+        differences = values[1:, 0] - others[key]
+        control = float(np.mean(others[key])) if number > 1 else None
+        control_error = float(sem(differences)) if number > 2 else None
+        counts = (name, key, number, objects, error, own_chance, control, control_error)
+        scores.append(Score(*values.mean(0).tolist(), *counts))
     return scores
 
 
 def draw(scores: Sequence[Score]) -> Figure:
-    """Lift on the objects, and how often the attention of a token is highest at its own position, by block."""
+    """By block: lift on the objects and on those of the control, and how often it is highest at the token itself."""
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines = {}
     for name, group in groupby(scores, attrgetter("checkpoint")):
         rows = list(group)
         errors = [(score.error or 0) / score.chance for score in rows]
-        left.errorbar(range(len(rows)), [score.lift for score in rows], errors, fmt=".-", capsize=2)
+        line = left.errorbar(range(len(rows)), [score.lift for score in rows], errors, fmt=".-", capsize=2)[0]
+        controls = [math.nan if score.control is None else score.control / score.chance for score in rows]
+        left.plot(controls, "--", color=line.get_color())
         (lines[name],) = right.plot([100 * score.own for score in rows], ".-")
         right.plot([100 * score.own_chance for score in rows], ":", color=lines[name].get_color())
     left.axhline(1, color="grey", linestyle=":")
-    left.set(ylabel="attention on object / chance")
+    left.set(ylabel="attention on object / chance (dashed: control)")
     right.set(ylabel="highest attention at own position (%)")
     for axes in (left, right):
         axes.set_xlabel("block (dotted: chance)")
@@ -255,9 +280,10 @@ def localise(
         return
     rows = []
     for s in scores:
-        lift = ["" if share is None else f"{100 * share:.2f}" for share in (s.on_object, s.error, s.chance)]
+        shares = (s.on_object, s.error, s.chance, s.control, s.control_error)
+        lift = ["" if share is None else f"{100 * share:.2f}" for share in shares]
         place = [f"{100 * share:.1f}" for share in (s.highest, s.own, s.own_chance)]
-        rows.append((s.checkpoint, s.block, *lift, f"{s.lift:.2f}", *place))
+        rows.append((s.checkpoint, s.block, *lift[:3], f"{s.lift:.2f}", *lift[3:], *place))
     groups = [list(group) for _, group in groupby(rows, itemgetter(0))]
     print(table_text(("<network", "<block", *SHARES), groups, markdown))
     print("\nMeans over the images with an object that counts:")

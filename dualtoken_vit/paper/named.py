@@ -79,6 +79,8 @@ def check_models(models: tuple[str, ...], train: bool) -> None:
     if not models:
         raise InputError("models: none given; name one or more timm models")
     for name in models:
+        if models.count(name) > 1:
+            raise InputError(f"models: {name} is given twice; give it once")
         kind, colon, inner = name.rpartition(":")
         if colon and kind not in BUILDERS:
             kinds = ", ".join(filter(None, BUILDERS))
@@ -99,5 +101,3 @@ def check_models(models: tuple[str, ...], train: bool) -> None:
             raise InputError(f"models: {kind or 'timm'} has no model {inner!r}; {hint}")
         if train and kind:
             raise InputError(f"models: {name}: only timm names can be trained; remove it, or leave out train")
-        if models.count(name) > 1:
-            raise InputError(f"models: {name} is given twice; give it once")

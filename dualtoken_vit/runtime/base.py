@@ -106,10 +106,6 @@ class BasePredictor(ABC, Generic[Result]):
             results.append(prediction.result)
         return results[0] if single else results
 
-    def sources(self, images: Any) -> list[ImageLike]:
-        """The single images among what a call accepts; an InputError for what it does not accept."""
-        return self._expand(images)[1]
-
     def _expand(self, images: Any) -> tuple[bool, list[Any]]:
         """Whether one result is meant, and the single images."""
         if isinstance(images, str | PathLike) and os.path.isdir(images):

@@ -55,9 +55,12 @@ class Video:
         self.stream = self.container.streams.video[0]
         self.stream.thread_type = "AUTO"
         self.rate: Fraction = self.stream.average_rate or Fraction(25)  # frames per second
-        self.seconds = (self.container.duration or 0) / self.av.time_base
-        """Duration according to the file; 0: unknown."""
-        known = self.stream.frames or round(float(self.seconds * self.rate))
+        # The container's is that of its longest stream, which may be the sound.
+        own, alone = self.stream.duration, len(self.container.streams) == 1
+        whole = (self.container.duration or 0) / self.av.time_base if alone else 0
+        self.seconds = float(whole if own is None else own * self.stream.time_base)
+        """Duration according to the file, with that of the last frame; 0: unknown."""
+        known = self.stream.frames or round(self.seconds * self.rate)
         self.frames: int | None = None if self.camera else known or None
         """Number of frames according to the file; None: unknown."""
 
@@ -74,8 +77,9 @@ class Video:
             raise InputError(f"{self.name}: damaged after {counted(count, 'frame')}: {first_line(error)}") from error
         finally:
             self.container.close()
-        if not self.camera and self.seconds - seconds > max(1, 0.05 * self.seconds):  # FFmpeg takes the end as it comes
-            raise InputError(f"{self.name}: truncated: it ends after {seconds:.1f} of {self.seconds:.1f} seconds")
+        end = seconds + float(1 / self.rate)
+        if not self.camera and self.seconds - end > max(1, 0.05 * self.seconds):  # FFmpeg takes the end as it comes
+            raise InputError(f"{self.name}: truncated: it ends after {end:.1f} of {self.seconds:.1f} seconds")
 
 
 class VideoWriter:

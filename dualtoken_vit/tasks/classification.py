@@ -55,7 +55,7 @@ class ImagePredictor(Predictor[Result]):
     def __init__(self, model: nn.Module, class_names: Any, preprocessing: dict[str, Any], options: Any):
         super().__init__(model, class_names, preprocessing, options)
         if options.image_size != preprocessing["input_size"][-1]:
-            check_size(model, self.channels, options.image_size)
+            check_size(model, self.channels, options.image_size, "--image-size")
         self.transform = classification_eval(options, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
 
     @classmethod

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.checkpoint import checksum, locate, store_preprocessing
-from dualtoken_vit.data.contract import unread_test_split
+from dualtoken_vit.data.contract import fingerprint, unread_test_split
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import tune_cpu
@@ -150,6 +150,10 @@ def evaluate(
     module, images = task.evaluation(predictor, recipe)
     if calibrate:
         module.kept = []  # type: ignore[assignment]
+    held_out = predictor.preprocessing.get("held_out")  # of classification
+    if getattr(recipe.data, "holdout", 0) and held_out not in (None, fingerprint(images.image_names)):
+        note = "the images held out are not those of the training run; if they are of its data, it trained on some"
+        images.notes = (*images.notes, note)
     for note in images.notes:
         print(note, file=sys.stderr)  # stdout may be one JSON object
     try:

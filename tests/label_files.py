@@ -228,7 +228,7 @@ def assert_one_error(root, message):
     """The training images of a folder cannot be used, for this reason, in one line that names the folder."""
     data = DetectionData(root=str(root), val_split="train")
     with pytest.raises(InputError) as error:
-        build_datasets(data, masks=False, channels=3)[0].verify(progress=False)
+        build_datasets(data, masks=False, channels=3)[0].verify()
     assert message in str(error.value)
     assert str(root) in str(error.value)
     assert "\n" not in str(error.value)

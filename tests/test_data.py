@@ -80,9 +80,17 @@ def test_splits_by_other_names(photos):
         ),
         (
             lambda root: shutil.rmtree(root / "train"),
+            r"photos/train: no such folder, but val in .*photos; name them by --data\.train-split and",
+        ),
+        (
+            lambda root: [shutil.rmtree(root / "train"), (root / "val").rename(root / "red")],
             r"photos/train: no such folder; expected .*without splits give --data\.holdout",
         ),
         (lambda root: shutil.rmtree(root / "val"), r"photos/val: no such folder.*give --data\.holdout 0\.1"),
+        (
+            lambda root: [(root / "train").rename(root / "Training"), (root / "val").rename(root / "Testing")],
+            r"photos/train: no such folder, but Testing, Training in .*photos; name them by --data\.train-split and",
+        ),
         (lambda root: [shutil.rmtree(p) for p in (root / "train").iterdir()], r"photos/train: has no class folders"),
         (
             lambda root: (root / "train/grey").mkdir(),
@@ -167,8 +175,22 @@ def test_a_stored_holdout_does_not_hide_the_data_given(data):
     held = sorted(build_val_dataset(stored, 3).image_names)
     assert images(root=data.root) == images(val_split="val") == val
     assert images(workers=0) == images(root=data.root, holdout=0.25) == held
+    stored = replace(data, holdout=0.25, fold=2)
+    held = sorted(build_val_dataset(stored, 3).image_names)
+    assert images(workers=0) == images(root=data.root, holdout=0.25) == held
+    assert images(root=data.root) == val
+    assert images(root=data.root, holdout=0.25, fold=0) != held
     assert len(val) == 18
     assert len(held) == 9
+
+
+def test_splits_are_no_classes(photos):
+    for split, name in (("train", "Training"), ("val", "Testing")):
+        (photos / split).rename(photos / name)
+    with pytest.raises(InputError, match="but Testing, Training in"):
+        build_datasets(ClassificationData(root=str(photos), holdout=0.1), 3)
+    train, val = build_datasets(ClassificationData(root=str(photos), train_split="Training", val_split="Testing"), 3)
+    assert (train.class_names, len(val)) == (("blue", "green", "red"), 18)
 
 
 def test_targets_follow_the_order_of_the_checkpoint(data):
@@ -222,7 +244,7 @@ def test_names_that_are_hard_to_print(tmp_path):
     data = ClassificationData(root=str(tmp_path))
     train, val = build_datasets(data, 3)
     assert train.class_names == val.class_names == (name, "other")
-    assert train.verify(progress=False) == []
+    assert train.verify() == []
     (tmp_path / "val" / name).rename(tmp_path / "val" / f"{name}2")
     with pytest.raises(InputError) as caught:
         build_datasets(data, 3)
@@ -230,7 +252,7 @@ def test_names_that_are_hard_to_print(tmp_path):
     assert f"class '{shown}2' is not among the 2 trained classes: '{shown}', 'other'" in str(caught.value)
     (tmp_path / "train" / "other" / f"{name}.png").write_bytes(b"")
     with pytest.raises(InputError) as caught:
-        train.verify(progress=False)
+        train.verify()
     assert str(caught.value).startswith(f"{tmp_path}/train/other/{shown}.png: cannot be read as an image")
 
 
@@ -239,18 +261,18 @@ def test_names_that_are_hard_to_print(tmp_path):
 
 def test_an_unreadable_image_stops_with_its_name(data, photos):
     train, val = build_datasets(data, 3)
-    assert train.verify(progress=False) == val.verify(skip=True, progress=False) == []
+    assert train.verify() == val.verify(skip=True) == []
     truncate(photos / "train/green/7.jpg")
     (photos / "train/red/0.jpg").write_text("no image")
     with pytest.raises(InputError, match=r"green/7\.jpg: cannot be read.* \(and 1 more: .*--data\.unreadable skip"):
-        train.verify(progress=False)
+        train.verify()
 
 
 def test_unreadable_images_are_left_out_if_asked_for(data, photos):
     truncate(photos / "train/green/7.jpg")
     train, _ = build_datasets(data, 3)
     found, (again, _) = [str(photos / "train/green/7.jpg")], build_datasets(data, 3)
-    assert train.verify(skip=True, progress=False) == found
+    assert train.verify(skip=True) == found
     again.load_state_dict(train.state_dict())  # as in a process that has not read the images
     assert train.state_dict() == again.state_dict() == {"left_out": ["train/green/7.jpg"]}
     assert (again.image_names, again.targets, list(again.sources)) == (
@@ -263,7 +285,7 @@ def test_unreadable_images_are_left_out_if_asked_for(data, photos):
     for path, (image, target) in zip(train.image_names, train, strict=True):
         assert train.class_names[target] in path
         np.testing.assert_array_equal(image, Image.open(path))
-    assert train.verify(progress=False) == []
+    assert train.verify() == []
 
 
 @pytest.mark.parametrize("holdout", [0.0, 0.25])
@@ -273,11 +295,11 @@ def test_a_class_without_readable_images_is_an_error_in_training_and_absent_in_v
     data = replace(data, holdout=holdout)
     train, val = build_datasets(data, 3)
     with pytest.raises(InputError, match=r"no readable images in class 'green', for example .*green/"):
-        train.verify(skip=True, progress=False)
+        train.verify(skip=True)
     count = 3 if holdout else 6
     for images in (val, build_val_dataset(data, 3, train.class_names)):
         first = images.image_names[count]
-        assert len(images.verify(skip=True, progress=False)) == count
+        assert len(images.verify(skip=True)) == count
         assert Counter(images.targets) == {0: count, 2: count}
         assert images.notes == (f"no readable images in class 'green', for example {first}",)
 
@@ -286,7 +308,7 @@ def test_validation_images_of_which_none_can_be_read(data, photos):
     for path in (photos / "val").rglob("*.jpg"):
         truncate(path)
     with pytest.raises(InputError, match="no readable images in class 'blue', 'green', 'red'"):
-        build_val_dataset(data, 3).verify(skip=True, progress=False)
+        build_val_dataset(data, 3).verify(skip=True)
 
 
 def test_unreadable_images_are_found_by_verify_only(data):
@@ -359,7 +381,7 @@ def test_hugging_face_folder(photos, tmp_path, monkeypatch):
     assert Counter(held[1].targets) == {0: 3, 1: 3, 2: 3}
     truncate(photos / "train/red/3.jpg")
     with pytest.raises(InputError, match=r"train/\d+: cannot be read"):
-        train.verify(progress=False)
+        train.verify()
     with pytest.raises(InputError, match=r"split 'none'.*validation"):
         build_datasets(replace(data, val_split="none"), 3)
 

@@ -156,18 +156,54 @@ def train_steps(rank, world, folder):
     torch.save((model.state_dict(), model(x[0])), f"{folder}/{rank}.pt")
 
 
+def in_processes(function, world, folder):
+    """Call function(rank, world, folder) in processes; what each saved as RANK.pt in the folder."""
+    folder.mkdir(exist_ok=True)
+    processes = [SERVER.Process(target=function, args=(rank, world, folder)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(500)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def normalise(rank, world, folder):
+    """The outputs and gradients of batches of different shapes in the processes, and the running statistics."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    norm = synchronise_batchnorm(torch.nn.BatchNorm2d(4).double(), torch.device("cpu"))
+    x, slope = torch.load(folder / f"input{rank}.pt")
+    y = norm(x.requires_grad_())
+    (y * slope).sum().backward()
+    torch.save((y.detach(), x.grad, norm.running_mean, norm.running_var), f"{folder}/{rank}.pt")
+
+
+def in_one_row(batches):
+    """All values of batches (B, C, ...) as one batch (1, C, N)."""
+    return torch.cat([batch.transpose(0, 1).flatten(1) for batch in batches], 1)[None]
+
+
+def test_batch_normalisation_over_batches_of_different_shapes(tmp_path):
+    """As one process would normalise all their values, which form a batch of one row."""
+    torch.manual_seed(0)
+    inputs = [
+        (3 * torch.randn(shape).double() + 5, torch.randn(shape).double()) for shape in ((3, 4, 5, 5), (2, 4, 7, 3))
+    ]
+    for rank, pair in enumerate(inputs):
+        torch.save(pair, tmp_path / f"input{rank}.pt")
+    x, slope = (in_one_row(values) for values in zip(*inputs, strict=True))
+    norm = torch.nn.BatchNorm1d(4).double()
+    y = norm(x.requires_grad_())
+    (y * slope).sum().backward()
+    found = in_processes(normalise, 2, tmp_path)
+    for expected, parts in zip((y.detach(), x.grad), list(zip(*found, strict=True))[:2], strict=True):
+        torch.testing.assert_close(in_one_row(parts), expected, rtol=1e-9, atol=1e-9)
+    for *_, mean, var in found:
+        torch.testing.assert_close((mean, var), (norm.running_mean, norm.running_var), rtol=1e-9, atol=1e-9)
+
+
 def test_batch_normalisation_over_processes_is_exact(tmp_path):
-    found = {}
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        processes = [SERVER.Process(target=train_steps, args=(rank, world, folder)) for rank in range(world)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(500)
-            assert process.exitcode == 0
-        found[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    found = {world: in_processes(train_steps, world, tmp_path / str(world)) for world in (1, 2)}
     (state, logits), *_ = found[1]
     for other, other_logits in found[2]:
         torch.testing.assert_close(other_logits, logits, rtol=1e-9, atol=1e-9)

@@ -115,7 +115,7 @@ def test_a_link_to_nowhere_is_not_lost(tree):
     (tree / "train" / "a" / "9.png").symlink_to("missing.png")
     train, _ = build_datasets(ClassificationData(root=str(tree)), 3)
     with pytest.raises(InputError, match=r"train/a/9\.png: no such file"):
-        train.verify(progress=False)
+        train.verify()
 
 
 @pytest.mark.parametrize("extension", [".jfif", ".jpe", ".JPEG", ".jp2", ".avif", ".apng", ".tga", ".qoi", ".mpo"])
@@ -124,7 +124,7 @@ def test_extensions_that_pillow_reads(tree, extension):
     Image.new("RGB", (16, 16), "red").save(path)
     train, _ = build_datasets(ClassificationData(root=str(tree)), 3)
     assert str(path) in train.image_names
-    assert train.verify(progress=False) == []
+    assert train.verify() == []
 
 
 def test_extensions_of_files_that_pillow_cannot_decode():

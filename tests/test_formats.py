@@ -31,7 +31,7 @@ def test_exports_of_the_public_tools(export, kind):
     train, val = build_datasets(data, masks=False, channels=3)
     assert sorted(train.image_names + val.image_names) == sorted(map(split.path, split.coco["images"]))
     for part in (train, val):
-        part.verify(progress=False)
+        part.verify()
     image, target = next(part[0] for part in (train, val) if "a.png" in part.image_names[0])
     assert image.shape == (3, 20, 40)
     assert target["boxes"].tolist() == [[4, 2, 24, 12], [10, 5, 30, 15]]

@@ -13,7 +13,7 @@ from dualtoken_vit.data.check.report import read_facts
 from dualtoken_vit.data.images import image_size, load_image
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.segmentation import read_mask
-from dualtoken_vit.data.transforms import classification_eval, classification_train
+from dualtoken_vit.data.transforms import classification_eval, classification_train, train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ClassificationAugment, ClassificationData
 
@@ -335,6 +335,15 @@ def test_progressive_resizing(progress, side):
         112,
         112,
     )
+
+
+@pytest.mark.parametrize(("start", "end"), [(100, 224), (100, 110), (64, 64)])
+def test_images_never_grow_beyond_their_last_size(start, end):
+    data = ClassificationData(image_size=end, start_size=start)
+    sizes = [train_size(data, epoch / 300) for epoch in range(300)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (start, end)
+    assert {*sizes} == {*range(start, end, 16), end}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dualtoken_vit.data.check.classification import check as check_data
 from dualtoken_vit.data.classification import build_datasets
+from dualtoken_vit.data.tables import read_labels
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Classification, ClassificationData
 
@@ -181,6 +182,17 @@ def test_a_damaged_parquet_file(tmp_path):
         build_datasets(ClassificationData(root=str(tmp_path)), 3)
 
 
+def test_another_table_is_named(tmp_path):
+    save_images(tmp_path)
+    for part, name in enumerate(list(LABELS)[:2], start=1):
+        (tmp_path / f"part{part}.csv").write_text(f"file,label\n{name},red\n")
+    found = read_labels(tmp_path, "train", None)
+    assert len(found.files) == 1
+    first, second = tmp_path / "part1.csv", tmp_path / "part2.csv"
+    expected = f"{second}: not read, because {first} is; put the rows into one table, or name one as --data.root"
+    assert found.notes == (expected,)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "CSV", "parquet"])
 def test_rows_of_an_unknown_split_are_named(tmp_path, suffix):
     save_images(tmp_path)
@@ -230,6 +242,6 @@ def test_images_left_out_of_a_folder_that_is_named_otherwise(tmp_path):
         write(tmp_path / f"data/{split}.csv", [("file", "class"), *LABELS.items()])
     data = ClassificationData(root=str(tmp_path / "data/../data"), unreadable="skip")
     train, fresh = (build_datasets(data, 3)[0] for _ in range(2))
-    train.verify(skip=True, progress=False)
+    train.verify(skip=True)
     fresh.load_state_dict(train.state_dict())
     assert pairs(fresh) == pairs(train) == {name: label for name, label in LABELS.items() if name != "a.png"}

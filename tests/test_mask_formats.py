@@ -87,7 +87,7 @@ def test_objects_become_label_maps(tmp_path, write):
     for part in (train, val):
         assert np.array_equal(part[0][1].numpy(), expected(crowd=write is coco))
         assert not part[1][1].any()
-        assert part.verify(progress=False) == []
+        assert part.verify() == []
         assert part[0][0].shape == (3, HEIGHT, WIDTH)
     labels = expected(crowd=write is coco)
     counts = [np.sum(labels == label) + (label == 0) * labels.size for label in range(3)]

@@ -97,7 +97,7 @@ def test_a_crop_of_ignored_pixels_only_is_tried_again():
 def test_an_image_that_is_ignored_entirely_goes_through(tree):
     spoil(tree, lambda labels: np.full_like(labels, 255))
     train, _ = build_datasets(data(tree), 3)
-    assert train.verify(progress=False) == []
+    assert train.verify() == []
     train.transform = segmentation_train(SegmentationData(crop_size=(8, 8)), SegmentationAugment())
     image, mask = train[0]
     assert image.shape == (3, 8, 8)

@@ -37,7 +37,7 @@ def test_samples(tree):
     assert torch.equal(image, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
     assert build_datasets(data(tree), 1)[0][0][0].shape == (1, 12, 20)
     assert len(build_datasets(data(tree, limit=1), 3)[0]) == 1
-    assert train.verify(progress=False) == []
+    assert train.verify() == []
 
 
 @pytest.mark.parametrize("kind", ["palette", "16 bits", "1 bit"])
@@ -101,7 +101,7 @@ def test_classes_are_weighted_by_their_pixels(tree, kind):
     (tree / "classes.txt").write_text("sky\nroad\ncar\nsign\n")
     spoil(tree, lambda labels: np.where(labels == 2, 0, labels), name="1")
     train, _ = build_datasets(data(tree), 3)
-    assert train.verify(progress=False) == []
+    assert train.verify() == []
     masks = [[label for label in labels_of(tree, name).ravel() if label != 255] for name in ("0", "1")]
     if kind == "log":
         pixels = [label for mask in masks for label in mask]
@@ -122,7 +122,7 @@ def test_the_median_of_two_frequencies_lies_between_them():
 
 def test_drawn_scenes_are_counted_by_their_masks():
     scenes = drawn(32, limit=3)[0]
-    scenes.verify(progress=False)
+    scenes.verify()
     masks = [scenes.load(index)[1] for index in range(3)]
     assert scenes.pixels.tolist() == [
         [sum(int((mask == k).sum()) for mask in masks) for k in range(len(scenes.class_names))],
@@ -135,7 +135,7 @@ def test_masks_in_which_nothing_counts(tree):
         spoil(tree, lambda labels: np.full_like(labels, 255), name=name)
     train, _ = build_datasets(data(tree), 3)
     with pytest.raises(InputError, match=r"0\.jpg and all others: no pixel has a class; see --data.ignore-index"):
-        train.verify(progress=False)
+        train.verify()
 
 
 def test_ade20k_s_layout(tree):
@@ -249,7 +249,7 @@ def change(tree, what):
 def test_mistakes_are_named(tree, what, message):
     change(tree, what)
     with pytest.raises(InputError, match=message) as error:
-        build_datasets(data(tree), 3)[0].verify(progress=False)
+        build_datasets(data(tree), 3)[0].verify()
     assert "\n" not in str(error.value)
 
 
@@ -298,14 +298,14 @@ def test_a_negative_label_is_not_a_class(tree):
     with pytest.raises(InputError, match=message):
         train[0]
     with pytest.raises(InputError, match=message):
-        build_datasets(data(tree, reduce_zero_label=True, classes=None), 3)[0].verify(progress=False)
+        build_datasets(data(tree, reduce_zero_label=True, classes=None), 3)[0].verify()
 
 
 def test_what_verify_found_goes_to_other_processes(tree):
     train, _ = build_datasets(data(tree), 3)
     again, _ = build_datasets(data(tree), 3)
     assert train.state_dict() == {"pixels": None}
-    train.verify(progress=False)
+    train.verify()
     again.load_state_dict(train.state_dict())
     assert torch.equal(again.pixels, train.pixels)
 
@@ -328,10 +328,10 @@ def test_names_that_are_hard_to_print(tree):
         (folder / f"0.{extension}").rename(folder / f"a\n\r.{extension}")
     train, _ = build_datasets(data(tree), 3)
     assert train.class_names == ("$sky", "ro\udcff\x0bad", "car")
-    assert train.verify(progress=False) == []
+    assert train.verify() == []
     (tree / "annotations" / "train" / "a\n\r.png").write_bytes(b"")
     with pytest.raises(InputError) as caught:
-        train.verify(progress=False)
+        train.verify()
     assert str(caught.value).startswith(rf"{tree}/annotations/train/a\n\r.png: cannot be read as an image")
     with pytest.raises(InputError, match=r"class 'ro\ufffd\\x0bad' is not among the 2 trained classes: '\$sky', 'car'"):
         build_dataset(data(tree), "val", 3, ("$sky", "car"))
@@ -349,7 +349,7 @@ def test_a_new_format_is_one_reader(monkeypatch):
 
     monkeypatch.setitem(FORMATS, "halves", read)
     _, val = build_datasets(SegmentationData(dataset="halves"), 3)
-    val.verify(progress=False)
+    val.verify()
     assert val.image_names == ["val"]
     assert val.pixels.tolist() == [[4, 4], [8, 8]]
     assert val[0][1].tolist() == [[0, 1]] * 4

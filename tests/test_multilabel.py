@@ -155,6 +155,17 @@ def test_the_report(root, tmp_path, capsys):
     assert (tmp_path / "labels.png").is_file()
 
 
+def test_the_notes_of_a_table_are_reported_once(tmp_path, capsys):
+    for index in range(8):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{index}.png")
+    rows = [f"{index}.png,{['red', 'blue'][index % 2]},{'trian' if index == 7 else ''}" for index in range(8)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label,split", *rows]))
+    data = MultiLabelData(root=str(tmp_path), holdout=0.25)
+    check_data(MultiLabel(data=data), tmp_path / "out")
+    note = f"note: {tmp_path}/labels.csv: its column of splits is not used: 'trian' in line 9"
+    assert capsys.readouterr().out.count(note) == 1
+
+
 # Metrics
 
 

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import create_detector
 from dualtoken_vit.models.segmenters import create_segmenter
-from dualtoken_vit.recipes import Optim
-from dualtoken_vit.tasks.optim import build_optimizer, build_schedule, ema_update, schedule_factor
+from dualtoken_vit.recipes import Classification, Optim
+from dualtoken_vit.tasks.optim import build_optimizer, build_schedule, ema_update, schedule_factor, schedule_notes
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,25 @@ def test_warm_up_in_steps_then_milestones():
     optim = Optim(lr=1.0, warmup_steps=3, warmup_epochs=5, epochs=4, schedule="step", milestones=(2, 3))
     found = rates(optim, 4)
     assert found == pytest.approx([0.25, 0.5, 0.75] + 5 * [1.0] + 4 * [0.1] + 4 * [0.01])
+
+
+@pytest.mark.parametrize(
+    ("optim", "said"),
+    [
+        (dict(warmup_steps=499), []),
+        (dict(warmup_steps=500), ["the warm-up of 500 steps does not end within the 500 of this run"]),
+        (dict(warmup_steps=None, warmup_epochs=5), ["the warm-up of 500 steps does not end within the 500"]),
+        (dict(milestones=(2, 3)), ["--optim.milestones 2 3 is for --optim.schedule step, and not used"]),
+        (dict(schedule="step", milestones=(4, 9)), []),
+        (dict(schedule="step", milestones=(5, 9)), ["--optim.milestones 5 9: the run ends before"]),
+    ],
+)
+def test_parts_of_a_schedule_that_have_no_effect(optim, said):
+    recipe = Classification(optim=replace(Optim(epochs=5, warmup_steps=0), **optim))
+    lines = schedule_notes(recipe, 100)
+    assert [line.startswith(start) for line, start in zip(lines, said, strict=True)] == [True] * len(said)
+    budget = replace(recipe, run=replace(recipe.run, max_minutes=5))  # its length is not known
+    assert len(schedule_notes(budget, 100)) == ("is for" in "".join(said))
 
 
 def test_polynomial_to_the_end():

@@ -376,6 +376,12 @@ def test_a_diverged_run_names_its_last_good_state(scenes, tmp_path):
         cli.run(arguments(scenes, tmp_path / "run", **given))
 
 
+def test_lraspp_trains_on_one_image_a_batch(scenes, tmp_path):
+    """Its pooled branch has no batch normalisation, unlike those of DeepLabv3 and PSPNet."""
+    settings = {"segmenter": "lraspp", "optim__batch_size": 1, "optim__epochs": 1, "data__limit": 4}
+    assert cli.run(arguments(scenes, tmp_path / "run", **settings)) == 0
+
+
 @pytest.mark.parametrize("segmenter", ["deeplabv3", "lraspp"])
 def test_two_processes_count_each_image_once(scenes, tmp_path, segmenter):
     """With weighted classes, and crops that reach beyond the image: what counts differs from process to process."""

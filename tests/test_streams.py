@@ -98,7 +98,7 @@ def test_class_names_of_shards(shards, tmp_path):
     assert sorted(chain(*stream(val, 4, train=False))) == [(index, 1 - index % 2) for index in range(10)]
     (tmp_path / "classnames.txt").write_text("even\n")
     with pytest.raises(InputError, match=r"train-0000\.tar/0001: class 1, but there are 1 class names"):
-        build_datasets(shards, 3)[0].verify(progress=False)
+        build_datasets(shards, 3)[0].verify()
     (tmp_path / "classnames.txt").write_text("even\nodd\n\n\n")
     assert build_datasets(shards, 3)[0].class_names == ("even", "odd")
     for names, fault in (
@@ -172,19 +172,29 @@ def test_unreadable_images_in_shards(shards, tmp_path):
         tar.write({"__key__": "0006", "cls": b"0"})
     val = build_val_dataset(shards, 3, ["even", "odd"])
     with pytest.raises(InputError, match=r"val-0001\.tar/0005: cannot be read as an image.*and 1 more"):
-        val.verify(progress=False)
+        val.verify()
     with pytest.raises(InputError, match=r"val-0001\.tar/0005: cannot be read as an image"):
         stream(val, 4, train=False)
     val = build_val_dataset(replace(shards, val_split="val-{0000..0001}.tar|7"), 3, ["even", "odd"])
     again = copy(val)
-    assert [name[-4:] for name in val.verify(skip=True, progress=False)] == ["0005", "0006"]
+    assert [name[-4:] for name in val.verify(skip=True)] == ["0005", "0006"]
     again.load_state_dict(val.state_dict())
     for each in (val, again):
         parts = [stream(each, 4, train=False, rank=rank, world=2) for rank in range(2)]
         assert sorted(chain(*chain(*parts))) == [(index, index % 2) for index in range(5)]
     truncate(tmp_path / "val-0000.tar")
     with pytest.raises(InputError, match=r"val-0000\.tar: cannot be read"):
-        val.verify(progress=False)
+        val.verify()
+
+
+@pytest.mark.parametrize("stated", [4, 6])
+def test_a_number_of_images_that_is_wrong(shards, tmp_path, stated):
+    """Validation would end early, or wait for images that never come."""
+    (tmp_path / "classnames.txt").write_text("even\nodd\n")
+    split = f"val-{{0000..0000}}.tar|{stated}"
+    val = build_val_dataset(replace(shards, val_split=split), 3)
+    with pytest.raises(InputError, match=rf"val-.*\|{stated}: 5 images, but said to have {stated}: correct the number"):
+        val.verify()
 
 
 def test_shards_from_which_images_are_left_out_fill_their_batches(shards, tmp_path):
@@ -192,7 +202,7 @@ def test_shards_from_which_images_are_left_out_fill_their_batches(shards, tmp_pa
     with wds.TarWriter(str(tmp_path / "train-0002.tar")) as tar:
         tar.write({"__key__": "0010", "png": b"no image", "cls": b"0"})
     train, _ = build_datasets(replace(shards, train_split="train-{0000..0002}.tar|11"), 3)
-    assert [name[-4:] for name in train.verify(skip=True, progress=False)] == ["0010"]
+    assert [name[-4:] for name in train.verify(skip=True)] == ["0010"]
     assert len(train) == 10
     batches = stream(train, 4, train=True)
     assert [len(batch) for batch in batches] == [4, 4, 4]

@@ -261,6 +261,14 @@ def test_of_epochs_with_equal_scores_the_lowest_loss_is_the_best():
     assert best_epoch(history, "map")["epoch"] == 1
 
 
+def test_a_validation_class_that_cannot_be_read_is_named(photos, tmp_path, capsys):
+    for path in (photos / "val/blue").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    train(recipe(photos, data={"unreadable": "skip"}, optim={"epochs": 1}), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "skipped 6 unreadable validation images\nno readable images in class 'blue', for example" in out
+
+
 def test_unreadable_images(photos, tmp_path, capsys):
     broken = photos / "train" / "red" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:200])

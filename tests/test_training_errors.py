@@ -150,6 +150,18 @@ def test_a_full_disk_stops_the_run(photos, tmp_path, monkeypatch):
             {"model": {"name": "test_vit", "args": ()}, "data": {"image_size": 64, "start_size": 50}},
             r"--data\.start-size 50 is not a size that test_vit takes",
         ),
+        (
+            {"data": {"image_size": 32, "start_size": 48}},
+            r"^--data\.start-size 48: must not be above --data\.image-size 32$",
+        ),
+        (
+            {
+                "model": {"name": "test_vit", "args": ("patch_size=32", "dynamic_img_size=True")},
+                "data": {"image_size": 96, "start_size": 32},
+            },
+            r"^--data\.start-size 32 grows in steps of 16 pixels, but 48 is not a size that test_vit takes",
+        ),
+        ({"optim": {"schedule": "step"}}, r"^--optim\.schedule step: needs --optim\.milestones"),
         ({"model": {"checkpoint": "nowhere.safetensors"}}, r"nowhere\.safetensors: no such checkpoint"),
         ({"run": {"device": "tpu"}}, r"^--run\.device tpu: "),
         ({"run": {"devices": 0}}, r"^--run\.devices 0: must be at least 1"),
@@ -199,12 +211,12 @@ def test_one_class_is_refused(photos, tmp_path):
 
 def test_evaluation_at_a_size_that_does_not_fit(photos, tmp_path):
     train(recipe(photos, model={"name": "test_vit", "args": ()}, optim={"epochs": 1}), tmp_path / "run")
-    with pytest.raises(InputError, match=r"--data\.image-size 50 is not a size that test_vit takes"):
+    with pytest.raises(InputError, match="image size 50 is not a size that test_vit takes"):
         evaluate(tmp_path / "run" / "best.safetensors", data={"image_size": 50}, device="cpu")
 
 
 def test_evaluation_below_the_least_size(trained):
-    with pytest.raises(InputError, match=r"--data\.image-size 16 is not a size .*: give at least 32"):
+    with pytest.raises(InputError, match=r"image size 16 is not a size .*: give at least 32"):
         evaluate(trained[1] / "best.safetensors", data={"image_size": 16}, device="cpu")
 
 

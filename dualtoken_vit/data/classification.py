@@ -91,8 +91,8 @@ class ImageDataset(Dataset, ImageData):
         """Every image, still encoded where it is stored so."""
         return ((self.image_names[i], self.sources[i], self.targets[i]) for i in range(len(self)))
 
-    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        names = [] if self.drawn else unreadable(self, skip, progress)
+    def verify(self, skip: bool = False) -> list[str]:
+        names = [] if self.drawn else unreadable(self.records(), self, skip)
         self._leave_out(names)
         self.left_out += map(self._relative, names)
         return names
@@ -133,6 +133,16 @@ def _where(data: ClassificationData, split: str) -> str:
     return printable(os.path.join(data.root, split_name(data, split)))
 
 
+def _check_no_splits(root: Path, missing: Path) -> None:
+    """Raise an InputError if all folders in `root` are named after splits, as that of `missing` may be: no classes."""
+    names = sorted(each.name for each in root.glob("*") if each.is_dir() and not each.name.startswith("."))
+    if names and all(map(split_of, names)) and names != ["train"]:
+        there = f"but {', '.join(map(printable, names))} in {printable(root)}"
+        raise InputError(
+            f"{printable(missing)}: no such folder, {there}; name them by --data.train-split and --data.val-split"
+        )
+
+
 def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset:
     """ROOT/SPLIT/CLASS/**, with classes in natural order, including empty ones; or a table of files and classes."""
     data.check_place()
@@ -141,6 +151,8 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
         found = read_labels(Path(data.root), folder.name, separator=None)
         if found is not None:
             return _labelled(found, channels)
+        if not folder.is_dir():
+            _check_no_splits(Path(data.root), folder)
         if data.holdout and split == "train" and not folder.is_dir():  # one folder without splits
             folder = Path(data.root)
     if not folder.is_dir():

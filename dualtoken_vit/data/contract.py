@@ -4,7 +4,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 from dualtoken_vit.data.splits import split_of
 from dualtoken_vit.errors import InputError
@@ -13,7 +13,6 @@ from dualtoken_vit.files import counted, printable, similar
 Split = TypeVar("Split")
 
 
-@runtime_checkable
 class ImageData(Protocol):
     """The dataset of any task. A class that inherits from it gets the defaults given here.
 
@@ -32,8 +31,8 @@ class ImageData(Protocol):
         """Number of images."""
         raise NotImplementedError
 
-    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        """Read every image once, with a progress bar if `progress`; returns the display names of the images left out.
+    def verify(self, skip: bool = False) -> list[str]:
+        """Read every image once, with a progress bar; returns the display names of the images left out.
 
         With `skip`, where the task supports it, images that cannot be read are left out.
 

@@ -24,6 +24,7 @@ from dualtoken_vit.data.coco import (
     degenerate,
     object_area,
     read_coco,
+    segmentation_fault,
     size_fault,
 )
 from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, held_out, some, split_name
@@ -98,8 +99,11 @@ class DetectionDataset(Dataset, ImageData):
         keys = ["id", "image_id", "category_id", "bbox", "area", "iscrowd", *["segmentation"] * masks]
         trained = []
         for annotation in coco["annotations"]:
-            of_image[annotation["image_id"]].append({key: annotation[key] for key in keys if key in annotation})
-            if degenerate(annotation, images[annotation["image_id"]]):
+            image = images[annotation["image_id"]]
+            if annotation.get("area") is None and not segmentation_fault(annotation.get("segmentation"), image):
+                annotation = {**annotation, "area": object_area(annotation, image)}  # its mask may not be kept
+            of_image[image["id"]].append({key: annotation[key] for key in keys if key in annotation})
+            if degenerate(annotation, image):
                 self.dropped += 1
             elif not annotation.get("iscrowd"):
                 trained.append(annotation["category_id"])
@@ -156,10 +160,10 @@ class DetectionDataset(Dataset, ImageData):
             raise InputError(fault)
         return image
 
-    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
+    def verify(self, skip: bool = False) -> list[str]:
         """Read every image once; see `ImageData`. No image is left out."""
         if not self.split.draw:
-            verify_each(self.image, range(len(self)), len(self), "reading every image" if progress else "")
+            verify_each(self.image, range(len(self)), len(self), "reading every image")
         return []
 
     @cached_property

@@ -61,8 +61,8 @@ class MultiLabelDataset(Dataset, ImageData):
         kept.image_names = [self.image_names[i] for i in indices]
         return kept
 
-    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        verify_each(self.image, range(len(self)), len(self), "reading every image" if progress else "")
+    def verify(self, skip: bool = False) -> list[str]:
+        verify_each(self.image, range(len(self)), len(self), "reading every image")
         return []
 
 

@@ -182,7 +182,7 @@ class SegmentationDataset(Dataset, ImageData):
             raise InputError(f"{printable(mask)}: {fault}")
         return image, classes
 
-    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
+    def verify(self, skip: bool = False) -> list[str]:
         """Read every image and mask once, and count `pixels`; an InputError also if all are ignored."""
         total = torch.zeros(2, len(self.class_names), dtype=torch.int64)
         lock = Lock()
@@ -192,7 +192,7 @@ class SegmentationDataset(Dataset, ImageData):
             with lock:
                 total.add_(torch.stack([found, (found > 0) * found.sum()]))
 
-        verify_each(count, range(len(self)), len(self), "reading every image and mask" if progress else "")
+        verify_each(count, range(len(self)), len(self), "reading every image and mask")
         if not total.any():
             name = printable(self.image_names[0])
             raise InputError(f"{name} and all others: no pixel has a class; see --data.ignore-index")

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from io import BytesIO
 from itertools import count, islice
@@ -20,7 +20,7 @@ from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.sampling import mix, seeded
 from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import counted, printable
 
 SHUFFLE = dict(bufsize=8192, initial=2048)  # timm's buffer of encoded images
 
@@ -39,6 +39,7 @@ class ImageStream(IterableDataset, ImageData):
 
     parts: int  # the most readers that the images can be divided among
     samples: int  # number of stored images
+    place = ""  # for messages
     channels: int  # 3 (RGB) or 1 (greyscale)
     labels: Sequence[int] = ()  # the target of each stored class index
     left_out: frozenset[str] = frozenset()
@@ -111,8 +112,20 @@ class ImageStream(IterableDataset, ImageData):
         """Every image, still encoded."""
         return self._used(self.read())
 
-    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        names = unreadable(self, skip, progress)
+    def verify(self, skip: bool = False) -> list[str]:
+        read = 0
+
+        def records() -> Iterator[Record]:
+            nonlocal read
+            for record in self.records():
+                read += 1
+                yield record
+
+        names, expected = unreadable(records(), self, skip), self.samples - len(self.left_out)
+        if read != expected:
+            raise InputError(
+                f"{printable(self.place)}: {counted(read, 'image')}, but said to have {expected}: correct the number"
+            )
         self.left_out |= set(names)
         return names
 
@@ -123,13 +136,13 @@ class ImageStream(IterableDataset, ImageData):
         self.left_out = frozenset(state["left_out"])
 
 
-def unreadable(dataset: Any, skip: bool, progress: bool) -> list[str]:
-    """The names of the unreadable images of a dataset with `records` and `channels`; without `skip`, an InputError."""
+def unreadable(records: Iterable[Record], dataset: Any, skip: bool) -> list[str]:
+    """The names of the unreadable images of a dataset with `channels`; without `skip`, an InputError."""
     bad = verify_each(
         lambda record: load_image(record[1], dataset.channels, record[0]),
-        dataset.records(),
+        records,
         len(dataset),
-        "reading every image" if progress else "",
+        "reading every image",
         skip,
         "--data.unreadable skip leaves them out",
     )
@@ -152,7 +165,7 @@ class Shards(ImageStream):
     def __init__(self, root: str, split: str, channels: int) -> None:
         from webdataset.shardlists import expand_urls  # installed only by those who use it
 
-        self.channels = channels
+        self.channels, self.place = channels, f"{root}, {split}"
         self.label_key = ""  # of the json file of each sample; default: the class is in the cls file
         if ".tar" in split:
             names, _, number = split.partition("|")

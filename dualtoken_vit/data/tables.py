@@ -84,6 +84,8 @@ def split_tables(root: Path, fits: Callable[[Path], bool]) -> dict[str, Part]:
         values = [str(row[place]).strip() if len(row) > place else "" for row in rows] if place is not None else []
         splits = list(dict.fromkeys(filter(None, map(split_of, values)))) or [ALL]
         notes = _outside(tables[0], values, whole=splits == [ALL])
+        unread = f"not read, because {printable(tables[0])} is; put the rows into one table, or name one as --data.root"
+        notes += tuple(f"{printable(path)}: {unread}" for path in tables[1:])
         found = {split: Part(tables[0], None if splits == [ALL] else split) for split in splits}
         read = "train" if "train" in found else splits[0]
         found[read] = found[read]._replace(notes=notes)

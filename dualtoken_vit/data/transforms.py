@@ -28,7 +28,7 @@ def train_size(data: ClassificationData | MultiLabelData, progress: float) -> in
     if data.start_size is None or progress >= 0.8:
         return data.image_size
     grown = max(progress - 0.5, 0) / 0.3
-    return data.start_size + round((data.image_size - data.start_size) * grown / 16) * 16
+    return min(data.start_size + round((data.image_size - data.start_size) * grown / 16) * 16, data.image_size)
 
 
 def classification_train(
@@ -113,7 +113,7 @@ class RandomScale(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.functional.get_size(flat_inputs[0])
-        factor = torch.empty(()).uniform_(*sorted(self.scale)).item()
+        factor = torch.empty(()).uniform_(*self.scale).item()
         factor *= self.side / min(height, width) if self.side else 1.0
         return {"size": [max(1, round(side * factor)) for side in (height, width)]}
 

@@ -182,12 +182,18 @@ def measure(
     number, own_chance, scores = len(positions), mean(1 / count for count in positions), []
     for key, places in found.items():
         values = np.stack(places)  # (images, 4)
-        error = float(sem(values[:, 0] - values[:, 1])) if number > 1 else None
-        differences = values[1:, 0] - others[key]
-        control = float(np.mean(others[key])) if number > 1 else None
-        control_error = float(sem(differences)) if number > 2 else None
-        counts = (name, key, number, objects, error, own_chance, control, control_error)
-        scores.append(Score(*values.mean(0).tolist(), *counts))
+        score = Score(
+            *values.mean(0).tolist(),
+            checkpoint=name,
+            block=key,
+            images=number,
+            objects=objects,
+            error=float(sem(values[:, 0] - values[:, 1])) if number > 1 else None,
+            own_chance=own_chance,
+            control=float(np.mean(others[key])) if number > 1 else None,
+            control_error=float(sem(values[1:, 0] - others[key])) if number > 2 else None,
+        )
+        scores.append(score)
     return scores
 
 

@@ -28,7 +28,7 @@ from dualtoken_vit.data.contract import ImageData, fingerprint
 from dualtoken_vit.data.transforms import classification_eval, classification_train, train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import check_finite, check_size, pretrained_cfg, statistics
-from dualtoken_vit.recipes import Classification, ClassificationInput, Distill, Model
+from dualtoken_vit.recipes import Classification, ClassificationInput, Distill, Model, MultiLabel
 from dualtoken_vit.results import Classes
 from dualtoken_vit.runtime.report import ClassesReport
 from dualtoken_vit.show import plots
@@ -55,7 +55,7 @@ class ImagePredictor(Predictor[Result]):
     def __init__(self, model: nn.Module, class_names: Any, preprocessing: dict[str, Any], options: Any):
         super().__init__(model, class_names, preprocessing, options)
         if options.image_size != preprocessing["input_size"][-1]:
-            check_size(model, self.channels, options.image_size, "--image-size")
+            check_size(model, self.channels, options.image_size, "image size")
         self.transform = classification_eval(options, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
 
     @classmethod
@@ -259,7 +259,7 @@ def class_metrics(confusion: np.ndarray) -> np.ndarray:
 
 
 def prepare_epoch(
-    recipe: Classification, preprocessing: dict[str, Any], train: ImageData, epoch: int, progress: float
+    recipe: Classification | MultiLabel, preprocessing: dict[str, Any], train: ImageData, epoch: int, progress: float
 ) -> None:
     """Set the training transform and the flips, see `TaskModule.prepare_epoch`."""
     mean, std = preprocessing["mean"], preprocessing["std"]
@@ -333,7 +333,8 @@ class ClassificationTask(Task[Classification]):
         return ClassificationModule(predictor, recipe), val
 
     def relocate(self, recipe: Classification, given: dict[str, Any]) -> dict[str, Any]:
-        return {"holdout": 0.0, "fold": 0} if given.keys() & {"root", "val_split"} else {}
+        moved = given.keys() & {"root", "val_split"} and "holdout" not in given
+        return {"holdout": 0.0, "fold": 0} if moved else {}
 
     def share_fault(self, recipe: Classification, share: int) -> str:
         if share % 2 and (recipe.augment.mixup > 0 or recipe.augment.cutmix > 0):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dualtoken_vit.checkpoint import read_checkpoint
 from dualtoken_vit.data.contract import some
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.models.backbone import check_size, pretrained_cfg, statistics
+from dualtoken_vit.models.backbone import pretrained_cfg, statistics
 from dualtoken_vit.recipes import Classification, Model
 from dualtoken_vit.tasks.base import Task
-from dualtoken_vit.tasks.networks import create_model
+from dualtoken_vit.tasks.networks import check_sizes, create_model
 from dualtoken_vit.tasks.predictor import Predictor
 
 
@@ -84,9 +84,7 @@ def load_teacher(task: Task[Classification], recipe: Classification, student: Pr
         cfg, subset = pretrained_cfg(model), infer_imagenet_subset(model)
         names = tuple(cfg.get("label_names") or (ImageNetInfo(subset).label_names() if subset else ()))
         own = statistics(cfg, channels)
-    check_size(model, channels, size)
-    if recipe.data.start_size is not None:
-        check_size(model, channels, recipe.data.start_size, "--data.start-size")
+    check_sizes(model, channels, size, recipe.data.start_size)
     if missing := [each for each in student.class_names if each not in names]:
         theirs = f"its classes are {some(names)}" if names else "it does not name its classes"
         raise InputError(f"{flag} does not predict class {some(missing)} of the data; {theirs}")

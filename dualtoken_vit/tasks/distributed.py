@@ -27,9 +27,18 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: float,  # values of a channel in a process, on average
+        eps: float,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps = eps
+        ctx.count, ctx.eps = count, eps
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
@@ -40,17 +49,17 @@ class _Normalise(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
-        along, shift = mean_over_processes(torch.stack([dweight, dbias])) / (x.numel() // x.shape[1])
+        along, shift = mean_over_processes(torch.stack([dweight, dbias])) / ctx.count
         inverse = (var + ctx.eps).rsqrt()
         slope = along * inverse
         slope, offset = (each * scale * inverse for each in (slope, shift - slope * mean))
         shape = (1, -1, *[1] * (x.ndim - 2))
         dx -= torch.addcmul(offset.view(shape), x, slope.view(shape)).to(dx.dtype)
-        return dx, *((None, None) if weight is None else (dweight, dbias)), None, None, None
+        return dx, *((None, None) if weight is None else (dweight, dbias)), None, None, None, None
 
 
 class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over all processes' batches, which must have equal shapes, on any device.
+    """Batch normalisation over all processes' batches, which may have different shapes, on any device.
 
     torch's SyncBatchNorm needs a GPU. Without this, two processes on a CPU would not train as one does. Applies the
     dropout and activation of timm's layers too.
@@ -71,21 +80,27 @@ class AllReduceBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Any number of dimensions."""
 
     @torch.compiler.disable
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each channel, (C,) each, over all processes; updates the running ones."""
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Mean and biased variance of each channel over all processes, (C,), and how many values a process has of each.
+
+        The number is the mean over the processes. Updates the running mean and variance.
+        """
         y = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        own = torch.stack(torch.batch_norm_update_stats(y, None, None, 0.0))  # mean and variance
+        mean, var = torch.batch_norm_update_stats(y, None, None, 0.0)
+        own = torch.stack((mean, var, torch.full_like(mean, y.numel() // y.shape[1])))
         world = dist.get_world_size()
         found = [torch.empty_like(own) for _ in range(world)]
         dist.all_gather(found, own)
-        means, variances = torch.stack(found).unbind(1)  # (world, C)
-        mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        means, variances, counts = torch.stack(found).unbind(1)  # (world, C)
+        total = counts[:, 0].sum().item()
+        shares = counts / total
+        mean = (shares * means).sum(0)
+        var = (shares * (variances + (means - mean).square())).sum(0)
         if self.track_running_stats:
-            count = x.numel() // x.shape[1] * world
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        return mean, var
+            self.running_var.lerp_(var * total / (total - 1), self.momentum)
+        return mean, var, total / world
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, ...)
         if not self.training:

@@ -68,8 +68,10 @@ class Loaders(lightning.LightningDataModule):
             return
         try:
             for title, dataset in (("training", self.train), ("validation", self.val)):
+                known = len(dataset.notes)
                 if names := dataset.verify(skip=self.recipe.data.skip):
-                    print(f"skipped {counted(len(names), f'unreadable {title} image')}")
+                    skipped = f"skipped {counted(len(names), f'unreadable {title} image')}"
+                    print(skipped, *dataset.notes[known:], sep="\n")
         except InputError as error:
             self.problem = str(error)
 

@@ -23,14 +23,14 @@ from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import multilabel as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
-from dualtoken_vit.data.transforms import classification_train, train_size
+from dualtoken_vit.data.transforms import train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import check_finite
 from dualtoken_vit.recipes import ClassificationInput, Model, MultiLabel
 from dualtoken_vit.results import Labels
 from dualtoken_vit.runtime.report import LabelsReport
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent, rounded
-from dualtoken_vit.tasks.classification import ImagePredictor, data_config
+from dualtoken_vit.tasks.classification import ImagePredictor, data_config, prepare_epoch
 from dualtoken_vit.tasks.networks import create_model
 
 
@@ -158,14 +158,6 @@ def best_threshold(precision: Tensor, recall: Tensor, thresholds: Tensor) -> flo
     best = int(f1[:-1].nan_to_num(-1.0).argmax())  # the last point of the curve has no threshold
     lower = thresholds[best - 1] if best else torch.zeros(())
     return float((thresholds[best] + lower) / 2)
-
-
-def prepare_epoch(
-    recipe: MultiLabel, preprocessing: dict[str, Any], train: ImageData, epoch: int, progress: float
-) -> None:
-    """Set the training transform, see `TaskModule.prepare_epoch`."""
-    mean, std = preprocessing["mean"], preprocessing["std"]
-    train.transform = classification_train(recipe.data, recipe.augment, mean, std, progress)
 
 
 class MultiLabelTask(Task[MultiLabel]):

@@ -96,20 +96,30 @@ def create_network(recipe: Model, num_classes: int | None, **args: Any) -> nn.Mo
     return model
 
 
+def check_sizes(model: nn.Module, in_chans: int, image_size: int, start_size: int | None) -> None:
+    """Raise an InputError for a size of training images that the network refuses, as `data.transforms.train_size`."""
+    check_size(model, in_chans, image_size)
+    if start_size is None:
+        return
+    if start_size > image_size:
+        raise InputError(f"--data.start-size {start_size}: must not be above --data.image-size {image_size}")
+    check_size(model, in_chans, start_size, "--data.start-size")
+    for size in range(start_size + 16, image_size, 16):
+        check_size(model, in_chans, size, f"--data.start-size {start_size} grows in steps of 16 pixels, but")
+
+
 def create_model(
     recipe: Model, num_classes: int | None, image_size: int, start_size: int | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The recipe's classifier, and the arguments that make it again (`save_checkpoint`'s model_args), or an InputError.
 
-    A network whose size is fixed (deit, vit, ...) is made for `image_size`. It must also take `start_size`.
+    A network whose size is fixed (deit, vit, ...) is made for `image_size`. It must take all from `start_size` on.
     """
     args, cfg = model_kwargs(recipe), _known_cfg(recipe.name)
     if cfg is not None and cfg.fixed_input_size:
         args = {"img_size": image_size, **args}
     model = create_network(recipe, num_classes, **args)
-    check_size(model, recipe.in_chans, image_size)
-    if start_size is not None:
-        check_size(model, recipe.in_chans, start_size, "--data.start-size")
+    check_sizes(model, recipe.in_chans, image_size, start_size)
     return model.train().to(memory_format=torch.channels_last), args
 
 

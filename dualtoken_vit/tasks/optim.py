@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import similar
 from dualtoken_vit.models.backbone import layer_names
-from dualtoken_vit.recipes import Optim
+from dualtoken_vit.recipes import Optim, Recipe
 
 FLAT = 0.75  # share of the run after which schedule flat-cosine decays
 
@@ -66,11 +66,40 @@ def ema_update(decay: float) -> Callable[..., None]:
     return update
 
 
+def warmup_steps(optim: Optim, steps_per_epoch: int) -> int:
+    """Steps until the learning rate has its peak."""
+    return round(optim.warmup_epochs * steps_per_epoch) if optim.warmup_steps is None else optim.warmup_steps
+
+
+def schedule_notes(recipe: Recipe, steps_per_epoch: int) -> list[str]:
+    """Lines on parts of the schedule that have no effect. With `run.max_minutes`, the length of the run is not known.
+
+    Raises:
+        InputError: for steps at no epoch.
+    """
+    optim, notes = recipe.optim, []
+    if optim.schedule == "step" and not optim.milestones:
+        raise InputError("--optim.schedule step: needs --optim.milestones, the epochs after which the rate falls")
+    milestones = " ".join(map(str, optim.milestones))
+    if milestones and optim.schedule != "step":
+        notes.append(f"--optim.milestones {milestones} is for --optim.schedule step, and not used")
+    if recipe.run.max_minutes is not None:
+        return notes
+    if optim.schedule == "step" and min(optim.milestones) >= optim.epochs:
+        notes.append(f"--optim.milestones {milestones}: the run ends before, so that the learning rate never falls")
+    warmup, total = warmup_steps(optim, steps_per_epoch), optim.epochs * steps_per_epoch
+    if warmup >= total:
+        notes.append(
+            f"the warm-up of {warmup} steps does not end within the {total} of this run, so that the learning rate "
+            "never has its peak: give a smaller --optim.warmup-steps or --optim.warmup-epochs, or more epochs"
+        )
+    return notes
+
+
 def schedule_factor(optim: Optim, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate at each step, relative to the peak: linear warm-up, then `optim.schedule` until the last."""
     total = optim.epochs * steps_per_epoch
-    warmup = round(optim.warmup_epochs * steps_per_epoch) if optim.warmup_steps is None else optim.warmup_steps
-    warmup = min(warmup, total)
+    warmup = min(warmup_steps(optim, steps_per_epoch), total)
     floor = optim.min_lr / optim.lr
 
     def factor(step: int) -> float:

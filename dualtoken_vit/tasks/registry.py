@@ -15,8 +15,8 @@ _REGISTERED: dict[str, Task[Any]] = {}
 
 def register(task: Task[Any], named: dict[str, tuple[str, Recipe]] | None = None) -> None:
     """Add a task, its kind of recipe, and named recipes for the command line: {name: (description, recipe)}."""
+    recipes.register(task.recipe, named or {})  # first, as it may raise
     _REGISTERED[task.name] = task
-    recipes.register(task.recipe, named or {})
 
 
 def get_task(name: str) -> Task[Any]:

@@ -235,7 +235,7 @@ class SegmentationTask(Task[Segmentation]):
         return follows
 
     def share_fault(self, recipe: Segmentation, share: int) -> str:
-        if share < 2 and recipe.optim.batch_size // recipe.optim.accumulate < 2:
+        if recipe.segmenter != "lraspp" and share < 2 and recipe.optim.batch_size // recipe.optim.accumulate < 2:
             return "the head's batch normalisation after global pooling needs two or more images"
         return ""
 

@@ -30,7 +30,7 @@ from dualtoken_vit.tasks.failures import explained
 from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.loggers import check_logger
 from dualtoken_vit.tasks.networks import choose_weights
-from dualtoken_vit.tasks.optim import build_optimizer, ema_update
+from dualtoken_vit.tasks.optim import build_optimizer, ema_update, schedule_notes
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 
@@ -171,6 +171,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     trainer = _trainer(recipe, folder)
     loaders = Loaders(setup.train, setup.val, recipe, _share(recipe, trainer.world_size), resumed=last is not None)
     module.steps_per_epoch = loaders.steps_per_epoch  # rejects too few images now, too
+    notes = schedule_notes(recipe, module.steps_per_epoch)
     if trainer.world_size > 1:
         synchronise_batchnorm(model, trainer.strategy.root_device)
     if recipe.run.compile:
@@ -183,7 +184,8 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
                 f"starting from the weights {own_weights(recipe.model.name) or recipe.model.name}; "
                 "--model.pretrained false starts from scratch"
             )
-        for line in (*setup.train.notes, *setup.val.notes, *([report] if report else [])):
+        lines = [*setup.train.notes, *setup.val.notes, *([report] if report else [])]
+        for line in dict.fromkeys(lines + notes):  # with --data.holdout, both splits have the notes of their table
             print(line)
     try:
         hint = "use a smaller --optim.batch-size, or smaller images (--data.*)"

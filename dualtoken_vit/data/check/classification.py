@@ -39,6 +39,8 @@ def check(recipe: Classification, out: Path, augmented: bool = False) -> bool:
         sound = spread([i for i, fact in enumerate(found[data.train_split]) if not fact.problem])
         if augmented:
             train.transform = report.visible(classification_train, recipe)
+            if recipe.augment.hflip == "alternate":
+                train.alternate_flips(recipe.run.seed, 0)
         samples = ((train.class_names[train.targets[i]], report.sample(train, i, recipe.run.seed)[0]) for i in sound)
         drawings = (draw_scene([(name, image, None)], ()) for name, image in samples)
         lines.append(report.contact_sheet(drawings, out / "labels.png", augmented))

@@ -43,7 +43,8 @@ def check(recipe: MultiLabel, out: Path, augmented: bool = False) -> bool:
     mixed = [f"equal images with different labels: {one}" for one in report.copies(facts, lambda _, fact: fact.label)]
     table = report.count_table(class_names, counts)
     problems = [*empty, *report.missing_classes(class_names)]
-    return report.print_report(table, facts, lines, (), problems, [mixed])
+    notes = [note for dataset in datasets.values() for note in dataset.notes]
+    return report.print_report(table, facts, lines, notes, problems, [mixed])
 
 
 def _read(dataset: MultiLabelDataset, role: str) -> list[report.Facts]:

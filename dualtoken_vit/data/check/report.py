@@ -72,7 +72,8 @@ def print_report(
         labels: what must have been drawn on images as EXIF rotates them, for a note on these
     """
     lines = [*_properties(splits), *lines]
-    lines += [f"note: {note}" for note in (*notes, *_notes(splits, labels))]
+    # With --data.holdout, both splits have the notes of their table.
+    lines += [f"note: {note}" for note in dict.fromkeys((*notes, *_notes(splits, labels)))]
     problems = [*problems, *(fact.problem for facts in splits.values() for fact in facts if fact.problem)]
     many = [*many, [f"in both splits: {names}" for names in copies(splits, lambda split, _: split)]]
     console = Console()

@@ -63,7 +63,7 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# CHECKPOINT=best.safetensors shows another network than the one that comes with the package, SEGMENTER=... also masks.
+# CHECKPOINT=best.safetensors shows another network than T (mix) with the package's weights, SEGMENTER=... also masks.
 web: $(EXPORT) $(ORT)
 	$(BIN)/python web/build_page.py $(if $(CHECKPOINT),--classifier $(CHECKPOINT)) $(if $(SEGMENTER),--segmenter $(SEGMENTER))
 

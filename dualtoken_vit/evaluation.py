@@ -151,7 +151,8 @@ def evaluate(
     if calibrate:
         module.kept = []  # type: ignore[assignment]
     held_out = predictor.preprocessing.get("held_out")  # of classification
-    if getattr(recipe.data, "holdout", 0) and held_out not in (None, fingerprint(images.image_names)):
+    names = [*images.image_names, *getattr(images, "left_out", ())]
+    if getattr(recipe.data, "holdout", 0) and held_out not in (None, fingerprint(names)):
         note = "the images held out are not those of the training run; if they are of its data, it trained on some"
         images.notes = (*images.notes, note)
     for note in images.notes:

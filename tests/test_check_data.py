@@ -8,8 +8,10 @@ from PIL import Image
 
 from dualtoken_vit.data.check.classification import check as check_data
 from dualtoken_vit.data.check.report import first
+from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Classification, ClassificationData, Model
+from dualtoken_vit.recipes import Classification, ClassificationAugment, ClassificationData, Model
+from dualtoken_vit.show.drawing import spread
 
 
 @pytest.fixture
@@ -187,3 +189,26 @@ def test_shards(photos, tmp_path, capsys):
     )
     assert check_data(Classification(model=Model(in_chans=1), data=data), tmp_path)
     assert row(capsys.readouterr().out.splitlines(), "2") == ["12", "6"]
+
+
+def test_augmented_images_alternate_their_flips(tmp_path, monkeypatch):
+    """Images that are dark on the left: drawn as `alternate_flips` turns them in the first epoch."""
+    for split in ("train", "val"):
+        for index in range(16):
+            image = Image.new("L", (32, 32), 200)
+            image.paste(20, (0, 0, 16, 32))
+            path = tmp_path / "photos" / split / "ab"[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    drawn = []
+    monkeypatch.setattr(
+        "dualtoken_vit.data.check.classification.draw_scene", lambda boxes, _: drawn.append(boxes[0][1]) or drawn[-1]
+    )
+    plain = ClassificationAugment(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip="alternate")
+    recipe = Classification(data=ClassificationData(root=str(tmp_path / "photos"), image_size=32), augment=plain)
+    check_data(recipe, tmp_path / "out", augmented=True)
+    train, _ = build_datasets(recipe.data, 3)
+    train.alternate_flips(recipe.run.seed, 0)
+    flipped = [image.getpixel((4, 16))[0] > 100 for image in drawn]
+    assert flipped == [bool(train.flipped[index]) for index in spread(range(16))]
+    assert 0 < sum(flipped) < len(flipped)

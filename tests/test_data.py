@@ -80,16 +80,16 @@ def test_splits_by_other_names(photos):
         ),
         (
             lambda root: shutil.rmtree(root / "train"),
-            r"photos/train: no such folder, but val in .*photos; name them by --data\.train-split and",
-        ),
-        (
-            lambda root: [shutil.rmtree(root / "train"), (root / "val").rename(root / "red")],
             r"photos/train: no such folder; expected .*without splits give --data\.holdout",
         ),
         (lambda root: shutil.rmtree(root / "val"), r"photos/val: no such folder.*give --data\.holdout 0\.1"),
         (
             lambda root: [(root / "train").rename(root / "Training"), (root / "val").rename(root / "Testing")],
-            r"photos/train: no such folder, but Testing, Training in .*photos; name them by --data\.train-split and",
+            r"photos/train: no such folder, but Testing, Training in .*photos; give --data\.train-split NAME, and",
+        ),
+        (
+            lambda root: (root / "val").rename(root / "test"),
+            r"photos/val: no such folder; expected .*without a val folder give --data\.holdout 0\.1",
         ),
         (lambda root: [shutil.rmtree(p) for p in (root / "train").iterdir()], r"photos/train: has no class folders"),
         (
@@ -187,6 +187,7 @@ def test_a_stored_holdout_does_not_hide_the_data_given(data):
 def test_splits_are_no_classes(photos):
     for split, name in (("train", "Training"), ("val", "Testing")):
         (photos / split).rename(photos / name)
+    (photos / "__MACOSX").mkdir()
     with pytest.raises(InputError, match="but Testing, Training in"):
         build_datasets(ClassificationData(root=str(photos), holdout=0.1), 3)
     train, val = build_datasets(ClassificationData(root=str(photos), train_split="Training", val_split="Testing"), 3)

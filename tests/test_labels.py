@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -182,15 +183,28 @@ def test_a_damaged_parquet_file(tmp_path):
         build_datasets(ClassificationData(root=str(tmp_path)), 3)
 
 
-def test_another_table_is_named(tmp_path):
-    save_images(tmp_path)
-    for part, name in enumerate(list(LABELS)[:2], start=1):
-        (tmp_path / f"part{part}.csv").write_text(f"file,label\n{name},red\n")
+@pytest.mark.parametrize(
+    ("read", "unread"),
+    [("part1.csv", "part2.csv"), ("train/part1.csv", "train/part2.csv"), ("train_labels.csv", "train.csv")],
+)
+def test_another_table_is_named(tmp_path, read, unread):
+    (tmp_path / "train").mkdir()
+    for table, name in ((read, list(LABELS)[0]), (unread, list(LABELS)[1])):
+        save_images((tmp_path / table).parent)
+        (tmp_path / table).write_text(f"file,label\n{name},red\n")
     found = read_labels(tmp_path, "train", None)
-    assert len(found.files) == 1
-    first, second = tmp_path / "part1.csv", tmp_path / "part2.csv"
-    expected = f"{second}: not read, because {first} is; put the rows into one table, or name one as --data.root"
-    assert found.notes == (expected,)
+    assert [Path(file).name for file in found.files] == list(LABELS)[:1]
+    why = f"not read, because {tmp_path / read} is; put the rows into one table, or name one as --data.root"
+    assert found.notes == (f"{tmp_path / unread}: {why}",)
+
+
+def test_a_table_beside_those_of_the_splits_is_named(tmp_path):
+    save_images(tmp_path)
+    for table in ("train", "val", "more"):
+        (tmp_path / f"{table}.csv").write_text(f"file,label\n{list(LABELS)[0]},red\n")
+    notes = [read_labels(tmp_path, split, None).notes for split in ("train", "val")]
+    (note,) = notes[0] + notes[1]
+    assert note.startswith(f"{tmp_path}/more.csv: not read, because {tmp_path}/train.csv is")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "CSV", "parquet"])

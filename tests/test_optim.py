@@ -99,8 +99,8 @@ def test_warm_up_in_steps_then_milestones():
     ("optim", "said"),
     [
         (dict(warmup_steps=499), []),
-        (dict(warmup_steps=500), ["the warm-up of 500 steps does not end within the 500 of this run"]),
-        (dict(warmup_steps=None, warmup_epochs=5), ["the warm-up of 500 steps does not end within the 500"]),
+        (dict(warmup_steps=500), ["the warm-up of 500 steps is cut to the 500 of this run"]),
+        (dict(warmup_steps=None, warmup_epochs=5), ["the warm-up of 500 steps is cut to the 500 of"]),
         (dict(milestones=(2, 3)), ["--optim.milestones 2 3 is for --optim.schedule step, and not used"]),
         (dict(schedule="step", milestones=(4, 9)), []),
         (dict(schedule="step", milestones=(5, 9)), ["--optim.milestones 5 9: the run ends before"]),

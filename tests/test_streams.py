@@ -191,10 +191,16 @@ def test_unreadable_images_in_shards(shards, tmp_path):
 def test_a_number_of_images_that_is_wrong(shards, tmp_path, stated):
     """Validation would end early, or wait for images that never come."""
     (tmp_path / "classnames.txt").write_text("even\nodd\n")
-    split = f"val-{{0000..0000}}.tar|{stated}"
-    val = build_val_dataset(replace(shards, val_split=split), 3)
-    with pytest.raises(InputError, match=rf"val-.*\|{stated}: 5 images, but said to have {stated}: correct the number"):
-        val.verify()
+    val = build_val_dataset(replace(shards, val_split=f"val-{{0000..0000}}.tar|{stated}"), 3)
+    found = "more" if stated < 5 else "5"
+    message = rf"val-.*\|{stated}: said to have {stated} images, but has {found}: correct the number"
+    for use in (
+        val.verify,
+        partial(stream, val, 2, train=False),
+        partial(stream, val, 2, train=False, rank=1, world=2),
+    ):
+        with pytest.raises(InputError, match=message):
+            use()
 
 
 def test_shards_from_which_images_are_left_out_fill_their_batches(shards, tmp_path):

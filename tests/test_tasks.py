@@ -77,8 +77,8 @@ class BrightnessDataset(Dataset, ImageData):
         image = pil_to_tensor(load_image(self.image_names[index])) / 255
         return image, image.mean()
 
-    def verify(self, skip: bool = False, progress: bool = True) -> list[str]:
-        verify_each(self.__getitem__, range(len(self)), len(self), "reading every image" if progress else "")
+    def verify(self, skip: bool = False) -> list[str]:
+        verify_each(self.__getitem__, range(len(self)), len(self), "reading every image")
         return []
 
 

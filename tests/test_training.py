@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tiny_runs import ARGS, count_reading, interrupted, module, recipe, rows
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import read_checkpoint
+from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.transforms import classification_eval
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
@@ -267,6 +269,19 @@ def test_a_validation_class_that_cannot_be_read_is_named(photos, tmp_path, capsy
     train(recipe(photos, data={"unreadable": "skip"}, optim={"epochs": 1}), tmp_path / "run")
     out = capsys.readouterr().out
     assert "skipped 6 unreadable validation images\nno readable images in class 'blue', for example" in out
+
+
+def test_other_images_held_out_than_in_training_are_named(photos, tmp_path, capsys):
+    data = {"unreadable": "skip", "holdout": 0.25}
+    broken = Path(build_datasets(recipe(photos, data=data).data, 3)[1].image_names[0])
+    broken.write_bytes(broken.read_bytes()[:200])
+    train(recipe(photos, data=data, optim={"epochs": 1}), tmp_path / "run")
+    for given in ({}, {"root": photos, "holdout": 0.25}, {"root": photos, "holdout": 0.5}):
+        capsys.readouterr()
+        evaluate(tmp_path / "run/best.safetensors", data=given)
+        assert ("the images held out are not those of the training run" in capsys.readouterr().err) == (
+            given.get("holdout") == 0.5
+        )
 
 
 def test_unreadable_images(photos, tmp_path, capsys):

@@ -288,6 +288,47 @@ def test_a_whole_video_is_not_truncated(tmp_path, suffix, case):
     assert len(list(Video(path))) == 6
 
 
+def with_sound(path, count):
+    """A video of `count` frames, and of silence that lasts as long."""
+    with av.open(str(path), "w") as container:
+        stream, sound = container.add_stream("libx264", RATE), container.add_stream("aac", 8000)
+        stream.width, stream.height, stream.pix_fmt = 46, 38, "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000 // RATE), np.float32), "fltp", "mono")
+        silence.sample_rate = 8000
+        for image in frames(count):
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+            container.mux(sound.encode(silence))
+        container.mux(stream.encode())
+        container.mux(sound.encode())
+    return path
+
+
+def test_a_truncated_video_with_sound(tmp_path):
+    clip = with_sound(tmp_path / "clip.mkv", 60)
+    assert Video(clip).frames == len(list(Video(clip))) == 60
+    whole = clip.read_bytes()
+    clip.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"truncated: it ends after \d\.\d of 12\.\d seconds"):
+        list(Video(clip))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_last_frame_that_is_shown_for_long(tmp_path, suffix):
+    path, base = tmp_path / f"clip{suffix}", Fraction(1, 10)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", 10)
+        stream.width, stream.height, stream.pix_fmt = 46, 38, "yuv420p"
+        for number, image in enumerate(frames(10)):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts, frame.time_base = number, base
+            for packet in stream.encode(frame):
+                packet.duration = 300 if number == 9 else 1
+                container.mux(packet)
+        container.mux(stream.encode())
+    assert Video(path).seconds > 30
+    assert len(list(Video(path))) == 10
+
+
 def test_a_video_that_is_interrupted_keeps_the_former_files(constant, tmp_path, monkeypatch):  # noqa: F811
     clip, out = write(tmp_path / "clip.mkv", frames(5)), tmp_path / "out.mp4"
     assert predict(constant, (clip,), out)

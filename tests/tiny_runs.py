@@ -56,9 +56,9 @@ def count_reading(monkeypatch) -> list[str]:
     read = []
     real = data_module.unreadable
 
-    def unreadable(dataset, skip, progress):
+    def unreadable(dataset, skip):
         read.extend(dataset.image_names)
-        return real(dataset, skip, progress)
+        return real(dataset, skip)
 
     monkeypatch.setattr(data_module, "unreadable", unreadable)
     return read

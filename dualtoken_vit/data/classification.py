@@ -92,7 +92,7 @@ class ImageDataset(Dataset, ImageData):
         return ((self.image_names[i], self.sources[i], self.targets[i]) for i in range(len(self)))
 
     def verify(self, skip: bool = False) -> list[str]:
-        names = [] if self.drawn else unreadable(self.records(), self, skip)
+        names = [] if self.drawn else unreadable(self, skip)
         self._leave_out(names)
         self.left_out += map(self._relative, names)
         return names
@@ -134,12 +134,12 @@ def _where(data: ClassificationData, split: str) -> str:
 
 
 def _check_no_splits(root: Path, missing: Path) -> None:
-    """Raise an InputError if all folders in `root` are named after splits, as that of `missing` may be: no classes."""
-    names = sorted(each.name for each in root.glob("*") if each.is_dir() and not each.name.startswith("."))
-    if names and all(map(split_of, names)) and names != ["train"]:
-        there = f"but {', '.join(map(printable, names))} in {printable(root)}"
+    """Raise an InputError if `root` has folders of splits, which are no classes. That of train is missing."""
+    names = sorted(each.name for each in root.glob("*") if each.is_dir() and split_of(each.name))
+    if len({*map(split_of, names)}) > 1:
         raise InputError(
-            f"{printable(missing)}: no such folder, {there}; name them by --data.train-split and --data.val-split"
+            f"{printable(missing)}: no such folder, but {', '.join(map(printable, names))} in {printable(root)}; give "
+            "--data.train-split NAME, and --data.val-split NAME or --data.holdout 0.1"
         )
 
 
@@ -151,10 +151,9 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
         found = read_labels(Path(data.root), folder.name, separator=None)
         if found is not None:
             return _labelled(found, channels)
-        if not folder.is_dir():
+        if split == "train" and not folder.is_dir():
             _check_no_splits(Path(data.root), folder)
-        if data.holdout and split == "train" and not folder.is_dir():  # one folder without splits
-            folder = Path(data.root)
+            folder = Path(data.root) if data.holdout else folder  # one folder without splits
     if not folder.is_dir():
         without = {"val": "without a val folder", "train": "for class folders without splits"}[split]
         holdout = "" if data.holdout else f"; {without} give --data.holdout 0.1"

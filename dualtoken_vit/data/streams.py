@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from io import BytesIO
 from itertools import count, islice
@@ -109,23 +109,21 @@ class ImageStream(IterableDataset, ImageData):
         self.class_names, self.labels = class_names, [labels[label] for label in self.labels]
 
     def records(self) -> Iterator[Record]:
-        """Every image, still encoded."""
-        return self._used(self.read())
+        """Every image, still encoded; an InputError where there are more or fewer than `samples`, before the last."""
+        records, expected, number = self._used(self.read()), self.samples - len(self.left_out), 0
+        for number, record in enumerate(records, start=1):
+            if number == expected and next(records, None) is not None:
+                raise self._miscounted("more")
+            yield record
+        if number != expected:
+            raise self._miscounted(str(number))
+
+    def _miscounted(self, found: str) -> InputError:
+        stated = counted(self.samples - len(self.left_out), "image")
+        return InputError(f"{printable(self.place)}: said to have {stated}, but has {found}: correct the number")
 
     def verify(self, skip: bool = False) -> list[str]:
-        read = 0
-
-        def records() -> Iterator[Record]:
-            nonlocal read
-            for record in self.records():
-                read += 1
-                yield record
-
-        names, expected = unreadable(records(), self, skip), self.samples - len(self.left_out)
-        if read != expected:
-            raise InputError(
-                f"{printable(self.place)}: {counted(read, 'image')}, but said to have {expected}: correct the number"
-            )
+        names = unreadable(self, skip)
         self.left_out |= set(names)
         return names
 
@@ -136,11 +134,11 @@ class ImageStream(IterableDataset, ImageData):
         self.left_out = frozenset(state["left_out"])
 
 
-def unreadable(records: Iterable[Record], dataset: Any, skip: bool) -> list[str]:
-    """The names of the unreadable images of a dataset with `channels`; without `skip`, an InputError."""
+def unreadable(dataset: Any, skip: bool) -> list[str]:
+    """The names of the unreadable images of a dataset with `records` and `channels`; without `skip`, an InputError."""
     bad = verify_each(
         lambda record: load_image(record[1], dataset.channels, record[0]),
-        records,
+        dataset.records(),
         len(dataset),
         "reading every image",
         skip,
@@ -223,6 +221,7 @@ class TensorFlowDataset(ImageStream):
         import tensorflow_datasets as tfds  # installed only by those who use it
 
         self.builder, self.split, self.channels = tfds.builder(name, data_dir=root or None), split, channels
+        self.place = f"{name}, {split}"
         self.builder.download_and_prepare()
         names = self.builder.info.features["label"].names
         self.class_names, self.labels = tuple(names), range(len(names))

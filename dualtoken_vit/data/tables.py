@@ -78,14 +78,16 @@ def split_tables(root: Path, fits: Callable[[Path], bool]) -> dict[str, Part]:
             if split := split_of(path.stem.removesuffix("labels").removesuffix("annotations")):
                 named.setdefault(split, []).insert(0, path)
         found = _fitting(named, fits)
+        if found:
+            first, *_ = found
+            others = [path for path in tables if not any(path in paths for paths in named.values())]
+            found[first] = found[first]._replace(notes=(*found[first].notes, *_unread(others, found[first].path)))
     if tables and not found:
         header, *rows = cells(tables[0])
         place = column(header, SPLIT)
         values = [str(row[place]).strip() if len(row) > place else "" for row in rows] if place is not None else []
         splits = list(dict.fromkeys(filter(None, map(split_of, values)))) or [ALL]
-        notes = _outside(tables[0], values, whole=splits == [ALL])
-        unread = f"not read, because {printable(tables[0])} is; put the rows into one table, or name one as --data.root"
-        notes += tuple(f"{printable(path)}: {unread}" for path in tables[1:])
+        notes = (*_outside(tables[0], values, whole=splits == [ALL]), *_unread(tables[1:], tables[0]))
         found = {split: Part(tables[0], None if splits == [ALL] else split) for split in splits}
         read = "train" if "train" in found else splits[0]
         found[read] = found[read]._replace(notes=notes)
@@ -110,9 +112,19 @@ def _tables(place: Path) -> list[Path]:
 
 def _fitting(tables: Mapping[str, list[Path]], fits: Callable[[Path], bool]) -> dict[str, Part]:
     """The first table of each split that fits, or the first; none where no table of any split fits."""
-    fitting = {split: next(filter(fits, paths), None) for split, paths in tables.items()}
-    found = {split: Part(fitting[split] or paths[0]) for split, paths in tables.items() if paths}
+    fitting = {split: list(filter(fits, paths)) for split, paths in tables.items()}
+    found = {}
+    for split, paths in tables.items():
+        if paths:
+            read, *others = fitting[split] or paths[:1]
+            found[split] = Part(read, notes=_unread(others, read))
     return found if any(fitting.values()) else {}
+
+
+def _unread(tables: Sequence[Path], read: Path) -> tuple[str, ...]:
+    """Lines on tables that could be read, but are not, because `read` is."""
+    why = f"not read, because {printable(read)} is; put the rows into one table, or name one as --data.root"
+    return tuple(f"{printable(path)}: {why}" for path in tables)
 
 
 class Labelled(NamedTuple):

@@ -349,6 +349,7 @@ def attention(
     Raises:
         InputError: if no image can be read, for a checkpoint of another task or network, or an unknown block or token.
     """
+    checkpoint, images, out = Path(checkpoint), tuple(map(Path, images)), Path(out)
     place = _parse_token(token) if token is not None else None
     sources = find_images(images, out, RECORD)
     before, written = files_in(out), [out / RECORD]

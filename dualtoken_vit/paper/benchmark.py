@@ -321,7 +321,7 @@ def benchmark(
         modes: eager, or compiled by torch.compile, which takes minutes.
         rounds: visits to each model, shuffled, with pauses.
         visit_seconds: approximate duration of a visit.
-        device: auto: an accelerator if there is one, else the CPU.
+        device: auto: an accelerator if there is one and no exported file, else the CPU.
         precision: data types; in training, of autocast.
         threads: numbers of CPU threads; none: PyTorch's.
         train: measure training steps, with AdamW.
@@ -348,15 +348,16 @@ def benchmark(
     for name, given in {"input_sizes": input_sizes, "precision": precision, "modes": modes}.items():
         if not given:
             raise InputError(f"{name}: none given; give one or more")
+    exported = [name for name in models if name.rpartition(":")[0] in RUNTIMES]
+    device = "cpu" if exported and device == "auto" else device
     counted = [
         Setting(parse_size(text, "--input-sizes"), pick_device(device), precision[0], train=train)
         for text in input_sizes
     ]
-    exported = [name for name in models if name.rpartition(":")[0] in RUNTIMES]
     if exported and (counted[0].device.type != "cpu" or precision != ("float32",)):
         raise InputError(
-            f"models: {exported[0]}: exported files run on the CPU in a precision of their own; give --device cpu, and "
-            "leave out --precision"
+            f"models: {exported[0]}: exported files run on the CPU in a precision of their own; leave out --device and "
+            "--precision"
         )
     threads = threads or (torch.get_num_threads(),)
     tune_cpu()

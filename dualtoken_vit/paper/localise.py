@@ -241,8 +241,9 @@ def localise(
     """Measure how well attention maps localise objects, in every block.
 
     An image token on an object attends to global tokens: how much of this attention, and how often its maximum, lies on
-    the same object? Chance is the result of uniform attention. Give several checkpoints to compare them, for example
-    with position-aware and with normal global tokens.
+    the same object? Chance is the result of uniform attention. Compare with the control, the objects of the image
+    before: attention follows the objects only where it is higher than this. Give several checkpoints to compare them,
+    for example with position-aware and with normal global tokens.
 
     Args:
         checkpoints: The best.safetensors of classification runs of DualToken-ViTs.
@@ -263,6 +264,7 @@ def localise(
     """
     if not checkpoints:
         raise InputError("no checkpoint given; give the best.safetensors of one or more runs")
+    checkpoints = tuple(map(Path, checkpoints))
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: must be at least 1")
     if images and annotations:

@@ -1,5 +1,6 @@
 """Videos and cameras as images, and images as videos: PyAV, the extra `video`."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -55,29 +56,35 @@ class Video:
         self.stream = self.container.streams.video[0]
         self.stream.thread_type = "AUTO"
         self.rate: Fraction = self.stream.average_rate or Fraction(25)  # frames per second
-        # The container's is that of its longest stream, which may be the sound.
-        own, alone = self.stream.duration, len(self.container.streams) == 1
-        whole = (self.container.duration or 0) / self.av.time_base if alone else 0
-        self.seconds = float(whole if own is None else own * self.stream.time_base)
+        self.seconds = self._duration()
         """Duration according to the file, with that of the last frame; 0: unknown."""
         known = self.stream.frames or round(self.seconds * self.rate)
         self.frames: int | None = None if self.camera else known or None
         """Number of frames according to the file; None: unknown."""
 
+    def _duration(self) -> float:
+        if self.stream.duration is not None:
+            return float(self.stream.duration * self.stream.time_base)
+        if stated := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", self.stream.metadata.get("DURATION", "")):  # Matroska
+            hours, minutes, seconds = map(float, stated.groups())
+            return 3600 * hours + 60 * minutes + seconds
+        # The container's is that of its longest stream, which may be the sound.
+        return (self.container.duration or 0) / self.av.time_base if len(self.container.streams) == 1 else 0.0
+
     def __iter__(self) -> Iterator[tuple[float, Image.Image]]:
         """Time in seconds, and image, of each frame."""
-        count, seconds = 0, 0.0
+        count, seconds, end = 0, 0.0, 0.0
         try:
             for frame in self.container.decode(self.stream):
                 count += 1
                 seconds = float((count - 1) / self.rate if frame.time is None else frame.time)
+                end = seconds + float(frame.duration * frame.time_base if frame.duration else 1 / self.rate)
                 # The frame is stored unrotated, with the angle by which a player turns it counterclockwise.
                 yield seconds, frame.to_image().rotate(frame.rotation, expand=True)
         except (self.av.FFmpegError, ValueError) as error:
             raise InputError(f"{self.name}: damaged after {counted(count, 'frame')}: {first_line(error)}") from error
         finally:
             self.container.close()
-        end = seconds + float(1 / self.rate)
         if not self.camera and self.seconds - end > max(1, 0.05 * self.seconds):  # FFmpeg takes the end as it comes
             raise InputError(f"{self.name}: truncated: it ends after {end:.1f} of {self.seconds:.1f} seconds")
 

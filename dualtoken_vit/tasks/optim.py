@@ -88,10 +88,11 @@ def schedule_notes(recipe: Recipe, steps_per_epoch: int) -> list[str]:
     if optim.schedule == "step" and min(optim.milestones) >= optim.epochs:
         notes.append(f"--optim.milestones {milestones}: the run ends before, so that the learning rate never falls")
     warmup, total = warmup_steps(optim, steps_per_epoch), optim.epochs * steps_per_epoch
+    flag = "--optim.warmup-epochs" if optim.warmup_steps is None else "--optim.warmup-steps"
     if warmup >= total:
         notes.append(
-            f"the warm-up of {warmup} steps does not end within the {total} of this run, so that the learning rate "
-            "never has its peak: give a smaller --optim.warmup-steps or --optim.warmup-epochs, or more epochs"
+            f"the warm-up of {warmup} steps is cut to the {total} of this run: the learning rate rises until the end; "
+            f"give a smaller {flag}, or more epochs"
         )
     return notes
 

@@ -189,11 +189,12 @@ def test_a_damaged_parquet_file(tmp_path):
 )
 def test_another_table_is_named(tmp_path, read, unread):
     (tmp_path / "train").mkdir()
-    for table, name in ((read, list(LABELS)[0]), (unread, list(LABELS)[1])):
+    first, second, *_ = LABELS
+    for table, name in ((read, first), (unread, second)):
         save_images((tmp_path / table).parent)
         (tmp_path / table).write_text(f"file,label\n{name},red\n")
     found = read_labels(tmp_path, "train", None)
-    assert [Path(file).name for file in found.files] == list(LABELS)[:1]
+    assert [Path(file).name for file in found.files] == [first]
     why = f"not read, because {tmp_path / read} is; put the rows into one table, or name one as --data.root"
     assert found.notes == (f"{tmp_path / unread}: {why}",)
 
@@ -201,7 +202,7 @@ def test_another_table_is_named(tmp_path, read, unread):
 def test_a_table_beside_those_of_the_splits_is_named(tmp_path):
     save_images(tmp_path)
     for table in ("train", "val", "more"):
-        (tmp_path / f"{table}.csv").write_text(f"file,label\n{list(LABELS)[0]},red\n")
+        (tmp_path / f"{table}.csv").write_text(f"file,label\n{min(LABELS)},red\n")
     notes = [read_labels(tmp_path, split, None).notes for split in ("train", "val")]
     (note,) = notes[0] + notes[1]
     assert note.startswith(f"{tmp_path}/more.csv: not read, because {tmp_path}/train.csv is")

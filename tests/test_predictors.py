@@ -186,7 +186,7 @@ def test_a_folder_without_images(files, tmp_path):
     ("task", "options", "message"),
     [
         ("classification", {"score": 0.5}, r"^score: not an option of this predictor; there are .*top_k"),
-        ("classification", {"image_size": 31}, r"image-size 31 is not a size .* give at least 32"),
+        ("classification", {"image_size": 31}, r"^image size 31 is not a size .* give at least 32"),
         ("detection", {"score": 1.5}, r"^--score 1\.5: must be at most 1"),
         ("segmentation", {"window": 40, "window_stride": 50}, r"window_stride=50: must be at most the window's 40"),
         ("segmentation", {"mode": "glide"}, r"--mode glide: must be"),

@@ -68,8 +68,13 @@ def _calibrate(module: Any, checkpoint: str | Path, of: str | None, before: Eval
     """
     logits, targets = map(torch.cat, zip(*module.kept or [], strict=True))
     logits = logits * module.predictor.temperature  # as the network computes them
+    if (logits.argmax(1) == targets).all():
+        raise InputError(
+            "--calibrate: the network is right about all of these images, so the best temperature is the lowest; "
+            "give more images; nothing is stored"
+        )
     temperature = fit_temperature(logits, targets)
-    if not 1 / HOTTEST < temperature < 0.99 * HOTTEST:  # the search ends just below it
+    if temperature > 0.99 * HOTTEST:  # the search ends just below it
         raise InputError(
             f"--calibrate: the best temperature is {temperature:.3g}, at its bound: the network's confidence says "
             "nothing about these images; nothing is stored"

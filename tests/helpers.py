@@ -38,7 +38,7 @@ def edit(source, path, tensors=lambda found: found, metadata=lambda found: found
     """Write a best.safetensors with other tensors or metadata, and without the checksum, as early versions did."""
     with safe_open(source, framework="pt") as file:
         about = file.metadata()
-    del about["sha256"]
+    about.pop("sha256", None)
     found = {key: value.clone() for key, value in load_file(source).items()}  # not in a file that is overwritten
     save_file(tensors(found), path, metadata(about))
 

@@ -63,12 +63,15 @@ def test_statistics_of_a_cell(monkeypatch):
     assert second.latency_ms == pytest.approx(1e3 * median(times["test_resnet"]))
 
 
-def test_compiled_table(capsys):
+def test_compiled_table(capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiled.append(model) or model)
     (result,) = benchmark(
         ("test_resnet",), **QUICK | dict(batch_sizes=(1,)), modes=("compiled",), memory=False, markdown=True
     )
     out = capsys.readouterr().out
     assert result.mode == "compiled"
+    assert len(compiled) == 1
     assert out.index("threads used: 1") < out.index("| mode")  # the machine is described first
     row = next(line for line in out.splitlines() if line.startswith("| compiled"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
@@ -132,6 +135,15 @@ def test_a_training_step(monkeypatch, precision):
     for (name, value), expected in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert value.dtype == expected.dtype
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_models_run_with_their_threads(monkeypatch, one_thread):
+    seen = []
+    monkeypatch.setattr(module, "forward", lambda network, x: seen.append(torch.get_num_threads()))
+    calls = [Setting((32, 32), torch.device("cpu"), "float32", count).call("test_resnet", 1) for count in (1, 2)]
+    for call in calls:
+        call()
+    assert seen == [1, 2]
 
 
 def test_training_table(capsys):

@@ -16,7 +16,7 @@ from dualtoken_vit.checkpoint import read_checkpoint
 from dualtoken_vit.data.transforms import classification_eval
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import _check_held_out, evaluate
-from dualtoken_vit.recipes import DetectionData, MultiLabelData, SegmentationData
+from dualtoken_vit.recipes import ClassificationData, DetectionData, MultiLabelData, SegmentationData
 from dualtoken_vit.tasks.calibration import fit_temperature
 
 
@@ -43,8 +43,12 @@ def test_the_temperature_is_the_best(true):
 
 @pytest.fixture
 def copied(trained, tmp_path):
+    """A run whose network is wrong about some of the validation images: it prefers the first class."""
     photos, out = trained
-    return photos, shutil.copytree(out, tmp_path / "run")
+    copy = shutil.copytree(out, tmp_path / "run")
+    best = copy / "best.safetensors"
+    edit(best, best, lambda tensors: tensors | {"head.bias": tensors["head.bias"] + torch.tensor([3.0, 0, 0])})
+    return photos, copy
 
 
 def logits_of(photos, out):
@@ -83,6 +87,7 @@ def test_evaluate_reports_and_stores_it(copied, tmp_path, capsys):
     calibrated = json.loads(said.out)
     after = read_checkpoint(best)
     temperature = after.preprocessing["temperature"]
+    assert 0.06 < temperature < 19  # not a bound
     assert temperature == pytest.approx(fit_temperature(logits, targets), rel=1e-3)
     assert f"temperature {temperature:.3f}, stored in {best}" in said.err
     assert calibrated["ece"] == pytest.approx(expected(temperature), abs=1e-5)
@@ -122,12 +127,27 @@ def test_a_network_at_chance_is_not_calibrated(copied):
     assert best.read_bytes() == before
 
 
+def test_a_network_that_is_right_everywhere_is_not_calibrated(trained):
+    best = trained[1] / "best.safetensors"
+    before = best.read_bytes()
+    with pytest.raises(InputError, match="right about all of these images, so .* give more images; nothing is stored"):
+        evaluate(best, calibrate=True, device="cpu")
+    assert best.read_bytes() == before
+
+
 @pytest.mark.parametrize("data", [MultiLabelData(holdout=0.1), DetectionData(), SegmentationData(holdout=0.3)])
 def test_other_held_out_images_were_trained_on(data):
     assert _check_held_out(data, {"holdout": data.holdout}) is _check_held_out(data, {"holdout": 0.0}) is None
     assert _check_held_out(data, {"holdout": 0.2, "root": "other"}) is None
     with pytest.raises(InputError, match=rf"--data\.holdout 0\.2: .* trained with {data.holdout:g}, so another share"):
         _check_held_out(data, {"holdout": 0.2})
+
+
+def test_images_of_another_fold_were_trained_on():
+    data = ClassificationData(holdout=0.25, fold=1)
+    assert _check_held_out(data, {"fold": 1}) is None
+    with pytest.raises(InputError, match=r"--data\.fold 2: the network was trained on its images; leave it out"):
+        _check_held_out(data, {"fold": 2})
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from dualtoken_vit.data.coco import clip, decode_masks, read_coco
 from dualtoken_vit.data.detection import DetectionDataset, save_scenes
 from dualtoken_vit.results import Objects
 from dualtoken_vit.runtime import report
-from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, evaluate, save_results
+from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save_results
+from dualtoken_vit.tasks.detection import precision_recall
 from dualtoken_vit.tasks.distributed import gather
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -236,6 +237,17 @@ def test_figures_that_can_be_worked_out():
     assert score.precision[0, 0].tolist() == [1.0] * 51 + [0.0] * 50
     assert score.precision[1, 0].tolist() == [0.0] * 101
     assert evaluate(truth, {}, masks=False)["box"].figures["AP"] == 0
+
+
+def test_curves_are_means_over_the_classes_that_have_objects():
+    precision = np.stack([np.full((3, 101), -1.0), np.full((3, 101), -1.0)])  # (IoUs, classes, recalls)
+    precision[0, :2], precision[1, :2] = [[0.8], [0.4]], [[0.2], [0.1]]
+    curves = precision_recall(Score({}, {}, precision), ("a", "b", "c"))
+    means = {name: precision.tolist() for name, (_, precision) in curves.items()}
+    assert all(recall.tolist() == np.linspace(0, 1, 101).tolist() for recall, _ in curves.values())
+    first, second = (f"all classes, IoU {iou}" for iou in CURVES)
+    expected = {first: 0.6, second: 0.15, f"a, IoU {CURVES[0]}": 0.8, f"b, IoU {CURVES[0]}": 0.4}
+    assert means == {name: pytest.approx([value] * 101) for name, value in expected.items()}
 
 
 def test_the_order_of_the_classes_is_the_network_s(folder):

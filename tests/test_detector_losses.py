@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_detectors import KINDS, confident, create, target
-from torchvision.models.detection import fcos, retinanet, ssd
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torch import nn
+from torchvision.models.detection import MaskRCNN, fcos, retinanet, ssd
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
-from dualtoken_vit.models.detectors import in_crowd
+from dualtoken_vit.models.detectors import create_detector, in_crowd
 
 # Targets and losses
 
@@ -125,6 +126,36 @@ def test_losses_and_detections_are_torchvisions(kind):
         for found, wanted in zip(detector.eval()(images), twin.eval()(images), strict=True):
             assert len(found["boxes"]) == 100
             assert torch.equal(found["labels"], wanted["labels"] - shift)
+            torch.testing.assert_close(found["scores"], wanted["scores"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["boxes"], wanted["boxes"], rtol=1e-4, atol=1e-3)
+
+
+def test_mask_rcnn_is_torchvisions():
+    """With its own weights, where torchvision's defaults are the settings of the paper."""
+    torch.manual_seed(0)
+    detector = create_detector("mask-rcnn", "dualtoken_vit_tiny_mix", 3, image_size=128, depths=(1, 1, 1)).train()
+    for parameter in detector.rpn.head.bbox_pred.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+    twin = MaskRCNN(detector.backbone, 4, min_size=128, max_size=128, rpn_anchor_generator=anchors).train()
+    twin.load_state_dict(detector.state_dict())
+    images = [torch.rand(3, 128, 128) for _ in range(2)]
+    targets = [
+        target(128, 128, [[4, 8, 36, 40], [40, 20, 110, 90]], [2, 0]),
+        target(128, 128, [[10, 50, 40, 128]], [1]),
+    ]
+    losses = []
+    for model, shift in ((detector, 0), (twin, 1)):
+        model.rpn.register_forward_pre_hook(lambda *_: torch.manual_seed(0) and None)  # of the sampling
+        with torch.no_grad():
+            losses.append(model(images, [{**t, "labels": t["labels"] + shift} for t in targets]))
+    assert losses[0].keys() == losses[1].keys()
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(loss, losses[1][name], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for found, wanted in zip(detector.eval()(images), twin.eval()(images), strict=True):
+            assert len(found["boxes"]) == 100
+            assert torch.equal(found["labels"], wanted["labels"] - 1)
             torch.testing.assert_close(found["scores"], wanted["scores"], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found["boxes"], wanted["boxes"], rtol=1e-4, atol=1e-3)
 

@@ -217,6 +217,25 @@ def test_curves_mark_the_epoch_that_is_given(figures, tmp_path):
     assert [(mark.xy, mark.get_text()) for mark in marks] == [((k, 50.0), "50.0%") for k in (1, 2, 3)]
 
 
+def test_curves_show_their_columns(figures, tmp_path):
+    history = [
+        {"epoch": epoch, "train_loss": loss, "val_top1": top1} for epoch, loss, top1 in ((1, 2.0, 0.5), (2, 1.5, 0.7))
+    ]
+    panels = {"loss": {"train_loss": "training"}, "accuracy (%)": {"val_top1": "top-1"}}
+    plots.save_curves(history, panels, "val_top1", history[1], tmp_path / "x.png")
+    lines = [axes.get_lines()[0] for axes in figures[0].axes]
+    assert [line.get_xydata().tolist() for line in lines] == [[[1, 2], [2, 1.5]], [[1, 50], [2, 70]]]
+
+
+def test_reliability_shows_the_share_that_is_right(figures, tmp_path):
+    """Of 15 bins the third ends at 0.2, the last begins at 0.933."""
+    images = np.array([[0.95, 0.97, 0.15, 0.2], [1, 0, 0, 0]])
+    plots.save_reliability(images, 15, 0.1, tmp_path / "x.png")
+    accuracy, counts = ([bar.get_height() for bar in axes.patches] for axes in figures[0].axes)
+    assert accuracy == [0.0] * 14 + [0.5]
+    assert counts == [0, 0, 2, *[0] * 11, 2]
+
+
 def test_the_epochs_of_curves_are_whole_numbers(figures, tmp_path):
     for epochs in (1, 2, 50):
         history = [{"epoch": 1 + epoch, "loss": 1.0} for epoch in range(epochs)]

@@ -95,6 +95,8 @@ def test_objects_become_label_maps(tmp_path, write):
     held, rest = build_datasets(SegmentationData(root=str(tmp_path), holdout=0.5), 3)
     assert sorted(held.image_names + rest.image_names) == sorted(train.image_names)
     assert len(held) == 1
+    for part in (held, rest):  # each with its own labels
+        assert part[0][1].any() == ("a.png" in part.image_names[0])
 
 
 def test_without_background(tmp_path):

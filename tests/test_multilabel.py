@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,8 @@ def test_samples(root):
     parts = build_datasets(MultiLabelData(root=str(root), holdout=0.25), 3)
     assert sorted(parts[0].image_names + parts[1].image_names) == sorted(train.image_names)
     assert len(parts[1]) == 8
+    for part in parts:
+        assert [list(labels) for labels in part.labels] == [bands(int(Path(name).stem))[1] for name in part.image_names]
 
 
 def test_roboflow_s_columns_and_separators(root, tmp_path):

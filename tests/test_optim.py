@@ -55,6 +55,7 @@ def test_layer_decay_from_the_head_to_the_stem(model):
 
 def test_any_timm_optimiser():
     model = torch.nn.Linear(2, 2)
+    assert build_optimizer(model, Optim(betas=(0.8, 0.95))).param_groups[0]["betas"] == (0.8, 0.95)
     assert isinstance(build_optimizer(model, Optim(optimizer="sgd")), torch.optim.SGD)
     assert type(build_optimizer(model, Optim(optimizer="lamb"))).__name__ == "Lamb"
     assert build_optimizer(model, Optim(optimizer="adan")).param_groups[0]["betas"] == (0.98, 0.92, 0.99)

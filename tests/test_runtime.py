@@ -171,6 +171,7 @@ def test_a_classifier(classifier, image, name):
     "options",
     [
         {},
+        {"image_size": 20},  # below the smallest side, 32
         {"image_size": 50},
         {"image_size": 100},
         {"mode": "slide", "window": 40, "window_stride": 30},

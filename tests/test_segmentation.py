@@ -250,6 +250,8 @@ def test_evaluation_of_another_split_and_by_other_views(trained, scenes, tmp_pat
     whole = "--data.mode", "slide", "--data.window", "48", "--data.window-stride", "32"  # one window
     again = *given[:2], "--data.split=test"
     assert json.loads(call(capsys, "evaluate", best, *again, *whole, *common)[1]) == before
+    follows = {"dataset": "masks", "format": "auto", "limit": None, "holdout": 0.0}
+    assert segmentation.TASK.relocate(Segmentation(), {"root": "x"}) == follows
     assert segmentation.TASK.relocate(Segmentation(), {"val_split": "test"}) == {
         "holdout": 0.0
     }  # not the held-out images

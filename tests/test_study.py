@@ -43,6 +43,13 @@ def judged(results):
     return verdict(results, chance=0.1, images=1000)
 
 
+def test_the_accuracy_is_that_after_the_last_epoch(tmp_path):
+    """Not that of the best one, which would be chosen on the validation images."""
+    (tmp_path / "metrics.csv").write_text("epoch,val_top1,val_loss\n1,0.9,1\n2,0.5,2\n")
+    job = study._Job("key", RECIPES["folder"], tmp_path)
+    assert (job.epochs, job.top1, job.score) == (2, 0.5, (0.5, -2.0))
+
+
 def test_verdict():
     """For three networks and two seeds 0.02 apart, Tukey's bound is q(3 means, 3 df) = 5.91 times 0.01, or 0.0591."""
     lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 72, 0.64, 0.66)])

@@ -115,6 +115,17 @@ def test_without_overlap_objects_are_cut():
     assert found["boxes"].tolist() == [[30, 10, 42, 20]]
 
 
+@pytest.mark.parametrize(("shift", "count"), [(2, 1), (5, 2)])
+def test_boxes_of_two_tiles_are_one_object_above_an_iou_of_a_half(shift, count):
+    """A box of 10 pixels and the same box `shift` pixels to the right have an IoU of 2 / 3 and of 1 / 3."""
+
+    def detect(tiles):
+        boxes = [np.float32([[30, 10, 40, 20]]), np.float32([[6 + shift, 10, 16 + shift, 20]])]  # tiles at 0 and 24
+        return [{"boxes": box, "labels": np.array([0]), "scores": np.float32([0.9])} for box in boxes]
+
+    assert len(detect_in_tiles(detect, torch.zeros(3, 48, 72), 48, 0.5, 2)["labels"]) == count
+
+
 def test_an_object_as_large_as_a_tile_is_kept():
     image = torch.zeros(3, 64, 200)
     image[1, 10:60, 5:195] = 1

@@ -14,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import Mixup
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import ARGS, count_reading, interrupted, module, recipe, rows
 
@@ -174,9 +175,10 @@ def test_the_training_loss_is_smoothed_cross_entropy():
     torch.testing.assert_close(task.training_step((logits[:, :, None, None], targets), 0), expected)
 
 
-def test_mixing_follows_the_seed():
-    """Mixup's share and its targets, from the same draw by hand."""
-    made = recipe("", augment={"mixup": 1.0, "label_smoothing": 0.0})
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixing_follows_the_seed(smoothing):
+    """Mixup's share and its targets, smoothed once, from the same draw by hand."""
+    made = recipe("", augment={"mixup": 1.0, "label_smoothing": smoothing})
     task = module(torch.nn.Flatten(), made, tuple("ab"))
     task.log = lambda *args, **kwargs: None
     x, targets = torch.randn(4, 2, 1, 1), torch.tensor([0, 1, 1, 0])
@@ -184,10 +186,27 @@ def test_mixing_follows_the_seed():
     np.random.rand()  # noqa: NPY002  whether to mix
     share = np.random.beta(1.0, 1.0)  # noqa: NPY002
     mixed = share * x[:, :, 0, 0] + (1 - share) * x.flip(0)[:, :, 0, 0]
-    one_hot = torch.eye(2)[targets]
+    one_hot = (1 - smoothing) * torch.eye(2)[targets] + smoothing / 2
     expected = -((share * one_hot + (1 - share) * one_hot.flip(0)) * mixed.log_softmax(1)).sum(1).mean()
     np.random.seed(3)  # noqa: NPY002
     torch.testing.assert_close(task.training_step((x, targets), 0), expected)
+
+
+def test_cutmix_follows_the_seed():
+    """The share of the pixels that come from the image at the other end of the batch is that of its label."""
+    mean = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten())
+    task = module(mean, recipe("", augment={"cutmix": 1.0, "label_smoothing": 0.0}), tuple("ab"))
+    task.log = lambda *args, **kwargs: None
+    pixels, targets = torch.zeros(2, 2, 8, 8), torch.tensor([0, 1])
+    pixels[1, 1] = 1
+    np.random.seed(3)  # noqa: NPY002
+    loss = task.training_step((pixels.clone(), targets), 0)
+    np.random.seed(3)  # noqa: NPY002
+    mixed, soft = Mixup(0.0, 1.0, label_smoothing=0.0, num_classes=2)(pixels, targets)
+    share = mixed[0, 1].mean()  # of the second image in the first
+    assert 0 < share < 1
+    torch.testing.assert_close(soft[0], torch.stack([1 - share, share]))
+    torch.testing.assert_close(loss, -(soft * mixed.mean((2, 3)).log_softmax(1)).sum(1).mean())
 
 
 def test_averaged_weights_are_what_is_kept(photos, tmp_path):

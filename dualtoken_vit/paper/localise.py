@@ -202,7 +202,7 @@ def measure(
 
 
 def draw(scores: Sequence[Score]) -> Figure:
-    """By block: lift on the objects and on those of the control, and how often it is highest at the token itself."""
+    """By block: lift on the objects and on those of the control; how often the attention is highest at the token."""
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines = {}

@@ -21,9 +21,6 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 smartquotes = False  # two hyphens are two hyphens
 highlight_language = "text"  # blocks without a language are output and file trees
 
-autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": True}
-napoleon_google_docstring = True
 python_maximum_signature_line_length = 100
-nitpicky = False  # types of timm, torch and torchvision have no inventory without a network

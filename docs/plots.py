@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +103,4 @@ FIGURES = {
 
 if __name__ == "__main__":
     for name, draw in FIGURES.items():
-        figure = draw()
-        FigureCanvasAgg(figure)
-        figure.savefig(ROOT / "docs/images" / f"{name}.png", dpi=110, metadata={"Software": None})
+        draw().savefig(ROOT / "docs/images" / f"{name}.png", dpi=110, metadata={"Software": None})

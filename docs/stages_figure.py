@@ -5,7 +5,6 @@ from pathlib import Path
 import timm
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -90,6 +89,4 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    figure = draw()
-    FigureCanvasAgg(figure)
-    figure.savefig(Path(__file__).with_name("images") / "stages.png", dpi=200, metadata={"Software": None})
+    draw().savefig(Path(__file__).with_name("images") / "stages.png", dpi=200, metadata={"Software": None})

@@ -18,33 +18,19 @@ if not command and find_spec("torch") and find_spec("timm"):
 del by_name, command
 
 if TYPE_CHECKING:
-    from dualtoken_vit.deploy.export import export
-    from dualtoken_vit.errors import InputError
-    from dualtoken_vit.evaluation import evaluate
-    from dualtoken_vit.models.detectors import create_detector
-    from dualtoken_vit.models.dualtoken import DualTokenViT
-    from dualtoken_vit.models.lightvit import LightViT
-    from dualtoken_vit.models.segmenters import create_segmenter
-    from dualtoken_vit.predictors import load_model, load_predictor
-    from dualtoken_vit.recipes import RECIPES
-    from dualtoken_vit.tasks.trainer import train
+    from dualtoken_vit.deploy.export import export as export
+    from dualtoken_vit.errors import InputError as InputError
+    from dualtoken_vit.evaluation import evaluate as evaluate
+    from dualtoken_vit.models.detectors import create_detector as create_detector
+    from dualtoken_vit.models.dualtoken import DualTokenViT as DualTokenViT
+    from dualtoken_vit.models.lightvit import LightViT as LightViT
+    from dualtoken_vit.models.segmenters import create_segmenter as create_segmenter
+    from dualtoken_vit.predictors import load_model as load_model
+    from dualtoken_vit.predictors import load_predictor as load_predictor
+    from dualtoken_vit.recipes import RECIPES as RECIPES
+    from dualtoken_vit.tasks.trainer import train as train
 
 __version__ = "0.2.0"
-__all__ = [
-    "RECIPES",
-    "DualTokenViT",
-    "InputError",
-    "LightViT",
-    "__version__",
-    "create_detector",
-    "create_segmenter",
-    "evaluate",
-    "export",
-    "load_model",
-    "load_predictor",
-    "train",
-]
-
 _LAZY = {
     "DualTokenViT": "models.dualtoken",
     "InputError": "errors",
@@ -58,6 +44,7 @@ _LAZY = {
     "load_predictor": "predictors" if find_spec("lightning") else "runtime.predictor",
     "train": "tasks.trainer",
 }
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ every number.
 """
 
 import math
+import operator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -80,10 +81,7 @@ def _problem(value: float, bounds: Any) -> str:
     """What a number must be instead of one outside the `Interval`; "" if it is inside."""
     if isinstance(value, float) and not math.isfinite(value):
         return "finite"
-    wrong = {
-        f"at least {bounds.ge}": bounds.ge is not None and value < bounds.ge,
-        f"above {bounds.gt}": bounds.gt is not None and value <= bounds.gt,
-        f"at most {bounds.le}": bounds.le is not None and value > bounds.le,
-        f"below {bounds.lt}": bounds.lt is not None and value >= bounds.lt,
-    }
-    return next((words for words, fails in wrong.items() if fails), "")
+    for name, words in {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}.items():
+        if (bound := getattr(bounds, name)) is not None and not getattr(operator, name)(value, bound):
+            return f"{words} {bound}"
+    return ""

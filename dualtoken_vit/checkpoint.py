@@ -258,13 +258,6 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def _network(found: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The backbone's part of a detector's or segmenter's tensors; all tensors of other files."""
-    first = next(iter(network.state_dict()))
-    prefix = next((key.removesuffix(first) for key in found if key.endswith(f".{first}")), "")
-    return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
-
-
 def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...] = ()) -> LoadReport:
     """Load weights from a file of this project or any timm checkpoint, possibly of other classes, size or channels.
 
@@ -297,7 +290,9 @@ def load_weights(model: nn.Module, path: str | Path, class_names: tuple[str, ...
     if not found.keys() & model.state_dict().keys():  # of another task: from backbone to backbone
         if (network := getattr(model, "network", None)) is not None:
             model, class_names = network, ()
-        found = _network(found, model)
+        first = next(iter(model.state_dict()))
+        prefix = next((key.removesuffix(first) for key in found if key.endswith(f".{first}")), "")  # in another model
+        found = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
     state_dict, own = dict(found), model.state_dict()
     for name in layer_names(model, "first_conv"):
         key = f"{name}.weight"

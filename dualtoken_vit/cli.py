@@ -49,11 +49,6 @@ PRETRAINED = "--model.pretrained"  # true, false or auto: no switch for tyro, wh
 # can be checked before PyTorch is imported, which takes seconds, is checked before.
 
 
-def _runtime(chosen: Any) -> dict[str, Any]:
-    """The option of an exported file, if it is given; a checkpoint rejects it."""
-    return {} if chosen.runtime is None else {"runtime": chosen.runtime}
-
-
 def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str, list[str]]:
     """The recipe that the arguments start with ("" where --resume finds it in a folder), and the other arguments.
 
@@ -228,16 +223,8 @@ def evaluate(args: list[str]) -> None:
 
     stored = stored_recipe(checkpoint, read_header(checkpoint)).data
     chosen, data = _with_data(Evaluate(stored), stored, args, checkpoint, "evaluate", evaluate.__doc__)
-    result = run(
-        checkpoint,
-        data=data,
-        batch_size=chosen.batch_size,
-        device=chosen.device,
-        precision=chosen.precision,
-        out=chosen.out,
-        calibrate=chosen.calibrate,
-        **_runtime(chosen),
-    )
+    options = {key: value for key, value in vars(chosen).items() if key not in ("data", "json")}
+    result = run(checkpoint, data=data, **options)
     if chosen.json:
         print(json.dumps(result.metrics))
     else:
@@ -270,7 +257,8 @@ def predict(args: list[str]) -> bool:
     hint = f"options for this network: {', '.join(flags)}"
     chosen = _parse(Predict((), options), options, args, values, f"predict {checkpoint}", about, hint)
     check_overlap(chosen.options, args)
-    options = {"device": chosen.device, **_runtime(chosen), **asdict(chosen.options)}
+    given = {} if chosen.runtime is None else {"runtime": chosen.runtime}  # a checkpoint rejects it
+    options = {"device": chosen.device, **given, **asdict(chosen.options)}
     return run(checkpoint, chosen.images, chosen.out, chosen.json, chosen.batch_size, **options)
 
 
@@ -339,8 +327,7 @@ def check_data(args: list[str]) -> bool:
 
         if not suspects.open_runs(chosen.recipe, chosen.suspects):
             raise InputError("--suspects: name the folders of one or more training runs")
-    more = {"augmented": True} if chosen.augmented else {}
-    sound = get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out, **more)
+    sound = get_task(chosen.recipe.task).check_data(chosen.recipe, chosen.out, chosen.augmented)
     if chosen.suspects:
         suspects.report(suspects.rank(chosen.recipe, chosen.suspects), chosen.out)
     return sound

@@ -1,7 +1,7 @@
 """Completion of commands, recipes, flags and their values in the shell; tyro writes the script."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, make_dataclass
+from dataclasses import make_dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -14,11 +14,6 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import RECIPES
 
 SHELLS = ("bash", "zsh", "fish")
-
-
-@dataclass(frozen=True)
-class _WithCheckpoint:
-    checkpoint: tyro.conf.Positional[Path]
 
 
 def _subcommands(kinds: Mapping[str, Any]) -> Any:
@@ -34,7 +29,8 @@ def _recipes(kind: Any) -> Any:
 
 def _checkpoint(kind: Any) -> Any:
     options: Any = Annotated[kind[Nothing], tyro.conf.arg(name="")]
-    return make_dataclass(kind.__name__, [("options", options)], bases=(_WithCheckpoint,), frozen=True)
+    fields = [("checkpoint", tyro.conf.Positional[Path]), ("options", options)]
+    return make_dataclass(kind.__name__, fields, frozen=True)
 
 
 def completion(args: list[str], functions: Mapping[str, Callable[..., Any]]) -> None:

@@ -49,6 +49,7 @@ OPTIONAL: dict[str, dict[str, Entry]] = {
         "license": Entry(str | None),
         "export": Entry(dict),
     },
+    "recipe": {"data": Entry(dict), "model": Entry(dict)},
     "preprocessing": {
         "interpolation": Entry(str),
         "crop_pct": Entry(float, 0.01, 1),
@@ -58,7 +59,6 @@ OPTIONAL: dict[str, dict[str, Entry]] = {
         "held_out": Entry(str),
         "usual_size": Entry(tuple[int, int], *SIDES),
     },
-    "recipe": {"data": Entry(dict)},
 }
 
 
@@ -108,18 +108,13 @@ def _all_faults(found: Mapping[str, Any]) -> Iterator[str]:
     channels = preprocessing["input_size"][0]
     if channels not in (1, 3):
         yield f"preprocessing.input_size has {channels} channels"
-    lengths = {
-        **{
-            f"preprocessing.{key}": (len(preprocessing[key]), channels)
-            for key in ("mean", "std")
-            if key in preprocessing
-        },
-        "preprocessing.thresholds": (len(preprocessing.get("thresholds") or names), len(names)),
-        "preprocessing.label_descriptions": (len(preprocessing.get("label_descriptions") or names), len(names)),
+    right = {"mean": channels, "std": channels, "thresholds": len(names), "label_descriptions": len(names)}
+    given = {key: preprocessing[key] for key in right if preprocessing.get(key) is not None}
+    lengths = {f"preprocessing.{key}": (len(values), right[key]) for key, values in given.items()} | {
         "category_ids": (len(found.get("category_ids") or names), len(names)),
         "model_args.num_classes": (found.get("model_args", {}).get("num_classes", len(names)), len(names) or 1),
     }
-    yield from (f"{name}: {count}, but {right} expected" for name, (count, right) in lengths.items() if count != right)
+    yield from (f"{name}: {count}, but {n} expected" for name, (count, n) in lengths.items() if count != n)
 
 
 def faults(part: str, values: Any, needed: Mapping[str, Entry]) -> Iterator[str]:

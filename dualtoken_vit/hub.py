@@ -125,7 +125,8 @@ def save_for_hub(path: str | Path, folder: str | Path, repo: str, about: str = "
             names: dict[str, Any] = {"label_names": list(checkpoint.class_names)}
             if descriptions := prepared.get("label_descriptions"):
                 names["label_descriptions"] = dict(zip(checkpoint.class_names, descriptions, strict=True))
-            config = {key: prepared[key] for key in ("input_size", "mean", "std", "crop_pct", "interpolation")}
+            known = "input_size", "mean", "std", "crop_pct", "interpolation"
+            config = {key: prepared[key] for key in known if key in prepared}
             args = {
                 key: value for key, value in checkpoint.model_args.items() if key not in ("num_classes", "in_chans")
             }

@@ -4,7 +4,7 @@ predictor = load_predictor("runs/photos/best.safetensors")
 result = predictor("image.jpg")             # or a PIL image, an array, a tensor, a folder, a list of these
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from dualtoken_vit.runtime import predictor as exported
 from dualtoken_vit.runtime.base import BasePredictor
 from dualtoken_vit.runtime.session import is_exported, read_description
 from dualtoken_vit.tasks.registry import get_task
-
-__all__ = ["default_options", "load_model", "load_predictor", "read_header", "stored_recipe"]
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Checkpoint]:
@@ -49,10 +47,11 @@ def read_header(path: str | Path) -> Checkpoint:
     """
     if not is_exported(path):
         return read_checkpoint(path, weights=False)
-    found = read_description(path)
-    names = {field.name for field in fields(Checkpoint)} & found.keys()
-    header = Checkpoint(**{name: found[name] for name in names}, state_dict={})
-    return replace(header, class_names=tuple(header.class_names), category_ids=tuple(header.category_ids))
+    found, known = read_description(path), {field.name for field in fields(Checkpoint)}
+    own: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key in known
+    }
+    return Checkpoint(**own, state_dict={})
 
 
 def default_options(path: str | Path) -> Any:

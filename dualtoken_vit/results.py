@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Classes", "LabelMap", "Labels", "Objects"]
-
 
 @dataclass(frozen=True)
 class Classes:

@@ -15,8 +15,7 @@ from dualtoken_vit.predictors import load_predictor, read_header, stored_recipe
 from dualtoken_vit.recipes import Classification, Recipe
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet
-
-BEST = "best.safetensors"
+from dualtoken_vit.tasks.run_folder import BEST
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.models.segmenters import SEGMENTERS
 from dualtoken_vit.paper import benchmark as module
 from dualtoken_vit.paper.benchmark import Result, Setting, benchmark, take_turns
+from dualtoken_vit.paper.named import split
 
 MODELS = ("test_vit", "test_resnet")  # timm's smallest
 QUICK = dict(input_sizes=("32",), batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=(1,))
@@ -135,6 +136,12 @@ def test_a_training_step(monkeypatch, precision):
     for (name, value), expected in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert value.dtype == expected.dtype
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_torchvision_s_classifiers_and_paths_with_colons():
+    assert type(Setting((32, 32), torch.device("cpu"), "float32").build("torchvision:resnet18")).__name__ == "ResNet"
+    assert split("onnxruntime:runs/10:30/model.onnx") == ("onnxruntime", "runs/10:30/model.onnx")
+    assert split("test_resnet.r160_in1k") == ("", "test_resnet.r160_in1k")
 
 
 def test_models_run_with_their_threads(monkeypatch, one_thread):

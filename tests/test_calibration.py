@@ -130,7 +130,7 @@ def test_a_network_at_chance_is_not_calibrated(copied):
 def test_a_network_that_is_right_everywhere_is_not_calibrated(trained):
     best = trained[1] / "best.safetensors"
     before = best.read_bytes()
-    with pytest.raises(InputError, match="right about all of these images, so .* give more images; nothing is stored"):
+    with pytest.raises(InputError, match=r"right about all of these images, so .* give more images; nothing is stored"):
         evaluate(best, calibrate=True, device="cpu")
     assert best.read_bytes() == before
 

@@ -7,11 +7,12 @@ import pytest
 from label_files import labelme, save, shape
 from mask_files import data, labels_of, mean_label, spoil
 from PIL import ExifTags, Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from dualtoken_vit.data.check.segmentation import check as check_data
 from dualtoken_vit.data.segmentation import build_datasets
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Segmentation, SegmentationData
+from dualtoken_vit.recipes import Model, Segmentation, SegmentationData
 
 # check-data
 
@@ -93,6 +94,24 @@ def test_check_names_what_was_planted(tree, capsys):
         "problems: 5",
     ):
         assert line in out
+
+
+def test_check_counts_problems_of_held_out_images_once(tree, capsys):
+    (tree / "annotations" / "train" / "0.png").rename(tree / "annotations" / "train" / "9.png")
+    Image.open(tree / "images" / "train" / "1.jpg").save(tree / "images" / "train" / "2.jpg")
+    Image.open(tree / "annotations" / "train" / "1.png").save(tree / "annotations" / "train" / "2.png")
+    verdict, out = check(tree, capsys, holdout=0.5)
+    assert not verdict
+    assert out.count("without a mask: ") == out.count("mask without an image: ") == 1
+
+
+def test_the_sheet_of_grey_training_images_is_grey(tree, monkeypatch):
+    shown = []
+    draw = "dualtoken_vit.data.check.segmentation.to_pil_image"
+    monkeypatch.setattr(draw, lambda image: shown.append(image.shape) or to_pil_image(image))
+    recipe = Segmentation(data=data(tree), model=Model(in_chans=1))
+    check_data(recipe, tree / "out", augmented=True)
+    assert {shape[0] for shape in shown} == {1}
 
 
 def test_check_of_splits_with_classes_of_their_own(tmp_path, capsys):

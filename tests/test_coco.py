@@ -315,6 +315,13 @@ def test_what_is_no_coco_file(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
+def test_other_programs_entries_are_left_alone():
+    image = {"id": 1, "file_name": "a.png", "width": 9, "height": 9, "name": ["x"]}
+    one = annotation(1, 1, 1) | {"bbox": [1, 1, 4, 4], "name": {"y": 1}}
+    coco = {"images": [image], "categories": [{"id": 1, "name": "x"}], "annotations": [one]}
+    assert sift(coco, masks=False) == (coco, [])
+
+
 def test_missing_images(files, tmp_path):
     files()
     with pytest.raises(

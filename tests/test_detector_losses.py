@@ -133,11 +133,13 @@ def test_losses_and_detections_are_torchvisions(kind):
 def test_mask_rcnn_is_torchvisions():
     """With its own weights, where torchvision's defaults are the settings of the paper."""
     torch.manual_seed(0)
-    detector = create_detector("mask-rcnn", "dualtoken_vit_tiny_mix", 3, image_size=128, depths=(1, 1, 1)).train()
+    args = dict(image_size=128, depths=(1, 1, 1), roi_samples=8)
+    detector = create_detector("mask-rcnn", "dualtoken_vit_tiny_mix", 3, **args).train()
     for parameter in detector.rpn.head.bbox_pred.parameters():
         nn.init.normal_(parameter, std=0.1)
     anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
-    twin = MaskRCNN(detector.backbone, 4, min_size=128, max_size=128, rpn_anchor_generator=anchors).train()
+    sizes = dict(min_size=128, max_size=128, box_batch_size_per_image=8)
+    twin = MaskRCNN(detector.backbone, 4, **sizes, rpn_anchor_generator=anchors).train()
     twin.load_state_dict(detector.state_dict())
     images = [torch.rand(3, 128, 128) for _ in range(2)]
     targets = [

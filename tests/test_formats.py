@@ -203,4 +203,9 @@ def test_a_reversed_box_is_reported(export, capsys):
     coco["annotations"][0]["bbox"] = [24, 2, -20, 10]
     (root / "annotations/instances_train2017.json").write_text(json.dumps(coco))
     assert not check_data(Detection(data=DetectionData(root=str(root), holdout=0.5)), root / "out")
-    assert "box without area" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert found.count("box without area") == 1
+    coco["annotations"][0]["category_id"] = 99
+    (root / "annotations/instances_train2017.json").write_text(json.dumps(coco))
+    assert not check_data(Detection(data=DetectionData(root=str(root), holdout=0.5)), root / "out")
+    assert capsys.readouterr().out.count("category 99") == 1  # both splits read one file

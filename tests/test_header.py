@@ -49,6 +49,7 @@ SOUND = {
         ("model_args", {"num_classes": 3}, "model_args.num_classes: 3, but 2 expected"),
         ("recipe", [], "recipe is"),
         ("recipe.data", 3, "recipe.data is 3: must be dict"),
+        ("recipe.model", "x", "recipe.model is 'x': must be dict"),
         ("preprocessing.input_size", [2, 64, 64], "preprocessing.input_size has 2 channels"),
         ("preprocessing.input_size", [3, 64, 10**9], "preprocessing.input_size is .* out of range"),
         ("preprocessing.input_size", [3, 64], "preprocessing.input_size is"),

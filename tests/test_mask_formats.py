@@ -1,6 +1,7 @@
 """Segmentation from polygons of objects and from coloured masks, against pycocotools and hand-made label maps."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,13 @@ def test_objects_become_label_maps(tmp_path, write):
     assert len(held) == 1
     for part in (held, rest):  # each with its own labels
         assert part[0][1].any() == ("a.png" in part.image_names[0])
+
+
+def test_the_smaller_part_is_held_out():
+    drawn = SegmentationData(dataset="shapes", crop_size=(32, 32))
+    whole = len(build_datasets(drawn, 3)[0])
+    parts = build_datasets(replace(drawn, holdout=0.1), 3)
+    assert [*map(len, parts)] == [whole - round(whole / 10), round(whole / 10)]
 
 
 def test_without_background(tmp_path):
@@ -196,6 +204,7 @@ def test_colours_count_from_one_without_label_zero(tmp_path):
         ("sky,1,2,3\nroad,1,2,256\n", r"class_dict\.csv, line 2: 'road,1,2,256' is not NAME,R,G,B"),
         ("sky,1,2,3\nsky,1,2,4\n", r"class_dict\.csv, line 2: the name or the colour of 'sky' is listed twice"),
         ("sky,1,2,3\nroad,1,2,3\n", r"class_dict\.csv, line 2: the name or the colour of 'road' is listed twice"),
+        (f"sky,1,2,3\n{'x' * 140_000}\n", r"class_dict\.csv, line 2: cannot be read as CSV \(field larger than"),
         ("sky,1,2,3\n", r"class_dict\.csv: 1 class, but 2 to 254 are supported"),
         ("sky\nroad\ncar\n", r"a mask of mode RGB, but masks need one label per pixel, or a class file .* NAME,R,G,B"),
     ],

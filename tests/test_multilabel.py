@@ -82,7 +82,9 @@ def test_samples(root):
     assert sorted(parts[0].image_names + parts[1].image_names) == sorted(train.image_names)
     assert len(parts[1]) == 8
     for part in parts:
-        assert [list(labels) for labels in part.labels] == [bands(int(Path(name).stem))[1] for name in part.image_names]
+        assert [list(labels) for labels in part.targets] == [
+            bands(int(Path(name).stem))[1] for name in part.image_names
+        ]
 
 
 def test_roboflow_s_columns_and_separators(root, tmp_path):
@@ -94,7 +96,7 @@ def test_roboflow_s_columns_and_separators(root, tmp_path):
     (tmp_path / "valid/_classes.csv").write_text("filename, blue, red\n1.png, 0, 0\n5.png, 0, 1\n")
     train, val = build_datasets(MultiLabelData(root=str(tmp_path)), 3)
     assert train.class_names == ("blue", "red")
-    assert [train.labels, val.labels] == [[(0,), (0, 1)], [(), (1,)]]
+    assert [train.targets, val.targets] == [[(0,), (0, 1)], [(), (1,)]]
     (tmp_path / "train/_classes.csv").write_text("filename, blue, red\n1.png, 1, 2\n5.png, 1, 1\n")
     with pytest.raises(InputError, match=r"train/_classes\.csv: its first line does not name a column of files and"):
         build_datasets(MultiLabelData(root=str(tmp_path)), 3)
@@ -103,7 +105,7 @@ def test_roboflow_s_columns_and_separators(root, tmp_path):
         (tmp_path / split / "_classes.csv").unlink()
     train, val = build_datasets(MultiLabelData(root=str(tmp_path), separator="|"), 3)
     assert train.class_names == ("sea", "sky")
-    assert [train.labels, val.labels] == [[(0, 1)], [(1,)]]
+    assert [train.targets, val.targets] == [[(0, 1)], [(1,)]]
     absent, everywhere = val.notes
     assert absent.endswith("no validation image of class 'sea'")
     assert everywhere.endswith("every validation image has class 'sky': AP is 100 % for any network")
@@ -114,7 +116,7 @@ def test_generated_images_have_the_labels_of_their_shapes():
     for index in range(5):
         image, shapes = scene("train", index, 32)
         assert np.array_equal(train[index][0], image)
-        assert {CLASSES[label] for label in train.labels[index]} == {CLASSES[shape.label] for shape in shapes}
+        assert {CLASSES[label] for label in train.targets[index]} == {CLASSES[shape.label] for shape in shapes}
 
 
 @pytest.mark.parametrize(

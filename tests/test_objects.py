@@ -96,6 +96,28 @@ def test_scale_jitter_keeps_the_size_and_scales_the_objects(scenes):
                 assert (new.float().mean(0) == 0).float().mean() >= 0.7  # three quarters are black
 
 
+@pytest.mark.parametrize("size", [(60, 80), (80, 60)])
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_scale_jitter_scales_wide_and_high_images_alike(size, factor):
+    """The object in the middle is `factor` times as large, or the part of it that is in the image."""
+    height, width = size
+    box = tv_tensors.BoundingBoxes([[0, 0, width / 2, height / 2]], format="XYXY", canvas_size=size)
+    crowd = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
+    target = {"boxes": box, "labels": torch.tensor([0]), "crowd": crowd}
+    image = tv_tensors.Image(torch.full((3, *size), 255, dtype=torch.uint8))
+    with seeded(4):
+        new, moved = Geometric(0.0, 0.0, (factor, factor))(image, target)
+    assert new.shape == image.shape
+    left, top, right, bottom = moved["boxes"][0].tolist()
+    if factor < 1:
+        assert (right - left, bottom - top) == pytest.approx((factor * width / 2, factor * height / 2))
+        assert (new[0] > 0).float().mean() == pytest.approx(factor**2, abs=0.01)
+    else:  # its upper left corner may be cut off
+        assert (new > 0).all()
+        assert right - left <= factor * width / 2
+        assert bottom - top <= factor * height / 2
+
+
 def test_crowds_move_with_the_objects(scenes):
     image, target = next(scenes[index] for index in range(20) if len(scenes[index][1]["boxes"]) > 2)
     boxes = target["boxes"]

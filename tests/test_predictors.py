@@ -13,10 +13,12 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import dualtoken_vit
-from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.checkpoint import read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.models.backbone import check_size
 from dualtoken_vit.models.detectors import create_detector
 from dualtoken_vit.models.segmenters import create_segmenter
+from dualtoken_vit.predictors import load_model
 from dualtoken_vit.recipes import RECIPES, to_dict
 from dualtoken_vit.results import Classes, LabelMap, Objects
 from dualtoken_vit.tasks import predictor as predictor_module
@@ -82,6 +84,25 @@ def test_the_long_side_is_limited_also_below_the_short_one(files):
     with predictor.model.backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2:])):
         predictor(Image.new("RGB", (200, 150)))
     assert sizes == [(64, 64)]  # 48x36, in multiples of 32
+
+
+def test_a_file_that_does_not_say_how_images_are_cropped(files, image, tmp_path):
+    """As of another program: `crop_pct` and `interpolation` are optional. The recipe's defaults stand for them."""
+    path, _ = files["classification"]
+    stored = read_checkpoint(path)
+    preprocessing = {key: stored.preprocessing[key] for key in ("input_size", "mean", "std")}
+    about = {key: getattr(stored, key) for key in ("task", "class_names", "recipe", "metrics", "model_args")}
+    save_checkpoint(tmp_path / "x.safetensors", load_model(path)[0], preprocessing=preprocessing, **about)
+    expected = dualtoken_vit.load_predictor(path, "cpu", crop_pct=0.875, interpolation="bicubic")(image)
+    same(dualtoken_vit.load_predictor(tmp_path / "x.safetensors", "cpu")(image), expected)
+
+
+def test_sizes_are_tried_where_the_network_is():
+    """On an accelerator; "meta" needs no such device."""
+    model = timm.create_model("test_vit", num_classes=0, device="meta")
+    with pytest.raises(InputError, match=r"--data\.image-size 40 is not a size that test_vit takes: Input"):
+        check_size(model, 3, 40)
+    check_size(model, 3, 160)
 
 
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])

@@ -125,6 +125,7 @@ def test_a_run_without_a_recorded_recipe(run):
         call("train", "coco", "--resume", "--out", out)
     with pytest.raises(InputError, match="holds a run of classification, not detection; give another --out"):
         train(RECIPES["coco"], out, resume=True)
+    assert run_folder.stored_recipe(out, "a name of its own") == run_folder.stored_recipe(out, "")
     assert call("train", "folder", "--resume", "--out", out) == 0
     last = torch.load(out / "last.ckpt")
     last["run"]["pictures"] = last["run"].pop("images")  # as the first version wrote it

@@ -377,6 +377,17 @@ def test_a_network_that_produces_nan(image, task, shapes, export):
             predictor.forward([predictor.preprocess(image)], check=True)
 
 
+def test_a_classifier_of_small_images_takes_their_size(tmp_path, classifier):
+    model = onnx.load(classifier)
+    about = description("classification")
+    about["preprocessing"]["input_size"] = (3, 24, 24)
+    helper.set_model_props(model, {KEY: json.dumps(about)})
+    onnx.save(model, path := tmp_path / "small.onnx")
+    assert load_predictor(path)(Image.new("RGB", (30, 30), "red")).names[0] == NAMES[0]
+    with pytest.raises(InputError, match="--image-size 25: must be from 32 to 16384"):
+        load_predictor(path, image_size=25)
+
+
 def test_options_are_checked(classifier, segmenter, monkeypatch):
     for path, options, message in (
         (classifier, {"top_k": 0}, "--top-k 0: must be at least 1"),

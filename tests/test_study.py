@@ -416,6 +416,13 @@ def test_a_damaged_record(photos, tmp_path, small):
         run(photos, tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"budget": {}, "networks": [3]}', '{"budget": [1], "networks": []}'])
+def test_a_record_of_something_else(photos, tmp_path, small, content):
+    (tmp_path / "study-mlp.json").write_text(content)
+    with pytest.raises(InputError, match=r"study-mlp\.json: not the results of a study; repair or remove it"):
+        run(photos, tmp_path)
+
+
 def test_the_paper_s_network_is_named_where_a_smaller_one_stands_for_it():
     small = Published("Table 6", "DualToken-ViT-S", "key", "1", "1", "79.5")
     tiny = replace(result("DualToken-ViT-T", 79.5, 0.5), published=small)

@@ -166,7 +166,7 @@ class BrightnessTask(Task[Brightness]):
     def evaluation(self, predictor, recipe: Brightness):
         return BrightnessModule(predictor, recipe), BrightnessDataset(recipe.data.root, "val")
 
-    def check_data(self, recipe: Brightness, out: Path) -> bool:
+    def check_data(self, recipe: Brightness, out: Path, augmented: bool = False) -> bool:
         for split in COUNTS:
             print(f"{split}: {len(BrightnessDataset(recipe.data.root, split))} images")
         return True

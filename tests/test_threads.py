@@ -23,6 +23,14 @@ def test_in_threads_keeps_the_order_and_passes_errors_on(capfd):
         list(in_threads(lambda x: 1 / x, range(3), 3, ""))
 
 
+def test_titles_are_no_markup(capfd):
+    for title in ("predicting by runs/[best]/x", "reading a [/b]"):
+        assert [*threads.track([1], 1, title)] == [1]
+        with threads.working(title):
+            pass
+        assert capfd.readouterr().err.count(title) >= 2
+
+
 def test_in_threads_starts_no_more_threads_than_items(monkeypatch, capfd):
     pools = []
     monkeypatch.setattr(threads, "ThreadPool", lambda count: pools.append(count) or ThreadPool(count))

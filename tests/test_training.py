@@ -14,8 +14,8 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import Mixup
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.data import Mixup
 from tiny_runs import ARGS, count_reading, interrupted, module, recipe, rows
 
 from dualtoken_vit import cli

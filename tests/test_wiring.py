@@ -45,7 +45,7 @@ class Seen(nn.Module):
 
 @pytest.mark.parametrize("name", ["demo-detect", "demo-segment"])
 def test_images_are_scaled_as_in_prediction(name):
-    """White is 1. Of a uniform prediction the loss is log(classes), 1.4 times with the auxiliary head's 0.4 (PSPNet)."""
+    """White is 1. The loss of a uniform prediction is log(classes), with the auxiliary head 1.4 times that (PSPNet)."""
     made = setup(name)
     module, (image, target) = made.module, made.train[0]
     module.log = module.log_dict = lambda *args, **kwargs: None
@@ -153,11 +153,11 @@ def test_gradients_are_clipped(photos, tmp_path, monkeypatch):
 
 
 def test_the_average_is_that_of_all_steps(photos, tmp_path, monkeypatch):
-    """By hand: the first step is copied, update n has the decay min(0.6, 1 - (1 + n) ** (-2 / 3))."""
-    seen, average = weights(photos, tmp_path, monkeypatch, lr=0.5, ema_decay=0.6)
+    """By hand: the first step is copied, update n has the decay min(0.4, 1 - (1 + n) ** (-2 / 3))."""
+    seen, average = weights(photos, tmp_path, monkeypatch, lr=0.5, ema_decay=0.4)
     expected = seen[1]
     for n, value in enumerate(seen[2:], start=1):
-        decay = min(0.6, 1 - (1 + n) ** (-2 / 3))
+        decay = min(0.4, 1 - (1 + n) ** (-2 / 3))
         expected = decay * expected + (1 - decay) * value
     torch.testing.assert_close(average, expected)
     assert not torch.allclose(average, seen[-1], rtol=0.01)

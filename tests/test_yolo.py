@@ -57,6 +57,8 @@ def test_yolo_fractions_are_of_the_rotated_image(export):
             {"coco8.yaml": "names: [cat]\ndate: 2024-13-01"},
             "cannot be read as YAML (month must be in",
         ),
+        (YOLO, {"coco8.yaml": "names: !!int ''"}, "coco8.yaml: cannot be read as YAML"),
+        (YOLO, {"coco8.yaml": "names: !!bool x"}, "coco8.yaml: cannot be read as YAML"),
         (YOLO, {"coco8.yaml": "names: !!python/object/apply:os.getcwd []"}, "coco8.yaml: cannot be read as YAML"),
         (YOLO, {"coco8.yaml": "train: images/train\nnames: {1: cat, 2: dog}"}, "its keys must be the numbers from 0"),
         (YOLO, {"coco8.yaml": "train: images/train\nnames: [cat, no]"}, "names: class 1 is False; put the name in quo"),
@@ -109,6 +111,16 @@ def test_a_flat_folder_called_images(tmp_path):
     (root / "a.txt").write_text(LINES)
     (root / "classes.txt").write_text("cat\ndog\n")
     assert len(objects(read(str(root), "auto", "train"))["a.png"]) == 2
+
+
+def test_absolute_and_relative_folders_of_a_relative_root(export, monkeypatch):
+    root = export(YOLO)
+    monkeypatch.chdir(root.parent)
+    entries = [str(root.resolve() / "images/train"), "images/val"]
+    (root / "coco8.yaml").write_text(f"train: {entries}\nval: images/val\nnames: [cat, dog]\n")
+    found = objects(read(root.name, "auto", "train"))
+    assert found == objects(read(str(root), "auto", "train"))
+    assert found.keys() == {"train/a.png", "train/b.png", "val/a.png"}
 
 
 def test_keys_that_are_no_split(export):

@@ -21,12 +21,8 @@ def pack(path: Path, name: str) -> Path:
     save_checkpoint(
         file := WEIGHTS / f"{name}.safetensors",
         model.half(),
-        task=about.task,
-        class_names=about.class_names,
         preprocessing=about.preprocessing | label_descriptions(about.class_names),
-        recipe=about.recipe,
-        metrics=about.metrics,
-        model_args=about.model_args,
+        **{key: getattr(about, key) for key in ("task", "class_names", "recipe", "metrics", "model_args")},
     )
     with atomic_write(WEIGHTS / f"{name.partition('.')[2]}.txt", "w") as labels:
         labels.write("\n".join(about.class_names) + "\n")

@@ -10,8 +10,6 @@ import re
 import warnings
 from argparse import Action, ArgumentParser
 from collections.abc import Iterator
-from dataclasses import make_dataclass
-from importlib import import_module
 from shlex import quote
 from typing import Any
 
@@ -20,16 +18,13 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Predict, Train
-from dualtoken_vit.cli import PLAIN
+from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Nothing, Predict, Train
+from dualtoken_vit.cli import PLAIN, function
+from dualtoken_vit.paper.study import PRESETS, Study
 from dualtoken_vit.recipes import ABOUT, KINDS, RECIPES, flatten
 from dualtoken_vit.tasks.registry import get_task
 
-GENERAL = {
-    "evaluate": Evaluate,
-    "export": Export,
-    "check-data": CheckData,
-}  # their data: the recipe's fields
+GENERAL = {"evaluate": Evaluate, "export": Export, "check-data": CheckData, "predict": Predict}  # with other fields
 
 
 def parser(command: str, task: str = "") -> ArgumentParser:
@@ -42,18 +37,15 @@ def parser(command: str, task: str = "") -> ArgumentParser:
         default = Train(kind())
     elif command == "predict" and task:
         target = get_task(task).predictor.Options
-    elif command in GENERAL or command == "predict":
-        empty = make_dataclass("Empty", [])
-        target = {**GENERAL, "predict": Predict}[command][empty]
-        default = target((), empty()) if command == "predict" else target(empty())
+    elif command in GENERAL:
+        target = GENERAL[command][Nothing]
+        default = target((), Nothing()) if command == "predict" else target(Nothing())
     elif command == "convert":
         target = Convert
     elif command == "study":
-        study = import_module("dualtoken_vit.paper.study")
-        target, default = study.Study, study.PRESETS["cpu"][1]
+        target, default = Study, PRESETS["cpu"][1]
     else:
-        target = getattr(import_module(f"dualtoken_vit.paper.{command}"), command)
-        config = PLAIN
+        target, config = function(command), PLAIN
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other public description of its flags
         return tyro.extras.get_parser(target, default=default, config=config, prog=f"dualtoken-vit {command}")

@@ -9,10 +9,10 @@ from copy import copy
 from io import BytesIO
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from timm.data import create_reader
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import Imagenette
@@ -48,7 +48,7 @@ class ImageDataset(Dataset, ImageData):
     def __init__(
         self,
         sources: Sequence[Any],
-        targets: list[int],
+        targets: list[Any],
         class_names: tuple[str, ...],
         image_names: list[str],
         channels: int = 3,
@@ -65,18 +65,22 @@ class ImageDataset(Dataset, ImageData):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = load_image(self.sources[index], self.channels, self.image_names[index])
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image = self.image(index)
         if len(self.flipped) and self.flipped[index]:
             image = ImageOps.mirror(image)
         return (self.transform(image) if self.transform else image), self.targets[index]
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index`; an InputError if it cannot be read."""
+        return load_image(self.sources[index], self.channels, self.image_names[index])
 
     def alternate_flips(self, seed: int, epoch: int) -> None:
         """Flip a random half of the images in even epochs, and the other half in odd ones (arXiv 2404.00498)."""
         first = np.random.default_rng(mix(seed)).random(len(self)) < 0.5
         self.flipped = (first ^ (epoch % 2 == 1)).tolist()
 
-    def keep(self, indices: Sequence[int]) -> "ImageDataset":
+    def keep(self, indices: Sequence[int]) -> Self:
         """The dataset of these images only."""
         kept = copy(self)
         kept.sources = Subset(self.sources, indices)  # type: ignore[arg-type, assignment]  # any sequence will do
@@ -101,7 +105,7 @@ class ImageDataset(Dataset, ImageData):
         return {"left_out": self.left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.left_out = state["left_out"]
+        self.left_out = state.get("left_out", [])  # multi-label runs of earlier versions lack it
         if left := set(self.left_out):
             self._leave_out([name for name in self.image_names if self._relative(name) in left])
 
@@ -193,12 +197,11 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
 
 def _labelled(found: Labelled, channels: int) -> ImageDataset:
     """The images of a table, each of one class."""
-    for file, names in zip(found.files, found.labels, strict=True):
-        if len(names) != 1:
-            fault = f"has {len(names)} classes, but classification needs one; for several, see the recipe multilabel"
+    for file, labels in zip(found.files, found.labels, strict=True):
+        if len(labels) != 1:
+            fault = f"has {len(labels)} classes, but classification needs one; for several, see the recipe multilabel"
             raise InputError(f"{printable(found.table)}: {printable(file)} {fault}")
-    numbers = {name: label for label, name in enumerate(found.class_names)}
-    targets = [numbers[name] for (name,) in found.labels]
+    targets = [label for (label,) in found.labels]
     dataset = ImageDataset(found.files, targets, found.class_names, found.files, channels, str(found.table.parent))
     dataset.splits, dataset.notes = found.splits, found.notes
     return dataset
@@ -293,8 +296,9 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
 def _named_classes(path: Path) -> tuple[str, ...]:
     """The lines of a file of class names; an InputError for a name that is empty or listed twice."""
     names = "\n".join(read_lines(path)).rstrip().split("\n")
+    first = {name: line for line, name in reversed([*enumerate(names, start=1)])}
     for line, name in enumerate(names, start=1):
-        if not name.strip() or name in names[: line - 1]:
+        if not name.strip() or first[name] < line:
             fault = f"the class {name!r} is listed twice" if name.strip() else "a class without a name"
             raise InputError(f"{printable(path)}, line {line}: {fault}; give each class a name of its own")
     return tuple(names)
@@ -402,8 +406,7 @@ def build_val_dataset(data: ClassificationData, channels: int, class_names: Sequ
 
 def _empty(dataset: ImageDataset) -> list[str]:
     """The classes that have no images."""
-    filled = set(dataset.targets)
-    return [name for label, name in enumerate(dataset.class_names) if label not in filled]
+    return [name for name, members in zip(dataset.class_names, _members(dataset), strict=True) if not members]
 
 
 def _members(dataset: ImageDataset) -> list[list[int]]:
@@ -424,8 +427,6 @@ def _first(dataset: Images, number: int) -> ImageDataset:
 
 def _hold_out(dataset: Images, share: float, fold: int = 0) -> tuple[ImageDataset, ImageDataset]:
     """(the rest, part `fold` of `share` of each class): the same images in every run, independent of its seed."""
-    if not 0 < share <= 0.5:
-        raise InputError(f"--data.holdout {share}: must be between 0 and 0.5")
     if isinstance(dataset, ImageStream):
         raise InputError("--data.holdout is not available for data that is read as a stream; name two splits instead")
     folds, held = round(1 / share), set[int]()
@@ -436,7 +437,7 @@ def _hold_out(dataset: Images, share: float, fold: int = 0) -> tuple[ImageDatase
             raise InputError(f"--data.holdout {share}: class {name!r} has only one image")
         size = round(share * len(members)) or min(1, len(members))
         first = random.Random(0).sample(members, size)
-        others = [index for index in members if index not in set(first)]
+        others = sorted(set(members) - set(first))
         shuffled = random.Random(0).sample(others, len(others))
         held.update(shuffled[fold - 1 :: folds - 1] if fold else first)
     if not held:

@@ -109,8 +109,9 @@ def sift(coco: dict[str, list], masks: bool, folder: str = "") -> tuple[dict[str
                     broken[kind].add(entry["id"])
             else:
                 sound[kind][entry["id"]] = entry
-                names.add(entry.get("name"))
-                if kind == "images":
+                if kind == "categories":
+                    names.add(entry["name"])
+                elif kind == "images":
                     files[os.path.normpath(entry["file_name"])] = entry["id"]
     return {kind: list(entries.values()) for kind, entries in sound.items()}, problems
 

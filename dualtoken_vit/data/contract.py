@@ -86,12 +86,13 @@ def check_drawn(data: Any, kind: str, named: bool = False) -> None:
     check_splits(data)
 
 
-def held_out(names: Sequence[str], share: float) -> set[int]:
-    """The positions of `share` of the images of these names, for `--data.holdout`: the same ones in every run."""
+def hold_out(names: Sequence[str], share: float, held: bool) -> list[int]:
+    """The positions of `share` of the images of these names if `held`, else of the others: the same in every run."""
     if len(names) < 2:
         raise InputError(f"--data.holdout {share}: there are fewer than two images")
     ordered = sorted(range(len(names)), key=lambda index: names[index])
-    return set(random.Random(0).sample(ordered, round(share * len(names)) or 1))
+    chosen = set(random.Random(0).sample(ordered, round(share * len(names)) or 1))
+    return [index for index in range(len(names)) if (index in chosen) == held]
 
 
 def fingerprint(names: Iterable[str]) -> str:

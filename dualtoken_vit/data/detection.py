@@ -27,7 +27,7 @@ from dualtoken_vit.data.coco import (
     segmentation_fault,
     size_fault,
 )
-from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, held_out, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, hold_out, some, split_name
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
@@ -97,7 +97,7 @@ class DetectionDataset(Dataset, ImageData):
         images = {image["id"]: image for image in self.images}
         of_image: dict[int, list[dict]] = {image_id: [] for image_id in images}
         keys = ["id", "image_id", "category_id", "bbox", "area", "iscrowd", *["segmentation"] * masks]
-        trained = []
+        counts = Counter[int]()
         for annotation in coco["annotations"]:
             image = images[annotation["image_id"]]
             if annotation.get("area") is None and not segmentation_fault(annotation.get("segmentation"), image):
@@ -106,8 +106,7 @@ class DetectionDataset(Dataset, ImageData):
             if degenerate(annotation, image):
                 self.dropped += 1
             elif not annotation.get("iscrowd"):
-                trained.append(annotation["category_id"])
-        counts = Counter(trained)
+                counts[annotation["category_id"]] += 1
         self.counts = [counts[category] for category in self.category_ids]
         self.annotations = Packed(list(of_image.values()))
         self._labels = {category: label for label, category in enumerate(self.category_ids)}
@@ -253,8 +252,7 @@ def read_split(data: DetectionData, split: str) -> AnnotatedImages:
 
 def _hold_out(share: float, held: bool, images: list[dict]) -> list[dict]:
     """`share` of the images if `held`, else the others."""
-    chosen = held_out([image["file_name"] for image in images], share)
-    return [image for index, image in enumerate(images) if (index in chosen) == held]
+    return [images[index] for index in hold_out([image["file_name"] for image in images], share, held)]
 
 
 def build_datasets(data: DetectionData, masks: bool, channels: int) -> tuple[DetectionDataset, DetectionDataset]:

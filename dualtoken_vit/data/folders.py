@@ -80,6 +80,11 @@ def image_files(folder: str | Path) -> list[str]:
     return list(scan(folder)[0])
 
 
+def label_files(folder: str | Path, ending: str) -> list[Path]:
+    """The other files in and below a folder whose names end so; see `scan`."""
+    return [Path(path) for path in scan(folder)[1] if path.lower().endswith(ending)]
+
+
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or a link to one. For a link to itself, `entry.is_dir` raises OSError."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()

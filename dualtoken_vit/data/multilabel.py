@@ -1,15 +1,13 @@
 """Images with any number of labels each, in the formats of `FORMATS`."""
 
 from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
-from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, held_out, some, split_name
-from dualtoken_vit.data.images import load_image
+from dualtoken_vit.data.classification import ImageDataset
+from dualtoken_vit.data.contract import Formats, check_drawn, check_trained, hold_out, some, split_name
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.tables import read_labels
 from dualtoken_vit.data.threads import verify_each
@@ -18,48 +16,17 @@ from dualtoken_vit.files import printable
 from dualtoken_vit.recipes import MultiLabelData
 
 
-class MultiLabelDataset(Dataset, ImageData):
-    """Images with their labels.
+class MultiLabelDataset(ImageDataset):
+    """Images with their labels: `targets[i]` are indices into class_names.
 
-    Sample i is (image, targets): the image is `transform` of the PIL image, or the PIL image without one, and the
-    targets are (classes,) float32, 1 for each label of the image.
-
-    Args:
-        sources, labels, image_names: what `load_image` takes, indices into class_names, and display name of each image
-        class_names: name of each class
-        channels: 3 (RGB) or 1 (greyscale)
+    Sample i is (image, targets): the image as in `ImageDataset`, and targets (classes,) float32, 1 for each label.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Any],
-        labels: list[tuple[int, ...]],
-        class_names: Sequence[str],
-        image_names: list[str],
-        channels: int,
-    ) -> None:
-        self.sources, self.labels, self.image_names, self.channels = sources, labels, image_names, channels
-        self.class_names = tuple(class_names)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
-        image = self.image(index)
+        image, labels = super().__getitem__(index)
         targets = torch.zeros(len(self.class_names))
-        targets[list(self.labels[index])] = 1
-        return (self.transform(image) if self.transform else image), targets
-
-    def image(self, index: int) -> Any:
-        """Image `index`; an InputError if it cannot be read."""
-        return load_image(self.sources[index], self.channels, self.image_names[index])
-
-    def keep(self, indices: Sequence[int]) -> "MultiLabelDataset":
-        """The dataset of these images only."""
-        kept = copy(self)
-        kept.sources, kept.labels = [self.sources[i] for i in indices], [self.labels[i] for i in indices]
-        kept.image_names = [self.image_names[i] for i in indices]
-        return kept
+        targets[list(labels)] = 1
+        return image, targets
 
     def verify(self, skip: bool = False) -> list[str]:
         verify_each(self.image, range(len(self)), len(self), "reading every image")
@@ -74,9 +41,7 @@ def _table(data: MultiLabelData, split: str, channels: int) -> MultiLabelDataset
     if found is None:
         wanted = "a column of files (filename, image, ...), and one of labels, or one of 0 and 1 for each class"
         raise InputError(f"{printable(data.root)}: no CSV or Parquet table with {wanted}")
-    numbers = {name: label for label, name in enumerate(found.class_names)}
-    labels = [tuple(numbers[name] for name in names) for names in found.labels]
-    dataset = MultiLabelDataset(found.files, labels, found.class_names, found.files, channels)
+    dataset = MultiLabelDataset(found.files, found.labels, found.class_names, found.files, channels)
     dataset.splits, dataset.notes = found.splits, found.notes
     return dataset
 
@@ -96,9 +61,8 @@ def read_split(data: MultiLabelData, split: str, channels: int) -> MultiLabelDat
     """The train or val split as it is stored."""
     found = FORMATS.read(data, "train" if data.holdout else split, channels)
     if data.holdout:
-        held = held_out(found.image_names, data.holdout)
-        found = found.keep([index for index in range(len(found)) if (index in held) == (split == "val")])
-    if not any(found.labels):
+        found = found.keep(hold_out(found.image_names, data.holdout, split == "val"))
+    if not any(found.targets):
         raise InputError(f"{printable(data.root)}: no image of the split {split_name(data, split)!r} has a label")
     return found
 
@@ -117,16 +81,16 @@ def build_val_dataset(data: MultiLabelData, channels: int, class_names: Sequence
     val = read_split(data, "val", channels)
     check_trained(val.class_names, class_names, f"{printable(data.root)}: class")
     places = [list(class_names).index(name) for name in val.class_names]
-    val.labels = [tuple(places[label] for label in labels) for labels in val.labels]
+    val.targets = [tuple(places[label] for label in labels) for labels in val.targets]
     val.class_names = tuple(class_names)
     if absent := _absent(val):
         val.notes += (f"{printable(data.root)}: no validation image of class {some(absent)}",)
-    if everywhere := set(range(len(class_names))).intersection(*val.labels):
+    if everywhere := set(range(len(class_names))).intersection(*val.targets):
         names = some([class_names[label] for label in sorted(everywhere)])
         val.notes += (f"{printable(data.root)}: every validation image has class {names}: AP is 100 % for any network",)
     return val
 
 
 def _absent(dataset: MultiLabelDataset) -> list[str]:
-    present = {label for labels in dataset.labels for label in labels}
+    present = {label for labels in dataset.targets for label in labels}
     return [name for label, name in enumerate(dataset.class_names) if label not in present]

@@ -39,7 +39,7 @@ class Geometric:
         steps = [v2.RandomZoomOut(side_range=ZOOM, p=self.zoom_out), v2.RandomApply([v2.RandomIoUCrop()], crop)]
         if self.scale != (1.0, 1.0):
             size = v2.functional.get_size(image)
-            steps += [v2.ScaleJitter(size, self.scale), _Window(size)]
+            steps += [v2.ScaleJitter(size[::-1], self.scale), v2.RandomCrop(size, pad_if_needed=True)]
         image, moved = v2.Compose(steps)(image, moved)
         boxes = v2.functional.clamp_bounding_boxes(moved["boxes"])
         objects, crowds = (tv_tensors.wrap(part, like=boxes) for part in boxes.split([count, len(boxes) - count]))
@@ -48,21 +48,6 @@ class Geometric:
             kept &= moved["masks"].flatten(1).bool().any(1)
         crowds = tv_tensors.wrap(crowds[whole], like=boxes)
         return image, select(target | moved | {"boxes": objects, "crowd": crowds}, kept)
-
-
-class _Window(v2.Transform):
-    """A crop of a size (height, width) at a random place, or the whole at a random place on black if it is smaller."""
-
-    def __init__(self, size: list[int]) -> None:
-        super().__init__()
-        self.size = size
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        room = [own - side for own, side in zip(v2.functional.get_size(flat_inputs[0]), self.size, strict=True)]
-        return {"place": [int(torch.randint(min(each, 0), max(each, 0) + 1, ())) for each in room]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return v2.functional.crop(inpt, *params["place"], *self.size)
 
 
 class CopyPaste:
@@ -85,8 +70,7 @@ class CopyPaste:
         if torch.rand(()) >= self.p:
             return image, target
         other, objects = self.flip(*self.vary(*self.source[int(torch.randint(len(self.source), ()))]))
-        height, width = v2.functional.get_size(image)
-        window = _Window([height, width])
+        window = v2.RandomCrop(v2.functional.get_size(image), pad_if_needed=True)
         other, objects = window(other, {key: objects[key] for key in ("boxes", "labels", "masks")})
         chosen = torch.rand(len(objects["labels"])) < 0.5
         if len(chosen):
@@ -102,12 +86,10 @@ class CopyPaste:
         boxes[touched & kept] = _tight(masks[touched & kept])
         target = select(target | {"masks": masks, "boxes": boxes}, kept)
         joined = {
-            "boxes": torch.cat([target["boxes"], _tight(objects["masks"])]),
+            "boxes": tv_tensors.wrap(torch.cat([target["boxes"], _tight(objects["masks"])]), like=target["boxes"]),
             "labels": torch.cat([target["labels"], objects["labels"]]),
-            "masks": torch.cat([target["masks"], objects["masks"]]),
+            "masks": tv_tensors.Mask(torch.cat([target["masks"], objects["masks"]])),
         }
-        joined["boxes"] = tv_tensors.BoundingBoxes(joined["boxes"], format="XYXY", canvas_size=(height, width))
-        joined["masks"] = tv_tensors.Mask(joined["masks"])
         return image, select(target | joined, _large(joined["boxes"]))
 
 

@@ -19,12 +19,12 @@ from torchvision.transforms import v2
 
 from dualtoken_vit.data import formats
 from dualtoken_vit.data.coco import AnnotatedImages, Packed, decode_masks, object_area
-from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, held_out, some, split_name
+from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, hold_out, some, split_name
 from dualtoken_vit.data.folders import read_lines, scan, skipped_note
 from dualtoken_vit.data.images import load_image, naming, open_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import in_threads, verify_each
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted, printable
 from dualtoken_vit.recipes import SegmentationData
 
@@ -232,26 +232,20 @@ def _by_stem(folder: Path, repeated: bool = False) -> tuple[dict[str, str], tupl
     return found, (skipped_note(others),) if others else ()
 
 
-def class_file(data: SegmentationData) -> Path | None:
-    """The class file, or None without one; an InputError for one that is named but does not exist."""
+def _read_classes(data: SegmentationData) -> tuple[tuple[str, ...] | None, np.ndarray | None]:
+    """The names in the class file and their colours, None where it has none; an InputError for one that is no use."""
+    if data.ignore_index == 0 and not data.reduce_zero_label:
+        fault = "0 is the label of the first class; if the classes begin at 1, give --data.reduce-zero-label instead"
+        raise InputError(f"--data.ignore-index 0: {fault}")
     files = [Path(data.classes)] if data.classes else [Path(data.root, name) for name in CLASS_FILES]
     path = next((path for path in files if path.is_file()), None)
     if path is None and data.classes:
         raise InputError(f"--data.classes {printable(data.classes)}: no such file")
-    return path
-
-
-def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
-    """The names in the class file, or None without one; an InputError for a file that cannot be used."""
-    if data.ignore_index == 0 and not data.reduce_zero_label:
-        fault = "0 is the label of the first class; if the classes begin at 1, give --data.reduce-zero-label instead"
-        raise InputError(f"--data.ignore-index 0: {fault}")
-    path = class_file(data)
     if path is None:
-        return None
+        return None, None
     file = printable(path)
     if coloured := read_colours(path):
-        return _checked(tuple(coloured), file, data)
+        return _checked(tuple(coloured), file, data), np.array(list(coloured.values()))
     names: tuple[str, ...] = ()
     for place, line in enumerate(read_lines(path), start=1):
         number, *columns = line.strip().split("\t")
@@ -266,7 +260,7 @@ def read_class_names(data: SegmentationData) -> tuple[str, ...] | None:
                 start = "1 (--data.reduce-zero-label)" if data.reduce_zero_label else "0"
                 raise InputError(f"{file}, line {place}: label {number}, but labels must count up from {start}")
         names += (columns[-1].strip() if columns else number,)
-    return _checked(names, file, data)
+    return _checked(names, file, data), None
 
 
 def read_colours(path: Path) -> dict[str, tuple[int, ...]]:
@@ -281,7 +275,10 @@ def read_colours(path: Path) -> dict[str, tuple[int, ...]]:
         if not line or line.startswith("#"):
             continue
         match = CVAT.fullmatch(line)
-        name, *cells = map(str.strip, match.groups() if match else next(csv.reader([line])))
+        try:
+            name, *cells = map(str.strip, match.groups() if match else next(csv.reader([line])))
+        except csv.Error as error:
+            raise InputError(f"{file}, line {place}: cannot be read as CSV ({reason(error)})") from None
         if place == 1 and [cell.lower() for cell in cells] in (["r", "g", "b"], ["red", "green", "blue"]):
             table = True
             continue
@@ -384,11 +381,9 @@ def _masks(data: SegmentationData, name: str) -> MaskedImages:
         splits = [path.stem for path in listed.parent.glob("*.txt")]
     else:
         splits = [path.name for path in folders[1].parent.glob("*") if (folders[0].parent / path.name).is_dir()]
-    found = MaskedImages(pairs, read_class_names(data), (alone, orphans), skipped + others, splits=tuple(splits))
-    path = class_file(data)
-    if path and (coloured := read_colours(path)):
-        found = found._replace(draw=partial(_decode, pairs, np.array(list(coloured.values())), data))
-    return found
+    class_names, colours = _read_classes(data)
+    draw = None if colours is None else partial(_decode, pairs, colours, data)
+    return MaskedImages(pairs, class_names, (alone, orphans), skipped + others, draw, splits=tuple(splits))
 
 
 def _decode(pairs: list[tuple[str, str]], colours: np.ndarray, data: SegmentationData, index: int) -> Any:
@@ -441,8 +436,7 @@ def read_split(data: SegmentationData, split: str) -> MaskedImages:
     """The train or val split, not yet checked."""
     found = FORMATS.read(data, "train" if data.holdout else split)
     if data.holdout:
-        held = held_out([image for image, _ in found.pairs], data.holdout)
-        found = found.keep([index for index in range(len(found.pairs)) if (index in held) == (split == "val")])
+        found = found.keep(hold_out([image for image, _ in found.pairs], data.holdout, split == "val"))
     return found
 
 

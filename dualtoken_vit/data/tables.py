@@ -128,11 +128,11 @@ def _unread(tables: Sequence[Path], read: Path) -> tuple[str, ...]:
 
 
 class Labelled(NamedTuple):
-    """The images of a split with the names of their classes."""
+    """The images of a split with their classes."""
 
     table: Path
     files: list[str]
-    labels: list[tuple[str, ...]]  # of each image
+    labels: list[tuple[int, ...]]  # of each image: indices into class_names
     class_names: tuple[str, ...]  # in the order of their columns, or sorted
     splits: tuple[str, ...]  # those with labels
     notes: tuple[str, ...] = ()
@@ -194,10 +194,8 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
     wanted = SPLITS.get(split.lower(), split)
     wanted = ALL if wanted == "train" and set(parts) == {ALL} else wanted
     if wanted not in parts:
-        there = ", ".join(parts)
-        raise InputError(
-            f"{printable(root)}: no table for the split {split!r}; there is {there}: give --data.holdout 0.1"
-        )
+        there = f"there is {', '.join(parts)}: give --data.holdout 0.1"
+        raise InputError(f"{printable(root)}: no table for the split {split!r}; {there}")
     path = parts[wanted].path
     if not has_labels(path):
         what = "a column of files and one of classes, or columns of 0 and 1"
@@ -227,10 +225,9 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
             cell = row[label]
             several = cell if isinstance(cell, list) else [cell] if separator is None else str(cell).split(separator)
             names = [name for each in several if each is not None and (name := str(each).strip())]
-        found.setdefault(str(image), []).extend(name for name in names)
-    named = [str(header[place]).strip() for place in hot] or sorted(
-        {name for names in found.values() for name in names}
-    )
-    labels = [tuple(dict.fromkeys(names)) for names in found.values()]
+        found.setdefault(str(image), []).extend(names)
+    named = [str(header[place]).strip() for place in hot] or sorted(set[str]().union(*found.values()))
+    numbers = {name: label for label, name in enumerate(named)}
+    labels = [tuple(dict.fromkeys(numbers[name] for name in names)) for names in found.values()]
     splits = tuple(name for name, each in parts.items() if each.path == path or has_labels(each.path))
     return Labelled(path, list(found), labels, tuple(named), splits, parts[wanted].notes)

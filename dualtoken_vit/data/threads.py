@@ -56,19 +56,20 @@ def in_threads(
         yield from track(results, total, title) if title else results
 
 
+_TITLE = TextColumn("{task.description}", markup=False)  # may contain the name of a file
+
+
 def track(items: Iterable[Item], total: int | None, title: str) -> Iterator[Item]:
     """The items, with a progress bar on stderr; `total` is their number, if known."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    columns = BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
+    with Progress(_TITLE, *columns, console=Console(stderr=True)) as bar:
         yield from bar.track(items, total, description=title)
 
 
 @contextmanager
 def working(title: str) -> Iterator[None]:
     """Context of a step of unknown duration: shows on stderr that it runs, and for how long."""
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
-    ) as bar:
+    with Progress(_TITLE, BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         step = bar.add_task(title, total=None)
         yield
         bar.update(step, total=1, completed=1)

@@ -9,21 +9,13 @@ from timm.data import create_transform
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from dualtoken_vit import recipes
 from dualtoken_vit.data.objects import CopyPaste, Geometric
 from dualtoken_vit.data.segmentation import IGNORE
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import (
-    ClassificationAugment,
-    ClassificationData,
-    DetectionAugment,
-    MultiLabelAugment,
-    MultiLabelData,
-    SegmentationAugment,
-    SegmentationData,
-)
 
 
-def train_size(data: ClassificationData | MultiLabelData, progress: float) -> int:
+def train_size(data: recipes.ClassificationData | recipes.MultiLabelData, progress: float) -> int:
     """Side of the training images at the fraction `progress` of a run: progressive resizing in steps of 16 pixels."""
     if data.start_size is None or progress >= 0.8:
         return data.image_size
@@ -32,8 +24,8 @@ def train_size(data: ClassificationData | MultiLabelData, progress: float) -> in
 
 
 def classification_train(
-    data: ClassificationData | MultiLabelData,
-    augment: ClassificationAugment | MultiLabelAugment,
+    data: recipes.ClassificationData | recipes.MultiLabelData,
+    augment: recipes.ClassificationAugment | recipes.MultiLabelAugment,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     progress: float = 0.0,
@@ -74,13 +66,13 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
-def classification_eval(data: ClassificationData, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+def classification_eval(data: recipes.ClassificationData, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
     """timm's evaluation transform: short side to S / crop_pct, centre crop, normalised float tensor (C, S, S)."""
     how: dict[str, Any] = dict(crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std)
     return create_transform(data.image_size, **how)
 
 
-def detection_train(augment: DetectionAugment, dataset: Any = None) -> Callable:
+def detection_train(augment: recipes.DetectionAugment, dataset: Any = None) -> Callable:
     """The training transform of an image and its target. The detector resizes and normalises.
 
     Args:
@@ -142,7 +134,7 @@ class CappedCrop(v2.RandomCrop):
         return params
 
 
-def segmentation_train(data: SegmentationData, augment: SegmentationAugment) -> Callable:
+def segmentation_train(data: recipes.SegmentationData, augment: recipes.SegmentationAugment) -> Callable:
     """The training transform of an image and its mask, both to the crop size."""
     scale, crop = RandomScale(augment.scale, data.image_size), CappedCrop(data.crop_size, augment.class_cap)
     return v2.Compose([scale, crop, v2.RandomHorizontalFlip(augment.hflip), PhotometricDistort(p=augment.photometric)])

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,8 +116,12 @@ def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint:
     target, chosen = TARGETS[format], replace(chosen, fixed=True, one=True)
     channels, description = about.preprocessing["input_size"][0], describe(chosen, about, checkpoint)
     inputs = batches(chosen, channels, images)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # on the same disk, so that it can be renamed
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=out.parent)  # on the same disk, so that it can be renamed
+    except OSError as error:
+        raise InputError(f"cannot write {printable(out)}: {error.strerror}") from error
+    with beside as folder:
         file = Path(folder, out.name)
         print(f"converting to {format}", file=sys.stderr, flush=True)
         target.convert(chosen, channels, description, file)
@@ -195,12 +199,7 @@ def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any
     preprocessing = dict(about.preprocessing)
     if about.task not in ("detection", "segmentation"):
         preprocessing["input_size"] = (preprocessing["input_size"][0], *chosen.size)
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {each.name: each.version for each in distributions() if each.name in PACKAGES}
     return {
         "format": FORMAT,
         "task": about.task,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
-from dualtoken_vit.models.detectors import DETECTIONS, Detector
+from dualtoken_vit.models.detectors import Detector
+from dualtoken_vit.models.one_stage import DETECTIONS
 from dualtoken_vit.paper.attention import recording
 
 CANDIDATES = 4000

@@ -10,8 +10,8 @@ from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.deploy import graphs
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import ceil_div, check_size, pretrained_cfg
-from dualtoken_vit.models.detectors import DETECTIONS, MaskRCNN
-from dualtoken_vit.models.one_stage import Dense
+from dualtoken_vit.models.detectors import MaskRCNN
+from dualtoken_vit.models.one_stage import DETECTIONS, Dense
 from dualtoken_vit.paper.attention import blocks_of
 
 Size = tuple[int, int]  # height, width

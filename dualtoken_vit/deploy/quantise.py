@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from PIL import Image
@@ -64,11 +64,8 @@ def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[
         with working("converting to float16"):
             onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
     elif precision == "int8-dynamic":
-        options = {"MatMulConstBOnly": True}
         with working("quantising"):
-            quantize_dynamic(
-                source, target, PRODUCTS, per_channel=True, weight_type=QuantType.QInt8, extra_options=options
-            )
+            quantize_dynamic(source, target, PRODUCTS, per_channel=True)
     else:
         prepared = target.with_suffix(".prepared")
         with working("optimising"):
@@ -80,10 +77,8 @@ def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[
             prepared,
             target,
             _Reader(inputs),
-            quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
             nodes_to_quantize=products,
             extra_options={"OpTypesToExcludeOutputQuantization": PRODUCTS},
         )

@@ -55,35 +55,30 @@ class Backbone(FeatureGetterNet):
     def __init__(self, model: nn.Module, indices: Sequence[int], user: str, size: tuple[int, int], in_chans: int = 3):
         super().__init__(model, out_indices=tuple(indices))
         self.strides: list[int] = self.feature_info.reduction()
-        reason: Exception | None = None
+        reason: Any = None
         for multiple in (1, self.strides[-1]):
             self.multiple = multiple  # images are padded to a multiple of this
             try:
-                self.sizes = self._try(in_chans, size)  # height and width of each map of the trial image
+                with torch.no_grad():
+                    maps = self.eval()(torch.zeros(1, in_chans, *size))
             except REFUSALS as error:
                 if lacks_memory(error):
                     raise
                 reason = reason or error
                 continue
+            self.sizes = [tuple(m.shape[2:]) for m in maps]  # height and width of each map of the trial image
             places = zip(self.sizes, self.strides, strict=True)
             if multiple > 1 or all(h * stride >= size[0] and w * stride >= size[1] for (h, w), stride in places):
                 break
         else:
-            raise InputError(self._refusal(user, size, reason)) from reason
+            known = constructor_arguments(type(self.model))
+            argument = next((f"{key}={value}" for key, value in ANY_SIZE.items() if key in known), "")
+            hint = f"; try --model.args {argument}" if argument else ""
+            raise InputError(
+                f"--model.name {pretrained_cfg(self.model)['architecture']}: fails on an image of {size[0]}x{size[1]} "
+                f"pixels ({first_line(reason)}); {user} needs a network that accepts any image size{hint}"
+            ) from reason
         self.train()
-
-    @torch.no_grad()
-    def _try(self, in_chans: int, size: tuple[int, int]) -> list[tuple[int, ...]]:
-        return [tuple(m.shape[2:]) for m in self.eval()(torch.zeros(1, in_chans, *size))]
-
-    def _refusal(self, user: str, size: tuple[int, int], reason: Any) -> str:
-        known = constructor_arguments(type(self.model))
-        argument = next((f"{key}={value}" for key, value in ANY_SIZE.items() if key in known), "")
-        hint = f"; try --model.args {argument}" if argument else ""
-        return (
-            f"--model.name {pretrained_cfg(self.model)['architecture']}: fails on an image of {size[0]}x{size[1]} "
-            f"pixels ({first_line(reason)}); {user} needs a network that accepts any image size{hint}"
-        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         if self.multiple == 1:
@@ -136,16 +131,12 @@ class OverBackbone(nn.Module):
         place, network = self._inside()
         return {f"{place}.{name}" for name in getattr(network, "no_weight_decay", set)()}
 
-    def layer_names(self, kind: str) -> tuple[str, ...]:
-        """See the function `layer_names`."""
-        place, network = self._inside()
-        return self.class_layers if kind == "classifier" else tuple(f"{place}.{x}" for x in layer_names(network, kind))
-
 
 def layer_names(model: Any, kind: str) -> tuple[str, ...]:
     """Names of the layers of a kind, "first_conv" or "classifier", of a network, a detector or a segmenter."""
     if isinstance(model, OverBackbone):
-        return model.layer_names(kind)
+        place, network = model._inside()
+        return model.class_layers if kind == "classifier" else tuple(f"{place}.{x}" for x in layer_names(network, kind))
     names = getattr(model, "pretrained_cfg", {}).get(kind) or ()  # timm's cfgs name one layer, several, or none
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -185,7 +176,8 @@ def check_size(model: nn.Module, in_chans: int, image_size: int, flag: str = "--
     if image_size < least:
         raise InputError(f"{refusal}: give at least {least}")
     try:
-        model.eval()(torch.zeros(1, in_chans, image_size, image_size))
+        device = next(model.parameters()).device
+        model.eval()(torch.zeros(1, in_chans, image_size, image_size, device=device))
     except REFUSALS as error:
         if lacks_memory(error):
             raise

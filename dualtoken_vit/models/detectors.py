@@ -23,12 +23,13 @@ Detections are one dict per image, in pixels of the original image, highest scor
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -41,21 +42,9 @@ from torchvision.ops.poolers import initLevelMapper
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.anchors import Anchors, Target, in_crowd, weigh
 from dualtoken_vit.models.backbone import OverBackbone, check_finite, create_body, pretrained_cfg, run_alike, statistics
-from dualtoken_vit.models.one_stage import DETECTIONS, FCOS, SCORE_THRESHOLD, SELECTION, RetinaNet, SSDLite, to_float32
+from dualtoken_vit.models.one_stage import FCOS, SELECTION, RetinaNet, SSDLite, to_float32
 from dualtoken_vit.models.pyramid import CHANNELS, Pyramid, Stages
 from dualtoken_vit.models.resizing import Transform
-
-__all__ = [
-    "DETECTIONS",
-    "DETECTORS",
-    "SCORE_THRESHOLD",
-    "Detector",
-    "MaskRCNN",
-    "RetinaNet",
-    "build_detector",
-    "create_detector",
-    "refusing_nan",
-]
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -197,18 +186,13 @@ def refusing_nan(detector: Detector) -> Iterator[None]:
     """In this context, an InputError where the detector's heads produce NaN or Inf: it would detect nothing there."""
 
     def check(module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if isinstance(outputs, Tensor):
-            check_finite(outputs)
-        else:
-            for value in outputs.values() if isinstance(outputs, dict) else outputs:
-                check(module, inputs, value)
+        for value in tree_leaves(outputs):
+            check_finite(value)
 
-    hooks = [head.register_forward_hook(check) for head in detector.heads]
-    try:
+    with ExitStack() as stack:
+        for head in detector.heads:
+            stack.enter_context(head.register_forward_hook(check))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 DETECTORS: dict[str, type[Detector]] = {

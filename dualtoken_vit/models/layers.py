@@ -141,13 +141,10 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # it cannot compile the other branches
-            return self._conv_forward(x, self.weight, self.bias)
-        elif autocasts_on_cpu():
+        if autocasts_on_cpu() and not torch.jit.is_scripting():  # TorchScript cannot compile the context
             with torch.autocast("cpu", enabled=False):
                 return self._conv_forward(x.to(self.weight.dtype), self.weight, self.bias)
-        else:
-            return self._conv_forward(x, self.weight, self.bias)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 class Mlp(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models.detection import fcos, retinanet, ssd
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
@@ -27,11 +28,7 @@ FCOS_WIDTH, FCOS_CONVS = 128, 2  # half of torchvision's, for small machines
 
 def to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
     """Forward hook: a head's outputs in float32, under autocast too, for exact boxes, losses and order of scores."""
-    if isinstance(outputs, Tensor):
-        return outputs.float()
-    if isinstance(outputs, dict):
-        return {key: to_float32(module, inputs, value) for key, value in outputs.items()}
-    return type(outputs)(to_float32(module, inputs, value) for value in outputs)
+    return tree_map(Tensor.float, outputs)
 
 
 class Dense(OverBackbone):

@@ -34,8 +34,6 @@ from dualtoken_vit.models.backbone import (
 from dualtoken_vit.models.layers import is_known
 from dualtoken_vit.recipes import SegmentationInput
 
-__all__ = ["SEGMENTERS", "Segmenter", "create_segmenter", "segment"]
-
 STRIDE = 8  # to which the last feature map is resized, and that of the finest one that a head takes
 AUX_WIDTH = 256
 LEAST_SIDE = 32  # of images, in pixels
@@ -342,12 +340,10 @@ def _slide(model: Segmenter, x: Tensor, view: SegmentationInput) -> Tensor:
         sorted({min(start, max(side - view.window, 0)) for start in range(0, side, view.window_stride)})
         for side in x.shape[-2:]
     ]
-    total, count = 0.0, x.new_zeros(x.shape[-2:])
+    total = x.new_zeros(len(x), model.num_classes, *x.shape[-2:], dtype=torch.float32)
+    count = x.new_zeros(x.shape[-2:])
     for top, left in product(*starts):
         place = ..., slice(top, top + view.window), slice(left, left + view.window)
-        logits = model(x[place])
-        if isinstance(total, float):
-            total = logits.new_zeros(*logits.shape[:2], *x.shape[-2:])
-        total[place] += logits
+        total[place] += model(x[place])
         count[place] += 1
     return total / count

@@ -266,16 +266,6 @@ def load_classifier(checkpoint: Path, device: str, **options: Any) -> Classifica
     return predictor
 
 
-def _load_exported(file: Path, token: tuple[int, int] | None, device: str, options: dict[str, Any]) -> Any:
-    """An exported classifier with attention maps; an InputError for another file, or without a token."""
-    predictor: Any = load_predictor(file, device, **options)
-    if "attention" not in predictor.export:
-        raise InputError(f"{file} has no attention maps; write it with dualtoken-vit export --attention")
-    if token is None:
-        raise InputError("--token ROW,COL is needed with an exported file: the key token is found in a checkpoint only")
-    return predictor
-
-
 def _examine(predictor: Any, block: str, x: Any, token: tuple[int, int] | None) -> tuple[Seen, dict[str, Any]]:
     """The attention in an input of the network (C, H, W), and its entry in the record; None: the key token."""
     model = predictor.model
@@ -357,7 +347,12 @@ def attention(
     options = {key: value for key, value in given.items() if value is not None}
     predictor: Any
     if is_exported(checkpoint):
-        predictor = _load_exported(checkpoint, place, device, options)
+        predictor = load_predictor(checkpoint, device, **options)
+        if "attention" not in predictor.export:
+            raise InputError(f"{checkpoint} has no attention maps; write it with dualtoken-vit export --attention")
+        if place is None:
+            need = "is needed with an exported file: the key token is found in a checkpoint only"
+            raise InputError(f"--token ROW,COL {need}")
         blocks = [predictor.export["attention"]]
     else:
         predictor = load_classifier(checkpoint, device, **options)

@@ -31,7 +31,7 @@ from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import describe, pick_device, tune_cpu
 from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.paper.counting import Counts, count
-from dualtoken_vit.paper.named import BUILDERS, TORCHVISION_DETECTORS, check_models, detects
+from dualtoken_vit.paper.named import BUILDERS, TORCHVISION_DETECTORS, check_models, detects, split
 from dualtoken_vit.predictors import read_header
 from dualtoken_vit.recipes import Device, Optim
 from dualtoken_vit.runtime.session import RUNTIMES
@@ -39,8 +39,6 @@ from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_growth
 from dualtoken_vit.tasks.optim import build_optimizer
 from dualtoken_vit.tasks.registry import get_task
-
-__all__ = ["Result", "benchmark", "take_turns"]
 
 PEERS = (
     "dualtoken_vit_small",
@@ -108,7 +106,7 @@ class Setting:
 
     def build(self, name: str) -> nn.Module:
         """The model of this name (see `benchmark`) for images of this size, with random weights."""
-        kind, _, inner = name.rpartition(":")
+        kind, inner = split(name)
         model = BUILDERS[kind](inner, self.size).train(self.train)
         return model.to(self.device, self.dtype).to(memory_format=torch.channels_last)
 
@@ -198,7 +196,7 @@ def _count(name: str, setting: Setting) -> Counts:
     Raises:
         InputError: for a model that does not accept images of this size.
     """
-    kind, _, inner = name.rpartition(":")
+    kind, inner = split(name)
     try:
         if kind in RUNTIMES:
             header = read_header(inner)
@@ -348,7 +346,7 @@ def benchmark(
     for name, given in {"input_sizes": input_sizes, "precision": precision, "modes": modes}.items():
         if not given:
             raise InputError(f"{name}: none given; give one or more")
-    exported = [name for name in models if name.rpartition(":")[0] in RUNTIMES]
+    exported = [name for name in models if split(name)[0] in RUNTIMES]
     device = "cpu" if exported and device == "auto" else device
     counted = [
         Setting(parse_size(text, "--input-sizes"), pick_device(device), precision[0], train=train)
@@ -376,7 +374,7 @@ def benchmark(
     ]
     results: list[Result] = []
     columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=len(models) * (len(counted) + len(cells) * len(cells[0][0]) * (1 + rounds)))
 
         def done(what: str) -> None:
@@ -388,7 +386,7 @@ def benchmark(
             done(f"{name} counted")
         # A compiled model is one more version of its class's code, of which torch.compile keeps 8 by default.
         dynamo: Any = torch._dynamo.config
-        with dynamo.patch(recompile_limit=len(models) * len(cells[0][0])):
+        with dynamo.patch(recompile_limit=max(8, len(models) * len(cells[0][0]))):
             for settings, size, batch_size in cells:
                 options: dict[str, Any] = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
                 results += _measure(counts[size], settings, batch_size, **options)
@@ -402,7 +400,7 @@ def benchmark(
         "memory": HOW_MEMORY_IS_MEASURED.get(counted[0].device.type, "not measured on this device"),
         "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
     }
-    if any(kind in DETECTORS or name in TORCHVISION_DETECTORS for kind, _, name in (m.rpartition(":") for m in models)):
+    if any(kind in DETECTORS or name in TORCHVISION_DETECTORS for kind, name in map(split, models)):
         about["detectors"] = (
             "untrained, on noise: they detect little or nothing, so speed, memory and MACs exclude mask heads and most "
             "of the suppression of boxes and pasting of masks"

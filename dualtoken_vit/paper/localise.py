@@ -182,12 +182,8 @@ def measure(
     number, own_chance, scores = len(positions), mean(1 / count for count in positions), []
     for key, places in found.items():
         values = np.stack(places)  # (images, 4)
-        on_object, chance, highest, own = values.mean(0).tolist()
         score = Score(
-            on_object=on_object,
-            chance=chance,
-            highest=highest,
-            own=own,
+            **vars(Place(*values.mean(0).tolist())),
             checkpoint=name,
             block=key,
             images=number,

@@ -30,12 +30,14 @@ def _timm(name: str, size: tuple[int, int]) -> nn.Module:
 
 
 def _torchvision(name: str, size: tuple[int, int]) -> nn.Module:
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if name in TORCHVISION_SEGMENTERS:
-        kwargs = {"num_classes": CLASSES}
-    elif name in TORCHVISION_DETECTORS and not name.startswith("ssd"):  # whose size is fixed
-        kwargs = {"min_size": min(size), "max_size": max(size)}
-    return torchvision.models.get_model(name, weights=None, weights_backbone=None, **kwargs)
+        kwargs = {"weights_backbone": None, "num_classes": CLASSES}
+    elif name in TORCHVISION_DETECTORS:
+        kwargs = {"weights_backbone": None}
+        if not name.startswith("ssd"):  # whose size is fixed
+            kwargs |= {"min_size": min(size), "max_size": max(size)}
+    return torchvision.models.get_model(name, weights=None, **kwargs)
 
 
 def _detector(kind: str, name: str, size: tuple[int, int]) -> nn.Module:
@@ -70,6 +72,12 @@ BUILDERS: dict[str, Callable[[str, tuple[int, int]], nn.Module]] = {
 """KIND in KIND:NAME -> function that builds NAME for images of (height, width), with random weights."""
 
 
+def split(name: str) -> tuple[str, str]:
+    """The kind, "" for timm's networks, and the name in it: of KIND:NAME, where NAME may be a path with colons."""
+    kind, colon, inner = name.partition(":")
+    return (kind, inner) if colon else ("", name)
+
+
 def detects(model: nn.Module) -> bool:
     """Whether this is a detector, compiled or not."""
     return isinstance(getattr(model, "_orig_mod", model), (GeneralizedRCNN, RetinaNet, FCOS, SSD))
@@ -81,8 +89,8 @@ def check_models(models: tuple[str, ...], train: bool) -> None:
     for name in models:
         if models.count(name) > 1:
             raise InputError(f"models: {name} is given twice; give it once")
-        kind, colon, inner = name.rpartition(":")
-        if colon and kind not in BUILDERS:
+        kind, inner = split(name)
+        if kind and kind not in BUILDERS:
             kinds = ", ".join(filter(None, BUILDERS))
             raise InputError(f"models: {name}: {kind!r} is not a kind of model; use one of {kinds}, or a timm name")
         if kind in RUNTIMES:

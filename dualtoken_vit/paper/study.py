@@ -419,10 +419,14 @@ def study(name: str, options: Study) -> None:
     budget = {"text": text, "base": base, "seeds": seeds, "search_lr": list(search)} | settings
     stem = out / f"study-{name}"
     if (path := stem.with_suffix(".json")).exists():
-        stored = _read(path)
-        _check_budget(stored["budget"], budget, path)
-        if options.networks and (more := [each["model"] for each in stored["networks"] if each["key"] not in recipes]):
+        try:
+            before = dict((stored := _read(path))["budget"])
+            more = [each["model"] for each in stored["networks"] if each["key"] not in recipes]
             names = ", ".join(repr(" ".join((each["name"], *each["args"]))) for each in more)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not the results of a study; repair or remove it") from error
+        _check_budget(before, budget, path)
+        if options.networks and more:
             raise InputError(f"--networks: {path} also has {names}: name them too, or choose another --out")
     print(f"{name} ({table}): {text}", trained, sep="\n", flush=True)
     with in_use(out):

@@ -1,74 +1,36 @@
 """Recipes: every experiment as plain data, with the paper's among them. A module for each task, on `base`."""
 
-from dualtoken_vit.recipes.base import (
-    ABOUT,
-    FREE,
-    KINDS,
-    RECIPES,
-    DataSection,
-    Device,
-    Model,
-    Optim,
-    Recipe,
-    Run,
-    Runtime,
-    SplitData,
-    flatten,
-    free_on_resume,
-    from_dict,
-    model_kwargs,
-    register,
-    to_dict,
-)
-from dualtoken_vit.recipes.classification import (
-    Classification,
-    ClassificationAugment,
-    ClassificationData,
-    ClassificationInput,
-    Distill,
-)
-from dualtoken_vit.recipes.detection import Detection, DetectionAugment, DetectionData, DetectionInput
-from dualtoken_vit.recipes.multilabel import MultiLabel, MultiLabelAugment, MultiLabelData
-from dualtoken_vit.recipes.segmentation import (
-    Segmentation,
-    SegmentationAugment,
-    SegmentationData,
-    SegmentationInput,
-)
-
-__all__ = [
-    "ABOUT",
-    "FREE",
-    "KINDS",
-    "RECIPES",
-    "Classification",
-    "ClassificationAugment",
-    "ClassificationData",
-    "ClassificationInput",
-    "DataSection",
-    "Detection",
-    "DetectionAugment",
-    "DetectionData",
-    "DetectionInput",
-    "Device",
-    "Distill",
-    "Model",
-    "MultiLabel",
-    "MultiLabelAugment",
-    "MultiLabelData",
-    "Optim",
-    "Recipe",
-    "Run",
-    "Runtime",
-    "Segmentation",
-    "SegmentationAugment",
-    "SegmentationData",
-    "SegmentationInput",
-    "SplitData",
-    "flatten",
-    "free_on_resume",
-    "from_dict",
-    "model_kwargs",
-    "register",
-    "to_dict",
-]
+from dualtoken_vit.recipes.base import ABOUT as ABOUT
+from dualtoken_vit.recipes.base import FREE as FREE
+from dualtoken_vit.recipes.base import KINDS as KINDS
+from dualtoken_vit.recipes.base import RECIPES as RECIPES
+from dualtoken_vit.recipes.base import DataSection as DataSection
+from dualtoken_vit.recipes.base import Device as Device
+from dualtoken_vit.recipes.base import Model as Model
+from dualtoken_vit.recipes.base import Optim as Optim
+from dualtoken_vit.recipes.base import Recipe as Recipe
+from dualtoken_vit.recipes.base import Run as Run
+from dualtoken_vit.recipes.base import Runtime as Runtime
+from dualtoken_vit.recipes.base import SplitData as SplitData
+from dualtoken_vit.recipes.base import flatten as flatten
+from dualtoken_vit.recipes.base import free_on_resume as free_on_resume
+from dualtoken_vit.recipes.base import from_dict as from_dict
+from dualtoken_vit.recipes.base import model_kwargs as model_kwargs
+from dualtoken_vit.recipes.base import register as register
+from dualtoken_vit.recipes.base import to_dict as to_dict
+from dualtoken_vit.recipes.classification import Classification as Classification
+from dualtoken_vit.recipes.classification import ClassificationAugment as ClassificationAugment
+from dualtoken_vit.recipes.classification import ClassificationData as ClassificationData
+from dualtoken_vit.recipes.classification import ClassificationInput as ClassificationInput
+from dualtoken_vit.recipes.classification import Distill as Distill
+from dualtoken_vit.recipes.detection import Detection as Detection
+from dualtoken_vit.recipes.detection import DetectionAugment as DetectionAugment
+from dualtoken_vit.recipes.detection import DetectionData as DetectionData
+from dualtoken_vit.recipes.detection import DetectionInput as DetectionInput
+from dualtoken_vit.recipes.multilabel import MultiLabel as MultiLabel
+from dualtoken_vit.recipes.multilabel import MultiLabelAugment as MultiLabelAugment
+from dualtoken_vit.recipes.multilabel import MultiLabelData as MultiLabelData
+from dualtoken_vit.recipes.segmentation import Segmentation as Segmentation
+from dualtoken_vit.recipes.segmentation import SegmentationAugment as SegmentationAugment
+from dualtoken_vit.recipes.segmentation import SegmentationData as SegmentationData
+from dualtoken_vit.recipes.segmentation import SegmentationInput as SegmentationInput

@@ -68,7 +68,6 @@ class DataSection:
 
     def check_place(self) -> None:
         """Raise an InputError where the data cannot be; a quick check, which opens no file."""
-        return None
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ from dualtoken_vit.runtime.report import ClassesReport, LabelMapReport, LabelsRe
 from dualtoken_vit.runtime.session import Arrays, ExportedModel, InputFailed, read_description
 from dualtoken_vit.runtime.tiles import detect_in_tiles, starts
 
-__all__ = ["ExportedPredictor", "default_options", "load_predictor"]
-
 LEAST_SIDE = 32  # of images, in pixels
 SIDES = f"from {LEAST_SIDE} to {MOST_SIDE}"
 
@@ -175,7 +173,7 @@ class ImageOptions:
     """Interpolation of resizing."""
 
     def __post_init__(self) -> None:
-        require(LEAST_SIDE <= self.image_size <= MOST_SIDE, "image_size", self.image_size, SIDES)
+        require(1 <= self.image_size <= MOST_SIDE, "image_size", self.image_size, SIDES)
         require(0.01 <= self.crop_pct <= 1, "crop_pct", self.crop_pct, "from 0.01 to 1")
         require(self.interpolation in ("bicubic", "bilinear"), "interpolation", self.interpolation, "bicubic, bilinear")
 
@@ -185,9 +183,11 @@ class ImageClassifier(ExportedPredictor[Result]):
 
     def __init__(self, model: ExportedModel, options: Any):
         super().__init__(model, options)
-        fixed = self.export["size"]
-        if fixed and fixed[0] != options.image_size:
-            raise InputError(f"--image-size {options.image_size}: {model.path} has the fixed size {fixed[0]}")
+        side, fixed = options.image_size, self.export["size"]
+        trained = side == self.preprocessing["input_size"][-1]  # may be smaller than other sizes may be
+        require(trained or side >= LEAST_SIDE, "image_size", side, SIDES)
+        if fixed and fixed[0] != side:
+            raise InputError(f"--image-size {side}: {model.path} has the fixed size {fixed[0]}")
 
     @classmethod
     def stored_options(cls, description: dict[str, Any]) -> dict[str, Any]:

@@ -119,9 +119,8 @@ def draw_objects(image: Image.Image, objects: dict[str, Any], class_names: Seque
     colors = [color_of(index if single else label) for index, label in enumerate(labels)]
     if len(objects.get("masks", ())):
         for mask, color in zip(objects["masks"].reshape(-1, image.height, image.width), colors, strict=True):
-            shape = Image.fromarray(255 * np.asarray(mask, dtype=np.uint8)).resize(
-                canvas.size, Image.Resampling.NEAREST
-            )
+            pixels = Image.fromarray(255 * np.asarray(mask, dtype=np.uint8))
+            shape = pixels.resize(canvas.size, Image.Resampling.NEAREST)
             inside = shape.filter(ImageFilter.MinFilter(5)).point(lambda value: round(0.55 * value))
             canvas.paste(color, mask=ImageChops.subtract(shape, inside))  # opaque outline, 45 % inside
     width, size = max(2, round(max(canvas.size) / 350)), max(14, round(max(canvas.size) / 65))

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator
@@ -30,7 +29,6 @@ def save_figure(figure: Figure | Callable[[], Figure], path: Path, dpi: int = 12
     """
     with guard(path), rc_context({"text.parse_math": False}):
         figure = figure() if callable(figure) else figure
-        FigureCanvasAgg(figure)
         for text in figure.findobj(Text):
             shown, font = literal(text.get_text())
             text.set(text=shown, parse_math=False)
@@ -53,11 +51,7 @@ def _name(name: str) -> str:
 
 
 def save_curves(
-    history: Sequence[dict[str, Any]],
-    panels: dict[str, dict[str, str]],
-    score: str,
-    best: dict[str, Any],
-    path: Path,
+    history: Sequence[dict[str, Any]], panels: dict[str, dict[str, str]], score: str, best: dict[str, Any], path: Path
 ) -> None:
     """Plot columns of `history`, whose rows have an epoch, and mark the `score` of the `best` row.
 

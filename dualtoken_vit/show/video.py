@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from PIL import Image
@@ -89,7 +88,7 @@ class Video:
             raise InputError(f"{self.name}: truncated: it ends after {end:.1f} of {self.seconds:.1f} seconds")
 
 
-class VideoWriter:
+class VideoWriter(ExitStack):
     """A context that writes images as an H.264 video of the size of the first, atomically.
 
     Args:
@@ -105,6 +104,7 @@ class VideoWriter:
             raise InputError(f"--out {path}: a video is written as {', '.join(WRITTEN)}")
         if path.is_dir():
             raise InputError(f"--out {path}: a folder; name a video")
+        super().__init__()
         self.av, self.path, self.rate = _av(), path, rate
         self.stream: Any = None
         self.last = -1  # time stamp
@@ -114,11 +114,8 @@ class VideoWriter:
             file = stack.enter_context(atomic_write(self.path))
             self.container = self.av.open(file, "w", format=WRITTEN[self.path.suffix.lower()])
             stack.push(self._end)
-            self.context = stack.pop_all()
+            self.push(stack.pop_all())
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self.context.__exit__(kind, error, trace)
 
     def _end(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Write what the encoder still holds, unless an error discards the file."""

@@ -22,7 +22,7 @@ from dualtoken_vit.data.sampling import Prepare, mix
 from dualtoken_vit.errors import InputError, first_line, lacks_memory
 from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
-from dualtoken_vit.tasks.optim import build_optimizer, build_schedule
+from dualtoken_vit.tasks.optim import build_optimizer, schedule_factor
 from dualtoken_vit.tasks.predictor import OutOfMemory, Predictor, naming_memory
 
 R = TypeVar("R", bound=Recipe)
@@ -91,11 +91,12 @@ class TaskModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.recipe.optim)
-        schedule = build_schedule(optimizer, self.recipe.optim, self.steps_per_epoch)
+        factor = schedule_factor(self.recipe.optim, self.steps_per_epoch)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        self.check_training_data(self.trainer.datamodule.train.state_dict())  # type: ignore[attr-defined]
+        self.weigh(self.trainer.datamodule.train)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout, drop path and mixup by the position in the run alone, so that a resumed run repeats them."""
@@ -121,14 +122,11 @@ class TaskModule(LightningModule):
             raise InputError(f"{', '.join(map(printable, names))}: {error}") from error
 
     def weigh(self, train: ImageData) -> None:
-        """Set the weights of images and classes that the recipe asks for; called before each epoch."""
+        """Set the weights of images and classes that the recipe asks for, after `verify`; or an InputError."""
 
     def cost(self, progress: float) -> float:
         """The time of a training step at that completed share of the run, relative to the first step's."""
         return 1.0
-
-    def check_training_data(self, state: dict[str, Any]) -> None:
-        """Use what `verify` found, the training data's `state_dict`; an InputError where it cannot be trained on."""
 
     def uncertainty(self, images: int) -> str:
         """How far the metrics of so few validation images can be trusted."""
@@ -160,7 +158,7 @@ class Task(ABC, Generic[R]):
     name: ClassVar[str]  # as stored in recipes and checkpoints
     recipe: ClassVar[type[Recipe]]
     predictor: ClassVar[type[Predictor[Any]]]
-    data_flags: ClassVar[str]  # the flags that name a dataset, for messages
+    data_flags: ClassVar[str] = "--data.root DIR [--data.val-split NAME]"  # that name a dataset, for messages
     calibrates: ClassVar[bool] = False  # whether its probabilities have a temperature
     evaluation_options: ClassVar[dict[str, Any]] = {}  # of the predictor, where they differ from those of prediction
 
@@ -168,9 +166,9 @@ class Task(ABC, Generic[R]):
     def prepare(self, recipe: R, start: Model) -> Setup:
         """Datasets and network, built from `start`, whose checkpoint the caller loads; or an InputError."""
 
-    @abstractmethod
     def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
-        """The network of a checkpoint, without its weights."""
+        """The network of a checkpoint, without its weights; by default timm's."""
+        return timm.create_model(checkpoint.model, **checkpoint.model_args)
 
     def restore(self, checkpoint: Checkpoint, path: str | Path) -> nn.Module:
         """The trained network of a checkpoint in evaluation mode; an InputError with its path if it does not fit."""

@@ -65,7 +65,9 @@ class TimeBudget(Callback):
         seconds = median(end - start for start, end in zip(self.ends, self.ends[1:], strict=False))
         cost = sum(task.cost((place + 0.5) / 100) for place in range(100)) / 100
         every, minutes = recipe.run.validate_every, recipe.run.max_minutes or 0
-        validation = trainer.datamodule.val_batches * task.cost(1.0) / 2
+        loaders = trainer.datamodule
+        batches = len(loaders.val) / (loaders.batch_size * trainer.world_size)  # of a validation in this process
+        validation = batches * task.cost(1.0) / 2
         epoch = seconds * (trainer.num_training_batches * cost + validation / every)
         left = 60 * minutes - (self.ends[-1] - self.start) + seconds * (len(self.ends) - 1)
         epochs = trainer.strategy.broadcast(max(int(left / epoch) // every, 1) * every)

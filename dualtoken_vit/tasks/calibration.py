@@ -15,7 +15,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 
     It is that of logits (N, classes) / temperature.
     """
-    logits = logits.double()
+    logits, targets = logits.cpu().double(), targets.cpu()  # not every accelerator has float64
 
     def loss(log: float) -> float:
         return F.cross_entropy(logits / math.exp(log), targets).item()

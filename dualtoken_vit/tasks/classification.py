@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
@@ -20,7 +19,6 @@ from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchmetrics.functional.classification import binary_calibration_error
 
-from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import classification as data_check
 from dualtoken_vit.data.classification import ImageDataset, build_datasets, build_val_dataset
@@ -60,7 +58,7 @@ class ImagePredictor(Predictor[Result]):
 
     @classmethod
     def stored_options(cls, data: Any, preprocessing: dict[str, Any]) -> dict[str, Any]:
-        given = {key: preprocessing[key] for key in ("crop_pct", "interpolation")}
+        given = {key: preprocessing[key] for key in ("crop_pct", "interpolation") if key in preprocessing}
         return given | {"image_size": preprocessing["input_size"][-1]}
 
     def preprocess(self, image: Image.Image) -> Tensor:  # -> (C, S, S), normalised
@@ -292,7 +290,6 @@ class ClassificationTask(Task[Classification]):
     recipe = Classification
     predictor = ClassificationPredictor
     calibrates = True
-    data_flags = "--data.root DIR [--data.val-split NAME]"
     check_data = staticmethod(data_check.check)
 
     def prepare(self, recipe: Classification, start: Model) -> Setup:
@@ -319,9 +316,6 @@ class ClassificationTask(Task[Classification]):
         val.transform = predictor.preprocess
         predictor.preprocessing |= {"held_out": fingerprint(val.image_names)} if val.image_names else {}
         return Setup(recipe.model.name, module, train, val, model_args)
-
-    def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
-        return timm.create_model(checkpoint.model, **checkpoint.model_args)
 
     def evaluation(
         self, predictor: ClassificationPredictor, recipe: Classification

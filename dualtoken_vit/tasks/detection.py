@@ -25,7 +25,8 @@ from dualtoken_vit.data.transforms import detection_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import counted, printable
 from dualtoken_vit.models.backbone import pretrained_cfg, statistics
-from dualtoken_vit.models.detectors import DETECTIONS, SCORE_THRESHOLD, build_detector, create_detector, refusing_nan
+from dualtoken_vit.models.detectors import build_detector, create_detector, refusing_nan
+from dualtoken_vit.models.one_stage import DETECTIONS, SCORE_THRESHOLD
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
 from dualtoken_vit.runtime.predictor import to_objects
@@ -93,6 +94,7 @@ class DetectionModule(TaskModule):
     def __init__(self, predictor: DetectionPredictor, recipe: Detection, val: DetectionDataset):
         super().__init__(predictor, recipe)
         self.val = val
+        val.notes = (*val.notes, *_beyond_limit(val, recipe.data.tile is not None))
         self.masks = recipe.detector == "mask-rcnn"
         kinds = ("box", "mask") if self.masks else ("box",)
         self.score = f"{kinds[-1]}_AP"
@@ -106,20 +108,18 @@ class DetectionModule(TaskModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
         if not torch.cat([target["boxes"] for target in targets]).isfinite().all():
-            raise InputError(self._not_finite(targets))
+            train: Any = self.trainer.datamodule.train  # type: ignore[attr-defined]
+            bad = next(target["image_id"] for target in targets if not target["boxes"].isfinite().all())
+            raise InputError(
+                f"{printable(train.image_names[train.image_ids.index(bad)])}: a box is NaN or Inf at step "
+                f"{self.global_step + 1}, after augmentation; correct its labels, or leave out augmentations "
+                "(--augment.*)"
+            )
         losses = self.model([image / 255 for image in images], targets)
         loss = sum(losses.values())
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(images))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
-
-    def _not_finite(self, targets: list[dict[str, Any]]) -> str:
-        train: Any = self.trainer.datamodule.train  # type: ignore[attr-defined]
-        bad = next(target["image_id"] for target in targets if not target["boxes"].isfinite().all())
-        return (
-            f"{printable(train.image_names[train.image_ids.index(bad)])}: a box is NaN or Inf at step "
-            f"{self.global_step + 1}, after augmentation; correct its labels, or leave out augmentations (--augment.*)"
-        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
@@ -196,7 +196,6 @@ class DetectionTask(Task[Detection]):
         if recipe.augment.copy_paste and not masks:
             raise InputError("--augment.copy-paste needs masks: give --detector mask-rcnn, or leave it out")
         train.transform = detection_train(recipe.augment, train if masks else None)
-        val.notes = (*val.notes, *_beyond_limit(val, recipe.data.tile is not None))
         if recipe.data.balanced:
             objects = (train.objects(index)[0] for index in range(len(train)))
             train.weights = image_weights(
@@ -245,7 +244,6 @@ class DetectionTask(Task[Detection]):
     def evaluation(self, predictor: DetectionPredictor, recipe: Detection) -> tuple[DetectionModule, ImageData]:
         masks = recipe.detector == "mask-rcnn"
         val = build_val_dataset(recipe.data, masks, predictor.channels, predictor.class_names)
-        val.notes = (*val.notes, *_beyond_limit(val, recipe.data.tile is not None))
         return DetectionModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:

@@ -57,11 +57,6 @@ class Loaders(lightning.LightningDataModule):
         """Optimiser steps; an InputError where the images do not suffice for one."""
         return full_batches(len(self.train), self.recipe.optim.batch_size)
 
-    @property
-    def val_batches(self) -> float:
-        """Validation batches of this process."""
-        return len(self.val) / (self.batch_size * self.trainer.world_size)
-
     def prepare_data(self) -> None:
         """Read every image; called on the first process only, the others wait however long it takes."""
         if self.resumed or not self.recipe.data.verify:
@@ -110,7 +105,6 @@ class Loaders(lightning.LightningDataModule):
         loop, epoch = self.trainer.fit_loop, self.trainer.current_epoch
         done = loop.epoch_loop.batch_progress.current.processed if loop.restarting else 0
         module: Any = self.trainer.lightning_module
-        module.weigh(self.train)
         batches = self._loader(
             self.train,
             train=True,

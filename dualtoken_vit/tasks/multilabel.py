@@ -5,12 +5,11 @@ from functools import partial
 from itertools import chain
 from typing import Annotated, Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from timm.loss import AsymmetricLossMultiLabel
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import CatMetric, MeanMetric
 from torchmetrics.functional.classification import (
     binary_average_precision,
@@ -18,19 +17,17 @@ from torchmetrics.functional.classification import (
     multilabel_f1_score,
 )
 
-from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import multilabel as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
-from dualtoken_vit.data.transforms import train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import check_finite
 from dualtoken_vit.recipes import ClassificationInput, Model, MultiLabel
 from dualtoken_vit.results import Labels
 from dualtoken_vit.runtime.report import LabelsReport
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent, rounded
-from dualtoken_vit.tasks.classification import ImagePredictor, data_config, prepare_epoch
+from dualtoken_vit.tasks.classification import ClassificationModule, ImagePredictor, data_config, prepare_epoch
 from dualtoken_vit.tasks.networks import create_model
 
 
@@ -73,6 +70,7 @@ class MultiLabelModule(TaskModule):
     """
 
     score = "map"
+    cost = ClassificationModule.cost
     panels = {  # noqa: RUF012
         "loss": {"train_loss": "training", "val_loss": "validation"},
         "%": {"val_map": "mAP", "val_f1": "macro F1", "val_micro_f1": "micro F1"},
@@ -105,16 +103,11 @@ class MultiLabelModule(TaskModule):
         self.targets.update(target)
         self.loss.update(self.criterion(logits, target).mean(1))
 
-    def cost(self, progress: float) -> float:
-        return (train_size(self.recipe.data, progress) / train_size(self.recipe.data, 0.0)) ** 2
-
     def evaluate(self) -> Evaluation:
-        shares, targets, loss = (
-            self.shares.compute().cpu(),
-            self.targets.compute().cpu().int(),
-            self.loss.compute().item(),
-        )
-        for metric in (self.shares, self.targets, self.loss):
+        metrics = self.shares, self.targets, self.loss
+        shares, targets, loss = (metric.compute().cpu() for metric in metrics)
+        targets = targets.int()
+        for metric in metrics:
             metric.reset()
         names, counts = self.predictor.class_names, targets.sum(0)
         there = counts.nonzero().flatten().tolist()  # the classes with images: others have neither AP nor F1
@@ -128,8 +121,8 @@ class MultiLabelModule(TaskModule):
         f1, aps = torch.full((2, len(names)), -1.0)
         f1[there] = multilabel_f1_score(found, targets, len(names), average="none")[there]
         aps[there] = torch.stack([binary_average_precision(shares[:, k], targets[:, k]) for k in there])
-        scores = {"map": aps[there].mean(), "f1": f1[there].mean(), "micro_f1": micro}
-        means = rounded({name: value.item() for name, value in scores.items()} | {"loss": loss})
+        scores = {"map": aps[there].mean(), "f1": f1[there].mean(), "micro_f1": micro, "loss": loss}
+        means = rounded({name: value.item() for name, value in scores.items()})
         rows = zip(names, counts.tolist(), aps.tolist(), f1.tolist(), thresholds.tolist(), strict=True)
         keys = ("images", "ap", "f1", "threshold")
         per_class = {name: rounded(dict(zip(keys, values, strict=True))) for name, *values in rows}
@@ -164,7 +157,6 @@ class MultiLabelTask(Task[MultiLabel]):
     name = "multilabel"
     recipe = MultiLabel
     predictor = MultiLabelPredictor
-    data_flags = "--data.root DIR [--data.val-split NAME]"
     check_data = staticmethod(data_check.check)
 
     def prepare(self, recipe: MultiLabel, start: Model) -> Setup:
@@ -179,14 +171,11 @@ class MultiLabelTask(Task[MultiLabel]):
         module.prepare_epoch = partial(prepare_epoch, recipe, dict(preprocessing))
         module.prepare_epoch(train, 0, 0.0)  # rejects a wrong policy now
         if recipe.data.balanced:
-            train.weights = image_weights(train.labels, recipe.data.balanced)
-        counts = torch.bincount(torch.tensor([*chain(*train.labels)]), minlength=len(names))
+            train.weights = image_weights(train.targets, recipe.data.balanced)
+        counts = torch.bincount(torch.tensor([*chain(*train.targets)]), minlength=len(names))
         module.class_weights = class_weights(recipe.class_weights, counts)
         val.transform = predictor.preprocess
         return Setup(recipe.model.name, module, train, val, model_args)
-
-    def rebuild(self, checkpoint: Checkpoint) -> nn.Module:
-        return timm.create_model(checkpoint.model, **checkpoint.model_args)
 
     def evaluation(self, predictor: MultiLabelPredictor, recipe: MultiLabel) -> tuple[MultiLabelModule, ImageData]:
         val = build_val_dataset(recipe.data, predictor.channels, predictor.class_names)

@@ -117,10 +117,3 @@ def schedule_factor(optim: Optim, steps_per_epoch: int) -> Callable[[int], float
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of `schedule_factor`; call its `step` after each step."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(optim, steps_per_epoch))

@@ -63,7 +63,7 @@ def stored_recipe(out: Path, name: str = "") -> Recipe | None:
         recipe = from_dict(values)
     except (TypeError, ValueError, AttributeError, InputError) as error:
         raise InputError(f"{path}: not a recipe of this version ({error}); give another --out") from error
-    if name and (name != started if started else type(RECIPES[name]) is not type(recipe)):
+    if name and (name != started if started else type(RECIPES.get(name, recipe)) is not type(recipe)):
         of = f"the recipe {started}" if started else recipe.task
         raise InputError(f"{out} holds a run of {of}, not {name}; give another --out")
     return recipe
@@ -231,8 +231,7 @@ class RunFolder(Callback):
             self.begin(trainer, self.recipe)
         if trainer.is_global_zero:
             (train, val), steps = trainer.datamodule.images, task.steps_per_epoch
-            each = "step" if steps == 1 else "steps"
-            print(f"{train} training and {val} validation images, {steps} {each} an epoch", flush=True)
+            print(f"{train} training and {val} validation images, {counted(steps, 'step')} an epoch", flush=True)
             if val < FEW:
                 print(f"only {counted(val, 'validation image')}: {task.uncertainty(val)}", flush=True)
         trainer.log_every_n_steps = min(LOOK_EVERY, task.steps_per_epoch)

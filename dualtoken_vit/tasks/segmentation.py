@@ -97,9 +97,9 @@ class SegmentationModule(TaskModule):
         self.worst: list[tuple[int, np.ndarray]] = []  # index and labels, the worst first, of the last validation
         self.confusion = np.zeros((len(val.class_names),) * 2, dtype=np.int64)  # pixels by true, predicted class
 
-    def check_training_data(self, state: dict[str, Any]) -> None:
+    def weigh(self, train: ImageData) -> None:
         """Weight the classes by their share of the training pixels, of which two or more classes must have some."""
-        pixels, names = state.get("pixels"), self.val.class_names
+        pixels, names = train.state_dict().get("pixels"), self.val.class_names
         if pixels is None:  # --data.verify false
             return
         missing = [name for name, count in zip(names, pixels[0].tolist(), strict=True) if not count]
@@ -196,7 +196,6 @@ class SegmentationTask(Task[Segmentation]):
     name = "segmentation"
     recipe = Segmentation
     predictor = SegmentationPredictor
-    data_flags = "--data.root DIR [--data.val-split NAME]"
     check_data = staticmethod(data_check.check)
 
     def prepare(self, recipe: Segmentation, start: Model) -> Setup:

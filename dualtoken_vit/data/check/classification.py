@@ -5,12 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dualtoken_vit.data.check import report
-from dualtoken_vit.data.classification import ImageDataset, Images, Record, read_split
+from dualtoken_vit.data.classification import ImageDataset, read_split
 from dualtoken_vit.data.contract import split_name
-from dualtoken_vit.data.threads import in_threads
-from dualtoken_vit.data.transforms import classification_train
 from dualtoken_vit.recipes import Classification
-from dualtoken_vit.show.drawing import draw_scene, spread
 
 UNEVEN = 1.5  # images of the largest class per image of the smallest, from which a note says so
 
@@ -25,37 +22,18 @@ def check(recipe: Classification, out: Path, augmented: bool = False) -> bool:
     data = recipe.data
     roles = ("train",) if data.holdout else ("train", "val")
     datasets = {split_name(data, role): read_split(data, role, recipe.model.in_chans) for role in roles}
-    found = {split: _read(dataset, split) for split, dataset in datasets.items()}
+    found = {split: report.read_all(d, split, d.class_names.__getitem__) for split, d in datasets.items()}
     class_names = {split: dataset.class_names for split, dataset in datasets.items()}
     counts = {split: Counter(fact.label for fact in facts) for split, facts in found.items()}
     lines = [f"validation: {data.holdout:.0%} of each class of {data.train_split}"] if data.holdout else []
     split = data.train_split
     notes = [*_balance(counts[split], class_names[split]), *(note for d in datasets.values() for note in d.notes)]
-    pairs = [(split, name) for split, names in class_names.items() for name in names]
-    empty = [f"empty class: {split}/{name}" for split, name in pairs if not counts[split][name]]
     mixed = [f"equal images in different classes: {one}" for one in report.copies(found, lambda _, fact: fact.label)]
     train = datasets[data.train_split]
     if isinstance(train, ImageDataset):  # a stream cannot be read at chosen places
-        sound = spread([i for i, fact in enumerate(found[data.train_split]) if not fact.problem])
-        if augmented:
-            train.transform = report.visible(classification_train, recipe)
-            if recipe.augment.hflip == "alternate":
-                train.alternate_flips(recipe.run.seed, 0)
-        samples = ((train.class_names[train.targets[i]], report.sample(train, i, recipe.run.seed)[0]) for i in sound)
-        drawings = (draw_scene([(name, image, None)], ()) for name, image in samples)
-        lines.append(report.contact_sheet(drawings, out / "labels.png", augmented))
+        lines.append(report.labelled_sheet(train, found[split], recipe, out / "labels.png", augmented))
     table = report.count_table(class_names, counts)
-    return report.print_report(table, found, lines, notes, [*empty, *report.missing_classes(class_names)], [mixed])
-
-
-def _read(dataset: Images, split: str) -> list[report.Facts]:
-    """Read every image of a split, with a progress bar."""
-
-    def look(record: Record) -> report.Facts:
-        name, source, target = record
-        return report.read_facts(name, source, dataset.class_names[target])
-
-    return list(in_threads(look, dataset.records(), len(dataset), f"reading {split}"))
+    return report.print_report(table, found, lines, notes, [*report.class_problems(class_names, counts)], [mixed])
 
 
 def _balance(counts: Counter[str], names: Sequence[str]) -> Iterator[str]:

@@ -14,11 +14,14 @@ from rich.table import Table
 from rich.text import Text
 from torchvision.transforms.v2.functional import to_pil_image
 
+from dualtoken_vit.data.classification import ImageDataset
 from dualtoken_vit.data.images import load_image, naming, open_image, orientation
 from dualtoken_vit.data.sampling import seeded
+from dualtoken_vit.data.threads import in_threads
+from dualtoken_vit.data.transforms import classification_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import counted, printable
-from dualtoken_vit.show.drawing import draw_labelled, save_image
+from dualtoken_vit.show.drawing import draw_labelled, draw_scene, save_image, spread
 
 _SHOWN = 20  # lines of each kind of problem that may be frequent; unreadable images are all listed
 
@@ -50,6 +53,12 @@ def read_facts(name: str, source: Any, label: str = "") -> Facts:
         return Facts(name, label, str(error))
     digest = blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).digest()
     return Facts(name, label, "", pixels.size, image.mode, digest, rotated)
+
+
+def read_all(dataset: Any, split: str, label: Callable[[Any], str]) -> list[Facts]:
+    """Read every image of a split, with a progress bar; `label` names a target."""
+    images = ((name, source, label(target)) for name, source, target in dataset.records())
+    return list(in_threads(lambda image: read_facts(*image), images, len(dataset), f"reading {split}"))
 
 
 def print_report(
@@ -119,8 +128,10 @@ def count_table(class_names: Mapping[str, Sequence[str]], counts: Mapping[str, C
     return table
 
 
-def missing_classes(class_names: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """The classes that only other splits have."""
+def class_problems(class_names: Mapping[str, Sequence[str]], counts: Mapping[str, Counter[str]]) -> Iterator[str]:
+    """The classes without images, and those that only other splits have."""
+    for split, names in class_names.items():
+        yield from (f"empty class: {split}/{name}" for name in names if not counts[split][name])
     for split, names in class_names.items():
         others = {name for other in class_names.values() for name in other} - set(names)
         yield from (f"class missing: {split}/{name}" for name in sorted(others))
@@ -144,11 +155,17 @@ def sample(dataset: Any, index: int, seed: int) -> Any:
         return dataset[index]
 
 
-def visible(transform: Callable[..., Callable[[Any], Any]], recipe: Any) -> Callable[[Any], Any]:
-    """A training transform to a normalised tensor, of a recipe, as one to an image."""
-    channels = recipe.model.in_chans
-    prepare = transform(recipe.data, recipe.augment, (0.0,) * channels, (1.0,) * channels)
-    return lambda image: to_pil_image(prepare(image).clamp(0, 1))
+def labelled_sheet(train: ImageDataset, facts: Sequence[Facts], recipe: Any, path: Path, augmented: bool) -> str:
+    """`contact_sheet` of training images with the labels of their `facts`."""
+    if augmented:
+        channels = recipe.model.in_chans
+        prepare = classification_train(recipe.data, recipe.augment, (0.0,) * channels, (1.0,) * channels)
+        train.transform = lambda image: to_pil_image(prepare(image).clamp(0, 1))
+        if recipe.augment.hflip == "alternate":
+            train.alternate_flips(recipe.run.seed, 0)
+    sound = spread([i for i, fact in enumerate(facts) if not fact.problem])
+    samples = ((facts[i].label or "no label", sample(train, i, recipe.run.seed)[0]) for i in sound)
+    return contact_sheet((draw_scene([(label, image, None)], ()) for label, image in samples), path, augmented)
 
 
 def contact_sheet(drawings: Iterable[Image.Image], path: Path, augmented: bool = False) -> str:

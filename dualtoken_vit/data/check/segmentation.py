@@ -55,12 +55,11 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
         images = counted(len(facts[name]), "image")
         lines.append(f"{name}: {images} with a mask; {ignored:.1%} of the pixels are ignored")
     sound = [i for i, pair in enumerate(found[first]) if not (pair.problem or pair.facts.problem)]
-    shown = segmentation.SegmentationDataset(train, names, tables[first])
+    shown = segmentation.SegmentationDataset(train, names, tables[first], recipe.model.in_chans)
     if augmented:
         shown.transform = segmentation_train(data, recipe.augment)
     samples = (report.sample(shown, i, recipe.run.seed) for i in spread(sound))
-    scenes = ([("", to_pil_image(image), labels.numpy())] for image, labels in samples)
-    drawings = (draw_scene(scene, names) for scene in scenes)
+    drawings = (draw_scene([("", to_pil_image(image), labels.numpy())], names) for image, labels in samples)
     lines.append(report.contact_sheet(drawings, out / "labels.png", augmented))
     notes = [note for split in splits.values() for note in split.notes]
     sides = [min(fact.size) for fact in facts[first] if not fact.problem]
@@ -72,13 +71,13 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     if limited and unseen:
         classes = f"{counted(len(unseen), 'class')} in no mask of {first}: {some(unseen)}"
         notes.append(f"--data.limit {data.limit}: {classes}")
-    alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
-    orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
-    broken = [f"{data.root}: {line}" for split in splits.values() for line in split.problems]
+    # Each once: with a holdout both splits read the same files.
+    alone = dict.fromkeys(f"without a mask: {path}" for split in splits.values() for path in split.alone[0])
+    orphans = dict.fromkeys(f"mask without an image: {path}" for split in splits.values() for path in split.alone[1])
+    broken = dict.fromkeys(f"{data.root}: {line}" for split in splits.values() for line in split.problems)
     masks = [pair.problem for pairs in found.values() for pair in pairs if pair.problem]
-    return report.print_report(
-        _shares(names, counts), facts, lines, notes, untrained + missing, [broken, alone, orphans, masks], "masks"
-    )
+    many = [*broken], [*alone], [*orphans], masks
+    return report.print_report(_shares(names, counts), facts, lines, notes, untrained + missing, many, "masks")
 
 
 def _table(trained: Sequence[str], own: Sequence[str], data: SegmentationData) -> np.ndarray:

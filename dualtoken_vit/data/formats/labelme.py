@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dualtoken_vit.data.coco import AnnotatedImages
-from dualtoken_vit.data.folders import scan
+from dualtoken_vit.data.folders import label_files
 from dualtoken_vit.data.formats.base import Format, Labels, number, stated_size
 from dualtoken_vit.data.images import image_size, open_image
 from dualtoken_vit.data.rle import encode_mask
@@ -24,15 +24,11 @@ CIRCLE = 64  # corners of the polygon for a circle
 
 def _detect(root: Path) -> dict[str, list[Path]]:
     """The JSON files in ROOT/SPLIT if LabelMe wrote the first of a split, or all of them."""
-    found = {split: files for split, path in split_folders(root).items() if (files := _files(path))}
+    found = {split: files for split, path in split_folders(root).items() if (files := label_files(path, ".json"))}
     if any(map(_is_labelme, found.values())):
         return found
-    files = _files(root)
+    files = label_files(root, ".json")
     return {ALL: files} if _is_labelme(files) else {}
-
-
-def _files(folder: Path) -> list[Path]:
-    return [Path(path) for path in scan(folder)[1] if path.lower().endswith(".json")]
 
 
 def _is_labelme(paths: list[Path]) -> bool:

@@ -19,11 +19,7 @@ COLUMNS = {  # what a column may be called, in lower case
     "right": ("xmax", "x_max", "x2", "right"),
     "bottom": ("ymax", "y_max", "y2", "bottom"),
 }
-OPTIONAL = {
-    "width": ("width", "image_width"),
-    "height": ("height", "image_height"),
-    "split": SPLIT,
-}
+OPTIONAL = {"width": ("width", "image_width"), "height": ("height", "image_height"), "split": SPLIT}
 KERAS = ("file", "left", "top", "right", "bottom", "class")  # keras-retinanet's columns, without a header
 BOX = ("left", "top", "right", "bottom")
 

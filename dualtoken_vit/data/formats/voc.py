@@ -17,7 +17,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
 from dualtoken_vit.data.coco import AnnotatedImages
-from dualtoken_vit.data.folders import image_files, read_lines, scan
+from dualtoken_vit.data.folders import image_files, label_files, read_lines
 from dualtoken_vit.data.formats.base import Format, Labels, labelled, number, polygons_of, sizes, stated_size, text
 from dualtoken_vit.data.splits import ALL, find, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
@@ -34,9 +34,9 @@ def _detect(root: Path) -> dict[str, list[Path]]:
     found = {split: _listed(root, path) for split, path in lists.items() if split}
     for parent in (root, root / "Annotations", root / "annotations"):
         if not found and parent.is_dir():
-            folders = {split: _xml_files(path) for split, path in split_folders(parent).items()}
+            folders = {split: label_files(path, ".xml") for split, path in split_folders(parent).items()}
             found = {split: files for split, files in folders.items() if files}
-    if not found and (files := _xml_files(root)):
+    if not found and (files := label_files(root, ".xml")):
         found = {ALL: files}
     first = next((path for files in found.values() for path in files if path.is_file()), None)
     return found if first and _is_voc(first) else {}
@@ -55,10 +55,6 @@ def _listed(root: Path, path: Path) -> list[Path]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise InputError(f"{printable(path)}: {printable(missing[0])}: no such XML file in Annotations{more}")
     return [file for file in found if file]
-
-
-def _xml_files(folder: Path) -> list[Path]:
-    return [Path(path) for path in scan(folder)[1] if path.lower().endswith(".xml")]
 
 
 def _is_voc(path: Path) -> bool:
@@ -163,8 +159,10 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
             path, file = target / "JPEGImages" / relative, target / "Annotations" / relative.with_suffix(".xml")
             if file.exists():
                 raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
-            for each_name in (image["file_name"], *(category for category, _ in objects)):
-                _check_name(each_name)
+            for it in (image["file_name"], *(category for category, _ in objects)):
+                if it != it.strip() or not it or NO_XML.search(it):  # not the same when it is read again
+                    fault = "XML cannot hold this name; rename it, or write another format"
+                    raise InputError(f"{printable(it)!r:.200}: {fault}")
             for each in (path, file):
                 each.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(split.path(image), path)
@@ -182,12 +180,6 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
     return [f"{masks} masks left out: VOC's XML files have polygons only"] if masks else []
 
 
-def _check_name(name: str) -> None:
-    """Raise an InputError for a name that an XML file cannot hold, or that is not the same when it is read again."""
-    if name != name.strip() or not name or NO_XML.search(name):
-        raise InputError(f"{printable(name)!r:.200}: XML cannot hold this name; rename it, or write another format")
-
-
 def _add_object(tree: Element, category: str, annotation: dict) -> None:
     one, (left, top, width, height) = SubElement(tree, "object"), annotation["bbox"]
     difficult = int(annotation.get("iscrowd", 0))
@@ -195,11 +187,8 @@ def _add_object(tree: Element, category: str, annotation: dict) -> None:
     edges = (left, top, left + width, top + height)
     _fill(SubElement(one, "bndbox"), dict(zip(EDGES, map(text, edges), strict=True)))
     for polygon in polygons_of(annotation):
-        _fill(SubElement(one, "polygon"), dict(_named_points(polygon)))
-
-
-def _named_points(polygon: list[float]) -> Iterator[tuple[str, str]]:
-    return ((f"{'xy'[index % 2]}{index // 2 + 1}", text(value)) for index, value in enumerate(polygon))
+        points = {f"{'xy'[index % 2]}{index // 2 + 1}": text(value) for index, value in enumerate(polygon)}
+        _fill(SubElement(one, "polygon"), points)
 
 
 def _fill(parent: Element, values: Mapping[str, Any]) -> None:

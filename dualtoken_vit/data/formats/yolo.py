@@ -61,7 +61,7 @@ def _yaml(root: Path) -> Path | None:
 def _load(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-01
+    except (OSError, yaml.YAMLError, ValueError, LookupError, RecursionError) as error:  # 2024-13-01, !!bool x
         raise InputError(f"{printable(path)}: cannot be read as YAML ({reason(error)})") from None
     return content if isinstance(content, dict) else {}
 
@@ -137,7 +137,7 @@ def _inside(root: Path, base: Path, entry: str) -> Path | None:
     for name in (entry, entry.removeprefix("../")):
         path = Path(os.path.normpath(base / name))
         if os.path.exists(path) and inside(root, path):
-            return path
+            return path if path.is_absolute() == root.is_absolute() else root / os.path.relpath(path, root)
     return None
 
 
@@ -186,14 +186,9 @@ def _orphans(labels: Labels, entries: list[str], images: list[Path]) -> Iterator
     """
     known = {_label_file(labels.root, image) for image in images}
     for entry in entries:
-        place = _inside(labels.root, _base(labels.root), entry)
-        if (
-            place is None
-            or not place.is_dir()
-            or not (folder := _label_file(labels.root, place / "image").parent).is_dir()
-        ):
-            continue
-        for file in map(Path, scan(folder)[1]):
+        place = _inside(labels.root, _base(labels.root), entry) or labels.root  # `_images` has found it
+        folder = _label_file(labels.root, place / "image").parent
+        for file in map(Path, scan(folder)[1] if place.is_dir() and folder.is_dir() else ()):
             if file.suffix == ".txt" and file not in known and _has_labels(file):
                 there = "beside it" if file.parent == place else f"in {labels.place(place)}"
                 yield f"{labels.place(file)}: no image of this name {there}"
@@ -223,8 +218,7 @@ def _parse(line: str, size: tuple[int, int], classes: int) -> tuple[int, list[fl
         x, y, across, down = values
         corners = [(x - across / 2) * width, (y - down / 2) * height, (x + across / 2) * width, (y + down / 2) * height]
         return int(first), corners, []
-    xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
-    polygon = [value for point in zip(xs, ys, strict=True) for value in point]
+    polygon = [value * side for value, side in zip(values, size * (len(values) // 2), strict=True)]
     return int(first), _corners(polygon), [polygon]
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from helpers import create
 from timm.models import group_parameters, save_for_hf
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import param_groups_layer_decay
 from torch import nn
 from variants import ABLATIONS, NAMES, NARROW, VARIANTS, pyramid
 
@@ -289,14 +289,6 @@ def test_parameter_groups(name):
         decay = 0.0 if p.ndim == 1 or key == "token_embed" else 0.05
         assert settings[id(p)] == (0.5 ** (len(order) + 1 - expected[key]), decay), key
     assert state["token_embed"].ndim == 3  # excluded by name, not by its number of dimensions
-
-
-def test_relative_position_bias_does_not_decay():
-    model = timm.create_model("dualtoken_vit_tiny", **NARROW, local_attention="window")
-    spared, _ = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    names = {id(p): name for name, p in model.named_parameters()}
-    tables = [name for p in spared["params"] if (name := names[id(p)]).endswith("relative_position_bias_table")]
-    assert len(tables) == 2 + 6  # the blocks of the first two stages
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as reference
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.formats.base import text
@@ -84,25 +82,6 @@ def test_resized_images_fit_and_keep_their_shape(height, width, side, longest):
     assert 1 <= min(found) <= side
     assert max(found) <= longest
     assert all(abs(new - old * scale) <= 1 for new, old in zip(found, (height, width), strict=True))
-
-
-@given(st.integers(8, 200), st.integers(8, 200), st.integers(8, 200), st.integers(8, 200), st.data())
-def test_boxes_survive_a_flip_and_a_resize(height, width, new_height, new_width, data):
-    """There and back they are the same, and a flipped image of a box is the box of the flipped image."""
-    left = data.draw(st.integers(0, width - 2))
-    right = data.draw(st.integers(left + 1, width - 1))
-    top = data.draw(st.integers(0, height - 2))
-    bottom = data.draw(st.integers(top + 1, height - 1))
-    corners = torch.tensor([[left, top, right, bottom]], dtype=torch.float32)
-    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width))
-    image = torch.zeros(1, height, width)
-    image[:, top:bottom, left:right] = 1
-    rows, columns = (F.horizontal_flip(image)[0].any(dim).nonzero() for dim in (1, 0))
-    x1, y1, x2, y2 = F.horizontal_flip(boxes)[0].tolist()
-    assert [x1, y1, x2, y2] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    there = F.resize(F.horizontal_flip(boxes), [new_height, new_width])
-    back = F.horizontal_flip(F.resize(there, [height, width]))
-    torch.testing.assert_close(back.as_subclass(torch.Tensor), corners, rtol=1e-4, atol=1e-3)
 
 
 @given(arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40)))

@@ -74,7 +74,7 @@ def _calibrate(module: Any, checkpoint: str | Path, of: str | None, before: Eval
             "give more images; nothing is stored"
         )
     temperature = fit_temperature(logits, targets)
-    if temperature > 0.99 * HOTTEST:  # the search ends just below it
+    if not 1.01 / HOTTEST < temperature < 0.99 * HOTTEST:  # the search ends just inside its bounds
         raise InputError(
             f"--calibrate: the best temperature is {temperature:.3g}, at its bound: the network's confidence says "
             "nothing about these images; nothing is stored"

@@ -108,9 +108,9 @@ def _all_faults(found: Mapping[str, Any]) -> Iterator[str]:
     channels = preprocessing["input_size"][0]
     if channels not in (1, 3):
         yield f"preprocessing.input_size has {channels} channels"
-    right = {"mean": channels, "std": channels, "thresholds": len(names), "label_descriptions": len(names)}
-    given = {key: preprocessing[key] for key in right if preprocessing.get(key) is not None}
-    lengths = {f"preprocessing.{key}": (len(values), right[key]) for key, values in given.items()} | {
+    expected = {"mean": channels, "std": channels, "thresholds": len(names), "label_descriptions": len(names)}
+    given = {key: preprocessing[key] for key in expected if preprocessing.get(key) is not None}
+    lengths = {f"preprocessing.{key}": (len(values), expected[key]) for key, values in given.items()} | {
         "category_ids": (len(found.get("category_ids") or names), len(names)),
         "model_args.num_classes": (found.get("model_args", {}).get("num_classes", len(names)), len(names) or 1),
     }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dualtoken_vit import cli, load_model, load_predictor
 from dualtoken_vit.checkpoint import read_checkpoint
 from dualtoken_vit.data.transforms import classification_eval
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.evaluation import _check_held_out, evaluate
+from dualtoken_vit.evaluation import _calibrate, _check_held_out, evaluate
 from dualtoken_vit.recipes import ClassificationData, DetectionData, MultiLabelData, SegmentationData
 from dualtoken_vit.tasks.calibration import fit_temperature
 
@@ -43,11 +44,14 @@ def test_the_temperature_is_the_best(true):
 
 @pytest.fixture
 def copied(trained, tmp_path):
-    """A run whose network is wrong about some of the validation images: it prefers the first class."""
+    """A run whose network is wrong about a third of the images of two classes: it prefers the first one."""
     photos, out = trained
     copy = shutil.copytree(out, tmp_path / "run")
     best = copy / "best.safetensors"
-    edit(best, best, lambda tensors: tensors | {"head.bias": tensors["head.bias"] + torch.tensor([3.0, 0, 0])})
+    logits, targets = logits_of(photos, out)
+    margins = logits.gather(1, targets[:, None])[:, 0] - logits[:, 0]
+    shift = torch.tensor([margins[targets > 0].quantile(1 / 3), 0, 0])
+    edit(best, best, lambda tensors: tensors | {"head.bias": tensors["head.bias"] + shift})
     return photos, copy
 
 
@@ -127,12 +131,22 @@ def test_a_network_at_chance_is_not_calibrated(copied):
     assert best.read_bytes() == before
 
 
-def test_a_network_that_is_right_everywhere_is_not_calibrated(trained):
-    best = trained[1] / "best.safetensors"
-    before = best.read_bytes()
-    with pytest.raises(InputError, match=r"right about all of these images, so .* give more images; nothing is stored"):
-        evaluate(best, calibrate=True, device="cpu")
-    assert best.read_bytes() == before
+@pytest.mark.parametrize(
+    ("scale", "wrong", "message"),
+    [
+        (4.0, 0, "right about all of these images, so .* give more images; nothing is stored"),
+        (1e-3, 1, r"the best temperature is 0\.05, at its bound: .* nothing is stored"),
+        (4.0, 60, r"the best temperature is 20, at its bound: .* nothing is stored"),
+    ],
+)
+def test_temperatures_that_are_not_determined(tmp_path, scale, wrong, message):
+    """Of 100 images in two classes, with logits of `scale` for the class that is found."""
+    found, targets = torch.arange(100) % 2, torch.arange(100) % 2
+    targets[:wrong] = 1 - targets[:wrong]
+    kept = [(scale * torch.nn.functional.one_hot(found).float(), targets)]
+    module = SimpleNamespace(kept=kept, predictor=SimpleNamespace(temperature=1.0))
+    with pytest.raises(InputError, match=message):
+        _calibrate(module, tmp_path / "best.safetensors", None, None)
 
 
 @pytest.mark.parametrize("data", [MultiLabelData(holdout=0.1), DetectionData(), SegmentationData(holdout=0.3)])

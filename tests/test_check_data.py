@@ -202,7 +202,7 @@ def test_augmented_images_alternate_their_flips(tmp_path, monkeypatch):
             image.save(path)
     drawn = []
     monkeypatch.setattr(
-        "dualtoken_vit.data.check.classification.draw_scene", lambda boxes, _: drawn.append(boxes[0][1]) or drawn[-1]
+        "dualtoken_vit.data.check.report.draw_scene", lambda boxes, _: drawn.append(boxes[0][1]) or drawn[-1]
     )
     plain = ClassificationAugment(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip="alternate")
     recipe = Classification(data=ClassificationData(root=str(tmp_path / "photos"), image_size=32), augment=plain)

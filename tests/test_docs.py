@@ -246,7 +246,8 @@ def test_the_tables_of_the_documentation_are_read(tmp_path):
         (tmp_path / "labels.csv").write_text(table)
         for split in ("train", "val"):
             one = tables.read_labels(tmp_path, split, "," if "labels" in table else None)
-            found.append((split, [Path(file).relative_to(tmp_path).as_posix() for file in one.files], one.labels))
+            files = [Path(file).relative_to(tmp_path).as_posix() for file in one.files]
+            found.append((split, files, [tuple(one.class_names[label] for label in each) for each in one.labels]))
     assert found == [
         ("train", images[:1], [("cat",)]),
         ("val", images[1:2], [("dog",)]),

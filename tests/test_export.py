@@ -365,7 +365,7 @@ def test_what_converters_print_is_shown_after_an_error_only(capfd, monkeypatch):
 def test_a_file_in_the_place_of_a_folder(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("file/model.tflite", "file/more/model.tflite"):
-        with pytest.raises(InputError, match=r"cannot write .*model\.tflite: (File exists|Not a directory)"):
+        with pytest.raises(InputError, match=r"cannot write .*model\.tflite: "):
             export(checkpoint, tmp_path / out, format="litert")
 
 

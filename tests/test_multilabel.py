@@ -78,6 +78,8 @@ def test_samples(root):
     assert val.notes == ()
     with pytest.raises(InputError, match=r"class 'green' is not .* remove it \(did you mean 'greens'\?\)$"):
         build_val_dataset(MultiLabelData(root=str(root)), 1, ("red", "greens", "blue"))
+    train.load_state_dict({})  # of a run of an earlier version
+    assert len(train) == 32
     parts = build_datasets(MultiLabelData(root=str(root), holdout=0.25), 3)
     assert sorted(parts[0].image_names + parts[1].image_names) == sorted(train.image_names)
     assert len(parts[1]) == 8

@@ -87,13 +87,14 @@ def test_the_long_side_is_limited_also_below_the_short_one(files):
 
 
 def test_a_file_that_does_not_say_how_images_are_cropped(files, image, tmp_path):
-    """As of another program: `crop_pct` and `interpolation` are optional. The recipe's defaults stand for them."""
+    """As of another program: `crop_pct` and `interpolation` are optional. Those of its recipe are taken."""
     path, _ = files["classification"]
     stored = read_checkpoint(path)
     preprocessing = {key: stored.preprocessing[key] for key in ("input_size", "mean", "std")}
     about = {key: getattr(stored, key) for key in ("task", "class_names", "recipe", "metrics", "model_args")}
+    about["recipe"]["data"] |= {"crop_pct": 1.0, "interpolation": "bilinear"}
     save_checkpoint(tmp_path / "x.safetensors", load_model(path)[0], preprocessing=preprocessing, **about)
-    expected = dualtoken_vit.load_predictor(path, "cpu", crop_pct=0.875, interpolation="bicubic")(image)
+    expected = dualtoken_vit.load_predictor(path, "cpu")(image)
     same(dualtoken_vit.load_predictor(tmp_path / "x.safetensors", "cpu")(image), expected)
 
 

@@ -416,7 +416,16 @@ def test_a_damaged_record(photos, tmp_path, small):
         run(photos, tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"budget": {}, "networks": [3]}', '{"budget": [1], "networks": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"budget": {"seeds": "x"}, "networks": []}',
+        '{"budget": {}, "networks": [3]}',
+        '{"budget": [1], "networks": []}',
+    ],
+)
 def test_a_record_of_something_else(photos, tmp_path, small, content):
     (tmp_path / "study-mlp.json").write_text(content)
     with pytest.raises(InputError, match=r"study-mlp\.json: not the results of a study; repair or remove it"):

@@ -58,6 +58,7 @@ def test_yolo_fractions_are_of_the_rotated_image(export):
             "cannot be read as YAML (month must be in",
         ),
         (YOLO, {"coco8.yaml": "names: !!int ''"}, "coco8.yaml: cannot be read as YAML"),
+        (YOLO, {"coco8.yaml": "names: !!timestamp x"}, "coco8.yaml: cannot be read as YAML"),
         (YOLO, {"coco8.yaml": "names: !!bool x"}, "coco8.yaml: cannot be read as YAML"),
         (YOLO, {"coco8.yaml": "names: !!python/object/apply:os.getcwd []"}, "coco8.yaml: cannot be read as YAML"),
         (YOLO, {"coco8.yaml": "train: images/train\nnames: {1: cat, 2: dog}"}, "its keys must be the numbers from 0"),

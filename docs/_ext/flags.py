@@ -24,7 +24,8 @@ from dualtoken_vit.paper.study import PRESETS, Study
 from dualtoken_vit.recipes import ABOUT, KINDS, RECIPES, flatten
 from dualtoken_vit.tasks.registry import get_task
 
-GENERAL = {"evaluate": Evaluate, "export": Export, "check-data": CheckData, "predict": Predict}  # with other fields
+GENERAL = {"evaluate": Evaluate, "export": Export, "check-data": CheckData, "predict": Predict}
+"""Commands whose other options depend on the recipe or checkpoint."""
 
 
 def parser(command: str, task: str = "") -> ArgumentParser:

@@ -39,7 +39,7 @@ class ImageDataset(Dataset, ImageData):
     Sample i is (image, class index); the image is `transform` of the PIL image, or the PIL image without one.
 
     Args:
-        sources, targets, image_names: what `load_image` takes, class index and display name of each image
+        sources, targets, image_names: what `load_image` takes, target and display name of each image
         class_names: name of each class
         channels: 3 (RGB) or 1 (greyscale)
         root: folder of the image files, which may differ when a run is resumed; each class must have training images
@@ -296,11 +296,12 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
 def _named_classes(path: Path) -> tuple[str, ...]:
     """The lines of a file of class names; an InputError for a name that is empty or listed twice."""
     names = "\n".join(read_lines(path)).rstrip().split("\n")
-    first = {name: line for line, name in reversed([*enumerate(names, start=1)])}
+    seen = set[str]()
     for line, name in enumerate(names, start=1):
-        if not name.strip() or first[name] < line:
+        if not name.strip() or name in seen:
             fault = f"the class {name!r} is listed twice" if name.strip() else "a class without a name"
             raise InputError(f"{printable(path)}, line {line}: {fault}; give each class a name of its own")
+        seen.add(name)
     return tuple(names)
 
 

@@ -28,6 +28,10 @@ class MultiLabelDataset(ImageDataset):
         targets[list(labels)] = 1
         return image, targets
 
+    def relabel(self, class_names: tuple[str, ...], labels: Sequence[int]) -> None:
+        self.class_names = class_names
+        self.targets = [tuple(labels[label] for label in target) for target in self.targets]
+
     def verify(self, skip: bool = False) -> list[str]:
         verify_each(self.image, range(len(self)), len(self), "reading every image")
         return []
@@ -81,8 +85,7 @@ def build_val_dataset(data: MultiLabelData, channels: int, class_names: Sequence
     val = read_split(data, "val", channels)
     check_trained(val.class_names, class_names, f"{printable(data.root)}: class")
     places = [list(class_names).index(name) for name in val.class_names]
-    val.targets = [tuple(places[label] for label in labels) for labels in val.targets]
-    val.class_names = tuple(class_names)
+    val.relabel(tuple(class_names), places)
     if absent := _absent(val):
         val.notes += (f"{printable(data.root)}: no validation image of class {some(absent)}",)
     if everywhere := set(range(len(class_names))).intersection(*val.targets):

@@ -39,7 +39,8 @@ class Geometric:
         steps = [v2.RandomZoomOut(side_range=ZOOM, p=self.zoom_out), v2.RandomApply([v2.RandomIoUCrop()], crop)]
         if self.scale != (1.0, 1.0):
             size = v2.functional.get_size(image)
-            steps += [v2.ScaleJitter(size[::-1], self.scale), v2.RandomCrop(size, pad_if_needed=True)]
+            jitter = v2.ScaleJitter(size[::-1], self.scale)  # it takes (width, height)
+            steps += [jitter, v2.RandomCrop(size, pad_if_needed=True)]
         image, moved = v2.Compose(steps)(image, moved)
         boxes = v2.functional.clamp_bounding_boxes(moved["boxes"])
         objects, crowds = (tv_tensors.wrap(part, like=boxes) for part in boxes.split([count, len(boxes) - count]))

@@ -233,7 +233,7 @@ def _by_stem(folder: Path, repeated: bool = False) -> tuple[dict[str, str], tupl
 
 
 def _read_classes(data: SegmentationData) -> tuple[tuple[str, ...] | None, np.ndarray | None]:
-    """The names in the class file and their colours, None where it has none; an InputError for one that is no use."""
+    """The names in the class file and their colours, None where it has none; an InputError for one of no use."""
     if data.ignore_index == 0 and not data.reduce_zero_label:
         fault = "0 is the label of the first class; if the classes begin at 1, give --data.reduce-zero-label instead"
         raise InputError(f"--data.ignore-index 0: {fault}")

@@ -40,6 +40,11 @@ def inside(root: str | Path, path: str | Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
+def as_root(root: Path, path: Path) -> Path:
+    """The path, absolute if `root` is and else relative: only names of one kind have a common folder."""
+    return path if path.is_absolute() == root.is_absolute() else root / os.path.relpath(path, root)
+
+
 def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:
     """The file of that relative name in the first of the folders that has it, in `root`; None if there is none.
 
@@ -51,5 +56,4 @@ def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:
     if not paths:
         raise InputError(f"the file name {name!r:.200} leads out of {printable(root)}")
     path = next((path for path in paths if os.path.isfile(path)), None)  # Path.is_file fails on a name that is too long
-    # Relative as `root` is, also where the name is absolute: names of one kind have a common folder.
-    return path if path is None or path.is_absolute() == root.is_absolute() else root / os.path.relpath(path, root)
+    return None if path is None else as_root(root, path)

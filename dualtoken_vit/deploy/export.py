@@ -4,9 +4,10 @@ import hashlib
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,7 +200,10 @@ def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any
     preprocessing = dict(about.preprocessing)
     if about.task not in ("detection", "segmentation"):
         preprocessing["input_size"] = (preprocessing["input_size"][0], *chosen.size)
-    found = {each.name: each.version for each in distributions() if each.name in PACKAGES}
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     return {
         "format": FORMAT,
         "task": about.task,

@@ -141,7 +141,7 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if autocasts_on_cpu() and not torch.jit.is_scripting():  # TorchScript cannot compile the context
+        if not torch.jit.is_scripting() and autocasts_on_cpu():  # TorchScript cannot compile the context
             with torch.autocast("cpu", enabled=False):
                 return self._conv_forward(x.to(self.weight.dtype), self.weight, self.bias)
         return self._conv_forward(x, self.weight, self.bias)

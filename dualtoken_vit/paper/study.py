@@ -423,9 +423,9 @@ def study(name: str, options: Study) -> None:
             before = dict((stored := _read(path))["budget"])
             more = [each["model"] for each in stored["networks"] if each["key"] not in recipes]
             names = ", ".join(repr(" ".join((each["name"], *each["args"]))) for each in more)
+            _check_budget(before, budget, path)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not the results of a study; repair or remove it") from error
-        _check_budget(before, budget, path)
         if options.networks and more:
             raise InputError(f"--networks: {path} also has {names}: name them too, or choose another --out")
     print(f"{name} ({table}): {text}", trained, sep="\n", flush=True)

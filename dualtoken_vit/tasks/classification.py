@@ -59,7 +59,8 @@ class ImagePredictor(Predictor[Result]):
     @classmethod
     def stored_options(cls, data: Any, preprocessing: dict[str, Any]) -> dict[str, Any]:
         given = {key: preprocessing[key] for key in ("crop_pct", "interpolation") if key in preprocessing}
-        return given | {"image_size": preprocessing["input_size"][-1]}
+        size = preprocessing["input_size"][-1]
+        return super().stored_options(data, preprocessing) | given | {"image_size": size}
 
     def preprocess(self, image: Image.Image) -> Tensor:  # -> (C, S, S), normalised
         return self.transform(image)

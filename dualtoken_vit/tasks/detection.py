@@ -94,7 +94,6 @@ class DetectionModule(TaskModule):
     def __init__(self, predictor: DetectionPredictor, recipe: Detection, val: DetectionDataset):
         super().__init__(predictor, recipe)
         self.val = val
-        val.notes = (*val.notes, *_beyond_limit(val, recipe.data.tile is not None))
         self.masks = recipe.detector == "mask-rcnn"
         kinds = ("box", "mask") if self.masks else ("box",)
         self.score = f"{kinds[-1]}_AP"
@@ -196,6 +195,7 @@ class DetectionTask(Task[Detection]):
         if recipe.augment.copy_paste and not masks:
             raise InputError("--augment.copy-paste needs masks: give --detector mask-rcnn, or leave it out")
         train.transform = detection_train(recipe.augment, train if masks else None)
+        val.notes = (*val.notes, *_beyond_limit(val, recipe.data.tile is not None))
         if recipe.data.balanced:
             objects = (train.objects(index)[0] for index in range(len(train)))
             train.weights = image_weights(
@@ -244,6 +244,7 @@ class DetectionTask(Task[Detection]):
     def evaluation(self, predictor: DetectionPredictor, recipe: Detection) -> tuple[DetectionModule, ImageData]:
         masks = recipe.detector == "mask-rcnn"
         val = build_val_dataset(recipe.data, masks, predictor.channels, predictor.class_names)
+        val.notes = (*val.notes, *_beyond_limit(val, recipe.data.tile is not None))
         return DetectionModule(predictor, recipe, val), val
 
     def relocate(self, recipe: Detection, given: dict[str, Any]) -> dict[str, Any]:

@@ -21,13 +21,14 @@ from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import multilabel as data_check
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.multilabel import build_datasets, build_val_dataset
+from dualtoken_vit.data.transforms import train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import check_finite
 from dualtoken_vit.recipes import ClassificationInput, Model, MultiLabel
 from dualtoken_vit.results import Labels
 from dualtoken_vit.runtime.report import LabelsReport
 from dualtoken_vit.tasks.base import Evaluation, Setup, Task, TaskModule, percent, rounded
-from dualtoken_vit.tasks.classification import ClassificationModule, ImagePredictor, data_config, prepare_epoch
+from dualtoken_vit.tasks.classification import ImagePredictor, data_config, prepare_epoch
 from dualtoken_vit.tasks.networks import create_model
 
 
@@ -70,7 +71,6 @@ class MultiLabelModule(TaskModule):
     """
 
     score = "map"
-    cost = ClassificationModule.cost
     panels = {  # noqa: RUF012
         "loss": {"train_loss": "training", "val_loss": "validation"},
         "%": {"val_map": "mAP", "val_f1": "macro F1", "val_micro_f1": "micro F1"},
@@ -102,6 +102,9 @@ class MultiLabelModule(TaskModule):
         self.shares.update(logits.sigmoid())
         self.targets.update(target)
         self.loss.update(self.criterion(logits, target).mean(1))
+
+    def cost(self, progress: float) -> float:
+        return (train_size(self.recipe.data, progress) / train_size(self.recipe.data, 0.0)) ** 2
 
     def evaluate(self) -> Evaluation:
         metrics = self.shares, self.targets, self.loss

@@ -70,8 +70,8 @@ def check(recipe: Detection, out: Path, augmented: bool = False) -> bool:
         shown = ", ".join(map(printable, absent[:5])) + (", ..." if len(absent) > 5 else "")
         notes.append(f"{len(absent)} of the {len(class_names['train'])} categories of train are not in val: {shown}")
     idle = [line for name, one in found.items() for line in _idle(name, one)]
-    broken = dict.fromkeys(tuple(one.broken) for one in found.values())  # with a holdout both read one file
-    many = [*broken, *(kind for one in found.values() for kind in one.odd.values())]
+    broken = [line for one in found.values() for line in one.broken]
+    many = [broken, *(kind for one in found.values() for kind in one.odd.values())]
     unseen = [f"class missing: train/{name}" for name in sorted({*class_names["val"]} - {*class_names["train"]})]
     problems = [*unseen, *idle]
     return report.print_report(table, facts, lines, notes, problems, many, "boxes and masks")

@@ -81,10 +81,11 @@ def print_report(
         labels: what must have been drawn on images as EXIF rotates them, for a note on these
     """
     lines = [*_properties(splits), *lines]
-    # With --data.holdout, both splits have the notes of their table.
     lines += [f"note: {note}" for note in dict.fromkeys((*notes, *_notes(splits, labels)))]
     problems = [*problems, *(fact.problem for facts in splits.values() for fact in facts if fact.problem)]
-    many = [*many, [f"in both splits: {names}" for names in copies(splits, lambda split, _: split)]]
+    # With --data.holdout, both splits have the notes and problems of the files that they share.
+    both = [f"in both splits: {names}" for names in copies(splits, lambda split, _: split)]
+    many = [[*dict.fromkeys(kind)] for kind in (*many, both)]
     console = Console()
     console.print(table)
     for line in lines:

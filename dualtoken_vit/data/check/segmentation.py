@@ -71,12 +71,11 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     if limited and unseen:
         classes = f"{counted(len(unseen), 'class')} in no mask of {first}: {some(unseen)}"
         notes.append(f"--data.limit {data.limit}: {classes}")
-    # Each once: with a holdout both splits read the same files.
-    alone = dict.fromkeys(f"without a mask: {path}" for split in splits.values() for path in split.alone[0])
-    orphans = dict.fromkeys(f"mask without an image: {path}" for split in splits.values() for path in split.alone[1])
-    broken = dict.fromkeys(f"{data.root}: {line}" for split in splits.values() for line in split.problems)
+    alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
+    orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
+    broken = [f"{data.root}: {line}" for split in splits.values() for line in split.problems]
     masks = [pair.problem for pairs in found.values() for pair in pairs if pair.problem]
-    many = [*broken], [*alone], [*orphans], masks
+    many = [broken, alone, orphans, masks]
     return report.print_report(_shares(names, counts), facts, lines, notes, untrained + missing, many, "masks")
 
 

@@ -159,10 +159,10 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
             path, file = target / "JPEGImages" / relative, target / "Annotations" / relative.with_suffix(".xml")
             if file.exists():
                 raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
-            for it in (image["file_name"], *(category for category, _ in objects)):
-                if it != it.strip() or not it or NO_XML.search(it):  # not the same when it is read again
+            for label in (image["file_name"], *(category for category, _ in objects)):
+                if label != label.strip() or not label or NO_XML.search(label):  # another one when it is read again
                     fault = "XML cannot hold this name; rename it, or write another format"
-                    raise InputError(f"{printable(it)!r:.200}: {fault}")
+                    raise InputError(f"{printable(label)!r:.200}: {fault}")
             for each in (path, file):
                 each.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(split.path(image), path)

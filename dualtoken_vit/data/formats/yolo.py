@@ -17,7 +17,7 @@ import yaml
 from dualtoken_vit.data.coco import AnnotatedImages, clip, decode_masks
 from dualtoken_vit.data.folders import image_files, read_lines, scan
 from dualtoken_vit.data.formats.base import Format, Labels, class_names, labelled, number, polygons_of, sizes, text
-from dualtoken_vit.data.splits import ALL, find, inside, split_folders, split_of
+from dualtoken_vit.data.splits import ALL, as_root, find, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted, printable
 
@@ -61,7 +61,7 @@ def _yaml(root: Path) -> Path | None:
 def _load(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError, ValueError, LookupError, RecursionError) as error:  # 2024-13-01, !!bool x
+    except Exception as error:  # the values of tags and dates, too, raise errors of their own
         raise InputError(f"{printable(path)}: cannot be read as YAML ({reason(error)})") from None
     return content if isinstance(content, dict) else {}
 
@@ -137,7 +137,7 @@ def _inside(root: Path, base: Path, entry: str) -> Path | None:
     for name in (entry, entry.removeprefix("../")):
         path = Path(os.path.normpath(base / name))
         if os.path.exists(path) and inside(root, path):
-            return path if path.is_absolute() == root.is_absolute() else root / os.path.relpath(path, root)
+            return as_root(root, path)
     return None
 
 

@@ -21,12 +21,12 @@ from dualtoken_vit.machine import print_environment
 INSTALL = "install the train extra: pip install 'dualtoken-vit[train]', or in a clone: pip install -e '.[train]'"
 try:
     import tyro
-    from rich.console import Console
 
     from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Nothing, Predict, Train, parse_arguments
     from dualtoken_vit.bounds import check_bounds
     from dualtoken_vit.cli_help import describe, fill, help_page, only, recipe_rows, section_help, sections
     from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe, flatten
+    from dualtoken_vit.show.console import wide_console
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
     if sys.argv[1:] == ["env"]:
         print_environment()
@@ -228,7 +228,7 @@ def evaluate(args: list[str]) -> None:
     if chosen.json:
         print(json.dumps(result.metrics))
     else:
-        console = Console()
+        console = wide_console()
         console.print(result.table())
         images = counted(result.metrics["images"], "image")
         console.print("  ".join(filter(None, (result.headline, result.more, images))), soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Recipe
@@ -124,7 +125,7 @@ def help_page(args: Sequence[str], usage: str, *parts: str | Mapping[str, str | 
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
         table.add_column(no_wrap=True)
         for name, about in part.items():
-            table.add_row(name, about)
+            table.add_row(name, Text(about or ""))  # no markup
         console.print(table)
     return True
 

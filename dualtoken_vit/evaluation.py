@@ -79,9 +79,9 @@ def _calibrate(module: Any, checkpoint: str | Path, of: str | None, before: Eval
             f"--calibrate: the best temperature is {temperature:.3g}, at its bound: the network's confidence says "
             "nothing about these images; nothing is stored"
         )
-    store_preprocessing(checkpoint, of, temperature=temperature)
     module.add(logits / temperature, targets)
     after = module.evaluate()
+    store_preprocessing(checkpoint, of, temperature=temperature)
     change = f"{before.metrics['ece']:.2%} to {after.metrics['ece']:.2%}"
     print(f"temperature {temperature:.3f}, stored in {checkpoint}: calibration error from {change}", file=sys.stderr)
     return after

@@ -1,6 +1,7 @@
 """Attention maps against timm's extraction, key tokens against brute force, and the command."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -139,6 +140,20 @@ def test_all_maps_of_a_figure_have_one_colour_scale(draw):
     assert len(heat) == (6 if draw is draw_maps else 3)
     (bar,) = (axes for axes in figure.axes if axes.get_label() == "<colorbar>")
     assert bar.get_ylim() == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(("size", "token", "box"), [((112, 112), (1, 2), (64, 32)), ((96, 80), (2, 2), (64, 64))])
+def test_the_key_token_is_boxed_where_it_is(size, token, box):
+    """Tokens of 32 pixels, of which the last may reach beyond the image."""
+    height, width = size
+    map = np.zeros((math.ceil(height / 32), math.ceil(width / 32), 7, 7))
+    figure = draw_key_tokens([Seen(np.zeros((*size, 3)), "ant", token, map, {})])
+    axes = figure.axes[0]
+    left, right, bottom, top = axes.images[0].get_extent()
+    (patch,) = axes.patches
+    x, y = (patch.get_x() - left) * width / (right - left), (patch.get_y() - top) * height / (bottom - top)
+    assert (x, y) == pytest.approx(box)
+    assert patch.get_width() * width / (right - left) == pytest.approx(32)
 
 
 def test_images_left_out_of_the_figures_are_counted(checkpoint, tmp_path, capsys, monkeypatch):

@@ -188,6 +188,17 @@ def test_torchvisions_segmenters_have_as_many_classes():
     assert found["out"].shape == (1, 150, 64, 96)
 
 
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_torchvisions_detectors_have_as_many_classes(name):
+    """80 of COCO; Faster R-CNN has one more, the background."""
+    with torch.device("meta"):
+        model = Setting((64, 96), torch.device("meta"), "float32").build(f"torchvision:{name}")
+    if name.startswith("retinanet"):
+        assert model.head.classification_head.num_classes == 80
+    else:
+        assert model.roi_heads.box_predictor.cls_score.out_features == 81
+
+
 def test_every_detector_and_segmenter_is_a_kind():
     assert set(module.BUILDERS) == {"", "torchvision", "onnxruntime", "openvino", *DETECTORS, *SEGMENTERS}
 

@@ -3,13 +3,14 @@
 import json
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import edit
 from PIL import Image
-from tiny_runs import recipe
+from tiny_runs import module, recipe
 from torchmetrics.classification import MulticlassCalibrationError
 
 from dualtoken_vit import cli, load_model, load_predictor
@@ -40,6 +41,31 @@ def test_the_temperature_is_the_best(true):
     grid = np.geomspace(0.3, 4, 200)
     losses = [cross_entropy(logits, targets, one) for one in grid]
     assert cross_entropy(logits, targets, found) <= min(losses) + 1e-9
+
+
+def test_the_error_of_a_network_that_is_certain():
+    """By the definition: 15 bins, of which the last includes the probability 1."""
+    logits = torch.zeros(1000, 2)
+    logits[:500, 0], logits[500:, 0] = 200.0, 3.5  # shares of 1 and 0.9707
+    targets = torch.zeros(1000, dtype=torch.int64)
+    targets[:25] = 1  # of those that are certain, 95 % are right
+    task = module(torch.nn.Identity(), recipe(""), ("a", "b"))
+    task.add(logits, targets)
+    confidence = logits.softmax(1).max(1).values
+    expected = abs(confidence.mean() - 0.975).item()  # all are in the last bin
+    assert task.evaluate().metrics["ece"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_logits_are_kept_on_the_cpu():
+    """Where Lightning takes the metrics at the end of a validation."""
+    task = module(torch.nn.Identity(), recipe(""), ("a", "b"))
+    task.kept = []
+    moved = []
+    logits, targets = torch.zeros(2, 2), torch.tensor([0, 1])
+    with mock.patch.object(torch.Tensor, "cpu", lambda each: moved.append(each) or each):
+        task.add(logits, targets)
+    assert moved[-2] is logits
+    assert moved[-1] is targets
 
 
 @pytest.fixture
@@ -144,9 +170,9 @@ def test_temperatures_that_are_not_determined(tmp_path, scale, wrong, message):
     found, targets = torch.arange(100) % 2, torch.arange(100) % 2
     targets[:wrong] = 1 - targets[:wrong]
     kept = [(scale * torch.nn.functional.one_hot(found).float(), targets)]
-    module = SimpleNamespace(kept=kept, predictor=SimpleNamespace(temperature=1.0))
+    task = SimpleNamespace(kept=kept, predictor=SimpleNamespace(temperature=1.0))
     with pytest.raises(InputError, match=message):
-        _calibrate(module, tmp_path / "best.safetensors", None, None)
+        _calibrate(task, tmp_path / "best.safetensors", None, None)
 
 
 @pytest.mark.parametrize("data", [MultiLabelData(holdout=0.1), DetectionData(), SegmentationData(holdout=0.3)])

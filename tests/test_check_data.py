@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -189,6 +190,37 @@ def test_shards(photos, tmp_path, capsys):
     )
     assert check_data(Classification(model=Model(in_chans=1), data=data), tmp_path)
     assert row(capsys.readouterr().out.splitlines(), "2") == ["12", "6"]
+
+
+@pytest.mark.parametrize(("channels", "fill"), [(3, [124, 116, 104]), (1, [114])])
+def test_the_sheet_shows_the_colour_that_fills_rotated_images(tmp_path, monkeypatch, channels, fill):
+    """The mean of the images, in their corners, as in training."""
+    for split in ("train", "val"):
+        for index in range(24):
+            path = tmp_path / "photos" / split / "ab"[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (250, 250, 250 - index)).save(path)
+    drawn = []
+    monkeypatch.setattr(
+        "dualtoken_vit.data.check.report.draw_scene", lambda boxes, _: drawn.append(boxes[0][1]) or drawn[-1]
+    )
+    augment = ClassificationAugment(scale=(1.0, 1.0), ratio=(1.0, 1.0), auto_augment="rand-m9-n3-mstd0.5")
+    data = ClassificationData(root=str(tmp_path / "photos"), image_size=32)
+    check_data(Classification(data=data, augment=augment, model=Model(in_chans=channels)), tmp_path / "out", True)
+    corners = [np.atleast_1d(image.getpixel(place)) for image in drawn for place in ((0, 0), (31, 31))]
+    assert sum(np.abs(corner - fill).max() <= 2 for corner in corners) > 1
+
+
+def test_long_names_are_whole_in_a_file(tmp_path, capsys):
+    """Standard output is no terminal here: rich would cut the names at 80 columns."""
+    names = [f"n02123045_{'very_' * 20}long_{index}" for index in range(2)]
+    for split in ("train", "val"):
+        for index, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9), (index, len(split), 0)).save(tmp_path / split / name / "a.png")
+    check_data(Classification(data=ClassificationData(root=str(tmp_path))), tmp_path / "out")
+    out = capsys.readouterr().out
+    assert all(f"{name} " in out for name in names)
 
 
 def test_augmented_images_alternate_their_flips(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -385,6 +386,15 @@ def test_hugging_face_folder(photos, tmp_path, monkeypatch):
         train.verify()
     with pytest.raises(InputError, match=r"split 'none'.*validation"):
         build_datasets(replace(data, val_split="none"), 3)
+
+
+@pytest.mark.parametrize("targets", [["cat", "dog"], [0, None]])
+def test_labels_of_hugging_face_that_are_no_classes(targets, monkeypatch):
+    pytest.importorskip("datasets")
+    reader = SimpleNamespace(iter_targets=lambda: iter(targets), class_to_idx={})
+    monkeypatch.setattr("dualtoken_vit.data.classification.create_reader", lambda *args, **kwargs: reader)
+    with pytest.raises(InputError, match=r"hfds/x: split 'train' has labels that are not the numbers of classes"):
+        build_datasets(ClassificationData(dataset="hfds/x"), 3)
 
 
 def test_classes_of_a_format_that_is_not_known():

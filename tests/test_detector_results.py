@@ -163,14 +163,14 @@ def test_masks_come_back_as_they_were():
     y, x = torch.meshgrid(torch.arange(90.0) + 0.5, torch.arange(120.0) + 0.5, indexing="ij")
     for cx, cy, rx, ry in ((40, 50, 12, 9), (70.3, 40.6, 30, 25), (20.4, 30.2, 8, 20), (110, 80, 25, 25)):
         ellipse = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1
-        for size in (90, 180):
+        for size, least in ((90, 0.95), (137, 0.95), (150, 0.95), (180, 0.95), (61, 0.9)):  # also factors that round
             transform = Transform(size, 1333, (), (0, 0, 0), (1, 1, 1)).eval()
             box = torch.tensor([[cx - rx, cy - ry, min(cx + rx, 120), min(cy + ry, 90)]])
             images, (t,) = transform([torch.zeros(3, 90, 120)], [dict(boxes=box, masks=ellipse[None])])
             small = project_masks_on_boxes(t["masks"], t["boxes"], torch.tensor([0]), 28)[:, None]
             (found,) = transform.postprocess([dict(boxes=t["boxes"], masks=small)], images.image_sizes, [(90, 120)])
             mask = found["masks"][0, 0]
-            assert (mask & ellipse).sum() / (mask | ellipse).sum() > 0.95, (cx, size)
+            assert (mask & ellipse).sum() / (mask | ellipse).sum() > least, (cx, size)
 
 
 def test_the_narrowest_image():

@@ -1,6 +1,7 @@
 """Images of every kind are decoded correctly: pixel values against the definitions of the formats."""
 
 import os
+import struct
 from dataclasses import replace
 from io import BytesIO
 
@@ -104,6 +105,17 @@ def test_16_bits_are_scaled_to_8(kind, tmp_path):
     values = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], dtype=np.uint16)
     loaded = read(Image.fromarray(values), tmp_path / f"a.{kind}", channels=1)
     assert loaded.tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
+
+
+def test_12_bits_are_scaled_to_8(tmp_path):
+    """A TIFF of one row, written by hand: Pillow reads such files but does not write them."""
+    values = [0, 1365, 2730, 4095]
+    packed = int("".join(f"{value:012b}" for value in values), 2).to_bytes(6, "big")
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, len(packed))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
+    (path := tmp_path / "a.tif").write_bytes(start + packed + struct.pack("<H", len(tags)) + entries + bytes(4))
+    assert np.asarray(load_image(path, 1)).tolist() == [[0, 85, 170, 255]]
 
 
 def test_16_bits_in_32(tmp_path):

@@ -6,12 +6,10 @@ import torch
 from mask_files import data, drawn, labels_of, spoil
 from torchvision import tv_tensors
 
+from dualtoken_vit.data.objects import _ScaleJitter
 from dualtoken_vit.data.sampling import seeded
-from dualtoken_vit.data.segmentation import (
-    IGNORE,
-    build_datasets,
-)
-from dualtoken_vit.data.transforms import CappedCrop, segmentation_train
+from dualtoken_vit.data.segmentation import IGNORE, build_datasets
+from dualtoken_vit.data.transforms import CappedCrop, RandomScale, segmentation_train
 from dualtoken_vit.recipes import SegmentationAugment, SegmentationData
 
 # Training
@@ -39,6 +37,18 @@ def test_image_and_mask_are_changed_alike():
         flipped.add(x.sum().item())
     assert 0 < padded < 12
     assert len(flipped) > 6
+
+
+@pytest.mark.parametrize("factor", [0.61, 0.77, 1.37, 2.0])
+def test_masks_stay_on_their_images(factor):
+    """The image and the mask hold the number of their column, or row: that of each pixel is the same in both."""
+    for places in (torch.arange(120).expand(90, -1), torch.arange(90)[:, None].expand(-1, 120)):
+        image, mask = tv_tensors.Image(places.byte().expand(3, -1, -1)), tv_tensors.Mask(places.byte())
+        for transform in (RandomScale((factor, factor), None), _ScaleJitter((120, 90), (factor, factor))):
+            scaled, labels = transform(image, mask)
+            assert type(labels) is tv_tensors.Mask
+            assert (labels.shape, labels.dtype) == (scaled.shape[1:], torch.uint8)
+            assert (labels.float() - scaled[0]).mean().item() == pytest.approx(0, abs=0.06)
 
 
 def test_photometric_changes_keep_the_channels():

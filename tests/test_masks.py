@@ -283,6 +283,14 @@ def test_targets_follow_the_trained_classes(tree):
         build_datasets(data(tree), 3)
 
 
+def test_masks_of_inverted_tiff_files_are_refused(tmp_path):
+    """Pillow inverts the pixels where 0 is white (photometric interpretation 0)."""
+    Image.fromarray(np.uint8([[0, 1], [2, 255]])).save(path := tmp_path / "a.tif", tiffinfo={262: 0})
+    if Image.open(path).tag_v2[262] == 0:
+        with pytest.raises(InputError, match=r"a\.tif: a TIFF mask whose 0 is white, .* save masks as PNG"):
+            read_mask(path)
+
+
 def test_a_negative_label_is_not_a_class(tree):
     for kind in ("train", "val"):
         for path in (tree / "annotations" / kind).iterdir():

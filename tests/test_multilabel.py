@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import near
@@ -111,6 +113,16 @@ def test_roboflow_s_columns_and_separators(root, tmp_path):
     absent, everywhere = val.notes
     assert absent.endswith("no validation image of class 'sea'")
     assert everywhere.endswith("every validation image has class 'sky': AP is 100 % for any network")
+
+
+def test_an_empty_cell_of_parquet_has_no_labels(root, tmp_path):
+    names, labels = ["images/1.png", "images/2.png", "images/4.png"], ["cat,dog", None, "dog"]
+    (tmp_path / "images").symlink_to(root / "images")
+    for split in ("train", "val"):
+        pyarrow.parquet.write_table(pyarrow.table({"file": names, "labels": labels}), tmp_path / f"{split}.parquet")
+    train, _ = build_datasets(MultiLabelData(root=str(tmp_path)), 3)
+    assert train.class_names == ("cat", "dog")
+    assert train.targets == [(0, 1), (), (1,)]
 
 
 def test_generated_images_have_the_labels_of_their_shapes():

@@ -129,6 +129,39 @@ def test_crowds_move_with_the_objects(scenes):
         assert type(moved["crowd"]) is type(boxes)
 
 
+def test_a_crowd_is_cut_by_the_crop_not_dropped():
+    """One over the right 70 % of the image: what of it is in the crop remains, wherever its centre is."""
+    size, crowd = (120, 160), [48.0, 0, 160, 120]
+    box = tv_tensors.BoundingBoxes([[5, 5, 45, 100]], format="XYXY", canvas_size=size)
+    pixels = torch.arange(160, dtype=torch.uint8).expand(3, *size)  # the column that each pixel comes from
+    regions = tv_tensors.wrap(torch.tensor([crowd]), like=box)
+    cut = 0
+    for index in range(200):
+        with seeded(5, index):
+            target = {"boxes": box.clone(), "labels": torch.tensor([0]), "crowd": regions.clone()}
+            image, moved = Geometric(0.0, 1.0, (1.0, 1.0))(tv_tensors.Image(pixels), target)
+        left = image[0].min().item()
+        height, width = image.shape[1:]
+        inside = [max(crowd[0] - left, 0), 0, width, height]
+        if inside[2] - inside[0] >= 1:
+            assert moved["crowd"].tolist() == [inside]
+        else:
+            assert not len(moved["crowd"])
+        assert len(moved["boxes"]) == 1  # a crop has the centre of the object
+        cut += (crowd[0] + crowd[2]) / 2 > left + width > crowd[0] + 1
+    assert cut > 5  # crops with the crowd, but not its centre
+
+
+@pytest.mark.parametrize("size", [(1, 60), (3, 60), (60, 1), (1, 1)])
+def test_the_smallest_images(size):
+    box = tv_tensors.BoundingBoxes([[0, 0, size[1], size[0]]], format="XYXY", canvas_size=size)
+    for index in range(20):
+        target = {"boxes": box, "labels": torch.tensor([0]), "crowd": tv_tensors.wrap(box[:0], like=box)}
+        with seeded(6, index):
+            image, _ = Geometric(0.5, 1.0, (0.5, 1.5))(tv_tensors.Image(torch.zeros(3, *size)), target)
+        assert min(image.shape[1:]) >= 1
+
+
 def test_copy_paste_shows_the_pasted_pixels_and_cuts_the_masks_below(scenes):
     """Every mask is what is visible: the masks are disjoint, as those of the scenes are."""
     transform, pasted = CopyPaste(1.0, scenes), 0

@@ -53,6 +53,18 @@ def test_layer_decay_from_the_head_to_the_stem(model):
     assert groups["token_embed"]["lr"] == rates[0]
 
 
+def test_buffers_of_indices_are_not_averaged():
+    """Those of window attention: in float32, a mean of equal integers is rounded down at times."""
+    model = timm.create_model("dualtoken_vit_tiny", depths=(1, 1, 1), local_attention="window")
+    average = AveragedModel(model, multi_avg_fn=ema_update(0.999), use_buffers=True)
+    for _ in range(30):
+        average.update_parameters(model)
+    found = dict(average.module.named_buffers())
+    indices = [name for name, value in model.named_buffers() if not value.is_floating_point()]
+    assert any(name.endswith("relative_position_index") for name in indices)
+    assert all(torch.equal(found[name], value) for name, value in model.named_buffers() if name in indices)
+
+
 def test_any_timm_optimiser():
     model = torch.nn.Linear(2, 2)
     assert build_optimizer(model, Optim(betas=(0.8, 0.95))).param_groups[0]["betas"] == (0.8, 0.95)

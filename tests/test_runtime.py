@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from timm.data import create_transform
 from torch import nn
@@ -23,6 +24,7 @@ from torchvision.ops import batched_nms
 
 from dualtoken_vit import cli, cli_runtime, load_predictor
 from dualtoken_vit.arguments import Predict
+from dualtoken_vit.deploy.quantise import quantise
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
@@ -185,6 +187,37 @@ def test_a_segmenter_predicts_as_in_pytorch(segmenter, network, image, options):
     labels = segment(network, [x], SegmentationInput(**options))[0].numpy()
     assert found.shape == labels.shape == (71, 93)
     assert (found == labels).mean() > 0.999  # the others are ties but for rounding
+
+
+def test_openvino_refuses_what_it_computes_otherwise(tmp_path):
+    """It ignores the attribute antialias of Resize, by which its result differs from ONNX Runtime's."""
+    for antialias in (0, 1):
+        sizes = {"none": np.float32([]), "scales": np.float32([1, 1, 0.5, 0.5])}
+        node = helper.make_node("Resize", ["image", "none", "scales"], ["logits"], mode="linear", antialias=antialias)
+        outputs = [("logits", TensorProto.FLOAT, ["b", 3, "h", "w"])]
+        file = save(tmp_path / f"{antialias}.onnx", [node], outputs, description("segmentation"), sizes)
+        ExportedModel(file)
+        if antialias:
+            with pytest.raises(InputError, match="OpenVINO resizes without antialiasing, which this network uses"):
+                ExportedModel(file, "openvino")
+        else:
+            ExportedModel(file, "openvino")
+
+
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static"])
+def test_int8_of_a_network_without_linear_layers_is_refused(segmenter, tmp_path, precision):
+    inputs = [np.random.default_rng(0).random((1, 3, 32, 32), np.float32)]
+    with pytest.raises(InputError, match="--int8: this network has no linear layers"):
+        quantise(segmenter, tmp_path / "smaller.onnx", precision, inputs)
+
+
+def test_float16_files_are_valid(segmenter, tmp_path):
+    """Their nodes are in order, as ONNX demands; not every runtime sorts them."""
+    quantise(segmenter, file := tmp_path / "smaller.onnx", "float16")
+    onnx.checker.check_model(onnx.load(file), full_check=True)
+    x = np.random.default_rng(0).random((1, 3, 40, 50), np.float32)
+    (found,) = ReferenceEvaluator(onnx.load(file)).run(None, {"image": x})
+    assert found == pytest.approx(ExportedModel(segmenter)(x)["logits"], abs=1e-2)
 
 
 def test_openvino_takes_any_size_after_the_first(segmenter):

@@ -71,6 +71,8 @@ def test_verdict():
     assert lines[-1] == "All significant differences at this budget are as in the paper."
     lines = judged([result("a", 70, 0.50), result("b", 71, 0.60)])
     assert lines[-1] == "One seed per network: significance cannot be tested."
+    lines = judged([result("a", 70, 0.50, 0.50), result("b", 71, 0.55, 0.55)])
+    assert lines[-1] == "All seeds of each network are equal: significance cannot be tested."
     lines = judged([result("a", 79.2, 0.50, 0.52), result("b", 79.2, 0.60, 0.62)])  # equal in the paper
     assert lines[1] == "Pairs ranked as in the paper: 0 of 0."
     lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.52, 0.50)])  # equal in the study

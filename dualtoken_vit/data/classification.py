@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from io import BytesIO
+from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
@@ -270,6 +271,9 @@ def _hfds(data: ClassificationData, split: str, channels: int) -> ImageDataset:
     with _opening(data, split, "datasets") as (_, name):
         reader = create_reader(data.dataset, root=data.root or None, split=name)
     targets = list(reader.iter_targets())
+    if not all(isinstance(target, Integral) for target in targets):
+        fault = f"split {name!r} has labels that are not the numbers of classes; cast its column to ClassLabel"
+        raise InputError(f"--data.dataset {data.dataset}: {fault}")
     if not targets or min(targets) < 0:
         raise InputError(f"--data.dataset {data.dataset}: split {name!r} has no labels")
     names = [f"{name}/{index}" for index in range(len(targets))]
@@ -428,6 +432,8 @@ def _first(dataset: Images, number: int) -> ImageDataset:
 
 def _hold_out(dataset: Images, share: float, fold: int = 0) -> tuple[ImageDataset, ImageDataset]:
     """(the rest, part `fold` of `share` of each class): the same images in every run, independent of its seed."""
+    if not 0 < share <= 0.5:
+        raise InputError(f"--data.holdout {share}: must be between 0 and 0.5")
     if isinstance(dataset, ImageStream):
         raise InputError("--data.holdout is not available for data that is read as a stream; name two splits instead")
     folds, held = round(1 / share), set[int]()

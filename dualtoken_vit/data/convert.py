@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from dualtoken_vit.data.formats.base import polygons_of, sizes
 from dualtoken_vit.data.splits import ALL
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_folder, printable
+from dualtoken_vit.show.console import wide_console
 
 COUNTS = ("images", "objects", "crowds", "polygons", "masks")
 
@@ -105,7 +105,7 @@ def _print(titles: Mapping[str, str], counts: Counts, notes: Sequence[str]) -> N
     for name, pair in counts.items():
         for title, count in zip(titles, pair, strict=True):
             table.add_row(Text(printable(name)), title, *(str(count[key]) for key in COUNTS))
-    console = Console()
+    console = wide_console()
     console.print(table)
     for line in (*(f"{key}: {title}" for key, title in titles.items()), *(f"note: {line}" for line in notes)):
         console.print(Text(line), soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
-from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from dualtoken_vit.data.folders import DECODED
 from dualtoken_vit.errors import InputError, reason
@@ -96,7 +96,8 @@ def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels of unknown range: save it with 8 or 16 bits")
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
+        most = 4095 if getattr(image, "tag_v2", {}).get(BITSPERSAMPLE) == (12,) else 65535  # Pillow scales neither
+        grey = ((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
         grey[values == image.info.get("transparency", -1)] = 255  # the one value that is transparent, if there is one
         image = Image.fromarray(grey)
     elif image.mode == "F":

@@ -1,9 +1,10 @@
 """Augmentation that moves, cuts and copies objects, for small detection datasets: torchvision's transforms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
@@ -32,15 +33,14 @@ class Geometric:
 
     def __call__(self, image: tv_tensors.Image, target: dict[str, Any]) -> Sample:
         count = len(target["boxes"])
-        crop = self.iou_crop if count else 0.0  # it looks for a crop with an object
-        boxes = torch.cat([target["boxes"], target["crowd"]])  # it takes one tensor of boxes
+        size = v2.functional.get_size(image)
+        crop = self.iou_crop if count and min(size) >= 4 else 0.0  # it looks for a crop with an object
+        boxes = torch.cat([target["boxes"], target["crowd"]])  # transforms take one tensor of boxes
         moved = {"boxes": tv_tensors.wrap(boxes, like=target["boxes"])}
         moved |= {key: target[key] for key in ("masks",) if key in target}
-        steps = [v2.RandomZoomOut(side_range=ZOOM, p=self.zoom_out), v2.RandomApply([v2.RandomIoUCrop()], crop)]
+        steps = [v2.RandomZoomOut(side_range=ZOOM, p=self.zoom_out), v2.RandomApply([_IoUCrop(count)], crop)]
         if self.scale != (1.0, 1.0):
-            size = v2.functional.get_size(image)
-            jitter = v2.ScaleJitter(size[::-1], self.scale)  # it takes (width, height)
-            steps += [jitter, v2.RandomCrop(size, pad_if_needed=True)]
+            steps += [_ScaleJitter(size[::-1], self.scale), v2.RandomCrop(size, pad_if_needed=True)]
         image, moved = v2.Compose(steps)(image, moved)
         boxes = v2.functional.clamp_bounding_boxes(moved["boxes"])
         objects, crowds = (tv_tensors.wrap(part, like=boxes) for part in boxes.split([count, len(boxes) - count]))
@@ -49,6 +49,51 @@ class Geometric:
             kept &= moved["masks"].flatten(1).bool().any(1)
         crowds = tv_tensors.wrap(crowds[whole], like=boxes)
         return image, select(target | moved | {"boxes": objects, "crowd": crowds}, kept)
+
+
+class _IoUCrop(v2.RandomIoUCrop):
+    """torchvision's, where all boxes after the first `objects` are crowd regions: cut by the crop, not dropped.
+
+    A crop is chosen for the objects, and has those whose centres are in it.
+    """
+
+    def __init__(self, objects: int) -> None:
+        super().__init__()
+        self.objects = objects
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        crowds = 0
+        for place, each in enumerate(flat_inputs):
+            if isinstance(each, tv_tensors.BoundingBoxes):
+                flat_inputs[place] = tv_tensors.wrap(each[: self.objects], like=each)
+                crowds = len(each) - self.objects
+        params = super().make_params(flat_inputs)
+        if params:  # without, the image stays as it is
+            inside = params["is_within_crop_area"]
+            params["is_within_crop_area"] = torch.cat((inside, inside.new_ones(crowds)))
+        return params
+
+
+class _ScaleJitter(v2.ScaleJitter):
+    """torchvision's, of a (width, height), with masks that stay on their image."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return resize(inpt, params["size"])
+
+
+def resize(inpt: Any, size: Sequence[int]) -> Any:
+    """An image, boxes or masks (..., H, W) resized to (height, width).
+
+    Of a mask the pixel whose centre is closest; torchvision rounds down, so that most masks move by half a pixel.
+    """
+    if not isinstance(inpt, tv_tensors.Mask):
+        return v2.functional.resize(inpt, list(size), antialias=True)
+    maps = inpt.as_subclass(Tensor).reshape(-1, 1, *inpt.shape[-2:])
+    resized = F.interpolate(maps, tuple(size), mode="nearest-exact")
+    return tv_tensors.wrap(resized.reshape(*inpt.shape[:-2], *size), like=inpt)
 
 
 class CopyPaste:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -48,6 +49,8 @@ def read_mask(path: str | Path) -> np.ndarray:
     with naming(path), open_image(path) as mask:
         if _is_lossy(mask):
             raise InputError(f"{name}: a JPEG mask, whose compression changes labels; save masks as PNG")
+        if getattr(mask, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:
+            raise InputError(f"{name}: a TIFF mask whose 0 is white, which inverts its labels; save masks as PNG")
         tiles: Any = mask.tile
         stored = next((tile.args if isinstance(tile.args, str) else tile.args[0] for tile in tiles), "")
         mask.load()

@@ -223,7 +223,10 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
         names = [str(header[place]).strip() for place in hot if str(row[place]).strip()[:1] in ("1", "T")]
         if label is not None:
             cell = row[label]
-            several = cell if isinstance(cell, list) else [cell] if separator is None else str(cell).split(separator)
+            if isinstance(cell, list) or cell is None or separator is None:  # None: Parquet's null
+                several = cell if isinstance(cell, list) else [cell]
+            else:
+                several = str(cell).split(separator)
             names = [name for each in several if each is not None and (name := str(each).strip())]
         found.setdefault(str(image), []).extend(names)
     named = [str(header[place]).strip() for place in hot] or sorted(set[str]().union(*found.values()))

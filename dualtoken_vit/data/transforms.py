@@ -10,7 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dualtoken_vit import recipes
-from dualtoken_vit.data.objects import CopyPaste, Geometric
+from dualtoken_vit.data.objects import CopyPaste, Geometric, resize
 from dualtoken_vit.data.segmentation import IGNORE
 from dualtoken_vit.errors import InputError
 
@@ -110,7 +110,7 @@ class RandomScale(v2.Transform):
         return {"size": [max(1, round(side * factor)) for side in (height, width)]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return v2.functional.resize(inpt, params["size"], antialias=True)
+        return resize(inpt, params["size"])
 
 
 class CappedCrop(v2.RandomCrop):

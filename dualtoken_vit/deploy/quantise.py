@@ -15,10 +15,12 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 from PIL import Image
 from torchvision.ops import box_iou
 
 from dualtoken_vit.data.threads import track, working
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import counted
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.predictor import ExportedPredictor
@@ -26,6 +28,7 @@ from dualtoken_vit.runtime.session import KEY
 
 Precision = Literal["float32", "float16", "int8-dynamic", "int8-static"]
 PRODUCTS = ["MatMul", "Gemm"]
+NOTHING = "--int8: this network has no linear layers, which are what it makes smaller; use --fp16"
 SAME_IOU = 0.5  # from which on two boxes of one class are the same object
 
 
@@ -59,10 +62,15 @@ def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[
 
     Args:
         inputs: of the network, for int8-static
+
+    Raises:
+        InputError: for int8, if the network has no linear layers.
     """
     if precision == "float16":
         with working("converting to float16"):
-            onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+            smaller = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
+            smaller.topological_sort()  # the converter appends its casts at the end, which not every runtime accepts
+            onnx.save(smaller.model, target)
     elif precision == "int8-dynamic":
         with working("quantising"):
             quantize_dynamic(source, target, PRODUCTS, per_channel=True)
@@ -73,6 +81,8 @@ def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[
         graph = onnx.load(prepared).graph
         constants = {weight.name for weight in graph.initializer}
         products = [node.name for node in graph.node if node.op_type in PRODUCTS and node.input[1] in constants]
+        if not products:  # else ONNX Runtime would quantise every layer
+            raise InputError(NOTHING)
         quantize_static(
             prepared,
             target,
@@ -83,6 +93,8 @@ def quantise(source: Path, target: Path, precision: Precision, inputs: Sequence[
             extra_options={"OpTypesToExcludeOutputQuantization": PRODUCTS},
         )
     model = onnx.load(target)
+    if precision == "int8-dynamic" and not any(node.op_type == "MatMulInteger" for node in model.graph.node):
+        raise InputError(NOTHING)
     for entry in model.metadata_props:
         if entry.key == KEY:
             description = json.loads(entry.value)

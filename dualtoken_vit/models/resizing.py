@@ -53,7 +53,9 @@ class Transform(GeneralizedRCNNTransform):
             for key in target.keys() & {"boxes", "crowd"}:
                 target[key] = resize_boxes(target[key], old, new)
             if "masks" in target:
-                target["masks"] = F.interpolate(target["masks"][:, None].float(), new)[:, 0].byte()
+                # "nearest" would round down, half a pixel to the right and down at most factors.
+                masks = F.interpolate(target["masks"][:, None].float(), new, mode="nearest-exact")
+                target["masks"] = masks[:, 0].byte()
         return super().normalize(image), target
 
     def fit(self, size: Sequence[int], short: int) -> tuple[int, int]:

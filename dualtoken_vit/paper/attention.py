@@ -200,8 +200,10 @@ def draw_key_tokens(seen: Sequence[Seen]) -> Figure:
     figure = Figure(figsize=(6, 2.6 * len(seen)), layout="constrained")
     cells, scale = figure.subplots(len(seen), 2, squeeze=False), _scale([one.map[one.token] for one in seen])
     for (left, right), one in zip(cells, seen, strict=True):
-        rows, columns = one.map.shape[:2]
-        _panel(left, one.image, one.label, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))  # in units of image tokens
+        sides = [side / tokens for side, tokens in zip(one.image.shape[:2], one.map.shape[:2], strict=True)]
+        stride = 2 ** math.ceil(math.log2(max(sides)))  # the last tokens may reach beyond the image
+        height, width = (side / stride for side in one.image.shape[:2])
+        _panel(left, one.image, one.label, extent=(-0.5, width - 0.5, height - 0.5, -0.5))  # in units of image tokens
         _mark(left, *one.token)
         heat = _panel(right, one.map[one.token], "attention to the global tokens", **scale)
     _colour_bar(figure, heat, cells)

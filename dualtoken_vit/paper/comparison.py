@@ -7,7 +7,6 @@ from itertools import combinations
 from statistics import mean, stdev
 from textwrap import wrap
 
-import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import binomtest, tukey_hsd
 
@@ -78,8 +77,8 @@ def verdict(results: Sequence[Result], chance: float, images: int) -> list[str]:
         f"in the paper: {_leaders([(r.published.network, float(r.published.score)) for r in results])}."
     )
     several = min(len(result.top1) for result in results) > 1
-    with np.errstate(divide="ignore", invalid="ignore"):  # p is NaN where all seeds give exactly the same accuracy
-        p_values = tukey_hsd(*(result.top1 for result in results)).pvalue if several else None
+    varied = any(len(set(result.top1)) > 1 for result in results)  # else any difference would seem certain
+    p_values = tukey_hsd(*(result.top1 for result in results)).pvalue if several and varied else None
     agreements: list[bool] = []  # of the counted pairs
     significant: dict[bool, list[str]] = {True: [], False: []}  # by agreement
     for i, j in combinations(range(len(results)), 2):
@@ -93,7 +92,8 @@ def verdict(results: Sequence[Result], chance: float, images: int) -> list[str]:
             significant[gain > 0].append(f"{better.name} over {worse.name} by {by:.1f}")
     lines.append(f"Pairs ranked as in the paper: {sum(agreements)} of {len(agreements)}.")
     if p_values is None:
-        return [*lines, "One seed per network: significance cannot be tested."]
+        why = "All seeds of each network are equal" if several else "One seed per network"
+        return [*lines, f"{why}: significance cannot be tested."]
     lines.append(
         f"Significant differences (Tukey's HSD, {100 * ALPHA:.0f} %): {len(significant[True])} as in the paper, "
         f"{len(significant[False])} contrary to it."

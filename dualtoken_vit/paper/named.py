@@ -21,6 +21,7 @@ from dualtoken_vit.runtime.session import RUNTIMES, ExportedModel, read_descript
 TORCHVISION_DETECTORS = torchvision.models.list_models(module=torchvision.models.detection)
 TORCHVISION_SEGMENTERS = torchvision.models.list_models(module=torchvision.models.segmentation)
 CLASSES = 150  # of segmenters
+DETECTED = 80  # of detectors
 
 
 def _timm(name: str, size: tuple[int, int]) -> nn.Module:
@@ -35,15 +36,19 @@ def _torchvision(name: str, size: tuple[int, int]) -> nn.Module:
         kwargs = {"weights_backbone": None, "num_classes": CLASSES}
     elif name in TORCHVISION_DETECTORS:
         kwargs = {"weights_backbone": None}
+        if not name.startswith("keypoint"):  # of persons
+            kwargs["num_classes"] = DETECTED if name.startswith(("retinanet", "fcos")) else DETECTED + 1  # background
         if not name.startswith("ssd"):  # whose size is fixed
             kwargs |= {"min_size": min(size), "max_size": max(size)}
+    elif name in ("googlenet", "inception_v3"):  # with classifiers that only training uses
+        kwargs = {"aux_logits": False, "init_weights": False}
     return torchvision.models.get_model(name, weights=None, **kwargs)
 
 
 def _detector(kind: str, name: str, size: tuple[int, int]) -> nn.Module:
     name, _, side = name.partition("@")
     short = int(side or min(size))
-    return create_detector(kind, name, 80, image_size=short, max_size=round(max(size) * short / min(size)))
+    return create_detector(kind, name, DETECTED, image_size=short, max_size=round(max(size) * short / min(size)))
 
 
 def _segmenter(kind: str, name: str, size: tuple[int, int]) -> nn.Module:

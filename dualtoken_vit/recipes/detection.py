@@ -84,7 +84,7 @@ class DetectionAugment:
     zoom_out: Share = 0.0
     """Probability of a black frame around the image, of up to twice its sides (SSD)."""
     iou_crop: Share = 0.0
-    """Probability of a random crop around objects (SSD)."""
+    """Probability of trying a random crop around objects (SSD); a seventh or more of these leave the image whole."""
     scale: Annotated[Range, Interval(ge=0.05, le=10), ASCENDING] = (1.0, 1.0)
     """Scale jitter within an image of the same size: lowest and highest factor."""
     copy_paste: Share = 0.0

@@ -55,6 +55,11 @@ def _run_openvino(path: Path, options: dict[str, Any]) -> Callable[[np.ndarray],
         settings["INFERENCE_NUM_THREADS"] = str(threads)
     core = openvino.Core()
     model = core.read_model(path)
+    if any(op.get_attributes().get("antialias") for op in model.get_ops() if op.get_type_name() == "Interpolate"):
+        raise InputError(
+            f"{path}: OpenVINO resizes without antialiasing, which this network uses (grid_resize=antialias): use "
+            "--runtime onnxruntime"
+        )
     networks: dict[tuple[int, ...] | None, Any] = {}  # by the shape that they take, None: any
 
     def run(image: np.ndarray) -> Arrays:

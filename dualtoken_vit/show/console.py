@@ -1,5 +1,6 @@
 """Tables as text, for the terminal and for Markdown files."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -8,6 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dualtoken_vit.files import printable
+
+WIDTH = 10_000  # columns, more than any table has
+
+
+def wide_console() -> Console:
+    """On stdout; in a file or a pipe without a limit: a long line is better than a cell that is cut."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
 
 
 def table_text(columns: Sequence[str], groups: Iterable[Iterable[Sequence[str]]], markdown: bool = False) -> str:
@@ -23,8 +31,7 @@ def table_text(columns: Sequence[str], groups: Iterable[Iterable[Sequence[str]]]
             table.add_row(*(Text(printable(cell)) for cell in cells))  # Text: [x] in a name is not markup
         if not markdown:
             table.add_section()
-    # A long line is better than a cell that is cut.
-    console = Console(width=10_000, color_system=None)
+    console = Console(width=WIDTH, color_system=None)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(map(str.rstrip, captured.get().splitlines())).strip("\n")

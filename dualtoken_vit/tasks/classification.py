@@ -169,7 +169,7 @@ class ClassificationModule(TaskModule):
         self.confidence.update(confidence)
         self.right.update(label == target)
         if self.kept is not None:
-            self.kept.append((logits, target))
+            self.kept.append((logits.cpu(), target.cpu()))  # Lightning takes the metrics there, too, at the end
 
     def weigh(self, train: ImageData) -> None:
         if not isinstance(train, ImageDataset):
@@ -199,7 +199,8 @@ class ClassificationModule(TaskModule):
         self.confusion = found.pop("confusion").cpu().numpy()
         confidence, right = self.confidence.compute(), self.right.compute()
         self.reliability = torch.stack((confidence, right)).cpu().numpy()
-        ece = binary_calibration_error(confidence, right.int(), BINS).item()
+        # torchmetrics has a bin of its own for 1.
+        ece = binary_calibration_error(confidence.clamp(max=1 - 1e-6), right.int(), BINS).item()
         for metric in (self.metrics, self.loss, self.confidence, self.right):
             metric.reset()
         scores = {name: round(value.item(), 6) for name, value in found.items()}

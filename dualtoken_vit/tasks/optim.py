@@ -61,6 +61,10 @@ def ema_update(decay: float) -> Callable[..., None]:
     """
 
     def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+        if not values[0].is_floating_point():  # buffers of indices and counters, which have no mean
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+            return
         get_ema_multi_avg_fn(min(decay, 1 - (1 + count.item()) ** (-2 / 3)))(averages, values, count)
 
     return update

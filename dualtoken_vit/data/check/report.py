@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dualtoken_vit.data.classification import ImageDataset
@@ -21,6 +22,7 @@ from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import classification_train
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import counted, printable
+from dualtoken_vit.show.console import wide_console
 from dualtoken_vit.show.drawing import draw_labelled, draw_scene, save_image, spread
 
 _SHOWN = 20  # lines of each kind of problem that may be frequent; unreadable images are all listed
@@ -86,7 +88,7 @@ def print_report(
     # With --data.holdout, both splits have the notes and problems of the files that they share.
     both = [f"in both splits: {names}" for names in copies(splits, lambda split, _: split)]
     many = [[*dict.fromkeys(kind)] for kind in (*many, both)]
-    console = Console()
+    console = wide_console()
     console.print(table)
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=True)
@@ -159,9 +161,12 @@ def sample(dataset: Any, index: int, seed: int) -> Any:
 def labelled_sheet(train: ImageDataset, facts: Sequence[Facts], recipe: Any, path: Path, augmented: bool) -> str:
     """`contact_sheet` of training images with the labels of their `facts`."""
     if augmented:
-        channels = recipe.model.in_chans
-        prepare = classification_train(recipe.data, recipe.augment, (0.0,) * channels, (1.0,) * channels)
-        train.transform = lambda image: to_pil_image(prepare(image).clamp(0, 1))
+        # Most networks normalise by these; what a rotation leaves empty is filled with the mean.
+        values = (torch.tensor(each) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        mean, std = (each if recipe.model.in_chans == 3 else each.mean(0, True) for each in values)
+        prepare = classification_train(recipe.data, recipe.augment, tuple(mean.tolist()), tuple(std.tolist()))
+        shift, scale = mean[:, None, None], std[:, None, None]
+        train.transform = lambda image: to_pil_image((prepare(image) * scale + shift).clamp(0, 1))
         if recipe.augment.hflip == "alternate":
             train.alternate_flips(recipe.run.seed, 0)
     sound = spread([i for i, fact in enumerate(facts) if not fact.problem])

@@ -1,5 +1,6 @@
 """Helpers shared by several test files."""
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def edit(source, path, tensors=lambda found: found, metadata=lambda found: found
     about.pop("sha256", None)
     found = {key: value.clone() for key, value in load_file(source).items()}  # not in a file that is overwritten
     save_file(tensors(found), path, metadata(about))
+
+
+def save_tiff(path, pixels, width, bits, photometric=1):
+    """A TIFF of one row of packed `pixels`, written by hand: Pillow does not write every kind that it reads."""
+    tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1)]
+    tags = [(tag, value) for tag, value in (*tags, (279, len(pixels))) if value is not None]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    path.write_bytes(start + pixels + struct.pack("<H", len(tags)) + entries + bytes(4))
 
 
 def save_scenes(folder, size, **counts):

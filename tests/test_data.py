@@ -393,7 +393,9 @@ def test_labels_of_hugging_face_that_are_no_classes(targets, monkeypatch):
     pytest.importorskip("datasets")
     reader = SimpleNamespace(iter_targets=lambda: iter(targets), class_to_idx={})
     monkeypatch.setattr("dualtoken_vit.data.classification.create_reader", lambda *args, **kwargs: reader)
-    with pytest.raises(InputError, match=r"hfds/x: split 'train' has labels that are not the numbers of classes"):
+    with pytest.raises(
+        InputError, match=r"hfds/x: split 'train' has labels that are not the numbers of classes, or none"
+    ):
         build_datasets(ClassificationData(dataset="hfds/x"), 3)
 
 

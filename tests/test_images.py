@@ -1,13 +1,13 @@
 """Images of every kind are decoded correctly: pixel values against the definitions of the formats."""
 
 import os
-import struct
 from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from helpers import save_tiff
 from PIL import ExifTags, Image
 
 from dualtoken_vit.data.check.report import read_facts
@@ -108,13 +108,9 @@ def test_16_bits_are_scaled_to_8(kind, tmp_path):
 
 
 def test_12_bits_are_scaled_to_8(tmp_path):
-    """A TIFF of one row, written by hand: Pillow reads such files but does not write them."""
     values = [0, 1365, 2730, 4095]
     packed = int("".join(f"{value:012b}" for value in values), 2).to_bytes(6, "big")
-    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, len(packed))]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    start = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
-    (path := tmp_path / "a.tif").write_bytes(start + packed + struct.pack("<H", len(tags)) + entries + bytes(4))
+    save_tiff(path := tmp_path / "a.tif", packed, 4, 12)
     assert np.asarray(load_image(path, 1)).tolist() == [[0, 85, 170, 255]]
 
 

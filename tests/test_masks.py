@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import save_scenes
+from helpers import save_scenes, save_tiff
 from mask_files import data, drawn, labels_of, mean_label, spoil
 from PIL import Image
 
@@ -283,11 +283,16 @@ def test_targets_follow_the_trained_classes(tree):
         build_datasets(data(tree), 3)
 
 
-def test_masks_of_inverted_tiff_files_are_refused(tmp_path):
-    """Pillow inverts the pixels where 0 is white (photometric interpretation 0)."""
-    Image.fromarray(np.uint8([[0, 1], [2, 255]])).save(path := tmp_path / "a.tif", tiffinfo={262: 0})
-    if Image.open(path).tag_v2[262] == 0:
-        with pytest.raises(InputError, match=r"a\.tif: a TIFF mask whose 0 is white, .* save masks as PNG"):
+@pytest.mark.parametrize(("bits", "photometric"), [(8, 0), (8, None), (8, 1), (4, 0), (16, 0), (16, 1)])
+def test_masks_of_inverted_tiff_files_are_refused(tmp_path, bits, photometric):
+    """Pillow inverts pixels of up to 8 bits where 0 is white, which is also its reading of files without the tag."""
+    labels = [0, 1, 2, 15]
+    pixels = bytes([0x01, 0x2F]) if bits == 4 else np.array(labels, f"<u{bits // 8}").tobytes()
+    save_tiff(path := tmp_path / "a.tif", pixels, 4, bits, photometric)
+    if bits == 16 or photometric == 1:
+        assert read_mask(path).tolist() == [labels]
+    else:
+        with pytest.raises(InputError, match=r"a\.tif: a TIFF mask whose 0 is white: .* save masks as PNG"):
             read_mask(path)
 
 

@@ -116,7 +116,7 @@ def test_roboflow_s_columns_and_separators(root, tmp_path):
 
 
 def test_an_empty_cell_of_parquet_has_no_labels(root, tmp_path):
-    names, labels = ["images/1.png", "images/2.png", "images/4.png"], ["cat,dog", None, "dog"]
+    names, labels = ["images/1.png", "images/2.png", "images/4.png", None], ["cat,dog", None, "dog", None]
     (tmp_path / "images").symlink_to(root / "images")
     for split in ("train", "val"):
         pyarrow.parquet.write_table(pyarrow.table({"file": names, "labels": labels}), tmp_path / f"{split}.parquet")

@@ -189,19 +189,25 @@ def test_a_segmenter_predicts_as_in_pytorch(segmenter, network, image, options):
     assert (found == labels).mean() > 0.999  # the others are ties but for rounding
 
 
-def test_openvino_refuses_what_it_computes_otherwise(tmp_path):
-    """It ignores the attribute antialias of Resize, by which its result differs from ONNX Runtime's."""
-    for antialias in (0, 1):
-        sizes = {"none": np.float32([]), "scales": np.float32([1, 1, 0.5, 0.5])}
-        node = helper.make_node("Resize", ["image", "none", "scales"], ["logits"], mode="linear", antialias=antialias)
-        outputs = [("logits", TensorProto.FLOAT, ["b", 3, "h", "w"])]
-        file = save(tmp_path / f"{antialias}.onnx", [node], outputs, description("segmentation"), sizes)
-        ExportedModel(file)
-        if antialias:
-            with pytest.raises(InputError, match="OpenVINO resizes without antialiasing, which this network uses"):
-                ExportedModel(file, "openvino")
-        else:
-            ExportedModel(file, "openvino")
+@pytest.mark.parametrize("antialias", [0, 1])
+def test_openvino_refuses_what_it_computes_otherwise(tmp_path, antialias):
+    """It ignores the attribute antialias of Resize, which matters where the map becomes smaller."""
+    sizes = {"none": np.float32([]), "sizes": np.int64([1, 3, 40, 40])}
+    node = helper.make_node(
+        "Resize", ["image", "none", "none", "sizes"], ["logits"], mode="linear", antialias=antialias
+    )
+    outputs = [("logits", TensorProto.FLOAT, ["b", 3, "h", "w"])]
+    file = save(tmp_path / "resize.onnx", [node], outputs, description("segmentation"), sizes)
+    onnxruntime, openvino = ExportedModel(file), ExportedModel(file, "openvino")
+    for side in (32, 40, 24):
+        x = np.random.default_rng(0).random((1, 3, side, side), np.float32)
+        assert openvino(x)["logits"] == pytest.approx(onnxruntime(x)["logits"], abs=1e-5)
+    x = np.random.default_rng(0).random((1, 3, 80, 80), np.float32)
+    if antialias:
+        with pytest.raises(InputError, match=r"1x3x80x80: OpenVINO ignores antialiasing .* use --runtime onnxruntime"):
+            openvino(x)
+    else:
+        assert openvino(x)["logits"] == pytest.approx(onnxruntime(x)["logits"], abs=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static"])

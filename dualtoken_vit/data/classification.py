@@ -272,7 +272,7 @@ def _hfds(data: ClassificationData, split: str, channels: int) -> ImageDataset:
         reader = create_reader(data.dataset, root=data.root or None, split=name)
     targets = list(reader.iter_targets())
     if not all(isinstance(target, Integral) for target in targets):
-        fault = f"split {name!r} has labels that are not the numbers of classes; cast its column to ClassLabel"
+        fault = f"split {name!r} has labels that are not the numbers of classes, or none; cast its column to ClassLabel"
         raise InputError(f"--data.dataset {data.dataset}: {fault}")
     if not targets or min(targets) < 0:
         raise InputError(f"--data.dataset {data.dataset}: split {name!r} has no labels")

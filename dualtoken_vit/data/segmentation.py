@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -40,6 +39,7 @@ CVAT = re.compile(r"([^:]+):\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*(?::.*)?")  # a l
 LISTS = Path("ImageSets", "Segmentation")  # of the names of the images of each split
 
 MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's, of mask files
+INVERTED = re.compile(r"[1L];\d?IR?")  # Pillow's raw modes of TIFF files whose photometric interpretation is 0
 STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow scales 2-bit and 4-bit greyscale to 0 ... 255
 
 
@@ -49,10 +49,10 @@ def read_mask(path: str | Path) -> np.ndarray:
     with naming(path), open_image(path) as mask:
         if _is_lossy(mask):
             raise InputError(f"{name}: a JPEG mask, whose compression changes labels; save masks as PNG")
-        if getattr(mask, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:
-            raise InputError(f"{name}: a TIFF mask whose 0 is white, which inverts its labels; save masks as PNG")
         tiles: Any = mask.tile
         stored = next((tile.args if isinstance(tile.args, str) else tile.args[0] for tile in tiles), "")
+        if INVERTED.fullmatch(str(stored)):
+            raise InputError(f"{name}: a TIFF mask whose 0 is white: Pillow inverts its labels; save masks as PNG")
         mask.load()
         labels, mode = np.asarray(mask), mask.mode
     if mode not in MODES:

@@ -46,7 +46,8 @@ def cells(path: Path) -> list[list[Any]]:
         table = read_table(path)
     except (ArrowException, OSError) as error:
         raise InputError(f"{printable(path)}: cannot be read as Parquet ({reason(error)})") from None
-    return [table.column_names, *map(list, zip(*(column.to_pylist() for column in table.columns), strict=True))]
+    columns = (["" if each is None else each for each in column.to_pylist()] for column in table.columns)  # as in CSV
+    return [table.column_names, *map(list, zip(*columns, strict=True))]
 
 
 def _numbered(reader: Any) -> list[list[Any]]:
@@ -223,10 +224,7 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
         names = [str(header[place]).strip() for place in hot if str(row[place]).strip()[:1] in ("1", "T")]
         if label is not None:
             cell = row[label]
-            if isinstance(cell, list) or cell is None or separator is None:  # None: Parquet's null
-                several = cell if isinstance(cell, list) else [cell]
-            else:
-                several = str(cell).split(separator)
+            several = cell if isinstance(cell, list) else [cell] if separator is None else str(cell).split(separator)
             names = [name for each in several if each is not None and (name := str(each).strip())]
         found.setdefault(str(image), []).extend(names)
     named = [str(header[place]).strip() for place in hot] or sorted(set[str]().union(*found.values()))

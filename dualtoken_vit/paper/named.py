@@ -36,8 +36,8 @@ def _torchvision(name: str, size: tuple[int, int]) -> nn.Module:
         kwargs = {"weights_backbone": None, "num_classes": CLASSES}
     elif name in TORCHVISION_DETECTORS:
         kwargs = {"weights_backbone": None}
-        if not name.startswith("keypoint"):  # of persons
-            kwargs["num_classes"] = DETECTED if name.startswith(("retinanet", "fcos")) else DETECTED + 1  # background
+        if not name.startswith("keypoint"):  # of R-CNNs and SSD the background is one more
+            kwargs["num_classes"] = DETECTED if name.startswith(("retinanet", "fcos")) else DETECTED + 1
         if not name.startswith("ssd"):  # whose size is fixed
             kwargs |= {"min_size": min(size), "max_size": max(size)}
     elif name in ("googlenet", "inception_v3"):  # with classifiers that only training uses

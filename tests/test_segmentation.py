@@ -290,12 +290,15 @@ def test_the_worst_images_are_drawn_the_worst_first(trained, scenes, tmp_path, m
     found, truth = own_labels(out / "best.safetensors", scenes)
     right = (found == truth).mean((1, 2))
     paths = sorted((scenes / "images" / "val").iterdir())
-    for panels, index in zip(drawn, np.argsort(right)[:2], strict=True):
+    names = [path.name for path in paths]
+    for panels, share in zip(drawn, np.sort(right)[:2], strict=True):
         (title, image, _), (_, _, true), (_, _, predicted) = panels
-        assert title == paths[index].name
+        index = names.index(title)
+        assert right[index] == pytest.approx(share, abs=1e-3)  # any of those that are equal
         assert np.array_equal(image, Image.open(paths[index]))
         assert np.array_equal(true, truth[index])
         assert (predicted == found[index]).mean() > 0.999
+    assert len({panels[0][0] for panels in drawn}) == 2
     assert {path.name for path in (tmp_path / "worst").iterdir()} == {"1.png", "2.png"}
 
 

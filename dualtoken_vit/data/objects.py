@@ -62,15 +62,12 @@ class _IoUCrop(v2.RandomIoUCrop):
         self.objects = objects
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        crowds = 0
-        for place, each in enumerate(flat_inputs):
-            if isinstance(each, tv_tensors.BoundingBoxes):
-                flat_inputs[place] = tv_tensors.wrap(each[: self.objects], like=each)
-                crowds = len(each) - self.objects
-        params = super().make_params(flat_inputs)
+        boxes = next(each for each in flat_inputs if isinstance(each, tv_tensors.BoundingBoxes))
+        objects = tv_tensors.wrap(boxes[: self.objects], like=boxes)
+        params = super().make_params([objects if each is boxes else each for each in flat_inputs])
         if params:  # without, the image stays as it is
             inside = params["is_within_crop_area"]
-            params["is_within_crop_area"] = torch.cat((inside, inside.new_ones(crowds)))
+            params["is_within_crop_area"] = torch.cat((inside, inside.new_ones(len(boxes) - self.objects)))
         return params
 
 

@@ -61,9 +61,7 @@ def ema_update(decay: float) -> Callable[..., None]:
     """
 
     def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-        if not (
-            values[0].is_floating_point() or values[0].is_complex()
-        ):  # buffers of indices and counters, which have no mean
+        if not (values[0].is_floating_point() or values[0].is_complex()):  # indices and counters
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)
             return

@@ -300,6 +300,29 @@ def test_bad_input(models, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_error_leaves_what_was_measured_before_it(capsys):
+    options = QUICK | dict(batch_sizes=(2, 1), modes=("eager",), train=True, memory=False, json=True)
+    with pytest.raises(InputError, match="resnet10t does not run .eager, batch 1"):
+        benchmark(("resnet10t",), **options)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["model"], result["batch_size"], result["ratio"]) == ("resnet10t", 2, 1)
+
+
+def test_ctrl_c_leaves_what_was_measured_before_it(capsys, monkeypatch):
+    measure = module._measure
+
+    def interrupted(counts, settings, batch_size, **options):
+        if batch_size == 2:
+            raise KeyboardInterrupt
+        return measure(counts, settings, batch_size, **options)
+
+    monkeypatch.setattr(module, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(MODELS, **QUICK, modes=("eager",), memory=False, json=True)
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [(one["batch_size"], one["model"]) for one in results] == [(1, name) for name in MODELS]
+
+
 def test_no_such_device():
     missing = "mps" if torch.cuda.is_available() else "cuda"
     with pytest.raises(InputError, match=f"device.*{missing}"):

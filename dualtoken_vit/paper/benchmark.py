@@ -7,8 +7,9 @@ all of them alike. The same holds for modes, precisions and numbers of threads. 
 
 import math
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from json import dumps
@@ -334,7 +335,8 @@ def benchmark(
         images are channels-last; detectors have 80 classes, segmenters 150.
 
     Raises:
-        InputError: for an unknown model, a model that does not accept this size, or an unavailable device.
+        InputError: for an unknown model, a model that does not accept this size, or an unavailable device. What was
+            measured before is printed, as on Ctrl-C.
     """
     check_models(models, train)
     least = {"batch_sizes": min(batch_sizes, default=0), "rounds": rounds, "threads": min(threads, default=1)}
@@ -364,6 +366,19 @@ def benchmark(
     if hasattr(os, "getloadavg"):
         load = ", ".join(f"{x:.2f}" for x in os.getloadavg())
         described["load"] = f"{load} (average over 1, 5, 15 minutes)"
+    about = {
+        "size": "of the images, width x height in pixels",
+        "latency": f"{'training step' if train else 'forward pass'} of a whole batch, median over {rounds} rounds; "
+        "spread is the interquartile range",
+        "ratio": f"speed relative to {models[0]}, all else equal; above 1 is faster",
+        "memory": HOW_MEMORY_IS_MEASURED.get(counted[0].device.type, "not measured on this device"),
+        "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
+    }
+    if any(kind in DETECTORS or name in TORCHVISION_DETECTORS for kind, name in map(split, models)):
+        about["detectors"] = (
+            "untrained, on noise: they detect little or nothing, so speed, memory and MACs exclude mask heads and most "
+            "of the suppression of boxes and pasting of masks"
+        )
     if not json:
         lines = [f"{key:<10} {value}" for key, value in described.items()]
         print("\n".join(["```", *lines, "```"] if markdown else lines), flush=True)
@@ -372,9 +387,9 @@ def benchmark(
         ([replace(size, mode=m, precision=p, threads=t) for m, p, t in product(modes, precision, threads)], size, batch)
         for size, batch in product(counted, batch_sizes)
     ]
-    results: list[Result] = []
     columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True)) as progress:
+    bars = Progress(*columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True))
+    with _printed(described, about, models, modes, json, markdown) as results, bars as progress:
         bar = progress.add_task("", total=len(models) * (len(counted) + len(cells) * len(cells[0][0]) * (1 + rounds)))
 
         def done(what: str) -> None:
@@ -390,31 +405,44 @@ def benchmark(
             for settings, size, batch_size in cells:
                 options: dict[str, Any] = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
                 results += _measure(counts[size], settings, batch_size, **options)
-
-    results.sort(key=lambda r: modes.index(r.mode))
-    about = {
-        "size": "of the images, width x height in pixels",
-        "latency": f"{'training step' if train else 'forward pass'} of a whole batch, median over {rounds} rounds; "
-        "spread is the interquartile range",
-        "ratio": f"speed relative to {models[0]}, all else equal; above 1 is faster",
-        "memory": HOW_MEMORY_IS_MEASURED.get(counted[0].device.type, "not measured on this device"),
-        "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
-    }
-    if any(kind in DETECTORS or name in TORCHVISION_DETECTORS for kind, name in map(split, models)):
-        about["detectors"] = (
-            "untrained, on noise: they detect little or nothing, so speed, memory and MACs exclude mask heads and most "
-            "of the suppression of boxes and pasting of masks"
-        )
-    if json:
-        print(dumps({"machine": described, "about": about, "results": [asdict(r) for r in results]}, indent=2))
-    else:
-        head = ("<mode", "<precision", "threads", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %")
-        groups = [map(_cells, results[i : i + len(models)]) for i in range(0, len(results), len(models))]
-        print(table_text((*head, "memory MiB", "params M", "MACs G"), groups, markdown))
-        print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
     if plot is not None:
         save_growth(results, plot)
     return results
+
+
+@contextmanager
+def _printed(
+    described: dict[str, str],
+    about: dict[str, str],
+    models: Sequence[str],
+    modes: Sequence[str],
+    json: bool,
+    markdown: bool,
+) -> Iterator[list[Result]]:
+    """A list of results, printed in the order of `modes` when the block ends, by an error or Ctrl-C too."""
+    results: list[Result] = []
+    try:
+        yield results
+    finally:
+        results.sort(key=lambda r: modes.index(r.mode))
+        if results and json:
+            print(dumps({"machine": described, "about": about, "results": [asdict(r) for r in results]}, indent=2))
+        elif results:
+            head = (
+                "<mode",
+                "<precision",
+                "threads",
+                "size",
+                "batch",
+                "<model",
+                "img/s",
+                "ratio",
+                "latency ms",
+                "spread %",
+            )
+            groups = [map(_cells, results[i : i + len(models)]) for i in range(0, len(results), len(models))]
+            print(table_text((*head, "memory MiB", "params M", "MACs G"), groups, markdown))
+            print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
 
 
 def _cells(r: Result) -> tuple[str, ...]:

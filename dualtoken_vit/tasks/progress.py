@@ -23,6 +23,7 @@ def quiet() -> None:
         r".*IterableDataset. has .__len__. defined.*",  # each of our workers has its own share
         r".*broadcast_buffers. is deprecated.*",  # its successor is not in every PyTorch that we support
         r".*srun. command is available.*",
+        r".*pin_memory=True.*persistent_workers=True.*",  # the loader is the same in all epochs
     ):
         warnings.filterwarnings("ignore", message)
 

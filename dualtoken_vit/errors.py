@@ -4,9 +4,9 @@ import errno
 import re
 from textwrap import shorten
 
-MEMORY = re.compile(  # of PyTorch, C++, Python, oneDNN, the dynamic linker, C++'s threads
+MEMORY = re.compile(  # of PyTorch, C++, Python, oneDNN, the dynamic linker, C++'s threads, cuBLAS and cuDNN, MPS
     r"out of memory|allocate memory(?! in static TLS)|bad_alloc|start new thread|create a primitive(?! desc)"
-    r"|failed to map segment|Resource temporarily unavailable"
+    r"|failed to map segment|Resource temporarily unavailable|STATUS_ALLOC_FAILED|Invalid buffer size"
 )
 
 

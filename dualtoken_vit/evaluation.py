@@ -165,7 +165,7 @@ def evaluate(
     try:
         trainer = lightning.Trainer(
             accelerator=predictor.device.type,
-            devices=1,
+            devices=1 if predictor.device.index is None else [predictor.device.index],
             precision=precision,  # type: ignore[arg-type]
             logger=False,
             enable_checkpointing=False,
@@ -180,6 +180,7 @@ def evaluate(
         seed=recipe.run.seed,
         workers=recipe.data.workers,
         collate_fn=module.collate,
+        pin_memory=predictor.device.type == "cuda",
     )
     with explained("give a smaller --batch-size, or smaller images (--data.*)"):
         trainer.validate(module, batches, verbose=False)

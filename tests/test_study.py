@@ -120,7 +120,17 @@ def test_networks_are_the_papers():
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "study"
-BUDGET = {"image_size", "epochs", "warmup_epochs", "batch_size", "precision", "validate_every", "device", "workers"}
+BUDGET = {
+    "image_size",
+    "epochs",
+    "warmup_epochs",
+    "batch_size",
+    "precision",
+    "validate_every",
+    "device",
+    "devices",
+    "workers",
+}
 
 
 def test_presets_train_alike():

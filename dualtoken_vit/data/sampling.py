@@ -167,6 +167,7 @@ def loader(
     groups: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     collate_fn: Callable | None = None,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """The batches that process `rank` of `world` sees in one epoch.
 
@@ -190,6 +191,7 @@ def loader(
         weights: how often each image occurs in training, relative to the others, in as many batches; None: once. Not
             for a stream.
         collate_fn: makes a batch of a list of samples; default: tensors are stacked
+        pin_memory: whether the batches go to a CUDA device, see PyTorch's DataLoader
 
     Returns:
         A loader of what `collate_fn` makes; for classification, (images (B, C, S, S), targets (B,)).
@@ -200,7 +202,7 @@ def loader(
     common: dict[str, Any] = dict(
         collate_fn=collate_fn,
         worker_init_fn=outlast_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(mix(seed, epoch)),  # a loader would otherwise draw from the global one
     )
     samples: Any = dataset

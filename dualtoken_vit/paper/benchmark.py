@@ -9,7 +9,8 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from json import dumps
@@ -229,7 +230,7 @@ def _peak_memory(name: str, batch_size: int, setting: Setting, call: Callable[[]
         call()
         return torch.cuda.max_memory_allocated() - before
     if setting.device.type == "cpu" and setting.mode == "eager" and Path("/proc/self/status").exists():
-        with ProcessPoolExecutor(1, get_context("spawn")) as fresh_process:
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh_process, suppress(BrokenProcessPool):  # killed
             return fresh_process.submit(_cpu_memory, name, batch_size, setting).result()
     return None
 
@@ -248,6 +249,9 @@ def _measure(
     calls: dict[tuple[Setting, str], Callable[[], object]] = {}
     peaks: dict[tuple[Setting, str], int | None] = {}
     torch.compiler.reset()
+    if settings[0].device.type == "cuda":  # cuBLAS's workspaces, which would count as memory of the first model
+        x = torch.ones(8, 8, device=settings[0].device, requires_grad=True)
+        F.linear(x, x, x[0]).sum().backward()
     for setting, name in product(settings, counts):
         before = torch.cuda.memory_allocated() if setting.device.type == "cuda" else 0
         calls[setting, name] = call = setting.call(name, batch_size)
@@ -324,7 +328,7 @@ def benchmark(
         precision: data types; in training, of autocast.
         threads: numbers of CPU threads; none: PyTorch's.
         train: measure training steps, with AdamW.
-        memory: also measure the peak memory.
+        memory: measure the peak memory too; --no-memory leaves it out.
         json: print one JSON object.
         markdown: print the table as Markdown.
         plot: PNG file: latency against image size.

@@ -117,7 +117,7 @@ _GPU = replace(
     TRAINING,
     data=replace(TRAINING.data, image_size=112, workers=4),
     optim=replace(TRAINING.optim, epochs=20, batch_size=64, warmup_epochs=1),
-    run=Run(precision="bf16-mixed", validate_every=5),
+    run=Run(devices=1, precision="bf16-mixed", validate_every=5),
 )
 PRESETS: dict[str, tuple[str, Study]] = {
     "cpu": (

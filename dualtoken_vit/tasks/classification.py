@@ -147,9 +147,12 @@ class ClassificationModule(TaskModule):
             x, target = self.mixup(x, target)  # the targets become smoothed probabilities
             smoothing = 0.0
         logits = self(x)
-        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(logits.device)  # once: a copy at each step makes it wait
         # Not divided by the weights of the batch: the mean over processes is that over all their images.
-        loss = F.cross_entropy(logits, target, weight=weights, label_smoothing=smoothing, reduction="none").mean()
+        loss = F.cross_entropy(
+            logits, target, weight=self.class_weights, label_smoothing=smoothing, reduction="none"
+        ).mean()
         if self.teacher is not None:
             distill = self.recipe.distill
             imitation = distillation_loss(logits, self.teacher(x), distill.temperature)

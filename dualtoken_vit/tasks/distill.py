@@ -44,7 +44,7 @@ class Teacher:
         self, model: nn.Module, rows: Sequence[int], own: dict[str, Sequence[float]], given: dict[str, Sequence[float]]
     ):
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.rows = list(rows)
+        self.rows = torch.tensor(rows)
         mean, std = (torch.tensor(own[key]).view(-1, 1, 1) for key in ("mean", "std"))
         given_mean, given_std = (torch.tensor(given[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.scale, self.shift = given_std / std, (given_mean - mean) / std
@@ -57,7 +57,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:  # (B, C, S, S) -> logits (B, classes)
-        x = x * self.scale.to(x.device) + self.shift.to(x.device)
+        self.scale, self.shift, self.rows = (each.to(x.device) for each in (self.scale, self.shift, self.rows))
+        x = x * self.scale + self.shift
         return self.model.to(x.device)(x.contiguous(memory_format=torch.channels_last))[:, self.rows]
 
 

@@ -98,6 +98,7 @@ class Loaders(lightning.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             collate_fn=self.trainer.lightning_module.collate,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
             **more,
         )
 

@@ -91,7 +91,8 @@ class MultiLabelModule(TaskModule):
         x, target = batch
         loss = self.criterion(self.model(x.contiguous(memory_format=torch.channels_last)), target)
         if self.class_weights is not None:
-            loss = loss * torch.where(target > 0, self.class_weights.to(target), 1.0)
+            self.class_weights = self.class_weights.to(target)
+            loss = loss * torch.where(target > 0, self.class_weights, 1.0)
         loss = loss.mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss

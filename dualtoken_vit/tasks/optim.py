@@ -7,6 +7,8 @@ from typing import Any
 import timm.optim
 import torch
 from torch import Tensor, nn
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dualtoken_vit.errors import InputError
@@ -68,6 +70,20 @@ def ema_update(decay: float) -> Callable[..., None]:
         get_ema_multi_avg_fn(min(decay, 1 - (1 + count.item()) ** (-2 / 3)))(averages, values, count)
 
     return update
+
+
+class Average(WeightAveraging):
+    """The average of the weights by `ema_update`, on the device of the run.
+
+    Lightning would keep it where the network is at `setup`, which is the CPU, and copy all weights there at each step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=ema_update(decay))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
 
 
 def warmup_steps(optim: Optim, steps_per_epoch: int) -> int:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from time import monotonic
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -33,9 +34,16 @@ class ProgressBar(RichProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=10 if sys.stderr.isatty() else 0, console_kwargs={"stderr": True})
+        self.metrics: dict[str, Any] = {}
+        self.due = 0.0
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+        """Read as often as the bar is drawn: reading the loss of each step, the CPU would wait for the GPU."""
+        if (now := monotonic()) >= self.due:
+            self.due = now + 1 / self.refresh_rate
+            metrics = super().get_metrics(trainer, pl_module)
+            self.metrics = {key: value for key, value in metrics.items() if key != "v_num"}
+        return self.metrics
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}".ljust(len(self.validation_description))

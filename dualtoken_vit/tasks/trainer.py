@@ -12,7 +12,6 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,7 +29,7 @@ from dualtoken_vit.tasks.failures import explained
 from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.loggers import check_logger
 from dualtoken_vit.tasks.networks import choose_weights
-from dualtoken_vit.tasks.optim import build_optimizer, ema_update, schedule_notes
+from dualtoken_vit.tasks.optim import Average, build_optimizer, schedule_notes
 from dualtoken_vit.tasks.progress import ProgressBar, quiet
 from dualtoken_vit.tasks.registry import get_task
 
@@ -39,8 +38,10 @@ def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
     """Lightning's Trainer with our callbacks; an InputError for a device that this machine lacks."""
     run, optim = recipe.run, recipe.optim
     budget = [TimeBudget(folder)] if run.max_minutes is not None and not folder.begun else []
-    averaging = [WeightAveraging(multi_avg_fn=ema_update(optim.ema_decay))] if optim.ema_decay is not None else []
+    averaging = [Average(optim.ema_decay)] if optim.ema_decay is not None else []
     gpus = torch.cuda.device_count() if run.device in ("auto", "cuda") else 0
+    if gpus:
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in timm's train.py; convolutions have it by default
     processes = run.nodes * (max(gpus, 1) if run.devices == "auto" else run.devices)
     try:
         return lightning.Trainer(

@@ -1,4 +1,4 @@
-# make demo    train the default recipe, evaluate it, predict; about two minutes on two cores after the install
+# make demo    train the recipe demo, evaluate it, predict; about two minutes on two cores after the install
 # make test    the tests, but those that take more than ten seconds each;  make test-slow: these
 # make test-wheel  the wheel with each extra in an empty environment, which downloads PyTorch
 # make docs    the site, in docs/_build/index.html; a warning is an error

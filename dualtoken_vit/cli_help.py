@@ -27,7 +27,7 @@ EXAMPLES = {
     ),
     "train classification": (
         "train folder --data.root photos --data.image-size 112 --out runs/photos",
-        "train folder --data.root photos --data.holdout 0.1 --model.pretrained auto",
+        "train folder --data.root photos --data.holdout 0.1 --model.pretrained false",
         "train folder --data.root photos --model.checkpoint runs/photos/best.safetensors --optim.lr 3e-4",
     ),
     "train multilabel": ("train multilabel --data.root labelled --loss asymmetric --out runs/labels",),

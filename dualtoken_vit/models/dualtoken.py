@@ -157,6 +157,26 @@ class Block(nn.Module):
 class DualTokenViT(TwoStreamViT):
     """Position-aware efficient vision transformer with dual token fusion.
 
+    Tables and equations are the paper's. The first five arguments have a value per stage.
+
+    Args:
+        dims: channels C (Table 1)
+        depths: blocks (Table 1)
+        num_heads: heads of all attention layers (Table 1)
+        mlp_ratios: expansion of the FFN
+        kernel_sizes: of the depthwise convolution in the Conv Encoder (eq. 3.1); 0: no local branch
+        alpha: weight of the position-aware global tokens in their fusion with X_ga (eq. 3.7)
+        token_mlp: MLP on the global tokens: "mlp" (eq. 3.8) or "mix" (eq. 3.9, the networks called mix)
+        token_grid: n of the n x n position-aware global tokens: 3 to 8, or 0 for none (Table 7)
+        global_tokens: "position", or 8 tokens without positions: "normal" or "normal_star" (Table 6)
+        local_attention: local branch: "conv", or "window" self-attention (Table 8)
+        downsampling: of the map on which global information is aggregated: "stepwise" or "onestep" (Table 9)
+        grid_resize: interpolation of X_ga to the token grid, which the paper leaves open: "bilinear" or "antialias"
+            (bilinear with antialiasing)
+        proj_drop_rate, attn_drop_rate: dropout in the FFN, and of attention weights
+        kwargs: head_hidden_size, output_stride, in_chans, num_classes, global_pool, drop_rate, drop_path_rate: see
+            `TwoStreamViT`
+
     Raises:
         ValueError: for an unknown value, an invalid combination of arguments, or a per-stage argument that does not
             have one value per stage.

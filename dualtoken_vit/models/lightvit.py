@@ -65,6 +65,19 @@ class LightBlock(nn.Module):
 class LightViT(TwoStreamViT):
     """Light-weight vision transformer without convolutions except in the stem.
 
+    The first four arguments have a value per stage.
+
+    Args:
+        dims: channels C
+        depths: blocks
+        num_heads: heads of all attention layers
+        mlp_ratios: expansion of the FFN
+        num_tokens: number of global tokens, 1 or more
+        window: side of the windows of self-attention, in tokens
+        proj_drop_rate, attn_drop_rate: dropout in the FFN, and of attention weights
+        kwargs: head_hidden_size, output_stride, in_chans, num_classes, global_pool, drop_rate, drop_path_rate: see
+            `TwoStreamViT`
+
     Raises:
         ValueError: if a per-stage argument does not have one value per stage, or without global tokens.
     """

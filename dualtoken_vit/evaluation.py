@@ -16,6 +16,7 @@ from dualtoken_vit.checkpoint import checksum, locate, store_preprocessing
 from dualtoken_vit.data.contract import fingerprint, unread_test_split
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.files import guard
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.predictors import default_options, load_predictor, read_header, stored_recipe
 from dualtoken_vit.recipes import Recipe
@@ -118,6 +119,8 @@ def evaluate(
     out = None if out is None else Path(out)
     if out is not None and any((out / name).exists() for name in RUN):
         raise InputError(f"--out {out}: holds a run, whose files are kept; give another, for example {out / 'test'}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file; name a folder")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: must be at least 1")
     quiet()
@@ -190,7 +193,8 @@ def evaluate(
     if calibrate:
         evaluation = _calibrate(module, checkpoint, read, evaluation)
     if out is not None:
-        module.save_details(out, evaluation)
+        with guard(out):
+            module.save_details(out, evaluation)
     if "val_split" not in given and (test := unread_test_split(recipe.data, images.splits)):
         return replace(evaluation, notes=(f"evaluated on validation images; the test split: --data.split {test}",))
     return evaluation

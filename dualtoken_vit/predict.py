@@ -6,8 +6,9 @@ Exported files need neither PyTorch nor the train extra.
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import islice
 from json import dump, dumps
 from math import ceil
@@ -28,6 +29,7 @@ from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.show.drawing import COLUMNS, ROWS, Sheet, save_image, sheet_name
 from dualtoken_vit.show.video import Video, VideoWriter, is_video
 
+LONGEST = 200  # bytes of a name, without what is added: ".labels.png", ".stages.2.blocks.3.npy", ".tmp", a number
 RECORD = "predictions.json"  # marks a folder as one that `predict` wrote
 
 
@@ -73,21 +75,22 @@ def predict(
     if out and begun:  # else a run that is cut short leaves a folder that the next one rejects
         write_json(record, out / RECORD)
     predictions = predictor.stream([source.path for source in sources], batch_size, "predicting")
-    for source, prediction in zip(sources, predictions, strict=True):
-        if prediction.image is None or prediction.error is not None:
-            record["unreadable"].append({"image": str(source.path), "reason": str(prediction.error)})
-            continue
-        report.add(source.path, prediction.image, prediction.result)
-        if out:
-            for suffix, image in report.files(prediction.result).items():
-                with atomic_write(out / f"{source.place}{suffix}") as file:
-                    image.save(file, "PNG")
-            with guard(place := out / f"{source.place}.png"):
-                drawing, small, caption = report.draw(source.path.name, prediction.image, prediction.result)
-                save_image(drawing, place)
-                if sheet:
-                    sheet.add(small, source.path.name, *caption)
-            older.difference_update(os.path.abspath(out / f"{source.place}{suffix}") for suffix in report.suffixes)
+    with kept(partial(_finish, record, report, out, json), report.predictions):
+        for source, prediction in zip(sources, predictions, strict=True):
+            if prediction.image is None or prediction.error is not None:
+                record["unreadable"].append({"image": str(source.path), "reason": str(prediction.error)})
+                continue
+            report.add(source.path, prediction.image, prediction.result)
+            if out:
+                for suffix, image in report.files(prediction.result).items():
+                    with atomic_write(out / f"{source.place}{suffix}") as file:
+                        image.save(file, "PNG")
+                with guard(place := out / f"{source.place}.png"):
+                    drawing, small, caption = report.draw(source.path.name, prediction.image, prediction.result)
+                    save_image(drawing, place)
+                    if sheet:
+                        sheet.add(small, source.path.name, *caption)
+                older.difference_update(os.path.abspath(out / f"{source.place}{suffix}") for suffix in report.suffixes)
     if len(record["unreadable"]) == len(sources) and not json:
         if out and begun:
             with suppress(OSError):
@@ -97,16 +100,34 @@ def predict(
         sheet.close()
         older.difference_update(os.path.abspath(sheet.folder / sheet_name(page)) for page in range(1, sheet.page))
 
+    _finish(record, report, out, json)
+    if out:
+        tell_older(out, older, [out / RECORD, *(each.path for each in sources)])
+    return tell_unreadable(record["unreadable"], len(sources))
+
+
+def _finish(record: dict[str, Any], report: Report, out: Path | None, json: bool) -> None:
+    """Write and print what was predicted."""
     record |= report.record()
     if out:
         write_json(record, out / RECORD)
-        tell_older(out, older, [out / RECORD, *(each.path for each in sources)])
     if json:
         dump(record, sys.stdout)
         print()
     else:
         print_table(report)
-    return tell_unreadable(record["unreadable"], len(sources))
+
+
+@contextmanager
+def kept(finish: Callable[[], object], results: Sized) -> Iterator[None]:
+    """Inside, an error or Ctrl-C leaves the results so far as `finish` writes and prints them."""
+    try:
+        yield
+    except BaseException:
+        if len(results):
+            with suppress(InputError):  # the first error is the one to be reported
+                finish()
+        raise
 
 
 def _load(checkpoint: Path, options: dict[str, Any]) -> BasePredictor[Any]:
@@ -287,6 +308,7 @@ def find_images(
     taken = {sheet_name(page + 1) for page in range(ceil(len(found) / (COLUMNS * ROWS)))}
     sources = []
     for path, below in found.values():
+        below = below.with_name(_shortened(below.name))
         number, place = 1, str(below)
         while any(
             name.casefold() in taken or (out and os.path.abspath(out / name) in found)
@@ -297,6 +319,14 @@ def find_images(
         taken |= {f"{place}{suffix}".casefold() for suffix in suffixes}
         sources.append(Source(path, place))
     return sources
+
+
+def _shortened(name: str) -> str:
+    """A file name that suffixes can be added to: file systems take 255 bytes."""
+    if len(os.fsencode(name)) <= LONGEST:
+        return name
+    stem, suffix = os.path.splitext(name)
+    return stem.encode(errors="ignore")[: LONGEST - len(suffix)].decode(errors="ignore") + suffix
 
 
 def _is_in(path: Path, folder: Path) -> bool:

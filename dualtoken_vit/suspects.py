@@ -10,7 +10,7 @@ from dualtoken_vit.data.classification import ImageDataset, build_val_dataset
 from dualtoken_vit.data.contract import fingerprint
 from dualtoken_vit.data.images import load_image
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, printable
+from dualtoken_vit.files import atomic_write, guard, printable
 from dualtoken_vit.predictors import load_predictor, read_header, stored_recipe
 from dualtoken_vit.recipes import Classification, Recipe
 from dualtoken_vit.show.console import table_text
@@ -66,14 +66,15 @@ def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
         InputError: for a recipe or a run of another task, a run on other images or classes, or an image that two runs
             held out.
     """
-    found: dict[str, Suspect] = {}
+    every: set[str] = set()
+    opened: list[tuple[Path, Any, ImageDataset]] = []
     for path, trained in open_runs(recipe, runs):
         data = replace(recipe.data, holdout=trained.data.holdout, fold=trained.data.fold)
         predictor: Any = load_predictor(path, top_k=len(read_header(path).class_names))
         images = build_val_dataset(data, predictor.channels, predictor.class_names)
         if not isinstance(images, ImageDataset):
             raise InputError("--suspects: not available for data that is read as a stream")
-        if twice := next((name for name in images.image_names if name in found), None):
+        if twice := next((name for name in images.image_names if name in every), None):
             raise InputError(
                 f"--suspects {path}: another run held out {printable(twice)} too; give each another data.fold"
             )
@@ -82,6 +83,11 @@ def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
                 f"--suspects {path}: these are not the images that it held out, so it may have been trained on them; "
                 "give the data that it was trained with, or train it again"
             )
+        every.update(images.image_names)
+        opened.append((path, predictor, images))
+
+    found = []
+    for path, predictor, images in opened:
         results = predictor.stream(images.sources, title=f"predicting by {printable(path)}")
         for (name, source, target), one in zip(images.records(), results, strict=True):
             if one.result is None:
@@ -89,8 +95,8 @@ def rank(recipe: Classification, runs: Sequence[Path]) -> list[Suspect]:
             shares = dict(zip(one.result.labels.tolist(), one.result.probabilities.tolist(), strict=True))
             other = next(label for label in shares if label != target)
             asked, likely = predictor.class_names[target], predictor.class_names[other]  # as in the data
-            found[name] = Suspect(name, source, asked, likely, shares[target], shares[other])
-    return sorted(found.values(), key=lambda each: each.margin)
+            found.append(Suspect(name, source, asked, likely, shares[target], shares[other]))
+    return sorted(found, key=lambda each: each.margin)
 
 
 def report(suspects: Sequence[Suspect], out: Path) -> None:
@@ -102,15 +108,16 @@ def report(suspects: Sequence[Suspect], out: Path) -> None:
         (one.image, one.label, f"{one.label_probability:.4f}", one.predicted, f"{one.predicted_probability:.4f}")
         for one in suspects
     ]
+    print(table_text(("<image", "<label", "probability", "<more likely", "probability"), [rows[:10]]))
     with atomic_write(path := out / "suspects.csv", "w") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "label", "label_probability", "predicted", "predicted_probability"))
         writer.writerows(map(printable, row) for row in rows)  # names may have bytes that are not UTF-8
-    sheet = Sheet(out / "suspects")
-    for one in suspects[: COLUMNS * ROWS]:
-        image, asked = load_image(one.source, 3, one.image), f"{one.label}: {one.predicted}?"
-        sheet.add(image, Path(one.image).name, asked, one.predicted_probability)
-    sheet.close()
-    print(table_text(("<image", "<label", "probability", "<more likely", "probability"), [rows[:10]]))
+    with guard(out / "suspects"):
+        sheet = Sheet(out / "suspects")
+        for one in suspects[: COLUMNS * ROWS]:
+            image, asked = load_image(one.source, 3, one.image), f"{one.label}: {one.predicted}?"
+            sheet.add(image, Path(one.image).name, asked, one.predicted_probability)
+        sheet.close()
     doubtful = sum(one.margin < 0 for one in suspects)
     print(f"{doubtful} of {len(suspects)} labels are doubtful: another class is more likely; all images are in {path}")

@@ -1,5 +1,6 @@
 """What depends on the device of a run, with stand-ins for devices that the machine of the tests lacks."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning
@@ -17,6 +18,7 @@ from dualtoken_vit.tasks import progress
 from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.optim import Average
 from dualtoken_vit.tasks.predictor import Predictor
+from dualtoken_vit.tasks.registry import get_task
 
 
 def trainer(device):
@@ -75,6 +77,17 @@ def test_the_loss_is_read_as_often_as_it_is_drawn(monkeypatch):
     assert read == [1.0, 1.101, 1.3]
     assert [each["loss"] for each in shown] == [1.0, 1.0, 1.101, 1.101, 1.3]
     assert shown[0].keys() == {"loss"}
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:0", "cpu"])
+def test_pixels_are_counted_on_the_cpu_for_mps(device, monkeypatch):
+    made = RECIPES["demo-segment"]
+    made = replace(made, data=replace(made.data, limit=4))
+    task, moved = get_task(made.task).prepare(made, made.model).module, []
+    monkeypatch.setattr(type(task.metric), "cpu", lambda metric: moved.append(metric))
+    task._device = torch.device(device)
+    task.on_validation_start()
+    assert moved == [task.metric] * (device == "mps")
 
 
 @pytest.mark.parametrize(

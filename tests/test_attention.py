@@ -17,6 +17,7 @@ from timm.utils import AttentionExtract
 from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.checkpoint import store_preprocessing
 from dualtoken_vit.errors import InputError
+from dualtoken_vit.paper import attention as attention_module
 from dualtoken_vit.paper.attention import (
     Seen,
     blocks_of,
@@ -254,3 +255,28 @@ def test_other_networks_are_rejected(tmp_path):
     with pytest.raises(InputError, match="no Dual Token Blocks"):
         run(other, tmp_path / "a.png", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_examined_before_an_error_is_kept(checkpoint, tmp_path, monkeypatch, capsys):
+    images = [solid(tmp_path / f"{name}.png") for name in "abc"]
+    out, examine = tmp_path / "maps", attention_module._examine
+    left = iter((examine, examine))
+
+    def cut(*args):
+        for one in left:
+            return one(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attention_module, "_examine", cut)
+    with pytest.raises(KeyboardInterrupt):
+        attention_module.attention(checkpoint, tuple(images), out=out)
+    record = json.loads((out / "attention.json").read_text())
+    assert [one["image"] for one in record["images"]] == [str(path) for path in images[:2]]
+    printed = capsys.readouterr().out
+    assert str(images[1]) in printed
+    assert str(images[2]) not in printed
+
+    complete = (out / "attention.json").read_bytes()
+    with pytest.raises(KeyboardInterrupt):  # before any image
+        attention_module.attention(checkpoint, tuple(images), out=out)
+    assert (out / "attention.json").read_bytes() == complete

@@ -244,3 +244,21 @@ def test_augmented_images_alternate_their_flips(tmp_path, monkeypatch):
     flipped = [image.getpixel((4, 16))[0] > 100 for image in drawn]
     assert flipped == [bool(train.flipped[index]) for index in spread(range(16))]
     assert 0 < sum(flipped) < len(flipped)
+
+
+def test_a_policy_is_checked_before_the_images_are_read(photos, monkeypatch):
+    monkeypatch.setattr("dualtoken_vit.data.check.report.read_all", lambda *args: pytest.fail("read"))
+    augment = ClassificationAugment(auto_augment="nonsense")
+    recipe = Classification(data=ClassificationData(root=str(photos)), augment=augment)
+    with pytest.raises(InputError, match=r"--augment\.auto-augment nonsense: not a policy"):
+        check_data(recipe, photos / "out", augmented=True)
+
+
+def test_a_report_without_its_sheet(photos, capsys):
+    """Where it cannot be written, for example because the folder is a file."""
+    (photos / "out").touch()
+    assert check_data(Classification(data=ClassificationData(root=str(photos))), photos / "out")
+    printed = capsys.readouterr()
+    assert "no sheet of images was drawn" in printed.out.splitlines()
+    assert "labels.png" not in printed.out
+    assert "cannot write" in printed.err

@@ -1,6 +1,7 @@
 """Localisation against loops over the positions, on maps with known results, and the command."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from dualtoken_vit import cli
 from dualtoken_vit.data.detection import DetectionDataset, draw_scenes, save_scenes
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.layers import resize_grid
+from dualtoken_vit.paper import localise as localise_module
 from dualtoken_vit.paper.attention import blocks_of
 from dualtoken_vit.paper.localise import Score, draw, gathered, measure, places_of
 
@@ -283,3 +285,20 @@ def test_mistakes(checkpoint, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"none\.json: no objects"):
         run(checkpoint, "--images", tmp_path, "--annotations", tmp_path / "none.json")
+
+
+def test_what_was_measured_before_an_error_is_printed(checkpoint, tmp_path, monkeypatch, capsys):
+    """The scores of the first network, where the second never predicts a labelled class."""
+    other = shutil.copy(checkpoint, tmp_path / "other.safetensors")
+    measured = []
+
+    def once(model, dataset, name, names=None):
+        if measured:
+            raise InputError("no objects of the predicted class")
+        measured.extend(measure(model, dataset, name, names))
+        return measured
+
+    monkeypatch.setattr(localise_module, "measure", once)
+    with pytest.raises(InputError, match="no objects of the predicted class"):
+        localise_module.localise((checkpoint, other), limit=2, device="cpu", json=True)
+    assert {one["checkpoint"] for one in json.loads(capsys.readouterr().out)["scores"]} == {str(checkpoint.parent)}

@@ -1,5 +1,6 @@
 import json
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 
 from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.predict import find_images, predict
+from dualtoken_vit.predict import RECORD, find_images, predict
+from dualtoken_vit.runtime.base import BasePredictor
 from dualtoken_vit.show.drawing import COLUMNS, FIRST, MARGIN, PANEL, ROWS, SIDE, draw_card
 
 NAMES = ("ant", "bee", "cat [x]", "dog")
@@ -366,3 +368,38 @@ def test_contact_sheets_show_every_image_in_order(constant, tmp_path):
             shown += [page.getpixel(middle) for middle in middles]
     assert shown == colors
     assert not (out / "sheet-3.png").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("the network produced NaN")])
+def test_what_was_predicted_before_an_error_is_kept(constant, tmp_path, monkeypatch, capsys, error):
+    """A record beside drawings of another run would be wrong."""
+    paths = tuple(solid(tmp_path / f"{name}.png") for name in "abc")
+    out, whole = tmp_path / "out", BasePredictor.stream
+    assert predict(constant, paths, out, device="cpu")
+    (out / RECORD).write_text((out / RECORD).read_text().replace(str(constant), "older"))
+
+    def cut(self, sources, *args):
+        yield from islice(whole(self, sources, *args), 2)
+        raise error
+
+    monkeypatch.setattr(BasePredictor, "stream", cut)
+    capsys.readouterr()
+    with pytest.raises(type(error)):
+        predict(constant, paths, out, device="cpu")
+    record = json.loads((out / RECORD).read_text())
+    assert record["checkpoint"] == str(constant)
+    assert [one["image"] for one in record["predictions"]] == [str(path) for path in paths[:2]]
+    printed = capsys.readouterr().out
+    assert "b.png" in printed
+    assert "c.png" not in printed
+
+
+@pytest.mark.parametrize("letter", ["a", "猫"])
+def test_drawings_of_long_names(constant, tmp_path, letter):
+    """A name has up to 255 bytes, to which the suffix of a drawing is added."""
+    stem = letter * (249 // len(letter.encode()))
+    paths = tuple(solid(tmp_path / f"{stem}{number}.png") for number in (1, 2))
+    assert predict(constant, paths, tmp_path / "out", device="cpu")
+    drawings = [path.name for path in (tmp_path / "out").glob(f"{letter}*")]
+    assert len(drawings) == 2
+    assert all(name.startswith(letter * 60) and ".png" in name and len(name.encode()) < 230 for name in drawings)

@@ -307,6 +307,16 @@ def test_killed_run_is_reported(photos, tmp_path, small, started):
         run(photos, tmp_path / "study", "--seeds", 1)
 
 
+def test_a_run_that_cannot_be_started_leaves_the_others_running(photos, tmp_path, small, started):
+    """Where its folder belongs to another user; here, its log is a folder."""
+    name = "-".join(("dualtoken_vit_tiny_mix", *(f"{key}={value}".replace(" ", "") for key, value in KWARGS.items())))
+    (tmp_path / "study" / "runs" / name / "seed-0" / "train.log").mkdir(parents=True)
+    started.command = ["sh", "-c", "sleep 1; exit 1"]
+    with pytest.raises(InputError, match=r"seed-0: .*train\.log.* \(and 1 more\)"):
+        run(photos, tmp_path / "study", "--seeds", 1, "--jobs", 2)
+    assert [process.returncode for process in started] == [1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_a_study_stops_its_runs(photos, tmp_path, small, started, number):
     """Each of two parallel runs signals this process and would then go on for minutes."""

@@ -17,6 +17,7 @@ from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.classification import build_datasets, build_val_dataset
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import RECIPES, to_dict
+from dualtoken_vit.runtime.base import BasePredictor
 from dualtoken_vit.suspects import Suspect, rank, report
 from dualtoken_vit.tasks.classification import label_descriptions
 
@@ -111,7 +112,8 @@ def test_wordnet_ids_of_one_description(tmp_path):
     assert found == [(bird, names[0], 0.25, names[1], 0.75), (machine, names[1], 0.75, names[0], 0.25)]
 
 
-def test_runs_must_fit(trained, photos):
+def test_runs_must_fit(trained, photos, monkeypatch):
+    monkeypatch.setattr(BasePredictor, "stream", lambda *args, **kwargs: pytest.fail("predicted before the checks"))
     with pytest.raises(InputError, match=r"another run held out .* too"):
         rank(recipe(photos), [trained[1], trained[1]])
     with pytest.raises(InputError, match="no such checkpoint"):
@@ -142,6 +144,13 @@ def test_runs_are_checked_before_the_images(args, message, tmp_path):
     with pytest.raises(InputError, match=message):
         cli.run(f"check-data {args} --data.root {tmp_path} --out {tmp_path / 'out'}".split())
     assert list(tmp_path.iterdir()) == [tmp_path / "notes.txt"]
+
+
+def test_suspects_are_printed_where_they_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*suspects\.csv"):
+        report([Suspect("a.png", Image.new("RGB", (8, 8)), "red", "blue", 0.25, 0.75)], tmp_path / "file")
+    assert "a.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [12, 14, 15, 16])

@@ -28,7 +28,7 @@ from dualtoken_vit.predict import predict
 from dualtoken_vit.predictors import load_model
 from dualtoken_vit.recipes import RECIPES, Model, to_dict
 from dualtoken_vit.tasks.networks import create_model
-from dualtoken_vit.tasks.run_folder import best_epoch
+from dualtoken_vit.tasks.run_folder import RunFolder, best_epoch
 from dualtoken_vit.tasks.trainer import train
 
 
@@ -139,6 +139,37 @@ def test_evaluation_of_nonsense(trained, arguments, message):
     with pytest.raises(InputError, match=message) as error:
         evaluate(trained[1] / "best.safetensors", **{"device": "cpu"} | arguments)
     assert "\n" not in str(error.value)
+
+
+def test_metrics_of_files_that_cannot_be_written(trained, tmp_path, monkeypatch, capsys):
+    """They are returned, and printed by the command; a folder that is a file is found before the evaluation."""
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.Trainer.validate", lambda *args, **kwargs: pytest.fail("evaluated"))
+        with pytest.raises(InputError, match=r"--out .*file: a file; name a folder"):
+            evaluate(trained[1] / "best.safetensors", out=tmp_path / "file", device="cpu")
+    (tmp_path / "out" / "evaluation.json").mkdir(parents=True)
+    expected = evaluate(trained[1] / "best.safetensors", device="cpu").metrics
+    assert evaluate(trained[1] / "best.safetensors", out=tmp_path / "out", device="cpu").metrics == expected
+    assert f"cannot write {tmp_path / 'out' / 'evaluation.json'}" in capsys.readouterr().err
+
+
+def test_reports_never_end_a_run(photos, tmp_path, monkeypatch, capsys):
+    """Tables that another program holds open, on Windows; here, folders in their place."""
+    begin = RunFolder.begin
+
+    def blocked(self, trainer, recipe):
+        begin(self, trainer, recipe)
+        for name in ("evaluation.json", "metrics.csv"):
+            (self.out / name).mkdir()
+
+    monkeypatch.setattr(RunFolder, "begin", blocked)
+    train(recipe(photos, optim={"epochs": 2}), out := tmp_path / "run")
+    assert torch.load(out / "last.ckpt", weights_only=False)["epoch"] == 1
+    assert read_checkpoint(out / "best.safetensors").metrics["epoch"] in (1, 2)
+    error = capsys.readouterr().err
+    assert error.count("cannot write") >= 3
+    assert "metrics.csv" in error
 
 
 @pytest.mark.parametrize(("classes", "curves"), [(20, ["top-1"]), (21, ["top-1", "top-5"])])

@@ -68,14 +68,18 @@ class AtrousPooling(ASPP):
 
 
 class Bins(nn.AdaptiveAvgPool2d):
-    """Average pooling to parts x parts bins; in an exported graph by matrix products, which allow dynamic sizes."""
+    """Average pooling to parts x parts bins.
+
+    In an exported graph by matrix products, which allow dynamic sizes, and on MPS, where PyTorch pools only sides that
+    are multiples of the bins.
+    """
 
     def __init__(self, parts: int):
         super().__init__(parts)
         self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, parts, parts)
-        if not torch.compiler.is_exporting():
+        if not torch.compiler.is_exporting() and x.device.type != "mps":
             return super().forward(x)
         rows, columns = (self.means(side, x) for side in x.shape[-2:])
         return rows @ x @ columns.T

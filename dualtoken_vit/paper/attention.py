@@ -35,7 +35,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_write, printable, write_json
 from dualtoken_vit.models.dualtoken import Block, PositionAwareFusion
 from dualtoken_vit.models.layers import Attention
-from dualtoken_vit.predict import files_in, find_images, none_readable, tell_older, tell_unreadable
+from dualtoken_vit.predict import files_in, find_images, kept, none_readable, tell_older, tell_unreadable
 from dualtoken_vit.predictors import load_predictor
 from dualtoken_vit.recipes import Device, Runtime
 from dualtoken_vit.runtime.predictor import ExportedPredictor
@@ -323,8 +323,8 @@ def attention(
     predicted class most. The table compares it with the estimate from the gradient.
 
     Args:
-        checkpoint: The best.safetensors of a DualToken-ViT classifier, or a file that export --attention wrote, which
-            has the last block only and needs --token.
+        checkpoint: The best.safetensors of a DualToken-ViT classifier, the name of a network whose weights come with
+            the package, or a file that export --attention wrote, which has the last block only and needs --token.
         images: Image files, and folders to search for them.
         out: Folder for the drawings: a new one, or an output folder of this command.
         block: Index of the block from 0; -1: the last.
@@ -366,49 +366,52 @@ def attention(
     record: dict[str, Any] = {"checkpoint": str(checkpoint), "block": name, "images": [], "unreadable": []}
     first: list[Seen] = []
     loaded = in_threads(predictor.load, [source.path for source in sources], len(sources), "attention", 16)
-    for source, (_, x, error) in zip(sources, loaded, strict=True):
-        if x is None:
-            record["unreadable"].append({"image": str(source.path), "reason": str(error)})
-            continue
-        seen, entry = _examine(predictor, name, x, place)
-        if not record["images"]:  # otherwise an interrupted run leaves a folder that the next run rejects
-            write_json(record, out / RECORD)
-        record["images"].append({"image": printable(source.path), **entry})
-        first += [seen] * (len(first) < ROWS)
-        figures = {"key.png": partial(draw_key_tokens, [seen]), "maps.png": partial(draw_maps, [seen])}
-        arrays = {"npy": seen.map}
-        if every_block:
-            figures["blocks.png"] = partial(draw_blocks, seen)
-            arrays |= {f"{key}.npy": found for key, found in seen.maps.items()}
-        written += [Path(f"{out / source.place}.{end}") for end in (*figures, *arrays)]
-        for end, draw in figures.items():
-            save_figure(draw, Path(f"{out / source.place}.{end}"), dpi=200)
-        for end, found in arrays.items():
-            with atomic_write(f"{out / source.place}.{end}") as file:
-                np.save(file, found)
+    finish = partial(_finish, record, out, json)
+    with kept(finish, record["images"]):
+        for source, (_, x, error) in zip(sources, loaded, strict=True):
+            if x is None:
+                record["unreadable"].append({"image": str(source.path), "reason": str(error)})
+                continue
+            seen, entry = _examine(predictor, name, x, place)
+            if not (out / RECORD).exists():  # otherwise an interrupted run leaves a folder that the next run rejects
+                write_json(record, out / RECORD)
+            record["images"].append({"image": printable(source.path), **entry})
+            first += [seen] * (len(first) < ROWS)
+            figures = {"key.png": partial(draw_key_tokens, [seen]), "maps.png": partial(draw_maps, [seen])}
+            arrays = {"npy": seen.map}
+            if every_block:
+                figures["blocks.png"] = partial(draw_blocks, seen)
+                arrays |= {f"{key}.npy": found for key, found in seen.maps.items()}
+            written += [Path(f"{out / source.place}.{end}") for end in (*figures, *arrays)]
+            for end, draw in figures.items():
+                save_figure(draw, Path(f"{out / source.place}.{end}"), dpi=200)
+            for end, found in arrays.items():
+                with atomic_write(f"{out / source.place}.{end}") as file:
+                    np.save(file, found)
     if not first:
         raise InputError(none_readable(record["unreadable"]))
+    finish()
     if len(first) > 1:
         save_figure(partial(draw_key_tokens, first), out / "figure-1.png", dpi=200)
         save_figure(partial(draw_maps, first), out / "figure-4.png", dpi=200)
         written += [out / "figure-1.png", out / "figure-4.png"]
     if (count := len(record["images"])) > ROWS:
         print(f"figure-1.png and figure-4.png show the first {ROWS} of {count} images", file=sys.stderr)
-    write_json(record, out / RECORD)
-    tell_older(out, before, [*written, *(source.path for source in sources)])
-    if json:
-        print(dumps(record))
-    else:
-        _print(record["images"])
+    if not json:
         print(f"block {blocks.index(name)}, {name}; drawings in {out}")
+    tell_older(out, before, [*written, *(source.path for source in sources)])
     return tell_unreadable(record["unreadable"], len(sources))
 
 
-def _print(entries: list[dict[str, Any]]) -> None:
-    """Print a table with one row per image."""
+def _finish(record: dict[str, Any], out: Path, json: bool) -> None:
+    """Write the record; print it, or a table with one row per image."""
+    write_json(record, out / RECORD)
+    if json:
+        print(dumps(record))
+        return
     columns = ("<image", "<class", "probability", "key token", "by gradient", "rank correlation")
     rows = []
-    for one in entries:
+    for one in record["images"]:
         rows.append([one["image"], one["class"], f"{one['probability']:.1%}", "{}, {}".format(*one["token"])])
         if "agreement" in one:  # not with --token
             rows[-1] += ["{}, {}".format(*one["gradient_token"]), f"{one['agreement']:+.2f}"]

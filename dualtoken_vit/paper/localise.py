@@ -33,6 +33,7 @@ from dualtoken_vit.files import counted, printable
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.models.two_stream import STRIDE
 from dualtoken_vit.paper.attention import blocks_of, load_classifier, recording
+from dualtoken_vit.predict import kept
 from dualtoken_vit.recipes import Device
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
@@ -242,7 +243,8 @@ def localise(
     for example with position-aware and with normal global tokens.
 
     Args:
-        checkpoints: The best.safetensors of classification runs of DualToken-ViTs.
+        checkpoints: The best.safetensors of classification runs of DualToken-ViTs, or names of networks whose weights
+            come with the package.
         images: Folder of images with labelled objects; by default, scenes of shapes with masks are drawn.
         annotations: COCO JSON file of these images.
         masks: Use the masks of the objects instead of their boxes. Drawn shapes always use masks.
@@ -275,14 +277,20 @@ def localise(
     if len(sizes) > 1:
         raise InputError(f"the networks differ in input size ({', '.join(sizes)} pixels); give one --image-size")
     scores: list[Score] = []
-    for checkpoint, predictor in predictors.items():
-        resize, scale = v2.Resize(predictor.options.image_size), v2.ToDtype(torch.float32, scale=True)
-        normalize = v2.Normalize(predictor.preprocessing["mean"], predictor.preprocessing["std"])
-        dataset.channels, dataset.transform = predictor.channels, v2.Compose([resize, scale, normalize])
-        name = str(checkpoint.parent) if checkpoint.name == "best.safetensors" else str(checkpoint)
-        scores += measure(predictor.model, dataset, name, predictor.class_names if correct else None)
+    finish = partial(_print, scores, len(dataset), json, markdown)
+    with kept(finish, scores):
+        for checkpoint, predictor in predictors.items():
+            resize, scale = v2.Resize(predictor.options.image_size), v2.ToDtype(torch.float32, scale=True)
+            normalize = v2.Normalize(predictor.preprocessing["mean"], predictor.preprocessing["std"])
+            dataset.channels, dataset.transform = predictor.channels, v2.Compose([resize, scale, normalize])
+            name = str(checkpoint.parent) if checkpoint.name == "best.safetensors" else str(checkpoint)
+            scores += measure(predictor.model, dataset, name, predictor.class_names if correct else None)
+    finish()
     if plot is not None:
         save_figure(partial(draw, scores), plot, dpi=150)
+
+
+def _print(scores: Sequence[Score], images: int, json: bool, markdown: bool) -> None:
     if json:
         print(dumps({"scores": [asdict(score) | {"lift": score.lift} for score in scores]}))
         return
@@ -296,5 +304,5 @@ def localise(
     print(table_text(("<network", "<block", *SHARES), groups, markdown))
     print("\nMeans over the images with an object that counts:")
     for name, score in {s.checkpoint: s for s in scores}.items():  # with `correct` the networks differ
-        print(f"{name}: {counted(score.objects, 'object')} in {score.images} of {counted(len(dataset), 'image')}")
+        print(f"{name}: {counted(score.objects, 'object')} in {score.images} of {counted(images, 'image')}")
     print(f"\n{EXPLANATION}")

@@ -283,13 +283,19 @@ async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Con
     """
     path = job.folder / "train.log"
     async with slots:
-        write_recipe(job.folder, job.recipe, "folder")  # also on resume: the data may have moved
-        device = machine.pick_device(job.recipe.run.device)
-        write_json(machine.describe(device, job.recipe.run.threads or threads), job.folder / MACHINE)
         command = [sys.executable, "-m", "dualtoken_vit.cli", "train", "folder", "--out", str(job.folder), "--resume"]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with path.open("w", encoding="utf-8") as log:
-            process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=log, stderr=STDOUT, env=env)
+        try:
+            write_recipe(job.folder, job.recipe, "folder")  # also on resume: the data may have moved
+            device = machine.pick_device(job.recipe.run.device)
+            write_json(machine.describe(device, job.recipe.run.threads or threads), job.folder / MACHINE)
+            with path.open("w", encoding="utf-8") as log:
+                process = await asyncio.create_subprocess_exec(
+                    *command, stdin=DEVNULL, stdout=log, stderr=STDOUT, env=env
+                )
+        except (InputError, OSError) as error:  # raised here, it would end the other runs
+            console.print(problem := f"{job.folder}: {error}", markup=False, soft_wrap=True)
+            return problem
         try:
             status = await process.wait()
         finally:

@@ -6,9 +6,9 @@ from typing import Any
 
 import timm.optim
 import torch
-from torch import Tensor, nn
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dualtoken_vit.errors import InputError

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.contract import some
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, counted, write_json
+from dualtoken_vit.files import atomic_write, counted, guard, write_json
 from dualtoken_vit.header import Entry, faults
 from dualtoken_vit.recipes import RECIPES, Recipe, flatten, free_on_resume, from_dict, to_dict
 from dualtoken_vit.show import plots
@@ -328,8 +328,9 @@ class RunFolder(Callback):
                     category_ids=task.predictor.category_ids,
                     license=self.license,
                 )
-                task.save_details(self.out, evaluation)
-            with atomic_write(self.out / "metrics.csv", "w") as file:
+                with guard(self.out):
+                    task.save_details(self.out, evaluation)
+            with guard(path := self.out / "metrics.csv"), atomic_write(path, "w") as file:
                 writer = csv.DictWriter(file, row, extrasaction="ignore")  # rows of an older version may have more
                 writer.writeheader()
                 writer.writerows(self.history)

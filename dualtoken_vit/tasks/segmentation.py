@@ -124,11 +124,17 @@ class SegmentationModule(TaskModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
+    def on_validation_start(self) -> None:
+        """Count on the CPU for MPS, where torchmetrics has a tensor of pixels x classes ** 2."""
+        if self.device.type == "mps":
+            self.metric.cpu()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, masks = batch
         labels = self.predict(images, batch_idx, check=self.check)
         for found, mask in zip(labels, masks, strict=True):
-            confusion = self.metric(found, mask.long())  # of this image
+            place = self.metric.device
+            confusion = self.metric(found.to(place), mask.long().to(place))  # of this image
             index = self.trainer.global_rank + self.seen * self.trainer.world_size  # as `sampling.loader` deals them
             self.seen += 1
             right = (confusion.trace() / confusion.sum()).nan_to_num(1.0).item()  # all pixels ignored

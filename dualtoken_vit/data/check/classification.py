@@ -19,6 +19,7 @@ def check(recipe: Classification, out: Path, augmented: bool = False) -> bool:
     images in both splits, and equal images in different classes. Sizes, modes, imbalance and copies within a class are
     only reported. An InputError for a dataset that does not exist.
     """
+    transform = report.augmentation(recipe) if augmented else None  # before all images are read
     data = recipe.data
     roles = ("train",) if data.holdout else ("train", "val")
     datasets = {split_name(data, role): read_split(data, role, recipe.model.in_chans) for role in roles}
@@ -31,7 +32,7 @@ def check(recipe: Classification, out: Path, augmented: bool = False) -> bool:
     mixed = [f"equal images in different classes: {one}" for one in report.copies(found, lambda _, fact: fact.label)]
     train = datasets[data.train_split]
     if isinstance(train, ImageDataset):  # a stream cannot be read at chosen places
-        lines.append(report.labelled_sheet(train, found[split], recipe, out / "labels.png", augmented))
+        lines.append(report.labelled_sheet(train, found[split], recipe, out / "labels.png", transform))
     table = report.count_table(class_names, counts)
     return report.print_report(table, found, lines, notes, [*report.class_problems(class_names, counts)], [mixed])
 

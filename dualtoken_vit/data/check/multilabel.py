@@ -17,6 +17,7 @@ def check(recipe: MultiLabel, out: Path, augmented: bool = False) -> bool:
     Returns whether there is no problem. Problems are: unreadable images, classes without images, classes of one split
     only, images in both splits, and equal images with different labels. An InputError for data that cannot be read.
     """
+    transform = report.augmentation(recipe) if augmented else None  # before all images are read
     datasets = {role: read_split(recipe.data, role, recipe.model.in_chans) for role in ("train", "val")}
     facts = {role: report.read_all(d, role, partial(_named, d.class_names)) for role, d in datasets.items()}
     class_names = {role: dataset.class_names for role, dataset in datasets.items()}
@@ -30,7 +31,7 @@ def check(recipe: MultiLabel, out: Path, augmented: bool = False) -> bool:
         mean = sum(map(len, dataset.targets)) / len(dataset)
         images = counted(len(dataset), "image")
         lines.append(f"{role}: {images}, {none} without labels; {mean:.2f} labels per image, up to {most}")
-    lines.append(report.labelled_sheet(datasets["train"], facts["train"], recipe, out / "labels.png", augmented))
+    lines.append(report.labelled_sheet(datasets["train"], facts["train"], recipe, out / "labels.png", transform))
     mixed = [f"equal images with different labels: {one}" for one in report.copies(facts, lambda _, fact: fact.label)]
     table = report.count_table(class_names, counts)
     notes = [note for dataset in datasets.values() for note in dataset.notes]

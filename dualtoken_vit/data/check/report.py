@@ -21,9 +21,9 @@ from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import classification_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import counted, printable
+from dualtoken_vit.files import atomic_write, counted, guard, printable
 from dualtoken_vit.show.console import wide_console
-from dualtoken_vit.show.drawing import draw_labelled, draw_scene, save_image, spread
+from dualtoken_vit.show.drawing import draw_labelled, draw_scene, spread
 
 _SHOWN = 20  # lines of each kind of problem that may be frequent; unreadable images are all listed
 
@@ -158,29 +158,42 @@ def sample(dataset: Any, index: int, seed: int) -> Any:
         return dataset[index]
 
 
-def labelled_sheet(train: ImageDataset, facts: Sequence[Facts], recipe: Any, path: Path, augmented: bool) -> str:
-    """`contact_sheet` of training images with the labels of their `facts`."""
-    if augmented:
-        # Most networks normalise by these; what a rotation leaves empty is filled with the mean.
-        values = (torch.tensor(each) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-        mean, std = (each if recipe.model.in_chans == 3 else each.mean(0, True) for each in values)
-        prepare = classification_train(recipe.data, recipe.augment, tuple(mean.tolist()), tuple(std.tolist()))
-        shift, scale = mean[:, None, None], std[:, None, None]
-        train.transform = lambda image: to_pil_image((prepare(image) * scale + shift).clamp(0, 1))
+def augmentation(recipe: Any) -> Callable[[Image.Image], Image.Image]:
+    """A classifier's training transform, to an image; an InputError for one that timm rejects."""
+    # Most networks normalise by these; what a rotation leaves empty is filled with the mean.
+    values = (torch.tensor(each) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = (each if recipe.model.in_chans == 3 else each.mean(0, True) for each in values)
+    prepare = classification_train(recipe.data, recipe.augment, tuple(mean.tolist()), tuple(std.tolist()))
+    shift, scale = mean[:, None, None], std[:, None, None]
+    return lambda image: to_pil_image((prepare(image) * scale + shift).clamp(0, 1))
+
+
+def labelled_sheet(
+    train: ImageDataset, facts: Sequence[Facts], recipe: Any, path: Path, transform: Callable | None
+) -> str:
+    """`contact_sheet` of training images with the labels of their `facts`; `transform`: `augmentation`, if wanted."""
+    if transform is not None:
+        train.transform = transform
         if recipe.augment.hflip == "alternate":
             train.alternate_flips(recipe.run.seed, 0)
     sound = spread([i for i, fact in enumerate(facts) if not fact.problem])
     samples = ((facts[i].label or "no label", sample(train, i, recipe.run.seed)[0]) for i in sound)
-    return contact_sheet((draw_scene([(label, image, None)], ()) for label, image in samples), path, augmented)
+    return contact_sheet(
+        (draw_scene([(label, image, None)], ()) for label, image in samples), path, transform is not None
+    )
 
 
 def contact_sheet(drawings: Iterable[Image.Image], path: Path, augmented: bool = False) -> str:
     """Draw a sheet of training images with their labels; returns a line for the report, which says if `augmented`."""
-    drawn = list(drawings)
-    if not drawn:
-        return "no image of train has labels to draw"
-    save_image(draw_labelled(drawn), path)
-    return f"{counted(len(drawn), 'image')} {'as training sees them' if augmented else 'with their labels'}: {path}"
+    line = "no sheet of images was drawn"
+    with guard(path):
+        if not (drawn := list(drawings)):
+            return "no image of train has labels to draw"
+        sheet = draw_labelled(drawn)
+        with atomic_write(path) as file:
+            sheet.save(file, "PNG")
+        line = f"{counted(len(drawn), 'image')} {'as training sees them' if augmented else 'with their labels'}: {path}"
+    return line
 
 
 def _properties(splits: Splits) -> Iterator[str]:

@@ -5,6 +5,7 @@ Where this module is imported first, `import dualtoken_vit` leaves PyTorch to th
 
 import os
 import sys
+from contextlib import suppress
 
 
 def main() -> None:
@@ -21,6 +22,9 @@ def main() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed (`>&-`): the next file to be opened would get its number, and its text
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    with suppress(AttributeError):  # of a stand-in for stdout, such as io.StringIO
+        # Names of files and classes may be outside of stdout's encoding: they are escaped, as stderr does.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         from dualtoken_vit.cli import main as run
 

@@ -97,7 +97,7 @@ def license_of(path: str | Path) -> str | None:
             return cfg.license
     try:
         found = _metadata(path) if path.suffix == ".safetensors" else {}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(unreadable(path)) from error
     if "license" in found:
         return found["license"]
@@ -181,7 +181,7 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> Checkpoint:
         state_dict = safetensors.torch.load_file(path) if weights else {}
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(unreadable(path)) from error
-    except ValueError as error:  # not JSON
+    except (ValueError, RecursionError) as error:  # not JSON, or of too many levels
         raise InputError(f"{path} was written by another version of dualtoken-vit ({error})") from error
     if not metadata:
         raise InputError(

@@ -1,8 +1,6 @@
 """The command line, `dualtoken-vit`: reads arguments and calls the rest."""
 
-import errno
 import json
-import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
@@ -10,13 +8,14 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import dualtoken_vit
-from dualtoken_vit.errors import InputError, lacks_memory
-from dualtoken_vit.files import counted, printable, similar
+from dualtoken_vit.errors import InputError
+from dualtoken_vit.files import counted, similar
 from dualtoken_vit.header import check_file, check_path
 from dualtoken_vit.machine import print_environment
+from dualtoken_vit.show.ending import end, end_by
 
 INSTALL = "install the train extra: pip install 'dualtoken-vit[train]', or in a clone: pip install -e '.[train]'"
 try:
@@ -72,9 +71,10 @@ def _recipe_name(args: list[str], command: str, about: str | None) -> tuple[str,
 def _checkpoint(args: list[str], command: str, about: str | None, rest: str) -> tuple[Path, list[str]]:
     """The checkpoint that the arguments start with, and the other arguments, whose defaults depend on it."""
     usage = f"{command} CHECKPOINT {rest}"
+    exported = "" if command == "export" else "a file that export wrote, "
     about = (
-        f"{about} CHECKPOINT is the best.safetensors of a run, a file that export wrote, or the name of a network "
-        "whose weights come with the package."
+        f"{about} CHECKPOINT is the best.safetensors of a run, {exported}or the name of a network whose weights come "
+        "with the package."
     )
     more = f"The options of its task and their defaults: dualtoken-vit {command} CHECKPOINT --help"
     if help_page(args, usage, describe(about, command, more)):
@@ -417,45 +417,16 @@ def run(args: list[str]) -> int:
     return 1 if COMMANDS[_known("command", args[0], COMMANDS)](args[1:]) is False else 0
 
 
-def _end(message: str, status: int = 2) -> NoReturn:
-    """Exit with one line on stderr; all processes except the first prefix their rank."""
-    # set by torchrun, Lightning and srun, in this order where one runs inside another
-    rank = next((os.environ[key] for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), "0")
-    print(f"dualtoken-vit{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def _end_of_files(error: OSError) -> None:
-    """Exit with one line where a disk, a permission or a name prevents reading or writing; return for other errors."""
-    if error.errno == errno.ENAMETOOLONG:
-        _end(f"error: {printable(str(error.filename))[:100]}...: {error.strerror}")
-    where = f" {printable(error.filename)}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        _end(f"error: cannot write{where}: {error.strerror}; what was saved is kept")
-    if error.errno == errno.EACCES:
-        there = error.filename and os.path.exists(error.filename)
-        action = "read" if there and not os.access(error.filename, os.R_OK) else "write" if there else "read or write"
-        _end(f"error: cannot {action}{where}: {error.strerror}; what was saved is kept")
-
-
 def main() -> None:
     """The entry point: errors that a user can fix end with one line and status 2."""
     try:
         status = run(sys.argv[1:])
         sys.stdout.flush()
         sys.exit(status)
-    except InputError as error:
-        # An error in a data loading process arrives behind a traceback.
-        message = str(error).rpartition(f"{InputError.__module__}.InputError: ")[2]
-        _end(f"error: {printable(message.strip())}")
     except ModuleNotFoundError as error:
-        _end(f"error: {error}; {INSTALL}")
+        end(f"error: {error}; {INSTALL}")
     except Exception as error:
-        if lacks_memory(error):
-            error.__traceback__ = error.__context__ = None  # frees what their frames hold: a message needs memory, too
-            _end("error: out of memory; give smaller images, batches or networks")
-        if isinstance(error, OSError):
-            _end_of_files(error)
+        end_by(error)
         raise
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns the former into the latter.
@@ -463,7 +434,7 @@ def main() -> None:
             raise
         hints = {"train": "--resume continues from the last save", "study": "repeat the command to resume"}
         hint = str(error) if isinstance(error, KeyboardInterrupt) else ""
-        _end("; ".join(filter(None, ("interrupted", hint or hints.get(sys.argv[1])))), 130)
+        end("; ".join(filter(None, ("interrupted", hint or hints.get(sys.argv[1])))), 130)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import dualtoken_vit
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
 from dualtoken_vit.hints import field_texts
 from dualtoken_vit.predict import predict
 from dualtoken_vit.runtime.predictor import default_options
 from dualtoken_vit.runtime.session import RUNTIMES, is_exported
 from dualtoken_vit.runtime.tiles import check_overlap
+from dualtoken_vit.show.ending import end_by
 
 USAGE = """usage: dualtoken-vit predict FILE.onnx IMAGES [--option VALUE ...]
        dualtoken-vit predict FILE.onnx --help      all options, which depend on the file's task
@@ -25,24 +25,31 @@ The other commands need the train extra: pip install 'dualtoken-vit[train]'"""
 
 def main(args: list[str], hint: str) -> NoReturn:
     """Run the command and exit; `hint` is the message for every other command."""
+    try:
+        status = run(args, hint)
+        sys.stdout.flush()
+        sys.exit(status)
+    except Exception as error:
+        end_by(error)
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(args: list[str], hint: str) -> int:
+    """Run the command; returns the exit status: 0, or 1 where it found problems in images."""
     command, *others = args or ["--help"]
     if command in ("-h", "--help") or (command == "predict" and (others or ["-h"])[0] in ("-h", "--help")):
         print(USAGE)
-        sys.exit()
+        return 0
     if command == "--version":
         print(dualtoken_vit.__version__)
-        sys.exit()
-    try:
-        if command != "predict":
-            raise InputError(f"{command}: without the train extra there are predict and env; {hint}")
-        if not is_exported(others[0]):
-            raise InputError(f"{others[0]}: without PyTorch, predict takes a FILE.onnx of dualtoken-vit export; {hint}")
-        sys.exit(0 if predict(Path(others[0]), **parse(Path(others[0]), others[1:])) else 1)
-    except InputError as error:
-        print(f"dualtoken-vit: error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return 0
+    if command != "predict":
+        raise InputError(f"{command}: without the train extra there are predict and env; {hint}")
+    if not is_exported(others[0]):
+        raise InputError(f"{others[0]}: without PyTorch, predict takes a FILE.onnx of dualtoken-vit export; {hint}")
+    return 0 if predict(Path(others[0]), **parse(Path(others[0]), others[1:])) else 1
 
 
 def parse(path: Path, args: list[str]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _open_locked(path: str, flags: int) -> int:
 
 
 def _lock(path: str | Path, flags: int) -> int:
-    """Open a temporary file or folder that this process alone uses until it closes it or ends.
+    """Open a temporary file or folder that this process alone uses, if it can be locked, until it closes it or ends.
 
     Raises:
         InputError: where another process uses it.
@@ -101,6 +101,11 @@ def _lock(path: str | Path, flags: int) -> int:
             raise InputError(f"{printable(name)} is being written by another process; name another one") from None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
+                return descriptor  # a file system without locks, such as some of networks
+            os.close(descriptor)
+            raise
         os.close(descriptor)  # the other process has just put it into its place: once more, with a new one
 
 
@@ -109,11 +114,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A new folder to write into, which becomes `path` only when all of it is written; nothing is left otherwise.
 
     Raises:
-        InputError: if `path` exists and is not an empty folder, another process is writing it, or the system refuses.
+        InputError: if `path` exists and is not an empty folder, or is the current one, another process is writing it,
+            or the system refuses.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{printable(path)}: is not empty; name a new folder")
+    if path.exists() and path.samefile(os.curdir):  # the shell would stay in the folder that is replaced
+        raise InputError(f"{printable(path)}: is the current folder; name a new folder in it, or call from another one")
     temporary = path.with_name(f".{path.name}.tmp")
     own, placed = None, False
     try:

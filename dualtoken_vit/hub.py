@@ -6,6 +6,7 @@ The weights are the best.safetensors itself, as model.safetensors: timm reads it
 
 import shutil
 from pathlib import Path
+from sys import float_info
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm.models import save_for_hf
 
 from dualtoken_vit.checkpoint import Checkpoint, license_of, locate
 from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.files import atomic_folder
+from dualtoken_vit.files import atomic_folder, printable
 from dualtoken_vit.predictors import load_model
 from dualtoken_vit.tasks.networks import reaches
 
@@ -36,7 +37,7 @@ CARD = """---
 
 ## Details
 
-- network: `{model}`
+- network: {model}
 - input: {width}x{height} pixels
 - classes: {classes}
 {metrics}
@@ -77,9 +78,10 @@ def model_card(checkpoint: Checkpoint, repo: str, about: str = "", license: str 
         license: of the weights, as the Hub names it; by default that of the weights from which they were trained
     """
     kind, metric, metric_name = KINDS.get(checkpoint.task, ("", "", ""))
+    metrics = {key: value for key, value in checkpoint.metrics.items() if key.startswith("val_") and _is_finite(value)}
     results = []
-    if metric in checkpoint.metrics:
-        value = round(float(checkpoint.metrics[metric]), 6)
+    if metric in metrics:
+        value = round(float(metrics[metric]), 6)
         results = [EvalResult(kind, "custom", "validation images of the training", metric_name, value)]
     data = ModelCardData(
         license=license or checkpoint.license,
@@ -89,22 +91,30 @@ def model_card(checkpoint: Checkpoint, repo: str, about: str = "", license: str 
         model_name=repo.rpartition("/")[2],
         eval_results=results or None,
     )
-    names, (_, height, width) = list(checkpoint.class_names), checkpoint.preprocessing["input_size"]
+    names, (_, height, width) = list(map(_code, checkpoint.class_names)), checkpoint.preprocessing["input_size"]
     shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
-    metrics = [f"- {key}: {value:.4g}" for key, value in checkpoint.metrics.items() if key.startswith("val_")]
     return CARD.format(
         data=data.to_yaml(),
         name=repo.rpartition("/")[2],
         about=about or f"A network for {checkpoint.task}, trained with dualtoken-vit.",
-        model=checkpoint.model,
+        model=_code(checkpoint.model),
         width=width,
         height=height,
         classes=shown,
-        metrics="".join(f"{line}\n" for line in metrics),
+        metrics="".join(f"- {_code(key)}: {value:.4g}\n" for key, value in metrics.items()),
         repo=repo,
         weights=WEIGHTS,
         timm=TIMM.format(repo=repo) if checkpoint.task in CLASSIFIERS else "",
     )
+
+
+def _code(name: str) -> str:
+    """A name from a file as Markdown shows it literally: others could be headings, links or HTML."""
+    return f"`{printable(name).replace('`', '')}`"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= float_info.max  # math.isfinite fails on huge integers
 
 
 def save_for_hub(path: str | Path, folder: str | Path, repo: str, about: str = "", license: str | None = None) -> None:

@@ -261,7 +261,8 @@ def test_a_broken_entry_is_told_once(check):
     image["width"] = 0
     verdict, lines = check()
     assert not verdict
-    assert problems(lines) == [f"{check.root}/train.json: image {image['id']}: its size is 0x48"]
+    fault = "its size is 0x48, but a side has from 1 to 1,000,000 pixels"
+    assert problems(lines) == [f"{check.root}/train.json: image {image['id']}: {fault}"]
 
 
 def test_no_coco_file(check):

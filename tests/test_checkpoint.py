@@ -14,6 +14,7 @@ from timm.models import adapt_input_conv
 
 from dualtoken_vit.checkpoint import (
     checksum,
+    license_of,
     load_weights,
     locate,
     own_weights,
@@ -147,6 +148,14 @@ def test_files_of_other_kinds(tmp_path):
         torch.save(content, pickled)
         with pytest.raises(InputError, match=r"last\.ckpt"):
             load_weights(model, pickled)
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, license_of, lambda path: load_weights(make(), path)])
+def test_metadata_of_too_many_levels(tmp_path, read):
+    path = save(tmp_path / "best.safetensors", make())
+    edit(path, path, metadata=lambda found: found | {"recipe": "[" * 200_000})
+    with pytest.raises(InputError, match=r"best\.safetensors (was written by another|cannot be read as a checkpoint)"):
+        read(path)
 
 
 def test_weights_that_do_not_fit_the_network_they_name(tmp_path):
@@ -337,6 +346,38 @@ def test_a_file_that_another_process_writes(tmp_path):
             pass
     assert [each.name for each in folder.iterdir()] == ["a"]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def locks_fail(monkeypatch, code):
+    def fail(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", fail)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    locks_fail(monkeypatch, code)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert [each.name for each in (tmp_path / "folder").iterdir()] == ["a"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("write", [atomic_write, atomic_folder])
+def test_a_lock_that_fails_leaves_no_file_open(tmp_path, monkeypatch, write):
+    def lowest():
+        os.close(free := os.open(os.devnull, os.O_RDONLY))
+        return free
+
+    locks_fail(monkeypatch, errno.EIO)
+    before = lowest()
+    with pytest.raises(InputError, match=r"cannot write .*it: Input/output error"), write(tmp_path / "it"):
+        pass
+    assert lowest() == before
 
 
 def test_a_file_in_place_of_the_folder(tmp_path):

@@ -244,7 +244,11 @@ def copy(kind):
         (change("categories", 1, name="cat"), "category 3: its name 'cat' is used twice"),
         (change("images", 0, width="40"), "images[0]: width must be an integer, not '40'"),
         (change("images", 0, file_name=None), "images[0]: file_name must be a string, not None"),
-        (change("images", 0, height=0), "image 7: its size is 40x0"),
+        (change("images", 0, height=0), "image 7: its size is 40x0, but a side has from 1 to 1,000,000 pixels"),
+        (
+            change("images", 0, width=10**10, height=10**10),
+            "image 7: its size is 10000000000x10000000000, but a side has from 1 to 1,000,000 pixels",
+        ),
         (lambda coco: coco["images"].insert(0, 3), "images[0]: 3 is not an object with fields"),
         (lambda coco: coco["annotations"][1].pop("bbox"), "annotations[1]: bbox must be a list, not None"),
         (change("annotations", 1, image_id=77), "annotation 2: refers to image 77, which is not in the file"),

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +178,30 @@ def test_conversion_writes_all_or_nothing(export, tmp_path, capsys):
         run(["convert", str(root), str(target), "--to", "coco"])
     assert sorted(target.rglob("*")) == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", YOLO]
+
+
+def test_the_current_folder_is_not_replaced(export, tmp_path, monkeypatch):
+    root = export(YOLO)
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    for target in (".", here, "../here"):
+        with pytest.raises(InputError, match=r"(\.|here): is the current folder; name a new folder in it, or"):
+            convert(root, target, "coco")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["here", YOLO]
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc"])
+def test_a_disk_that_takes_capitals_for_small_letters(export, tmp_path, monkeypatch, to):
+    """There, the second of two images would replace the first."""
+
+    def exists(path):
+        return path.name.lower() in {each.name.lower() for each in path.parent.glob("*")}
+
+    root = export(YOLO, files={"images/train/A.png": B})
+    monkeypatch.setattr(Path, "exists", exists)
+    with pytest.raises(InputError, match=r"images/train/[aA]\.png: another image differs only in .* or in capitals on"):
+        convert(root, tmp_path / "new", to)
+    assert [each.name for each in tmp_path.iterdir()] == [YOLO]
 
 
 def test_overlapping_parts_are_not_called_the_same_mask(tmp_path, capsys):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from dualtoken_vit import load_predictor
-from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.checkpoint import read_checkpoint, save_checkpoint
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.hub import push_to_hub, save_for_hub
+from dualtoken_vit.hub import model_card, push_to_hub, save_for_hub
 from dualtoken_vit.models.segmenters import create_segmenter
 from dualtoken_vit.recipes import RECIPES, ClassificationInput, to_dict
 from dualtoken_vit.tasks.classification import data_config
@@ -127,9 +128,19 @@ def test_the_files_of_a_repository(checkpoint, tmp_path):
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.875)
     assert "Trained on pets." in card.text
-    assert "cat, dog, owl" in card.text
+    assert "- classes: `cat`, `dog`, `owl`\n- `val_top1`: 0.875\n- `val_loss`: 0.5\n" in card.text
     with pytest.raises(InputError, match="is not empty; name a new folder"):
         save_for_hub(checkpoint, tmp_path / "repo", "me/pets")
+
+
+def test_what_a_file_says_is_no_markdown(checkpoint):
+    """Names are shown literally in one line, and metrics that are no finite numbers are left out."""
+    names = ("a\n# b", "<img src=x>", "[`c`](http://d)")
+    metrics = {"val_top1": "high", "val_loss": float("nan"), "val_n": 10**400, "val_m": None, "val_\n# e": 2, "step": 1}
+    card = model_card(replace(read_checkpoint(checkpoint), class_names=names, metrics=metrics, model="`<b>"), "me/pets")
+    shown = "- network: `<b>`\n- input: 64x64 pixels\n- classes: `a\\n# b`, `<img src=x>`, `[c](http://d)`\n"
+    assert f"## Details\n\n{shown}- `val_\\n# e`: 2\n\n## Use" in card
+    assert ModelCard(card).data.eval_results is None
 
 
 def test_other_tasks_have_a_card_and_weights(tmp_path):

@@ -11,19 +11,20 @@ from pycocotools import mask as reference
 
 from dualtoken_vit.data.formats import read
 
+PIXELS = np.zeros((5, 6), np.uint8)
+PIXELS[1:, 2:] = 1
+Image.fromarray(PIXELS.astype(bool)).save(file := BytesIO(), format="png")
+MASK = shape("dog", [[10, 3], [15, 7]], "mask", mask=base64.b64encode(file.getvalue()).decode())
+
 
 def test_labelme_shapes(export):
     """A polygon, a circle, two parts of one object, and a mask, whose box ends with its last pixel."""
-    pixels = np.zeros((5, 6), np.uint8)
-    pixels[1:, 2:] = 1
-    file = BytesIO()
-    Image.fromarray(pixels.astype(bool)).save(file, format="png")
     shapes = [
         shape("cat", [[4, 2], [24, 2], [24, 12]]),
         shape("dog", [[20, 10], [20, 15]], "circle"),
         shape("cat", [[0, 0], [2, 0], [2, 2]], group=1),
         shape("cat", [[30, 10], [35, 10], [35, 15]], group=1),
-        shape("dog", [[10, 3], [15, 7]], "mask", mask=base64.b64encode(file.getvalue()).decode()),
+        MASK,
     ]
     root = export("labelme-splits", files={"train/a.json": labelme(shapes=shapes), "train/b.json": None})
     polygon, circle, parts, mask = read(str(root), "auto", "train").coco["annotations"]
@@ -36,7 +37,7 @@ def test_labelme_shapes(export):
     assert np.allclose(np.hypot(*(corners - [20, 10]).T), 5)
     assert mask["bbox"] == [10, 3, 6, 5]
     whole = np.zeros((20, 40), np.uint8)
-    whole[3:8, 10:16] = pixels
+    whole[3:8, 10:16] = PIXELS
     assert np.array_equal(reference.decode(mask["segmentation"]), whole)
 
 
@@ -53,6 +54,10 @@ def test_labelme_shapes(export):
         ({"a.json": labelme(shapes=[shape("x", [[10**400, 2], [3, 4]])])}, "shape 1: 1000000000"),
         ({"a.json": labelme(size=(10**400, 20))}, "a.json: its size of 10000000000000000000 x 20 is"),
         ({"a.json": labelme(shapes=[shape("x", [1, 2, 3])])}, "shape 1: points must be a list of pairs"),
+        (
+            {"a.json": labelme(size=(999_999_999, 999_999_999), shapes=[MASK])},
+            "a.png is 40x20 pixels (after any EXIF rotation), but 999999999x999999999 in a.json: correct the image",
+        ),
         (
             {"a.json": labelme(shapes=[shape("x", [[1, 2], [3, 4]], "mask", mask="?")])},
             "a.json, shape 1: its mask cannot be read",

@@ -44,7 +44,7 @@ def test_the_command_says_in_one_line_what_to_install():
 def test_contributing_lists_every_module_and_folder():
     listed = set(re.findall(r"^  (\S+) ", TREE, re.MULTILINE))
     package = ROOT / "dualtoken_vit"
-    folders = {f"{path.parent.relative_to(package).as_posix()}/" for path in package.glob("*/__init__.py")}
+    folders = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert listed == {path.name for path in package.glob("*.py")} | folders
 
 

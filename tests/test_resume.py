@@ -293,9 +293,10 @@ def test_damaged_files(uninterrupted, tmp_path):
         torch.save(state, out / "last.ckpt")
         with pytest.raises(InputError, match=message):
             cli.run(arguments(photos, out, "--resume"))
-    (out / "recipe.json").write_text('{"model": {"nmae": 1}}')
-    with pytest.raises(InputError, match=r"recipe\.json: not a recipe of this version"):
-        cli.run(arguments(photos, out, "--resume"))
+    for text in ('{"model": {"nmae": 1}}', 200_000 * "["):
+        (out / "recipe.json").write_text(text)
+        with pytest.raises(InputError, match=r"recipe\.json: not a recipe of this version"):
+            cli.run(arguments(photos, out, "--resume"))
 
 
 def test_accumulated_batches_are_resumed(photos, tmp_path, monkeypatch):

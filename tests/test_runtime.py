@@ -1,5 +1,6 @@
 """Predictors of exported files, against PyTorch's own: files here have hand-made graphs, which need no export."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import venv
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -110,7 +112,8 @@ def save(path, nodes, outputs, about, constants=None):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     if about is not None:
-        model.metadata_props.append(onnx.StringStringEntryProto(key=KEY, value=json.dumps(about)))
+        text = about if isinstance(about, str) else json.dumps(about)
+        model.metadata_props.append(onnx.StringStringEntryProto(key=KEY, value=text))
     onnx.save(model, path)
     return path
 
@@ -381,6 +384,10 @@ def test_a_batch_a_folder_and_an_unreadable_image(classifier, photos):
             lambda path: save(path, [helper.make_node("Identity", ["image"], ["y"])], [("y", 1, None)], ["task"]),
             "was written by another version of dualtoken-vit; export it again",
         ),
+        (
+            lambda path: save(path, [helper.make_node("Identity", ["image"], ["y"])], [("y", 1, None)], "[" * 200_000),
+            "was written by another version of dualtoken-vit; export it again",
+        ),
     ],
 )
 def test_other_files_are_rejected_in_one_line(classifier, spoil, message):
@@ -489,6 +496,29 @@ def test_without_torch(classifier, image, tmp_path, capsys):
     bare, full = (np.asarray(Image.open(tmp_path / name / "image.png.png")) for name in ("bare", "full"))
     assert bare.shape == full.shape
     assert np.array_equal(bare[:, : SIDE + MARGIN], full[:, : SIDE + MARGIN])  # beside it there is text, in other fonts
+
+
+def test_errors_of_the_system_end_with_one_line_without_pytorch(classifier, monkeypatch, capsys):
+    def ended(*args):
+        with pytest.raises(SystemExit) as end:
+            cli_runtime.main([*args], "")
+        return end.value.code, capsys.readouterr().err
+
+    def fill():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*args, **options):
+        raise MemoryError
+
+    long = f"dualtoken-vit: error: {'a' * 100}...: File name too long\n"
+    assert ended("predict", str(classifier), "a" * 300) == (2, long)
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stdout", SimpleNamespace(write=len, flush=fill))
+        full = "dualtoken-vit: error: cannot write: No space left on device; what was saved is kept\n"
+        assert ended("--version") == (2, full)
+    monkeypatch.setattr(cli_runtime, "predict", fail)
+    memory = "dualtoken-vit: error: out of memory; give smaller images, batches or networks\n"
+    assert ended("predict", str(classifier), "a.png") == (2, memory)
 
 
 def test_the_command_predicts_without_importing_torch(classifier, image, tmp_path):

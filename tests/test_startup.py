@@ -131,6 +131,24 @@ def test_an_error_is_shown_also_where_output_is_not_read():
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "RuntimeError: an error of its own")
 
 
+@pytest.mark.parametrize(
+    ("stdout", "shown"), [("sys.stdout", "caf\xe9 \\u732b\n"), ("io.StringIO()", "")], ids=["system", "python"]
+)
+def test_names_outside_of_the_encoding_of_stdout_are_escaped(stdout, shown):
+    """And a stdout that cannot be told to do so is taken as it is."""
+    code = (
+        "import io, sys, dualtoken_vit_command\n"
+        "from contextlib import redirect_stdout\n"
+        "from dualtoken_vit import cli\n"
+        "cli.main = lambda: print('caf\\xe9 \\u732b')\n"
+        f"with redirect_stdout({stdout}):\n"
+        "    dualtoken_vit_command.main()"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="cp1252", env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_cannot_be_written_is_reported(unbuffered):

@@ -393,7 +393,7 @@ def test_presets_are_defaults(monkeypatch, tmp_path):
 def test_damaged_result(tmp_path):
     with pytest.raises(InputError, match="--results nowhere: no such folder"):
         cli.run(["tables", "--results", "nowhere"])
-    for text in ("{", '{"table": "Table 6", "budget": {}, "networks": [{}]}'):
+    for text in ("{", '{"table": "Table 6", "budget": {}, "networks": [{}]}', 200_000 * "["):
         (tmp_path / "study-x.json").write_text(text)
         with pytest.raises(InputError, match=r"study-x\.json: not a result of `study`"):
             cli.run(["tables", "--results", str(tmp_path)])
@@ -433,9 +433,10 @@ def test_a_rate_given_twice(photos, tmp_path, small):
 
 
 def test_a_damaged_record(photos, tmp_path, small):
-    (tmp_path / "study-mlp.json").write_text('{"budget": {')
-    with pytest.raises(InputError, match=r"study-mlp\.json: damaged \(.*\); repair or remove it"):
-        run(photos, tmp_path)
+    for text in ('{"budget": {', 200_000 * "["):
+        (tmp_path / "study-mlp.json").write_text(text)
+        with pytest.raises(InputError, match=r"study-mlp\.json: damaged \(.*\); repair or remove it"):
+            run(photos, tmp_path)
 
 
 @pytest.mark.parametrize(

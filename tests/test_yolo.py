@@ -11,6 +11,8 @@ from dualtoken_vit.data.formats import detect, read
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import DetectionData
 
+BOMB = "train: images/train\nb: &b [x, x, x, x]\na: &a [*b, *b, *b, *b]\n"  # with more of it, the value has gigabytes
+
 
 def test_yolo_polygons_as_pycocotools_draws_them(export):
     """Segments of Ultralytics: fractions of the image; beside a box in another line, which has no mask."""
@@ -62,9 +64,11 @@ def test_yolo_fractions_are_of_the_rotated_image(export):
         (YOLO, {"coco8.yaml": "names: !!bool x"}, "coco8.yaml: cannot be read as YAML"),
         (YOLO, {"coco8.yaml": "names: !!python/object/apply:os.getcwd []"}, "coco8.yaml: cannot be read as YAML"),
         (YOLO, {"coco8.yaml": "train: images/train\nnames: {1: cat, 2: dog}"}, "its keys must be the numbers from 0"),
-        (YOLO, {"coco8.yaml": "train: images/train\nnames: [cat, no]"}, "names: class 1 is False; put the name in quo"),
+        (YOLO, {"coco8.yaml": "train: images/train\nnames: [cat, no]"}, "names: class 1 is of type bool; put the na"),
+        (YOLO, {"coco8.yaml": f"{BOMB}names: [cat, *a]"}, "names: class 1 is of type list; put the name in quotes"),
+        (YOLO, {"coco8.yaml": f"{BOMB}names: [cat]\nnc: *a"}, "coco8.yaml: nc must be 1, the number of names; correct"),
         (YOLO, {"coco8.yaml": "train: images/train\nnames: [cat, cat]"}, "names: a class is listed twice"),
-        (YOLO, {"coco8.yaml": "train: images/train\nnc: 3\nnames: [cat, dog]"}, "nc is 3, but there are 2 names"),
+        (YOLO, {"coco8.yaml": "train: images/train\nnc: 3\nnames: [cat, dog]"}, "nc must be 2, the number of names"),
         (YOLO, {"coco8.yaml": "train: images/train\nkpt_shape: [1, 2]\nnames: [cat]"}, "keypoints are not supported"),
         (YOLO, {"coco8.yaml": "train: images/no\nnames: [cat, dog]"}, "coco8.yaml: images/no: is not in"),
         (YOLO, {"coco8.yaml": "train: ../../x\nnames: [cat, dog]"}, "coco8.yaml: ../../x: is not in"),

@@ -18,6 +18,7 @@ from dualtoken_vit.data.splits import inside
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
 
+SIDES = range(1, 10**6 + 1)  # pixels of an image's width and height; masks of much larger ones cannot be computed
 MIN_SIDE = 1.0  # pixels; training ignores objects whose width or height in the image is smaller
 
 _FIELDS = {
@@ -90,8 +91,9 @@ def sift(coco: dict[str, list], masks: bool, folder: str = "") -> tuple[dict[str
             name = f"{kind}[{number}]" if fault else entry_name(kind, entry)
             if not fault and entry["id"] in sound[kind]:
                 fault = "its id is used twice"
-            elif not fault and kind == "images" and min(entry["width"], entry["height"]) < 1:
-                fault = f"its size is {entry['width']}x{entry['height']}"
+            elif not fault and kind == "images" and not (entry["width"] in SIDES and entry["height"] in SIDES):
+                size = f"{entry['width']}x{entry['height']}"
+                fault = f"its size is {size:.50}, but a side has from 1 to {SIDES[-1]:,} pixels"
             elif not fault and kind == "images" and not inside(folder, os.path.join(folder, entry["file_name"])):
                 fault = f"its file_name {entry['file_name']!r:.200} leads out of the folder of the images"
             elif not fault and kind == "images" and os.path.normpath(entry["file_name"]) in files:

@@ -174,7 +174,7 @@ class Shards(ImageStream):
                 info = json.loads(path.read_bytes())["splits"][split]
                 shards, self.samples = info["filenames"], int(info["num_samples"])
                 self.label_key = info.get("alt_label", "")
-            except (OSError, ValueError, LookupError, OverflowError, TypeError, AttributeError) as error:
+            except Exception as error:  # it may contain anything
                 raise InputError(
                     f"{printable(path)}: split {split!r} cannot be read ({reason(error)}); or name the shards in "
                     "--data.train-split and --data.val-split: train-{000..127}.tar"

@@ -382,7 +382,7 @@ def _training(recipe: Classification, search: Sequence[float]) -> str:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); repair or remove it") from error
 
 

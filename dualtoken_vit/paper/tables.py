@@ -134,7 +134,7 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
                 model = Model(one["model"]["name"], tuple(one["model"]["args"]))
                 study["networks"].append({"key": one["key"], "model": model, "mean": float(one["mean"])})
             studies.append(study)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: not a result of `study` ({error!r}); repair or remove it") from error
     return studies
 

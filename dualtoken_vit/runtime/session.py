@@ -127,7 +127,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(text)
         known = found["format"] == FORMAT and found.keys() >= NEEDED
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):  # the last for JSON of too many levels
         known = False
     if not known:
         raise InputError(f"{path} was written by another version of dualtoken-vit; export it again")

@@ -61,7 +61,7 @@ def stored_recipe(out: Path, name: str = "") -> Recipe | None:
         if "task" in values:
             get_task(values["task"])
         recipe = from_dict(values)
-    except (TypeError, ValueError, AttributeError, InputError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError, InputError) as error:
         raise InputError(f"{path}: not a recipe of this version ({error}); give another --out") from error
     if name and (name != started if started else type(RECIPES.get(name, recipe)) is not type(recipe)):
         of = f"the recipe {started}" if started else recipe.task

@@ -1,6 +1,7 @@
 """What the label formats share."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,6 +149,20 @@ def labelled(split: AnnotatedImages) -> Iterable[tuple[dict, list[tuple[str, dic
         of_image[one["image_id"]].append((names[one["category_id"]], one))
     images = split.coco["images"]
     return ((image, of_image[image["id"]]) for image in track(images, len(images), "writing"))
+
+
+def copy_image(source: str, path: Path, label: Path | None = None) -> None:
+    """Copy an image of a split to `path`, and make the folder of its label file.
+
+    Raises:
+        InputError: where another image has one of these names, also on a disk that takes capitals for small letters.
+    """
+    for each in filter(None, (path, label)):
+        if each.exists():
+            differ = "differs only in the extension, or in capitals on this disk"
+            raise InputError(f"{printable(source)}: another image {differ}; rename one")
+        each.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
 
 
 def polygons_of(annotation: dict) -> list[list[float]]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from mmap import ACCESS_READ, mmap
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken_vit.data.coco import AnnotatedImages, object_area, read_coco
-from dualtoken_vit.data.formats.base import Format, class_names, labelled
+from dualtoken_vit.data.formats.base import Format, class_names, copy_image, labelled
 from dualtoken_vit.data.splits import ALL, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
@@ -79,9 +78,7 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
     for name, split in splits.items():
         annotations: list[dict[str, Any]] = []
         for image, objects in labelled(split):
-            path = target / "images" / name / image["file_name"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(split.path(image), path)
+            copy_image(split.path(image), target / "images" / name / image["file_name"])
             for category, one in objects:
                 entry = {key: value for key, value in one.items() if key != "where"}
                 filled = {"category_id": ids[category], "area": object_area(one, image)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dualtoken_vit.data.coco import AnnotatedImages
+from dualtoken_vit.data.coco import AnnotatedImages, size_fault
 from dualtoken_vit.data.folders import label_files
 from dualtoken_vit.data.formats.base import Format, Labels, number, stated_size
 from dualtoken_vit.data.images import image_size, open_image
@@ -45,7 +45,7 @@ def _read(root: Path, files: list[Path]) -> AnnotatedImages:
         try:
             content = _load(file)
             path = _image(root, file, content)
-            size = stated_size(map(content.get, ("imageWidth", "imageHeight"))) or image_size(path)
+            size = _size(path, content, file.name)
         except (ValueError, InputError) as error:
             labels.problems.append(f"{labels.place(file)}: {error}")
             continue
@@ -90,6 +90,17 @@ def _image(root: Path, file: Path, content: dict[str, Any]) -> Path:
     if path is None:
         raise ValueError(f"its image {name!r:.200} is not there")
     return path
+
+
+def _size(path: Path, content: dict[str, Any], name: str) -> tuple[int, int]:
+    """As the file states it, where only drawn shapes are; masks are made of this size: the image must have it."""
+    stated = stated_size(map(content.get, ("imageWidth", "imageHeight")))
+    if stated and not any(shape.get("shape_type") == "mask" for shape in content["shapes"]):
+        return stated
+    size = image_size(path)
+    if stated and (fault := size_fault(str(path), size, dict(zip(("width", "height"), stated, strict=True)), name)):
+        raise ValueError(fault)
+    return size
 
 
 def _objects(shapes: list[dict[str, Any]]) -> list[tuple[int, list[dict[str, Any]]]]:

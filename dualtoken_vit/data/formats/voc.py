@@ -7,7 +7,6 @@ own evaluation. `polygon` elements of x1, y1, x2, y2, ... are Roboflow's. An XML
 """
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,17 @@ from defusedxml.ElementTree import parse
 
 from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.folders import image_files, label_files, read_lines
-from dualtoken_vit.data.formats.base import Format, Labels, labelled, number, polygons_of, sizes, stated_size, text
+from dualtoken_vit.data.formats.base import (
+    Format,
+    Labels,
+    copy_image,
+    labelled,
+    number,
+    polygons_of,
+    sizes,
+    stated_size,
+    text,
+)
 from dualtoken_vit.data.splits import ALL, find, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted, printable
@@ -157,15 +166,11 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
         for image, objects in labelled(split):
             relative = Path(name if apart else "", image["file_name"])
             path, file = target / "JPEGImages" / relative, target / "Annotations" / relative.with_suffix(".xml")
-            if file.exists():
-                raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
             for label in (image["file_name"], *(category for category, _ in objects)):
                 if label != label.strip() or not label or NO_XML.search(label):  # another one when it is read again
                     fault = "XML cannot hold this name; rename it, or write another format"
                     raise InputError(f"{printable(label)!r:.200}: {fault}")
-            for each in (path, file):
-                each.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(split.path(image), path)
+            copy_image(split.path(image), path, file)
             tree = Element("annotation")
             _fill(tree, {"folder": "JPEGImages", "filename": relative.as_posix()})
             _fill(SubElement(tree, "size"), {"width": image["width"], "height": image["height"], "depth": 3})

@@ -6,7 +6,6 @@ an image is an error.
 """
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,17 @@ import yaml
 
 from dualtoken_vit.data.coco import AnnotatedImages, clip, decode_masks
 from dualtoken_vit.data.folders import image_files, read_lines, scan
-from dualtoken_vit.data.formats.base import Format, Labels, class_names, labelled, number, polygons_of, sizes, text
+from dualtoken_vit.data.formats.base import (
+    Format,
+    Labels,
+    class_names,
+    copy_image,
+    labelled,
+    number,
+    polygons_of,
+    sizes,
+    text,
+)
 from dualtoken_vit.data.splits import ALL, as_root, find, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted, printable
@@ -81,11 +90,12 @@ def _names(root: Path) -> list[str]:
         raise InputError(f"{file}: names must be the list of the classes, or NUMBER: NAME")
     for index, name in enumerate(names):
         if not isinstance(name, str | int | float) or isinstance(name, bool):
-            raise InputError(f"{file}: names: class {index} is {name!r}; put the name in quotes")
+            kind = type(name).__name__  # the value may be huge: aliases of YAML multiply it
+            raise InputError(f"{file}: names: class {index} is of type {kind}; put the name in quotes")
     if len(set(map(str, names))) < len(names):
         raise InputError(f"{file}: names: a class is listed twice; name each once")
     if content.get("nc", len(names)) != len(names):
-        raise InputError(f"{file}: nc is {content['nc']}, but there are {len(names)} names; correct one of them")
+        raise InputError(f"{file}: nc must be {len(names)}, the number of names; correct one of them")
     if "kpt_shape" in content:
         raise InputError(f"{file}: kpt_shape: keypoints are not supported; export boxes or polygons")
     return list(map(str, names))
@@ -239,13 +249,9 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
     polygons = bool(objects) and drawn == len(objects)
     clipped = joined = altered = moved = 0
     for name, split in splits.items():
-        written: set[Path] = set()
         for image, ones in labelled(split):
             path = target / "images" / name / image["file_name"]
             file = _label_file(target, path)  # not in TARGET/labels if the name has another folder `images`
-            if file in written:
-                raise InputError(f"{split.path(image)}: another image differs only in the extension; rename one")
-            written.add(file)
             lines = []
             for category, one in ones:
                 if one.get("iscrowd"):
@@ -263,9 +269,7 @@ def _write(splits: Mapping[str, AnnotatedImages], target: Path) -> list[str]:
                 sides = (image["width"], image["height"]) * (len(values) // 2)
                 shares = [text(value / side) for value, side in zip(values, sides, strict=True)]
                 lines.append(" ".join([str(names.index(category)), *shares]))
-            for each in (path, file):
-                each.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(split.path(image), path)
+            copy_image(split.path(image), path, file)
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     folders = {name: f"images/{name}" for name in splits}
     content = {**folders, "names": dict(enumerate(names))}  # without `path`: Ultralytics then takes the file's folder

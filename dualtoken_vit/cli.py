@@ -234,6 +234,8 @@ def evaluate(args: list[str]) -> None:
         console.print("  ".join(filter(None, (result.headline, result.more, images))), soft_wrap=True)
         for note in result.notes:
             print(note)
+    if result.fault:
+        raise InputError(result.fault)
 
 
 def predict(args: list[str]) -> bool:

@@ -16,7 +16,6 @@ from dualtoken_vit.checkpoint import checksum, locate, store_preprocessing
 from dualtoken_vit.data.contract import fingerprint, unread_test_split
 from dualtoken_vit.data.sampling import loader
 from dualtoken_vit.errors import InputError, first_line
-from dualtoken_vit.files import guard
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.predictors import default_options, load_predictor, read_header, stored_recipe
 from dualtoken_vit.recipes import Recipe
@@ -193,8 +192,10 @@ def evaluate(
     if calibrate:
         evaluation = _calibrate(module, checkpoint, read, evaluation)
     if out is not None:
-        with guard(out):
+        try:
             module.save_details(out, evaluation)
+        except InputError as error:
+            evaluation = replace(evaluation, fault=str(error))
     if "val_split" not in given and (test := unread_test_split(recipe.data, images.splits)):
         return replace(evaluation, notes=(f"evaluated on validation images; the test split: --data.split {test}",))
     return evaluation

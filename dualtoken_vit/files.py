@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -188,6 +188,21 @@ def guard(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = printable(f"{type(error).__name__}: {first_line(error)}")
         print(f"warning: cannot save {printable(path)}: {reason}", file=sys.stderr)
+
+
+@contextmanager
+def kept(finish: Callable[[], object], results: Sized) -> Iterator[None]:
+    """Inside, an error or Ctrl-C leaves the results so far as `finish` prints and writes them.
+
+    Progress bars inside must have ended: they redirect stdout.
+    """
+    try:
+        yield
+    except BaseException:
+        if len(results):
+            with suppress(InputError, OSError):  # the first error is the one to be reported
+                finish()
+        raise
 
 
 def check_folder(path: str | os.PathLike[str], contents: str) -> None:

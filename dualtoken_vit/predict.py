@@ -6,8 +6,8 @@ Exported files need neither PyTorch nor the train extra.
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import islice
 from json import dump, dumps
@@ -21,7 +21,7 @@ from PIL import Image
 import dualtoken_vit
 from dualtoken_vit.data.folders import scan, skipped_note
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, counted, guard, printable, write_json
+from dualtoken_vit.files import atomic_write, counted, guard, kept, printable, write_json
 from dualtoken_vit.runtime.base import BasePredictor
 from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.report import Report
@@ -74,8 +74,8 @@ def predict(
     begun = out is not None and not (out / RECORD).exists()
     if out and begun:  # else a run that is cut short leaves a folder that the next one rejects
         write_json(record, out / RECORD)
-    predictions = predictor.stream([source.path for source in sources], batch_size, "predicting")
-    with kept(partial(_finish, record, report, out, json), report.predictions):
+    stream = predictor.stream([source.path for source in sources], batch_size, "predicting")
+    with kept(partial(_finish, record, report, out, json), report.table), closing(stream) as predictions:
         for source, prediction in zip(sources, predictions, strict=True):
             if prediction.image is None or prediction.error is not None:
                 record["unreadable"].append({"image": str(source.path), "reason": str(prediction.error)})
@@ -107,27 +107,15 @@ def predict(
 
 
 def _finish(record: dict[str, Any], report: Report, out: Path | None, json: bool) -> None:
-    """Write and print what was predicted."""
+    """Print what was predicted, then write it: the disk may be full."""
     record |= report.record()
-    if out:
-        write_json(record, out / RECORD)
     if json:
         dump(record, sys.stdout)
         print()
     else:
         print_table(report)
-
-
-@contextmanager
-def kept(finish: Callable[[], object], results: Sized) -> Iterator[None]:
-    """Inside, an error or Ctrl-C leaves the results so far as `finish` writes and prints them."""
-    try:
-        yield
-    except BaseException:
-        if len(results):
-            with suppress(InputError):  # the first error is the one to be reported
-                finish()
-        raise
+    if out:
+        write_json(record, out / RECORD)
 
 
 def _load(checkpoint: Path, options: dict[str, Any]) -> BasePredictor[Any]:

@@ -258,6 +258,7 @@ def test_other_networks_are_rejected(tmp_path):
 
 
 def test_what_was_examined_before_an_error_is_kept(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal for rich, which redirects stdout while a bar is shown
     images = [solid(tmp_path / f"{name}.png") for name in "abc"]
     out, examine = tmp_path / "maps", attention_module._examine
     left = iter((examine, examine))

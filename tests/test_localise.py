@@ -288,17 +288,18 @@ def test_mistakes(checkpoint, tmp_path):
 
 
 def test_what_was_measured_before_an_error_is_printed(checkpoint, tmp_path, monkeypatch, capsys):
-    """The scores of the first network, where the second never predicts a labelled class."""
+    """The scores of the first network, where the second is interrupted."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal for rich, which redirects stdout while a bar is shown
     other = shutil.copy(checkpoint, tmp_path / "other.safetensors")
-    measured = []
+    left = [gathered] * 6  # two images, three blocks
 
-    def once(model, dataset, name, names=None):
-        if measured:
-            raise InputError("no objects of the predicted class")
-        measured.extend(measure(model, dataset, name, names))
-        return measured
+    def cut(*args):
+        if not left:
+            raise KeyboardInterrupt
+        return left.pop()(*args)
 
-    monkeypatch.setattr(localise_module, "measure", once)
-    with pytest.raises(InputError, match="no objects of the predicted class"):
+    monkeypatch.setattr(localise_module, "gathered", cut)
+    with pytest.raises(KeyboardInterrupt):
         localise_module.localise((checkpoint, other), limit=2, device="cpu", json=True)
-    assert {one["checkpoint"] for one in json.loads(capsys.readouterr().out)["scores"]} == {str(checkpoint.parent)}
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert [one["checkpoint"] for one in scores] == [str(checkpoint.parent)] * 3

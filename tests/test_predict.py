@@ -370,25 +370,33 @@ def test_contact_sheets_show_every_image_in_order(constant, tmp_path):
     assert not (out / "sheet-3.png").exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("the network produced NaN")])
-def test_what_was_predicted_before_an_error_is_kept(constant, tmp_path, monkeypatch, capsys, error):
-    """A record beside drawings of another run would be wrong."""
+@pytest.mark.parametrize("full", [False, True], ids=["disk", "full disk"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt("stopped"), InputError("the network produced NaN")])
+def test_what_was_predicted_before_an_error_is_kept(constant, tmp_path, monkeypatch, capsys, error, full):
+    """A record beside drawings of another run would be wrong. What cannot be written is printed."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal for rich, which redirects stdout while a bar is shown
     paths = tuple(solid(tmp_path / f"{name}.png") for name in "abc")
-    out, whole = tmp_path / "out", BasePredictor.stream
+    out, left = tmp_path / "out", [BasePredictor._run] * 2
     assert predict(constant, paths, out, device="cpu")
     (out / RECORD).write_text((out / RECORD).read_text().replace(str(constant), "older"))
 
-    def cut(self, sources, *args):
-        yield from islice(whole(self, sources, *args), 2)
-        raise error
+    def cut(self, inputs):
+        if not left:
+            raise error
+        return left.pop()(self, inputs)
 
-    monkeypatch.setattr(BasePredictor, "stream", cut)
+    def refuse(*args):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(BasePredictor, "_run", cut)
+    if full:
+        monkeypatch.setattr("dualtoken_vit.predict.write_json", refuse)
     capsys.readouterr()
-    with pytest.raises(type(error)):
-        predict(constant, paths, out, device="cpu")
+    with pytest.raises(type(error), match=str(error)):
+        predict(constant, paths, out, batch_size=1, device="cpu")
     record = json.loads((out / RECORD).read_text())
-    assert record["checkpoint"] == str(constant)
-    assert [one["image"] for one in record["predictions"]] == [str(path) for path in paths[:2]]
+    assert record["checkpoint"] == ("older" if full else str(constant))
+    assert [one["image"] for one in record["predictions"]] == [*map(str, paths[: 3 if full else 2])]
     printed = capsys.readouterr().out
     assert "b.png" in printed
     assert "c.png" not in printed

@@ -57,6 +57,15 @@ def test_images_take_little_memory(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_table_has_every_image(kind):
+    """By its length `predict` knows whether there are results to keep."""
+    report = kind(PREDICTOR)
+    assert len(report.table) == 0
+    add(report, range(3))
+    assert len(report.table) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_record_is_that_of_plain_lists(kind, tmp_path):
     report = kind(PREDICTOR)
     empty = {key: [] if isinstance(value, Spool) else value for key, value in report.record().items()}

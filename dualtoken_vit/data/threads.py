@@ -1,6 +1,6 @@
 """Process many files in threads, with a progress bar."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing.pool import ThreadPool
@@ -35,7 +35,7 @@ class Rate(ProgressColumn):
 
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], total: int | None, title: str, ahead: int = 256
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """`function` of each item, in order, with one thread per usable core; a single item is processed without threads.
 
     `total` is the number of items, if known, and `title` that of the progress bar on stderr, "" for no bar. At most

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from json import dumps
@@ -32,10 +32,10 @@ from torchmetrics.functional import spearman_corrcoef
 
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, printable, write_json
+from dualtoken_vit.files import atomic_write, kept, printable, write_json
 from dualtoken_vit.models.dualtoken import Block, PositionAwareFusion
 from dualtoken_vit.models.layers import Attention
-from dualtoken_vit.predict import files_in, find_images, kept, none_readable, tell_older, tell_unreadable
+from dualtoken_vit.predict import files_in, find_images, none_readable, tell_older, tell_unreadable
 from dualtoken_vit.predictors import load_predictor
 from dualtoken_vit.recipes import Device, Runtime
 from dualtoken_vit.runtime.predictor import ExportedPredictor
@@ -365,9 +365,9 @@ def attention(
 
     record: dict[str, Any] = {"checkpoint": str(checkpoint), "block": name, "images": [], "unreadable": []}
     first: list[Seen] = []
-    loaded = in_threads(predictor.load, [source.path for source in sources], len(sources), "attention", 16)
     finish = partial(_finish, record, out, json)
-    with kept(finish, record["images"]):
+    load = in_threads(predictor.load, [source.path for source in sources], len(sources), "attention", 16)
+    with kept(finish, record["images"]), closing(load) as loaded:
         for source, (_, x, error) in zip(sources, loaded, strict=True):
             if x is None:
                 record["unreadable"].append({"image": str(source.path), "reason": str(error)})
@@ -404,14 +404,19 @@ def attention(
 
 
 def _finish(record: dict[str, Any], out: Path, json: bool) -> None:
-    """Write the record; print it, or a table with one row per image."""
-    write_json(record, out / RECORD)
+    """Print the record, or a table with one row per image; then write it: the disk may be full."""
     if json:
         print(dumps(record))
-        return
+    else:
+        _print(record["images"])
+    write_json(record, out / RECORD)
+
+
+def _print(entries: list[dict[str, Any]]) -> None:
+    """Print a table with one row per image."""
     columns = ("<image", "<class", "probability", "key token", "by gradient", "rank correlation")
     rows = []
-    for one in record["images"]:
+    for one in entries:
         rows.append([one["image"], one["class"], f"{one['probability']:.1%}", "{}, {}".format(*one["token"])])
         if "agreement" in one:  # not with --token
             rows[-1] += ["{}, {}".format(*one["gradient_token"]), f"{one['agreement']:+.2f}"]

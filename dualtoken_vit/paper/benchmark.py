@@ -7,11 +7,12 @@ all of them alike. The same holds for modes, precisions and numbers of threads. 
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from json import dumps
 from multiprocessing import get_context
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from dualtoken_vit.bounds import parse_size
 from dualtoken_vit.data.threads import Rate
 from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.files import kept
 from dualtoken_vit.machine import describe, pick_device, tune_cpu
 from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.paper.counting import Counts, count
@@ -393,7 +395,9 @@ def benchmark(
     ]
     columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn())
     bars = Progress(*columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True))
-    with _printed(described, about, models, modes, json, markdown) as results, bars as progress:
+    results: list[Result] = []
+    finish = partial(_print, results, described, about, models, modes, json, markdown)
+    with kept(finish, results), bars as progress:
         bar = progress.add_task("", total=len(models) * (len(counted) + len(cells) * len(cells[0][0]) * (1 + rounds)))
 
         def done(what: str) -> None:
@@ -409,44 +413,30 @@ def benchmark(
             for settings, size, batch_size in cells:
                 options: dict[str, Any] = dict(rounds=rounds, visit_seconds=visit_seconds, memory=memory, done=done)
                 results += _measure(counts[size], settings, batch_size, **options)
+    finish()
     if plot is not None:
         save_growth(results, plot)
     return results
 
 
-@contextmanager
-def _printed(
+def _print(
+    results: list[Result],
     described: dict[str, str],
     about: dict[str, str],
     models: Sequence[str],
     modes: Sequence[str],
     json: bool,
     markdown: bool,
-) -> Iterator[list[Result]]:
-    """A list of results, printed in the order of `modes` when the block ends, by an error or Ctrl-C too."""
-    results: list[Result] = []
-    try:
-        yield results
-    finally:
-        results.sort(key=lambda r: modes.index(r.mode))
-        if results and json:
-            print(dumps({"machine": described, "about": about, "results": [asdict(r) for r in results]}, indent=2))
-        elif results:
-            head = (
-                "<mode",
-                "<precision",
-                "threads",
-                "size",
-                "batch",
-                "<model",
-                "img/s",
-                "ratio",
-                "latency ms",
-                "spread %",
-            )
-            groups = [map(_cells, results[i : i + len(models)]) for i in range(0, len(results), len(models))]
-            print(table_text((*head, "memory MiB", "params M", "MACs G"), groups, markdown))
-            print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
+) -> None:
+    """Print the results in the order of `modes`."""
+    results.sort(key=lambda r: modes.index(r.mode))
+    if json:
+        print(dumps({"machine": described, "about": about, "results": [asdict(r) for r in results]}, indent=2))
+        return
+    head = ("<mode", "<precision", "threads", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %")
+    groups = [map(_cells, results[i : i + len(models)]) for i in range(0, len(results), len(models))]
+    print(table_text((*head, "memory MiB", "params M", "MACs G"), groups, markdown))
+    print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
 
 
 def _cells(r: Result) -> tuple[str, ...]:

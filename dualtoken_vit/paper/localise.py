@@ -8,6 +8,7 @@ grid of global aggregation: position-aware tokens are a resized X_ga, normal tok
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from itertools import groupby
@@ -29,11 +30,10 @@ from dualtoken_vit.data.coco import read_coco
 from dualtoken_vit.data.detection import DetectionDataset, draw_scenes
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import counted, printable
+from dualtoken_vit.files import counted, kept, printable
 from dualtoken_vit.models.layers import resize_grid
 from dualtoken_vit.models.two_stream import STRIDE
 from dualtoken_vit.paper.attention import blocks_of, load_classifier, recording
-from dualtoken_vit.predict import kept
 from dualtoken_vit.recipes import Device
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure
@@ -157,26 +157,29 @@ def measure(
     before: list[Tensor] = []  # the objects of the image before
     positions: list[int] = []  # of X_ga, per image
     objects = 0
-    for x, target in in_threads(images.__getitem__, range(len(images)), len(images), name, 16):
-        covers = [(cover, label) for cover, label in zip(_covers(target), target["labels"], strict=True) if cover.any()]
-        if not covers:
-            continue
-        grid = (math.ceil(x.shape[1] / STRIDE), math.ceil(x.shape[2] / STRIDE))
-        with recording(model) as maps:
-            best = int(model(x[None].to(device)).argmax())
-        if correct is not None:
-            covers = [(cover, label) for cover, label in covers if images.class_names[label] == correct[best]]
+    load = in_threads(images.__getitem__, range(len(images)), len(images), name, 16)
+    with closing(load) as loaded:  # ends the bar, which a traceback would keep alive
+        for x, target in loaded:
+            pairs = zip(_covers(target), target["labels"], strict=True)
+            covers = [(cover, label) for cover, label in pairs if cover.any()]
             if not covers:
                 continue
-        for key, attended in maps.items():
-            over_places = gathered(attended[0].float().cpu(), grid, getattr(blocks[key].fusion, "antialias", False))
-            found[key].append(np.mean([astuple(places_of(over_places, cover)) for cover, _ in covers], axis=0))
-            if before:
-                same_size = [F.interpolate(cover[None, None], x.shape[1:], mode="area")[0, 0] for cover in before]
-                others[key].append(mean(places_of(over_places, cover).on_object for cover in same_size))
-        before = [cover for cover, _ in covers]
-        positions.append(math.prod(grid))
-        objects += len(covers)
+            grid = (math.ceil(x.shape[1] / STRIDE), math.ceil(x.shape[2] / STRIDE))
+            with recording(model) as maps:
+                best = int(model(x[None].to(device)).argmax())
+            if correct is not None:
+                covers = [(cover, label) for cover, label in covers if images.class_names[label] == correct[best]]
+                if not covers:
+                    continue
+            for key, attended in maps.items():
+                over_places = gathered(attended[0].float().cpu(), grid, getattr(blocks[key].fusion, "antialias", False))
+                found[key].append(np.mean([astuple(places_of(over_places, cover)) for cover, _ in covers], axis=0))
+                if before:
+                    same_size = [F.interpolate(cover[None, None], x.shape[1:], mode="area")[0, 0] for cover in before]
+                    others[key].append(mean(places_of(over_places, cover).on_object for cover in same_size))
+            before = [cover for cover, _ in covers]
+            positions.append(math.prod(grid))
+            objects += len(covers)
     if not objects:
         kind = "no objects" if correct is None else "no objects of the predicted class"
         raise InputError(f"{images.name}: {kind}, which are needed to evaluate attention")

@@ -283,7 +283,7 @@ async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Con
     """
     path = job.folder / "train.log"
     async with slots:
-        command = [sys.executable, "-m", "dualtoken_vit.cli", "train", "folder", "--out", str(job.folder), "--resume"]
+        command = [sys.executable, "-m", "dualtoken_vit", "train", "folder", "--out", str(job.folder), "--resume"]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         try:
             write_recipe(job.folder, job.recipe, "folder")  # also on resume: the data may have moved

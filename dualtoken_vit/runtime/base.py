@@ -2,7 +2,8 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from io import IOBase
 from itertools import islice
@@ -126,7 +127,7 @@ class BasePredictor(ABC, Generic[Result]):
 
     def stream(
         self, images: Iterable[ImageLike], batch_size: int | None = None, title: str = ""
-    ) -> Iterator[Prediction[Result]]:
+    ) -> Generator[Prediction[Result]]:
         """Yield one `Prediction` per image, in order; an image that fails does not stop the others.
 
         Args:
@@ -138,16 +139,17 @@ class BasePredictor(ABC, Generic[Result]):
         if size < 1:
             raise InputError(f"batch_size={size}: must be at least 1")
         images = list(images)
-        loaded = zip(images, self._load_all(images, title), strict=True)
-        while chunk := list(islice(loaded, size)):
-            results = iter(self._run([inputs for _, (_, inputs, _) in chunk if inputs is not None]))
-            for source, (image, _, error) in chunk:
-                result = error or next(results)
-                if not isinstance(result, InputError):
-                    yield Prediction(image, result)
-                else:
-                    name = printable(source) if isinstance(source, str | PathLike) else "the image"
-                    yield Prediction(image, None, error or InputError(f"{name}: {result}"))
+        with closing(self._load_all(images, title)) as all_loaded:  # ends the bar, which a traceback would keep alive
+            loaded = zip(images, all_loaded, strict=True)
+            while chunk := list(islice(loaded, size)):
+                results = iter(self._run([inputs for _, (_, inputs, _) in chunk if inputs is not None]))
+                for source, (image, _, error) in chunk:
+                    result = error or next(results)
+                    if not isinstance(result, InputError):
+                        yield Prediction(image, result)
+                    else:
+                        name = printable(source) if isinstance(source, str | PathLike) else "the image"
+                        yield Prediction(image, None, error or InputError(f"{name}: {result}"))
 
     def load(self, source: ImageLike) -> tuple[Image.Image | None, Any, InputError | None]:
         """An image as loaded, as preprocessed, and the error where it cannot be read."""
@@ -157,13 +159,14 @@ class BasePredictor(ABC, Generic[Result]):
         except InputError as error:
             return None, None, error
 
-    def _load_all(self, images: list[ImageLike], title: str) -> Iterable[tuple[Image.Image | None, Any, Any]]:
+    def _load_all(self, images: list[ImageLike], title: str) -> Generator[tuple[Image.Image | None, Any, Any]]:
         """`load` of each image, in threads where the train extra is installed."""
         try:
             from dualtoken_vit.data.threads import in_threads
         except ModuleNotFoundError:
-            return map(self.load, images)
-        return in_threads(self.load, images, len(images), title, self.ahead)
+            yield from map(self.load, images)
+        else:
+            yield from in_threads(self.load, images, len(images), title, self.ahead)
 
     def _run(self, inputs: list[Any]) -> Sequence[Result | InputError]:
         """The result of each image, or what went wrong with it."""

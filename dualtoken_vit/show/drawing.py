@@ -27,12 +27,17 @@ LABELLED = 12  # images on a contact sheet of labels
 INK, MUTED, TRACK, FIRST, OTHER = "#1f2933", "#6b7785", "#e9edf2", "#2f6fde", "#a9c3ee"
 
 
-def save_image(image: Image.Image | Callable[[], Image.Image], path: Path) -> None:
-    """Write a drawing, or what a function draws, as PNG atomically; a failure of either is a warning on stderr."""
+def save_image(image: Image.Image | Callable[[], Image.Image], path: Path) -> bool:
+    """Write a drawing, or what a function draws, as PNG atomically; a failure of either is a warning on stderr.
+
+    Returns whether it was written.
+    """
     with guard(path):
         drawing = image() if callable(image) else image
         with atomic_write(path) as file:
             drawing.save(file, "PNG", compress_level=3)  # half the time of the default 6, files 1 % larger
+        return True
+    return False
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:

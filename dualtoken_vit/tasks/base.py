@@ -48,6 +48,8 @@ class Evaluation:
     """The rows below them."""
     notes: Sequence[str] = ()
     """Lines below the table."""
+    fault: str = ""
+    """Why its files could not be written, if they could not."""
 
     def table(self) -> Table:
         """The metrics for the terminal."""

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,14 @@ def stored_recipe(out: Path, name: str = "") -> Recipe | None:
 def write_recipe(out: Path, recipe: Recipe, name: str = "") -> None:
     """Write recipe.json."""
     write_json(({NAME: name} if name else {}) | to_dict(recipe), out / RECIPE)
+
+
+def write_history(history: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write metrics.csv: a row for each validation."""
+    with atomic_write(out / "metrics.csv", "w") as file:
+        writer = csv.DictWriter(file, history[-1], extrasaction="ignore")  # rows of an older version may have more
+        writer.writeheader()
+        writer.writerows(history)
 
 
 def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
@@ -330,10 +338,8 @@ class RunFolder(Callback):
                 )
                 with guard(self.out):
                     task.save_details(self.out, evaluation)
-            with guard(path := self.out / "metrics.csv"), atomic_write(path, "w") as file:
-                writer = csv.DictWriter(file, row, extrasaction="ignore")  # rows of an older version may have more
-                writer.writeheader()
-                writer.writerows(self.history)
+            with guard(self.out):
+                write_history(self.history, self.out)
             plots.save_curves(self.history, task.panels, f"val_{task.score}", best, self.out / "curves.png")
             self._log(trainer, row)
             progress = f"epoch {row['epoch']}/{trainer.max_epochs}  train loss {row['train_loss']:.3f}"

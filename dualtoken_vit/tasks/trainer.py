@@ -40,8 +40,6 @@ def _trainer(recipe: Recipe, folder: run_folder.RunFolder) -> lightning.Trainer:
     budget = [TimeBudget(folder)] if run.max_minutes is not None and not folder.begun else []
     averaging = [Average(optim.ema_decay)] if optim.ema_decay is not None else []
     gpus = torch.cuda.device_count() if run.device in ("auto", "cuda") else 0
-    if gpus:
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in timm's train.py; convolutions have it by default
     processes = run.nodes * (max(gpus, 1) if run.devices == "auto" else run.devices)
     try:
         return lightning.Trainer(
@@ -160,6 +158,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
             raise _damaged(last, error) from error
         if done:
             if main:
+                run_folder.write_history(history, out)  # in case that it could not be written
                 print(done)
             return
     if main and resume:

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
@@ -21,9 +22,9 @@ from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.data.transforms import classification_train
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, counted, guard, printable
+from dualtoken_vit.files import counted, guard, printable
 from dualtoken_vit.show.console import wide_console
-from dualtoken_vit.show.drawing import draw_labelled, draw_scene, spread
+from dualtoken_vit.show.drawing import draw_labelled, draw_scene, save_image, spread
 
 _SHOWN = 20  # lines of each kind of problem that may be frequent; unreadable images are all listed
 
@@ -185,15 +186,13 @@ def labelled_sheet(
 
 def contact_sheet(drawings: Iterable[Image.Image], path: Path, augmented: bool = False) -> str:
     """Draw a sheet of training images with their labels; returns a line for the report, which says if `augmented`."""
-    line = "no sheet of images was drawn"
     with guard(path):
         if not (drawn := list(drawings)):
             return "no image of train has labels to draw"
-        sheet = draw_labelled(drawn)
-        with atomic_write(path) as file:
-            sheet.save(file, "PNG")
-        line = f"{counted(len(drawn), 'image')} {'as training sees them' if augmented else 'with their labels'}: {path}"
-    return line
+        if save_image(partial(draw_labelled, drawn), path):
+            images = counted(len(drawn), "image")
+            return f"{images} {'as training sees them' if augmented else 'with their labels'}: {path}"
+    return "no sheet of images was drawn"
 
 
 def _properties(splits: Splits) -> Iterator[str]:

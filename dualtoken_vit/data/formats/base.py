@@ -159,8 +159,8 @@ def copy_image(source: str, path: Path, label: Path | None = None) -> None:
     """
     for each in filter(None, (path, label)):
         if each.exists():
-            differ = "differs only in the extension, or in capitals on this disk"
-            raise InputError(f"{printable(source)}: another image {differ}; rename one")
+            differ = "in the extension, or " if each is label else ""
+            raise InputError(f"{printable(source)}: another image differs only {differ}in capitals; rename one")
         each.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, path)
 

@@ -24,8 +24,10 @@ from dualtoken_vit.data.detection import save_scenes
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.models.resizing import Transform
+from dualtoken_vit.predict import predict
 from dualtoken_vit.predictors import load_model
 from dualtoken_vit.recipes import RECIPES, Model
+from dualtoken_vit.runtime.base import BasePredictor
 from dualtoken_vit.show.drawing import color_of, draw_objects
 from dualtoken_vit.tasks.registry import get_task
 
@@ -358,6 +360,23 @@ def test_predictions_are_a_coco_file(trained, scenes, tmp_path, capsys):
         assert all(one["area"] == pytest.approx(one["bbox"][2] * one["bbox"][3]) for one in annotations)
     drawings = {path.name for path in (tmp_path / "out").rglob("*.png")}
     assert drawings == {"sheet.png"} | {f"{path.name}.png" for path in images.iterdir()}
+
+
+def test_objects_found_before_an_error_are_kept(trained, scenes, tmp_path, monkeypatch):
+    left = [BasePredictor._run] * 2
+
+    def cut(self, inputs):
+        if not left:
+            raise KeyboardInterrupt
+        return left.pop()(self, inputs)
+
+    monkeypatch.setattr(BasePredictor, "_run", cut)
+    paths = sorted((scenes / "images").iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        predict(trained[1] / "best.safetensors", tuple(paths), tmp_path / "out", batch_size=1, device="cpu", score=0.0)
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [image["file_name"] for image in record["images"]] == [str(path) for path in paths[:2]]
+    assert {one["image_id"] for one in record["annotations"]} == {1, 2}
 
 
 def test_a_checkpoint_says_what_it_is(trained):

@@ -1,6 +1,5 @@
 import json
 import os
-from itertools import islice
 from pathlib import Path
 
 import pytest

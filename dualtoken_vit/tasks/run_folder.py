@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -75,11 +76,15 @@ def write_recipe(out: Path, recipe: Recipe, name: str = "") -> None:
 
 
 def write_history(history: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write metrics.csv: a row for each validation."""
-    with atomic_write(out / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, history[-1], extrasaction="ignore")  # rows of an older version may have more
-        writer.writeheader()
-        writer.writerows(history)
+    """Write metrics.csv, a row for each validation, unless it has them."""
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, history[-1], extrasaction="ignore")  # rows of an older version may have more
+    writer.writeheader()
+    writer.writerows(history)
+    path, content = out / "metrics.csv", text.getvalue().encode()
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic_write(path) as file:
+            file.write(content)
 
 
 def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:

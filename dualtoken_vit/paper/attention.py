@@ -323,8 +323,8 @@ def attention(
     predicted class most. The table compares it with the estimate from the gradient.
 
     Args:
-        checkpoint: The best.safetensors of a DualToken-ViT classifier, the name of a network whose weights come with
-            the package, or a file that export --attention wrote, which has the last block only and needs --token.
+        checkpoint: A DualToken-ViT classifier: a best.safetensors, the name of one in the package, or a file of export
+            --attention (last block only; needs --token).
         images: Image files, and folders to search for them.
         out: Folder for the drawings: a new one, or an output folder of this command.
         block: Index of the block from 0; -1: the last.

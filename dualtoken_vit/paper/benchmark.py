@@ -330,7 +330,7 @@ def benchmark(
         precision: data types; in training, of autocast.
         threads: numbers of CPU threads; none: PyTorch's.
         train: measure training steps, with AdamW.
-        memory: measure the peak memory too; --no-memory leaves it out.
+        memory: whether to measure the peak memory.
         json: print one JSON object.
         markdown: print the table as Markdown.
         plot: PNG file: latency against image size.

@@ -74,7 +74,7 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
     add("runtime", choices=RUNTIMES, default="onnxruntime")
     for field in fields(stored):
         default = getattr(stored, field.name)
-        how: dict[str, Any] = {"type": type(default)}
+        how: dict[str, Any] = {"type": field.type}
         if isinstance(default, bool):
             how = {"action": BooleanOptionalAction}  # a stored True can be switched off
         elif isinstance(default, tuple):

@@ -2,6 +2,8 @@
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from textwrap import shorten
 
 MEMORY = re.compile(  # of PyTorch, C++, Python, oneDNN, the dynamic linker, C++'s threads, cuBLAS and cuDNN, MPS
@@ -34,3 +36,18 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         not isinstance(error, InputError) and MEMORY.search(str(error)) is not None
     )
+
+
+class OutOfMemory(InputError):
+    """A computation did not fit into memory."""
+
+
+@contextmanager
+def naming_memory(hint: str) -> Iterator[None]:
+    """A failed allocation inside becomes an `OutOfMemory` with a hint what to do."""
+    try:
+        yield
+    except Exception as error:
+        if lacks_memory(error):
+            raise OutOfMemory(f"out of memory ({first_line(error)[:80]}): {hint}") from error
+        raise

@@ -143,6 +143,7 @@ def evaluate(
                 f"out; its data is named by {task.data_flags}"
             )
     _check_held_out(recipe.data, given)
+    trained_on = recipe.data
     recipe = replace(recipe, data=replace(recipe.data, **task.relocate(recipe, given) | given))
     check_bounds(recipe)
     own = vars(default_options(checkpoint)) | given  # a given option that the file does not have is rejected
@@ -157,9 +158,10 @@ def evaluate(
     module, images = task.evaluation(predictor, recipe)
     if calibrate:
         module.kept = []  # type: ignore[assignment]
-    held_out = predictor.preprocessing.get("held_out")  # of classification
+    held_out = predictor.preprocessing.get("held_out")  # not in files of earlier versions
     names = [*images.image_names, *getattr(images, "left_out", ())]
-    if getattr(recipe.data, "holdout", 0) and held_out not in (None, fingerprint(names)):
+    comparable = getattr(recipe.data, "limit", None) == getattr(trained_on, "limit", None)
+    if getattr(recipe.data, "holdout", 0) and comparable and held_out not in (None, fingerprint(names)):
         note = "the images held out are not those of the training run; if they are of its data, it trained on some"
         images.notes = (*images.notes, note)
     for note in images.notes:

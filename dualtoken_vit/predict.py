@@ -161,7 +161,7 @@ def _predict_video(
         with suppress(ModuleNotFoundError):  # without the train extra, no progress bar
             from dualtoken_vit.data.threads import track
 
-            frames = track(frames, video.frames, "predicting")
+            frames = stack.enter_context(closing(track(frames, video.frames, "predicting")))  # ends the bar
         try:
             while batch := list(islice(frames, 1 if video.camera else batch_size or predictor.batch_size)):
                 results = predictor([image for _, image in batch])

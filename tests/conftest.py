@@ -131,3 +131,47 @@ def export(tmp_path):
         return tmp_path / kind
 
     return write
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """`tiny_files.save_classifier`"""
+    from tiny_files import save_classifier  # a bare install has the models only
+
+    return save_classifier(tmp_path / "classifier.onnx")
+
+
+@pytest.fixture
+def segmenter(tmp_path):
+    """`tiny_files.save_segmenter`"""
+    from tiny_files import save_segmenter  # as above
+
+    return save_segmenter(tmp_path / "segmenter.onnx")
+
+
+@pytest.fixture
+def image():
+    """`tiny_files.smooth_image`"""
+    from tiny_files import smooth_image  # as above
+
+    return smooth_image()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """An untrained classifier of three classes."""
+    import timm
+    from tiny_files import classifier_file  # as above
+    from tiny_graphs import SHALLOW
+
+    torch.manual_seed(0)
+    model = timm.create_model("dualtoken_vit_tiny", num_classes=3, **SHALLOW).eval()
+    return classifier_file(tmp_path_factory.mktemp("run") / "best.safetensors", model, SHALLOW)
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint):
+    """The file of `checkpoint`, with attention maps."""
+    from dualtoken_vit.deploy.export import export
+
+    return export(checkpoint, attention=True)

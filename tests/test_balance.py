@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import module, recipe
+from tiny_runs import interrupted, module, recipe, rows
 
 from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.detection import save_scenes
+from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import build_detector
 from dualtoken_vit.recipes import RECIPES, Model
-from dualtoken_vit.tasks import detection
+from dualtoken_vit.tasks import detection, trainer
 from dualtoken_vit.tasks.registry import get_task
+from dualtoken_vit.tasks.trainer import check_balance, train
 
 
 @pytest.fixture
@@ -134,3 +136,24 @@ def test_detection_weighs_classes_by_their_objects(scenes, monkeypatch, kind):
     weights *= counts.sum() / (weights @ counts)
     found = built[0]["class_weights"]
     assert found is None if kind == "equal" else found.tolist() == pytest.approx(weights.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["folder", "multilabel", "coco"])
+def test_the_imbalance_is_corrected_once(tmp_path, name):
+    """Of 990 and 10 images, both together would give the rare class 99 times the weight of the other."""
+    made = RECIPES[name]
+    both = replace(made, class_weights="effective", data=replace(made.data, balanced=0.5))
+    with pytest.raises(InputError, match=r"^--data\.balanced 0\.5, --class-weights effective: .*; give one of them$"):
+        train(both, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for one in (replace(both, class_weights="equal"), replace(both, data=made.data)):
+        check_balance(one)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_both(photos, tmp_path, monkeypatch):
+    made = replace(recipe(photos, data={"balanced": 0.5}, run={"save_every": 1}), class_weights="inverse")
+    with monkeypatch.context() as before:
+        before.setattr(trainer, "check_balance", lambda recipe: None)
+        interrupted(made, tmp_path / "run", monkeypatch)
+    train(made, tmp_path / "run", resume=True)
+    assert len(rows(tmp_path / "run" / "metrics.csv")) == 2

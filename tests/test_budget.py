@@ -58,6 +58,33 @@ def test_as_many_epochs_as_fit(photos, tmp_path, clock, capsys, minutes, epochs)
     assert float(rows(out)[-1]["lr"]) < 1e-5  # the schedule ends with the run
 
 
+def test_the_optimiser_s_part_of_accumulated_batches(photos, tmp_path, clock, monkeypatch, capsys):
+    """Three steps of 9 s, 3 of them the optimiser's, in three batches each; a validation of 4.5 batches of 1.5 s."""
+    step = ClassificationModule.optimizer_step
+
+    def optimizer_step(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        clock[0] += 3
+
+    monkeypatch.setattr(ClassificationModule, "optimizer_step", optimizer_step)
+    settings = *SETTINGS, "--optim.batch-size", 12, "--optim.accumulate", 3, "--run.max-minutes", 0.6
+    assert call("--data.root", photos, *settings, "--out", tmp_path / "run") == 0
+    assert "an epoch takes about 33.8 s: 1 of them in 0.6 minutes\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("minutes", "epoch", "epochs"), [(2, 36, 1), (3.5, 49.5, 4)])
+def test_the_epochs_of_growing_images(photos, tmp_path, clock, capsys, minutes, epoch, epochs):
+    """Epochs take 18 s at the first side and 72 s at twice that, a validation 18 s: two need 126 s, four 198 s."""
+    sides = "--data.image-size", 64, "--data.start-size", 32
+    args = "--data.root", photos, *SETTINGS, *sides, "--run.max-minutes", minutes, "--out", tmp_path / "run"
+    assert call(*args) == 0
+    said = capsys.readouterr().out
+    assert f"an epoch takes about {epoch} s: {epochs} of them in {minutes} minutes\n" in said
+    assert len(rows(tmp_path / "run")) == epochs
+    note = "the only epoch has begun at --data.start-size, and --data.image-size is not reached: give more minutes"
+    assert (note in said) == (epochs == 1)
+
+
 @pytest.mark.parametrize(
     ("every", "said"),
     [  # epochs of 18 s for training, and 4.5 s for each validation

@@ -243,3 +243,34 @@ def test_a_test_split_that_was_not_exported(tmp_path, capsys):
         save(tmp_path, name, content)
     assert set(convert(tmp_path, tmp_path / "coco", "coco")) == {"train", "val"}
     assert "note: test left out: " in capsys.readouterr().out
+
+
+PARTS = {
+    "coco-2017": {
+        "annotations/instances_Train.json": roboflow_coco(),
+        "annotations/instances_default.json": roboflow_coco(),
+        "annotations/instances_train2017.json": None,
+        **{f"images/{name}": EXPORTS["coco-2017"][f"train2017/{name}"] for name in ("a.png", "b.png")},
+    },
+    "voc-devkit": {
+        "ImageSets/Main/Train.txt": "a\n",
+        "ImageSets/Main/default.txt": "b\n",
+        **{f"ImageSets/Main/{each}.txt": None for each in ("train", "val", "trainval", "cat_train")},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_cvat_s_tasks_without_a_subset_do_not_replace_the_training_images(export, tmp_path, kind):
+    root, target = export(kind, files=PARTS[kind]), tmp_path / "new"
+    with pytest.raises(InputError, match=r"has the split train, and all \(CVAT's default\), .*; rename one to val or"):
+        convert(root, target, "yolo")
+    assert not target.exists()
+    split = read(str(root), "auto", "train")
+    note = f"{root}: the split all (CVAT's default) is not read, because train is; rename it to val or test, or give "
+    assert split.notes == (f"{note}--data.train-split all",)
+    assert read(str(root), "auto", "all").notes == ()
+    train = next(path for path in root.rglob("*Train*"))
+    train.rename(train.with_name(train.name.replace("Train", "Test")))
+    assert convert(root, target, "yolo").keys() == {"test", "train"}  # the latter is the only one without a name
+    assert read(str(target), "yolo", "train").notes == ()

@@ -8,6 +8,8 @@ from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import truncate
@@ -422,3 +424,74 @@ def test_a_shared_file_of_an_excluded_class(tmp_path):
         build_datasets(data, 3)
     train, _ = build_datasets(replace(data, exclude=("c",)), 3)
     assert (len(train), train.notes) == (2, ())
+
+
+# Folders and tables that are not what they seem
+
+
+def test_folders_of_kaggle_are_no_classes(tmp_path):
+    """train_images beside test_images and a table with unknown columns, as in APTOS 2019."""
+    for name in ("train_images/1.png", "train_images/2.png", "test_images/1.png", "test_images/2.png"):
+        save(tmp_path / name, "red")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "sample_submission.csv").write_text("id_code,diagnosis\n1,0\n")
+    (tmp_path / "train.csv").write_text("id_code,diagnosis\n1,0\n2,1\n")
+    with pytest.raises(InputError, match=r"train: no such folder, but test_images, train_images in") as caught:
+        build_datasets(ClassificationData(root=str(tmp_path), holdout=0.5), 3)
+    needed = f"{tmp_path}/train.csv has the columns 'id_code', 'diagnosis', but is read only with a column of files "
+    assert f"; {needed}(filename, file_name, " in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("beaker", "test_tube"), ("test_strip", "test_tube"), ("train", "trainer")])
+def test_classes_named_like_splits(tmp_path, names):
+    for name in names:
+        for index in range(2):
+            save(tmp_path / name / f"{index}.png", "red")
+    train, _ = build_datasets(ClassificationData(root=str(tmp_path), holdout=0.5, train_split="x"), 3)
+    assert train.class_names == names
+
+
+def test_a_table_that_is_not_read_is_noted(tmp_path):
+    for name in ("images", "thumbs"):
+        for index in range(2):
+            save(tmp_path / name / f"{index}.png", "red")
+    (tmp_path / "labels.csv").write_text("filename;class\n0.png;cat\n1.png;dog\n")
+    data = ClassificationData(root=str(tmp_path), holdout=0.5)
+    note, _ = build_datasets(data, 3)[0].notes
+    columns = "'filename;class', which are not separated by commas, but is read only with a column of files (filename, "
+    assert note.startswith(f"{tmp_path}/labels.csv has the columns {columns}")
+    (tmp_path / "labels.csv").unlink()
+    assert build_datasets(data, 3)[0].notes == ()
+
+
+def test_roboflow_s_folder_of_validation_images_is_named(data, photos):
+    (photos / "val").rename(photos / "valid")
+    with pytest.raises(InputError, match=r"photos/val: no such folder; there is valid: give --data\.val-split NAME$"):
+        build_datasets(data, 3)
+    assert len(build_datasets(replace(data, val_split="valid"), 3)[1]) == 18
+
+
+def test_images_in_a_parquet_file(tmp_path):
+    """As Hugging Face stores them."""
+    save(tmp_path / "a.png", "red")
+    image = {"bytes": (tmp_path / "a.png").read_bytes() * 1000, "path": "a.png"}
+    pyarrow.parquet.write_table(pyarrow.table({"image": [image] * 2, "label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(InputError) as caught:
+        build_datasets(ClassificationData(root=str(tmp_path), holdout=0.5), 3)
+    what = "the column 'image' has the images themselves; give --data.dataset hfds"
+    assert str(caught.value) == f"{tmp_path}/train.parquet: {what}/{tmp_path} in place of --data.root"
+
+
+def test_a_name_of_no_image_is_cut(tmp_path):
+    (tmp_path / "train.csv").write_text(f"file,class\n{'x' * 5000}.png,cat\n")
+    with pytest.raises(InputError, match=r"train\.csv, line 2: x{200}: no such image beside the table"):
+        build_datasets(ClassificationData(root=str(tmp_path), holdout=0.5), 3)
+
+
+def test_the_hidden_tables_of_macos_are_not_read(tmp_path):
+    for name in "abcd":
+        save(tmp_path / f"{name}.png", "red")
+    (tmp_path / "labels.csv").write_text("file,label\na.png,x\nb.png,x\nc.png,y\nd.png,y\n")
+    (tmp_path / "._labels.csv").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    train, _ = build_datasets(ClassificationData(root=str(tmp_path), holdout=0.5), 3)
+    assert train.class_names == ("x", "y")

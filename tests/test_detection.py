@@ -51,7 +51,7 @@ def arguments(scenes, out, *more, detector="retinanet", **settings):
         "data.image-size": 64,
         "data.workers": 0,
         "optim.batch-size": 4,
-        "optim.epochs": 8,
+        "optim.epochs": 4,
         "optim.lr": 2e-3,
         "optim.warmup-steps": 2,
         "run.device": "cpu",
@@ -314,6 +314,17 @@ def test_nothing_to_train_on(scenes, tmp_path):
     (tmp_path / "empty.json").write_text(json.dumps(coco))
     with pytest.raises(InputError, match=r"empty\.json: no object to train on; see check-data"):
         cli.run(arguments(scenes, tmp_path / "run", data__train_json=tmp_path / "empty.json"))
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_nothing_to_validate_on(scenes, tmp_path, crowds):
+    """COCO's metrics would be -1 in every epoch, so that the first one would be the best."""
+    coco = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    coco["annotations"] = [one | {"iscrowd": 1} for one in coco["annotations"]] if crowds else []
+    (tmp_path / "empty.json").write_text(json.dumps(coco))
+    with pytest.raises(InputError, match=r"empty\.json: no object to validate on \(crowds do not count\), "):
+        cli.run(arguments(scenes, tmp_path / "run", data__val_json=tmp_path / "empty.json"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_predictions_are_a_coco_file(trained, scenes, tmp_path, capsys):

@@ -36,7 +36,7 @@ def run_command(args, launcher=()):
 
 
 def test_two_processes_give_what_one_gives(photos, tmp_path):
-    """With unequal classes, balanced and weighted."""
+    """With unequal classes, weighted."""
     for path in sorted((photos / "train" / "red").iterdir())[:6]:
         path.unlink()  # 30 images in steps of 12
     next((photos / "val").rglob("*.jpg")).unlink()  # 17 images: the processes have 9 and 8
@@ -45,7 +45,6 @@ def test_two_processes_give_what_one_gives(photos, tmp_path):
         "data.root": photos,
         "data.image-size": 32,
         "data.workers": 0,
-        "data.balanced": 0.5,
         "class-weights": "inverse",
         "augment.hflip": "alternate",
         "optim.batch-size": 12,

@@ -147,6 +147,12 @@ def inside(workspace, monkeypatch):
     return workspace
 
 
+@pytest.fixture(scope="module")
+def ran():
+    """The commands that ran for a page before: many are on several pages."""
+    return set()
+
+
 def runs(args):
     """Whether the command can be run: studies start many processes, and some data are not here."""
     return args[0] != "study" and not {"imagenet", "tiny-imagenet-200", "RECIPE"} & {*args}
@@ -154,10 +160,11 @@ def runs(args):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name, found in COMMANDS.items() if any(map(runs, found))])
-def test_the_commands_of_the_documentation_run(page, inside):
+def test_the_commands_of_the_documentation_run(page, inside, ran):
     for args in COMMANDS[page]:
-        if not runs(args):
+        if not runs(args) or tuple(args) in ran:
             continue
+        ran.add(tuple(args))
         out = Path(args[args.index("--out") + 1]) if "--out" in args else None
         if "--calibrate" in args:  # changes the file
             args = [args[0], shutil.copy(args[1], "calibrated.safetensors"), *args[2:]]

@@ -18,29 +18,26 @@ import timm
 import torch
 from helpers import edit, near
 from PIL import Image
-from tiny_graphs import ONE_STAGE, SHALLOW, broken, detector, noise, raw_plan
+from tiny_files import classifier_file
+from tiny_graphs import MEAN, ONE_STAGE, SHALLOW, STD, broken, detector, noise, raw_plan
 
 from dualtoken_vit import create_segmenter, load_model, load_predictor
 from dualtoken_vit.bounds import parse_size
-from dualtoken_vit.checkpoint import save_checkpoint, store_preprocessing
+from dualtoken_vit.checkpoint import store_preprocessing
 from dualtoken_vit.cli import run
 from dualtoken_vit.deploy import graphs
 from dualtoken_vit.deploy.convert import ConversionError, silent, to_onnx
 from dualtoken_vit.deploy.export import _verify, export
 from dualtoken_vit.deploy.mobile import run_litert, to_litert
 from dualtoken_vit.deploy.plans import Plan
-from dualtoken_vit.deploy.quantise import agreement
 from dualtoken_vit.deploy.verify import difference, expected
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.resizing import Transform
 from dualtoken_vit.paper import named
 from dualtoken_vit.paper.attention import recording
 from dualtoken_vit.paper.benchmark import benchmark
-from dualtoken_vit.recipes import RECIPES, to_dict
-from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.session import KEY, ExportedModel
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 ABOUT = {
     "versions": {"dualtoken-vit": "0"},
     "format": "dualtoken-vit export 1",
@@ -62,9 +59,8 @@ def onnx_file(folder: Path, plan: Plan) -> ExportedModel:
 
 
 SWITCHES = [
-    {"token_mlp": "mix"},
     {"token_grid": 0},
-    {"token_grid": 5, "grid_resize": "antialias"},
+    {"token_mlp": "mix", "token_grid": 5, "grid_resize": "antialias"},
     {"global_tokens": "normal", "downsampling": "onestep"},
     {"global_tokens": "normal_star", "local_attention": "window"},
     "lightvit_tiny",
@@ -89,9 +85,7 @@ def test_every_switch_of_the_network_at_any_size(switch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "args"), [("deeplabv3", {}), ("pspnet", {}), ("lraspp", {}), ("deeplabv3", {"output_stride": 16})]
-)
+@pytest.mark.parametrize(("kind", "args"), [("pspnet", {}), ("lraspp", {}), ("deeplabv3", {"output_stride": 16})])
 def test_segmenters_at_any_size(kind, args, tmp_path):
     torch.manual_seed(0)
     model = create_segmenter(kind, "dualtoken_vit_tiny", 4, width=16, **SHALLOW, **args).eval()
@@ -152,38 +146,6 @@ def test_a_mask_rcnn_with_and_without_objects(tmp_path):
     assert min(counts) == 0 < max(counts)
     # OpenVINO's ReLU makes 0 of NaN, so that there may be none in its outputs.
     assert np.isnan(networks[0](broken(images[0]).numpy())["scores"]).all()
-
-
-def classifier_file(path, model, args):
-    """An untrained classifier as if of a run on this machine's files."""
-    recipe = to_dict(RECIPES["folder"])
-    recipe["data"] |= {"root": str(Path.cwd()), "image_size": 64}
-    recipe["model"] |= {"checkpoint": str(Path.home() / "best.safetensors")}
-    shape = {"input_size": (3, 64, 64), "mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bicubic"}
-    names, metrics = ("blue", "green", "red"), {"top1": 0.5}
-    save_checkpoint(
-        path,
-        model,
-        task="classification",
-        class_names=names,
-        preprocessing=shape,
-        recipe=recipe,
-        metrics=metrics,
-        model_args=args,
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    model = timm.create_model("dualtoken_vit_tiny", num_classes=3, **SHALLOW).eval()
-    return classifier_file(tmp_path_factory.mktemp("run") / "best.safetensors", model, SHALLOW)
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint):
-    return export(checkpoint, attention=True)
 
 
 @pytest.mark.slow
@@ -300,41 +262,6 @@ def test_attention_and_benchmark_take_the_file(checkpoint, exported, photos, tmp
         benchmark((f"onnxruntime:{exported}",), precision=("float32", "bfloat16"))
     with pytest.raises(InputError, match=f"onnxruntime:{exported} is given twice"):
         benchmark((f"onnxruntime:{exported}",) * 2)
-
-
-def test_the_agreement_of_two_files():
-    def objects(boxes, labels):
-        return Objects(("",) * len(labels), np.array(labels), np.float32(boxes).reshape(-1, 4), np.ones(len(labels)))
-
-    first, second = (Classes(("",), np.array([label]), np.ones(1)) for label in (0, 1))
-    assert agreement([first, first, second], [first, second, second]) == "same class on 2 of 3 images"
-    none, both = (Labels((), np.array(labels, int), np.ones(2), np.ones(2)) for labels in ([], [1, 0]))
-    turned = Labels((), np.array([0, 1]), np.ones(2), np.ones(2))
-    assert agreement([none, both, both], [none, turned, none]) == "same labels on 2 of 3 images"
-    labels = np.zeros((4, 5), np.uint8)
-    maps = [LabelMap(("a", "b"), each) for each in (labels, labels, np.eye(4, 5, dtype=np.uint8))]
-    assert agreement(maps[:2], maps[1:]) == "same label for 90.00% of the pixels of 2 images"  # 100 % and 80 %
-    ours = objects([[0, 0, 10, 10], [20, 20, 30, 30], [50, 0, 60, 10]], [0, 1, 1])
-    theirs = objects([[0, 0, 10, 6], [20, 20, 30, 24], [50, 0, 60, 10]], [0, 1, 0])  # IoU 0.6, IoU 0.4, another class
-    found = agreement([ours, objects([], [])], [theirs, objects([], [])])
-    assert found == "66.67% of the objects in 2 images found by both (same class, IoU of at least 0.5)"  # 1/3 and 1
-    assert agreement([objects([], [])], [objects([], [])]) == "no objects in 1 image"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("option", [["--int8"], ["--int8", "static"], ["--fp16"]], ids=" ".join)
-def test_smaller_files(checkpoint, exported, photos, option, tmp_path, capsys):
-    images, out = str(photos / "val"), tmp_path / "small.onnx"
-    assert run(["export", str(checkpoint), "--out", str(out), "--images", images, *option]) == 0
-    assert "MB; compared with the float32 file: same class on 18 of 18 images" in capsys.readouterr().out
-    assert out.stat().st_size < 0.65 * exported.stat().st_size
-    before, after = (load_predictor(path)(photos / "val") for path in (checkpoint, out))
-    gaps = [
-        np.abs(a.probabilities[np.argsort(a.labels)] - b.probabilities[np.argsort(b.labels)]).max()
-        for a, b in zip(before, after, strict=True)
-    ]
-    assert max(gaps) < 0.02
-    assert ExportedModel(out).description["export"]["precision"].startswith(("int8", "float16"))
 
 
 def test_what_converters_print_is_shown_after_an_error_only(capfd, monkeypatch):

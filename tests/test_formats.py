@@ -4,13 +4,32 @@ import json
 
 import pytest
 import torch
-from label_files import COMMON, CSV, EXPORTS, LINES, ROWS, YOLO, A, B, assert_one_error, labelme, objects, roboflow_coco
+from label_files import (
+    COMMON,
+    CSV,
+    DOG,
+    EXPORTS,
+    LINES,
+    ROWS,
+    TRIANGLE,
+    YOLO,
+    A,
+    B,
+    assert_one_error,
+    labelme,
+    objects,
+    roboflow_coco,
+    voc,
+)
 
 from dualtoken_vit.data.check.detection import check as check_data
+from dualtoken_vit.data.coco import read_coco
+from dualtoken_vit.data.convert import convert
 from dualtoken_vit.data.detection import build_datasets, build_val_dataset
 from dualtoken_vit.data.formats import detect, read
+from dualtoken_vit.data.segmentation import build_datasets as build_masks
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Detection, DetectionData
+from dualtoken_vit.recipes import Detection, DetectionData, SegmentationData
 from dualtoken_vit.tasks.detection import TASK
 
 
@@ -209,3 +228,97 @@ def test_a_reversed_box_is_reported(export, capsys):
     (root / "annotations/instances_train2017.json").write_text(json.dumps(coco))
     assert not check_data(Detection(data=DetectionData(root=str(root), holdout=0.5)), root / "out")
     assert capsys.readouterr().out.count("category 99") == 1  # both splits read one file
+
+
+@pytest.mark.parametrize(
+    ("rotation", "box"),
+    [
+        (90.0, [19, -6, 2, 30]),
+        (-45, [20 - 16 / 2**0.5, 9 - 16 / 2**0.5, 32 / 2**0.5, 32 / 2**0.5]),
+        (180, [5, 8, 30, 2]),
+        (0.0, [5, 8, 30, 2]),
+        ("left", [5, 8, 30, 2]),
+        (float("nan"), [5, 8, 30, 2]),
+    ],
+)
+def test_cvat_s_rotated_boxes_are_enclosed(export, rotation, box):
+    """Annotations have the box as it was before it was turned about its centre, (20, 9)."""
+    turned = roboflow_coco()
+    turned["annotations"][0] |= {"bbox": [5, 8, 30, 2], "attributes": {"occluded": False, "rotation": rotation}}
+    drawn = turned["annotations"][0] | {"id": 7, "segmentation": [TRIANGLE]}  # has no other box
+    turned["annotations"].append(drawn)
+    root = export("coco-2017", files={"annotations/instances_train2017.json": turned})
+    found = objects(read(str(root), "coco", "train"))["a.png"]
+    assert found[0] == ("cat", pytest.approx(box, abs=1e-6))
+    assert found[1:] == [("dog", DOG), ("cat", [5, 8, 30, 2])]
+    assert objects(read_coco(root / "annotations/instances_train2017.json"))["a.png"] == found
+    convert(root, root / "new", "coco")
+    assert objects(read(str(root / "new"), "coco", "train"))["a.png"] == found
+    attribute = f"<attributes><attribute><name>rotation</name><value>{rotation}</value></attribute></attributes>"
+    files = {"Annotations/a.xml": voc(boxes=[("cat", [5, 8, 30, 2])], extra=attribute)}
+    assert objects(read(str(export("voc-devkit", files=files)), "voc", "train"))["a.png"] == found[:1]
+
+
+def test_cvat_s_masks_that_are_crowds_are_noted(export):
+    """COCO's own annotations have no attributes: their crowds are meant."""
+    path, coco = "annotations/instances_train2017.json", roboflow_coco()
+    mask = {"size": [20, 40], "counts": [100, 200, 500]}
+    coco["annotations"][1] |= {"iscrowd": 1, "segmentation": mask}
+    coco["annotations"][0] |= {"segmentation": [TRIANGLE]}
+    assert read(str(export("coco-2017", files={path: coco})), "coco", "train").notes == ()
+    coco["annotations"][1] |= {"attributes": {"occluded": False}}
+    root = export("coco-2017", files={path: coco})
+    note = f"{root}/{path}: 1 of 2 annotations have iscrowd 1 and are not trained on; CVAT writes it for every mask"
+    detection = build_datasets(DetectionData(root=str(root), val_split="train"), masks=False, channels=3)
+    masks = build_masks(SegmentationData(root=str(root), val_split="train"), 3)
+    for train, _ in (detection, masks):
+        assert train.notes[0] == f"{note} and ellipse: set it to 0 if they are single objects"
+    coco["annotations"][1]["iscrowd"] = 0
+    assert read(str(export("coco-2017", files={path: coco})), "coco", "train").notes == ()
+
+
+@pytest.mark.parametrize("name", ["images\\a.png", "C:\\me\\a.png", "/ROOT/images/a.png", "a.png", "elsewhere/a.png"])
+def test_names_of_images_of_another_machine(export, name):
+    """As Label Studio writes them on Windows, and absolute ones."""
+    root = export("coco-cvat", files={"images/a.png": A, "images/b.png": B, "images/default/a.png": None})
+    (root / "images/default/b.png").unlink()
+    coco = roboflow_coco()
+    for image in coco["images"]:
+        image["file_name"] = name.replace("/ROOT", str(root)).replace("a.png", image["file_name"])
+    (root / "annotations/instances_default.json").write_text(json.dumps(coco))
+    split = read(str(root), "coco", "train")
+    assert split.folder == str(root / "images")
+    assert objects(split) == COMMON
+    train, _ = build_datasets(DetectionData(root=str(root), val_split="all", train_split="all"), False, 3)
+    assert [len(train), train.verify()] == [2, []]
+
+
+@pytest.mark.parametrize("name", ["../../../z.png", "..\\..\\..\\z.png", "/etc/z.png"])
+def test_names_of_images_that_lead_elsewhere(export, name):
+    coco = roboflow_coco()
+    for image in coco["images"]:
+        image["file_name"] = name
+    root = export("coco-roboflow", files={"train/_annotations.coco.json": coco})
+    assert_one_error(root, "z.png' leads out of ")
+
+
+def test_two_columns_of_classes(export):
+    """The first that the documentation lists counts, as in tables of classes."""
+    header, rows = CSV.replace("\n", ",category\n"), ROWS.replace("\n", ",animal\n")
+    root = export("csv-roboflow", files={"train/_annotations.csv": header + rows + "b.png,20,20,,,,,,\n"})
+    assert objects(read(str(root), "csv", "train")) == COMMON
+
+
+def test_a_table_that_is_no_table_of_objects_is_named(tmp_path):
+    (tmp_path / "labels.csv").write_text((CSV + ROWS).replace(",", ";"))
+    columns = "'filename;width;height;class;xmin;ymin;xmax;ymax', which are not separated by commas"
+    with pytest.raises(InputError, match=rf"found in this folder; .*labels\.csv has the columns {columns}$"):
+        read(str(tmp_path), "auto", "train")
+
+
+@pytest.mark.parametrize("kind", ["yolo-label-studio", "csv-retinanet"])
+def test_the_hidden_files_of_macos_are_no_labels(export, kind):
+    root = export(kind)
+    for name in ("._labels.csv", "._data.yaml"):
+        (root / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X: names")
+    assert objects(read(str(root), "auto", "train")) == COMMON

@@ -11,6 +11,7 @@ from helpers import save_tiff
 from PIL import ExifTags, Image
 
 from dualtoken_vit.data.check.report import read_facts
+from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.images import image_size, load_image
 from dualtoken_vit.data.sampling import seeded
 from dualtoken_vit.data.segmentation import read_mask
@@ -112,6 +113,8 @@ def test_12_bits_are_scaled_to_8(tmp_path):
     packed = int("".join(f"{value:012b}" for value in values), 2).to_bytes(6, "big")
     save_tiff(path := tmp_path / "a.tif", packed, 4, 12)
     assert np.asarray(load_image(path, 1)).tolist() == [[0, 85, 170, 255]]
+    with Image.open(path) as opened:
+        assert np.asarray(load_image(opened, 1)).tolist() == [[0, 85, 170, 255]]
 
 
 def test_16_bits_in_32(tmp_path):
@@ -280,6 +283,21 @@ def test_evaluation_cuts_the_centre_and_normalises():
         ClassificationData(image_size=24, crop_pct=0.75), MEAN, STD
     )  # short side 32, centre 24
     torch.testing.assert_close(transform(Image.fromarray(pixels)), normalised(pixels[4:28, 20:44]))
+
+
+def test_a_strip_that_would_take_gigabytes_is_named(photos):
+    """1x40000 pixels: 32x1,280,000 of a short side of 32 are fine, 256x10,240,000 are more than Pillow opens."""
+    Image.new("RGB", (40_000, 1), "red").save(photos / "val" / "red" / "strip.png")
+    data = ClassificationData(root=str(photos), image_size=32)
+    for size in (32, 256):
+        images = build_datasets(data, 3)[1]
+        images.transform = classification_eval(replace(data, image_size=size, crop_pct=1.0), MEAN, STD)
+        (index,) = (i for i, name in enumerate(images.image_names) if name.endswith("strip.png"))
+        if size == 32:
+            assert images[index][0].shape == (3, 32, 32)
+        else:
+            with pytest.raises(InputError, match=r"strip\.png: .* \(40000x1 pixels, 2,621,440,000 once its"):
+                images[index]
 
 
 def test_training_flips_only_as_told():

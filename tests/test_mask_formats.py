@@ -159,6 +159,7 @@ def coloured(index, palette=False):
 def save_coloured(root, table, palette=False):
     """In CVAT's layout for labelmap.txt, else in images and annotations."""
     voc = table == "labelmap.txt"
+    root.mkdir(exist_ok=True)
     (root / table).write_text(TABLES[table])
     truth = {}
     for index, split in enumerate(("train", "train", "val")):
@@ -244,3 +245,67 @@ def test_lossy_masks(tmp_path):
             read_mask(tmp_path / name)
     labels.save(tmp_path / "b.tif", compression="tiff_lzw")
     assert not read_mask(tmp_path / "b.tif").any()
+
+
+SHADES = {"ground": (0, 0, 0), "car": (255, 0, 0), "road": (255, 255, 255)}
+
+
+def save_pairs(root, *masks):
+    """Training images with these masks; and the first for validation."""
+    for index, (split, mask) in enumerate([*(("train", mask) for mask in masks), ("val", masks[0])]):
+        save_image(root / f"images/{split}/{index}.png", index)
+        (root / f"annotations/{split}").mkdir(parents=True, exist_ok=True)
+        mask.save(root / f"annotations/{split}/{index}.png")
+
+
+def write_table(path, colours):
+    path.write_text("".join(f"{name},{r},{g},{b}\n" for name, (r, g, b) in colours.items()))
+
+
+def test_greys_of_a_colour_table(tmp_path):
+    """One mask of black and white, however it is stored. Greys that are no colours are labels."""
+    white = np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.5
+    rgb = Image.fromarray(np.where(white[..., None], np.uint8(255), np.uint8(0)).repeat(3, -1))
+    indices = np.random.default_rng(1).integers(0, 3, (HEIGHT, WIDTH), np.uint8)
+    save_pairs(tmp_path, rgb, rgb.convert("L"), rgb.convert("1"), rgb.quantize(2), Image.fromarray(indices))
+    write_table(tmp_path / "class_dict.csv", SHADES)
+    for data in (SegmentationData(root=str(tmp_path)), SegmentationData(root=str(tmp_path), ignore_index=254)):
+        *masks, last = (mask.numpy() for _, mask in build_dataset(data, "train", 3))
+        assert len(masks) == 4
+        assert all(np.array_equal(mask, np.where(white, 2, 0)) for mask in masks)
+        assert np.array_equal(last, indices)
+
+
+@pytest.mark.parametrize("ignore_index", [255, 254])
+def test_black_and_white_masks_need_colours(tmp_path, ignore_index):
+    white = np.arange(WIDTH * HEIGHT).reshape(HEIGHT, WIDTH) % 3 == 0
+    black = Image.new("L", (WIDTH, HEIGHT))
+    save_pairs(tmp_path, Image.fromarray(np.where(white, np.uint8(255), np.uint8(0))), black)
+    data = SegmentationData(root=str(tmp_path), ignore_index=ignore_index)
+    lines = "background,0,0,0 and NAME,255,255,255"
+    with pytest.raises(
+        InputError, match=rf"train/0\.png: is black and white: give a file with the lines {lines} as --data"
+    ):
+        build_datasets(data, 3)
+    write_table(tmp_path / "two.csv", {"background": (0, 0, 0), "road": (255, 255, 255)})
+    train, _ = build_datasets(replace(data, classes=str(tmp_path / "two.csv")), 3)
+    assert np.array_equal(train[0][1].numpy(), white)
+
+
+def test_other_names_of_splits_are_named(tmp_path):
+    """CVAT's list of tasks without a subset, and Roboflow's folders."""
+    save_coloured(tmp_path, "labelmap.txt")
+    lists = tmp_path / "ImageSets/Segmentation"
+    (lists / "val.txt").unlink()
+    (lists / "train.txt").rename(lists / "default.txt")
+    data = SegmentationData(root=str(tmp_path), holdout=0.5)
+    with pytest.raises(InputError, match=r"train\.txt: no such file; there is default: give --data\.train-split NAME$"):
+        build_datasets(data, 3)
+    assert [*map(len, build_datasets(replace(data, train_split="default"), 3))] == [1, 1]
+    save_coloured(other := tmp_path / "other", "class_dict.csv")
+    for kind in ("images", "annotations"):
+        (other / kind / "val").rename(other / kind / "valid")
+    with pytest.raises(
+        InputError, match=r"/val: no such folder; .*; there is train, valid: give --data\.val-split NAME$"
+    ):
+        build_datasets(SegmentationData(root=str(other)), 3)

@@ -292,7 +292,7 @@ def run(root, tmp_path_factory):
         base,
         class_weights="effective",
         model=replace(base.model, args=ARGS, pretrained=False),
-        data=replace(base.data, root=str(root), image_size=32, workers=0, balanced=0.5),
+        data=replace(base.data, root=str(root), image_size=32, workers=0),
         augment=replace(base.augment, scale=(1.0, 1.0), ratio=(1.0, 1.0)),
         optim=replace(base.optim, batch_size=8, epochs=12, lr=0.01),
         run=replace(base.run, device="cpu"),
@@ -375,3 +375,57 @@ def test_the_order_of_labels_does_not_matter(tmp_path, capsys):
         (tmp_path / f"{split}.csv").write_text("file,labels\n" + "".join(f"{k},{v}\n" for k, v in names.items()))
     check_data(MultiLabel(data=MultiLabelData(root=str(tmp_path))), tmp_path / "out")
     assert "different labels" not in capsys.readouterr().out
+
+
+def labelled(root, cells, **args):
+    """The training images of a table with these cells of labels."""
+    rows = "".join(f'{index}.png,"{cell}"\n' for index, cell in enumerate(cells))
+    for index in range(len(cells)):
+        Image.new("RGB", (8, 8)).save(root / f"{index}.png")
+    for split in ("train", "val"):
+        (root / f"{split}.csv").write_text(f"image,tags\n{rows}")
+    return build_datasets(MultiLabelData(root=str(root), **args), 3)[0]
+
+
+@pytest.mark.parametrize(
+    ("cells", "cell", "separator"),
+    [
+        (("haze primary", "clear primary", "clear primary water", "haze water"), "clear primary", " "),
+        (("haze|primary", "primary"), "haze|primary", "|"),
+        (("golden retriever; dog", "cat; dog"), "cat; dog", ";"),
+    ],
+)
+def test_another_separator_is_noted(tmp_path, cells, cell, separator):
+    """Otherwise each combination is a class of its own."""
+    found = labelled(tmp_path, cells)
+    assert len(found.class_names) == len(cells)
+    note = f"{tmp_path}/train.csv: {cell!r} is taken as one label; if it is 2 labels, give --data.separator"
+    assert found.notes == (f"{note} {separator!r}",)
+    assert labelled(tmp_path, cells, separator=separator).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("cells", "separator"),
+    [
+        (("golden retriever", "golden gate"), ","),
+        (("sea, sky", "sea", "sky", "blue sky, blue, sky"), ","),
+        (("tench, Tinca tinca", "goldfish, Carassius auratus"), "|"),
+        (("a|b", "c|d"), ","),
+    ],
+)
+def test_names_with_spaces_are_no_lists(tmp_path, cells, separator):
+    assert labelled(tmp_path, cells, separator=separator).notes == ()
+
+
+def test_lists_as_python_writes_them_are_refused(tmp_path):
+    message = r"""train\.csv, line 3: "\['cat', 'dog'\]" is a list; write only its labels, with ',' between$"""
+    with pytest.raises(InputError, match=message):
+        labelled(tmp_path, ("dog", "['cat', 'dog']"))
+
+
+def test_a_table_that_does_not_fit_is_named(tmp_path):
+    (tmp_path / "sample.csv").write_text("id\n0\n")
+    (tmp_path / "train.csv").write_text("image;labels\n0.png;sky\n")
+    columns = r"train\.csv has the columns 'image;labels', which are not separated by commas$"
+    with pytest.raises(InputError, match=rf"no CSV or Parquet table with a column of files .*; .*/{columns}"):
+        build_datasets(MultiLabelData(root=str(tmp_path)), 3)

@@ -140,6 +140,12 @@ def test_flat_then_cosine():
     assert found[12:] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * step / 3)) for step in range(4)])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "flat-cosine", "poly"])
+def test_no_schedule_rises_after_its_last_step(schedule):
+    factor = schedule_factor(Optim(lr=1.0, min_lr=0.1, warmup_epochs=0, epochs=2, schedule=schedule), 3)
+    assert [factor(step) for step in (5, 6, 7)] == pytest.approx([0.1] * 3)
+
+
 @pytest.mark.parametrize("decay", [0.6, 0.999])  # reached after three steps, and never
 def test_averaged_weights_are_timm_s(decay):
     """Parameters and running statistics as those of ModelEmaV3 with its warm-up."""

@@ -1,5 +1,6 @@
 """`load_predictor`: every form of input gives the result that the network's parts give by hand."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -279,6 +280,17 @@ def test_a_detector_whose_activations_are_not_finite(files, image):
     with pytest.raises(InputError, match="the network produced NaN or Inf; use another checkpoint"):
         predictor(image)
     assert len(predictor.forward([predictor.preprocess(image)], check=False)[0]["boxes"]) == 0
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+def test_threads_may_share_a_predictor(files, image, task):
+    """As in a web service."""
+    predictor = dualtoken_vit.load_predictor(files[task][0], "cpu", **({"score": 0.0} if task == "detection" else {}))
+    images = [image, image.rotate(90, expand=True), image.resize((40, 40)), Image.new("RGB", (64, 64), "red")]
+    expected = [predictor(each) for each in images]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(predictor, images * 2), expected * 2, strict=True):
+            same(found, wanted)
 
 
 def test_predictors_may_share_a_network(files, image):

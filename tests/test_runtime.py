@@ -1,141 +1,32 @@
 """Predictors of exported files, against PyTorch's own: files here have hand-made graphs, which need no export."""
 
-import errno
 import json
-import os
-import shutil
-import subprocess
+import re
 import sys
-import venv
-import warnings
-from pathlib import Path
-from types import SimpleNamespace
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 import torch.nn.functional as F
-import tyro
-from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
-from PIL import Image
+from onnx import TensorProto, helper
+from PIL import Image, ImageSequence
 from timm.data import create_transform
+from tiny_files import NAMES, WEIGHT, description, save
 from torch import nn
 from torchvision.ops import batched_nms
 
-from dualtoken_vit import cli, cli_runtime, load_predictor
-from dualtoken_vit.arguments import Predict
-from dualtoken_vit.deploy.quantise import quantise
+from dualtoken_vit import cli, load_predictor
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
 from dualtoken_vit.predict import predict
 from dualtoken_vit.recipes import Detection, SegmentationInput, to_dict
 from dualtoken_vit.runtime import predictor as runtime
-from dualtoken_vit.runtime.session import FORMAT, KEY, ExportedModel
-from dualtoken_vit.show.drawing import MARGIN, SIDE
-
-NAMES = ["a", "b", "c"]
-WEIGHT = np.random.default_rng(0).normal(size=(3, 3, 3, 3)).astype(np.float32)
-
-
-def description(task, **export):
-    return {
-        "format": FORMAT,
-        "task": task,
-        "model": "dualtoken_vit_tiny",
-        "model_args": {},
-        "metrics": {},
-        "class_names": NAMES,
-        "category_ids": [1, 2, 3] if task == "detection" else [],
-        "preprocessing": {"input_size": (3, 64, 64), "mean": [0.5] * 3, "std": [1.0] * 3, "crop_pct": 0.875}
-        | {"interpolation": "bicubic"},
-        "recipe": {"data": {"image_size": None if task == "segmentation" else 64}},
-        "export": {"size": None, "raw": False, **export},
-    }
-
-
-@pytest.mark.parametrize(
-    ("task", "args", "options"),
-    [
-        ("classification", ["--top-k", "2"], {"top_k": 2, "image_size": 64}),
-        ("multilabel", ["--threshold", "0.3"], {"threshold": 0.3, "image_size": 64}),
-        ("multilabel", [], {"threshold": None}),
-        ("segmentation", ["--image-size", "48"], {"image_size": 48}),
-        ("detection", ["--tile", "96"], {"tile": 96, "overlap": 0.2}),
-        ("detection", ["--tile", "96", "--overlap", "0.5"], {"tile": 96, "overlap": 0.5}),
-    ],
-)
-def test_arguments_without_pytorch(tmp_path, monkeypatch, task, args, options):
-    monkeypatch.setattr(runtime, "read_description", lambda path: description(task))
-    found = cli_runtime.parse(tmp_path / "model.onnx", ["a.png", *args])
-    assert options.items() <= found.items()
-    assert found["images"] == [Path("a.png")]
-
-
-def test_overlap_without_tiles_and_without_pytorch(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "read_description", lambda path: description("detection"))
-    with pytest.raises(InputError, match="--overlap is that of tiles: give --tile too"):
-        cli_runtime.parse(tmp_path / "model.onnx", ["a.png", "--overlap", "0.3"])
-
-
-@pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("task", ["classification", "multilabel", "detection", "segmentation"])
-def test_help_without_pytorch_has_the_text_of_every_option(tmp_path, monkeypatch, capsys, task, raw):
-    """That which tyro shows where the train extra is installed."""
-    about = description(task, raw=raw)
-    monkeypatch.setattr(runtime, "read_description", lambda path: about)
-    with pytest.raises(SystemExit):
-        cli_runtime.parse(tmp_path / "model.onnx", ["--help"])
-    shown = "".join(capsys.readouterr().out.split())
-    options = runtime.default_options(tmp_path / "model.onnx")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other public description of its flags
-        parser = tyro.extras.get_parser(Predict[type(options)], default=Predict((), options))
-    texts = {action.dest: action.help.partition(" (default")[0] for action in parser._actions}
-    assert len(texts) > 7
-    for name in texts.keys() - {"help", "device"}:
-        assert len(texts[name]) > 20
-        assert "".join(texts[name].split()) in shown
-        assert f"--{name.rpartition('.')[2].replace('_', '-')}" in shown or name == "images"
-
-
-def save(path, nodes, outputs, about, constants=None):
-    """An ONNX file of these nodes."""
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["b", 3, "h", "w"])],
-        [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in outputs],
-        [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    if about is not None:
-        text = about if isinstance(about, str) else json.dumps(about)
-        model.metadata_props.append(onnx.StringStringEntryProto(key=KEY, value=text))
-    onnx.save(model, path)
-    return path
-
-
-@pytest.fixture
-def classifier(tmp_path):
-    """Logits: ten times the mean of each channel."""
-    nodes = [
-        helper.make_node("GlobalAveragePool", ["image"], ["mean"]),
-        helper.make_node("Flatten", ["mean"], ["flat"]),
-        helper.make_node("Mul", ["flat", "ten"], ["logits"]),
-    ]
-    outputs, constants = [("logits", TensorProto.FLOAT, ["b", 3])], {"ten": np.float32(10)}
-    return save(tmp_path / "classifier.onnx", nodes, outputs, description("classification"), constants)
-
-
-@pytest.fixture
-def segmenter(tmp_path):
-    """A convolution 3x3 as in the fixture `network`."""
-    node = helper.make_node("Conv", ["image", "weight"], ["logits"], pads=[1, 1, 1, 1])
-    outputs = [("logits", TensorProto.FLOAT, ["b", 3, "h", "w"])]
-    return save(tmp_path / "segmenter.onnx", [node], outputs, description("segmentation"), {"weight": WEIGHT})
+from dualtoken_vit.runtime.session import KEY, RUNTIMES, ExportedModel
 
 
 @pytest.fixture
@@ -144,13 +35,6 @@ def network():
     net.weight.data = torch.from_numpy(WEIGHT.copy())
     net.num_classes = 3
     return net
-
-
-@pytest.fixture
-def image():
-    """93x71 pixels, smooth enough that few pixels are close between two classes."""
-    noise = np.random.default_rng(1).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((93, 71), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("size", [(93, 71), (71, 93), (40, 300), (64, 64), (73, 73)], ids="{0[0]}x{0[1]}".format)
@@ -213,27 +97,45 @@ def test_openvino_refuses_what_it_computes_otherwise(tmp_path, antialias):
         assert openvino(x)["logits"] == pytest.approx(onnxruntime(x)["logits"], abs=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static"])
-def test_int8_of_a_network_without_linear_layers_is_refused(segmenter, tmp_path, precision):
-    inputs = [np.random.default_rng(0).random((1, 3, 32, 32), np.float32)]
-    with pytest.raises(InputError, match="--int8: this network has no linear layers"):
-        quantise(segmenter, tmp_path / "smaller.onnx", precision, inputs)
-
-
-def test_float16_files_are_valid(segmenter, tmp_path):
-    """Their nodes are in order, as ONNX demands; not every runtime sorts them."""
-    quantise(segmenter, file := tmp_path / "smaller.onnx", "float16")
-    onnx.checker.check_model(onnx.load(file), full_check=True)
-    x = np.random.default_rng(0).random((1, 3, 40, 50), np.float32)
-    (found,) = ReferenceEvaluator(onnx.load(file)).run(None, {"image": x})
-    assert found == pytest.approx(ExportedModel(segmenter)(x)["logits"], abs=1e-2)
-
-
 def test_openvino_takes_any_size_after_the_first(segmenter):
     openvino, onnxruntime = (ExportedModel(segmenter, name) for name in ("openvino", "onnxruntime"))
     for shape in ((2, 3, 40, 50), (1, 3, 33, 71), (3, 3, 48, 32), (2, 3, 40, 50)):
         x = np.random.default_rng(0).random(shape, dtype=np.float32)
         assert openvino(x)["logits"] == pytest.approx(onnxruntime(x)["logits"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_threads_may_share_a_predictor(segmenter, classifier, name):
+    """As in a web service. One image for each thread, whose results differ."""
+    images = [Image.new("RGB", (64, 48), color) for color in ("red", "lime", "blue", "yellow")]
+    for path in (classifier, segmenter):
+        predictor = load_predictor(path, runtime=name)
+        expected = [predictor(image).labels.tolist() for image in images]
+        assert expected[0] != expected[1]
+        with ThreadPoolExecutor(4) as pool:
+            found = [result.labels.tolist() for result in pool.map(predictor, images * 50)]
+        assert found == expected * 50
+
+
+def test_openvino_keeps_few_networks_of_one_size(tmp_path, monkeypatch):
+    """With antialiasing each size has its own, which a service that takes any image would collect."""
+    sizes = {"none": np.float32([]), "scales": np.float32([1, 1, 1, 1])}
+    node = helper.make_node("Resize", ["image", "none", "scales"], ["logits"], mode="linear", antialias=1)
+    outputs = [("logits", TensorProto.FLOAT, ["b", 3, "h", "w"])]
+    file = save(tmp_path / "resize.onnx", [node], outputs, description("segmentation"), sizes)
+    compile_model, alive = openvino.Core.compile_model, []
+
+    def compiled(*args):
+        alive.append(weakref.ref(network := compile_model(*args)))
+        return network
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compiled)
+    network = ExportedModel(file, "openvino")
+    for side in (*range(32, 52), 51, 50):
+        x = np.random.default_rng(0).random((1, 3, side, side), np.float32)
+        assert np.array_equal(network(x)["logits"], x)
+    assert len(alive) == 20
+    assert sum(each() is not None for each in alive) == 8
 
 
 def test_a_label_map_is_the_argmax_of_the_logits(segmenter, image):
@@ -353,6 +255,38 @@ def test_a_detector_of_any_size_resizes_as_in_pytorch(tmp_path, most):
         assert frame == reference.padded(torch.zeros(3, *size))
 
 
+def test_an_image_of_a_file_is_taken_as_it_is(classifier, tmp_path):
+    """Threads cannot share its file, and an animation goes on while its frames are collected."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    predictor = load_predictor(classifier)
+    with Image.open(tmp_path / "a.png") as image:
+        repeated = predictor([image] * 8)
+    alone = predictor(tmp_path / "a.png").probabilities.tolist()
+    assert [result.probabilities.tolist() for result in repeated] == [alone] * 8
+    colors = "red", "lime", "blue"
+    first, *others = (Image.new("RGB", (40, 40), color) for color in colors)
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others)
+    for collect in (predictor, lambda each: [one.result for one in predictor.stream(each)]):
+        with Image.open(tmp_path / "a.gif") as animation:
+            assert [result.name for result in collect(ImageSequence.Iterator(animation))] == ["a", "b", "c"]
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    with Image.open(tmp_path / "b.png") as image:
+        failed, last = predictor.stream([image, tmp_path / "a.png"])
+    assert "cannot be read as an image" in str(failed.error)
+    assert last.result.probabilities.tolist() == alone
+
+
+def test_an_image_that_would_take_gigabytes_does_not_stop_the_others(classifier, tmp_path):
+    Image.new("RGB", (1, 40_000), "red").save(tmp_path / "strip.png")
+    good = Image.new("RGB", (40, 40), "lime")
+    first, strip, last = load_predictor(classifier, image_size=224).stream([good, tmp_path / "strip.png", good])
+    assert first.result.name == last.result.name == "b"
+    assert re.search(
+        r"strip\.png: cannot be read as an image \(1x40000 pixels, .* short side has 256\)", str(strip.error)
+    )
+
+
 def test_a_batch_a_folder_and_an_unreadable_image(classifier, photos):
     predictor = load_predictor(classifier)
     results = predictor(photos / "val")
@@ -452,13 +386,6 @@ def test_options_are_checked(classifier, segmenter, monkeypatch):
         load_predictor(classifier, runtime="openvino")
 
 
-BLOCK = """
-import sys
-for name in ("torch", "timm", "torchvision", "lightning", "rich", "tyro", "annotated_types", "matplotlib", "scipy"):
-    sys.modules[name] = None
-"""
-
-
 def test_older_label_maps_are_counted(segmenter, tmp_path, capsys):
     """Beside the older drawing and the contact sheet."""
     images = tmp_path / "a.png", tmp_path / "b.png"
@@ -468,116 +395,6 @@ def test_older_label_maps_are_counted(segmenter, tmp_path, capsys):
     assert "older" not in capsys.readouterr().err
     assert predict(segmenter, images[:1], tmp_path / "out", json=True)
     assert "older files, which this run did not write: 3, for example b.png.labels.png\n" in capsys.readouterr().err
-
-
-def test_a_checkpoint_needs_pytorch(tmp_path):
-    with pytest.raises(InputError, match=r"best\.safetensors: a checkpoint needs PyTorch; dualtoken-vit export writes"):
-        runtime.load_predictor(tmp_path / "best.safetensors")
-
-
-def test_without_torch(classifier, image, tmp_path, capsys):
-    """In a process that cannot import torch: the same predictions and drawings, from Python and on the command line."""
-    image.save(tmp_path / "image.png")
-    args = ["predict", str(classifier), str(tmp_path / "image.png"), "--json"]
-    code = (
-        f"{BLOCK}from dualtoken_vit import load_predictor\n"
-        f"result = load_predictor({str(classifier)!r})({str(tmp_path / 'image.png')!r})\n"
-        "print(result.labels.tolist(), result.probabilities.tolist())\n"
-        f"sys.argv = {['dualtoken-vit', *args, '--out', str(tmp_path / 'bare')]!r}\n"
-        "from dualtoken_vit.cli import main\nmain()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.stderr == ""
-    first, second = done.stdout.splitlines()
-    result = load_predictor(classifier)(tmp_path / "image.png")
-    assert first == f"{result.labels.tolist()} {result.probabilities.tolist()}"
-    assert cli.run([*args, "--out", str(tmp_path / "full")]) == 0
-    assert second == capsys.readouterr().out.strip()
-    bare, full = (np.asarray(Image.open(tmp_path / name / "image.png.png")) for name in ("bare", "full"))
-    assert bare.shape == full.shape
-    assert np.array_equal(bare[:, : SIDE + MARGIN], full[:, : SIDE + MARGIN])  # beside it there is text, in other fonts
-
-
-def test_errors_of_the_system_end_with_one_line_without_pytorch(classifier, monkeypatch, capsys):
-    def ended(*args):
-        with pytest.raises(SystemExit) as end:
-            cli_runtime.main([*args], "")
-        return end.value.code, capsys.readouterr().err
-
-    def fill():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def fail(*args, **options):
-        raise MemoryError
-
-    long = f"dualtoken-vit: error: {'a' * 100}...: File name too long\n"
-    assert ended("predict", str(classifier), "a" * 300) == (2, long)
-    with monkeypatch.context() as context:
-        context.setattr(sys, "stdout", SimpleNamespace(write=len, flush=fill))
-        full = "dualtoken-vit: error: cannot write: No space left on device; what was saved is kept\n"
-        assert ended("--version") == (2, full)
-    monkeypatch.setattr(cli_runtime, "predict", fail)
-    memory = "dualtoken-vit: error: out of memory; give smaller images, batches or networks\n"
-    assert ended("predict", str(classifier), "a.png") == (2, memory)
-
-
-def test_the_command_predicts_without_importing_torch(classifier, image, tmp_path):
-    """Where it is installed: its import would take most of the time."""
-    image.save(tmp_path / "image.png")
-    args = ["predict", str(classifier), str(tmp_path / "image.png"), "--json", "--device", "cpu"]
-    code = (
-        "import sys, dualtoken_vit_command\n"
-        f"sys.argv = {['dualtoken-vit', *args]!r}\n"
-        "try: dualtoken_vit_command.main()\n"
-        "finally: print([name for name in ('torch', 'timm', 'lightning') if name in sys.modules])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    record, heavy = done.stdout.splitlines()
-    assert heavy == "[]"
-    (entry,) = json.loads(record)["predictions"]
-    result = load_predictor(classifier)(image)
-    assert [one["probability"] for one in entry["classes"]] == pytest.approx(result.probabilities.tolist(), abs=1e-6)
-
-
-@pytest.mark.slow
-def test_the_runtime_extra_alone_is_enough(classifier, image, tmp_path):
-    """A wheel of this tree in an empty environment, without torch, predicts the same."""
-    image.save(tmp_path / "image.png")
-    root, source = Path(__file__).parents[1], tmp_path / "source"
-    shutil.copytree(root / "dualtoken_vit", source / "dualtoken_vit", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "dualtoken_vit_command.py"):
-        shutil.copy(root / name, source)
-    venv.create(tmp_path / "env", with_pip=True)
-    (programs,) = (path for path in (tmp_path / "env").iterdir() if path.name in ("bin", "Scripts"))
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-    def call(program: str, *args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([programs / program, *args], capture_output=True, text=True, cwd=tmp_path, env=env)
-
-    installed = call("pip", "install", f"{source}[runtime]")
-    if "Failed to establish a new connection" in installed.stderr:
-        pytest.skip("no network for pip")
-    assert installed.returncode == 0, installed.stderr
-    listed = {line.partition("=")[0].lower() for line in call("pip", "list", "--format=freeze").stdout.splitlines()}
-    assert {"dualtoken-vit", "numpy", "onnxruntime", "pillow"} <= listed
-    assert not listed & {"torch", "timm", "torchvision", "lightning", "matplotlib", "rich"}
-    weights = list((root / "dualtoken_vit" / "weights").iterdir())
-    packed = {path.name: path.read_bytes() for path in (tmp_path / "env").rglob("dualtoken_vit/weights/*")}
-    assert packed == {path.name: path.read_bytes() for path in weights}
-    done = call("dualtoken-vit", "predict", str(classifier), "image.png", "--json", "--out", "out")
-    assert (done.returncode, done.stderr) == (0, "")
-    (entry,) = json.loads(done.stdout)["predictions"]
-    result = load_predictor(classifier)(image)
-    assert [one["class"] for one in entry["classes"]] == list(result.names)
-    assert [one["probability"] for one in entry["classes"]] == pytest.approx(result.probabilities.tolist(), abs=1e-6)
-    assert (tmp_path / "out" / "image.png.png").is_file()
-    for args in (["train"], ["predict", "best.safetensors", "image.png"]):
-        refused = call("dualtoken-vit", *args)
-        assert refused.returncode == 2
-        assert refused.stderr.count("\n") == 1
-        assert "is not installed; install the train extra" in refused.stderr
-    helped = [call("dualtoken-vit", *args) for args in ([], ["--help"], ["predict"], ["predict", "--help"])]
-    assert [(done.returncode, done.stdout) for done in helped] == [(0, f"{cli_runtime.USAGE}\n")] * 4
 
 
 def test_an_image_on_which_the_runtime_fails_does_not_stop_the_others(segmenter, monkeypatch):
@@ -613,13 +430,3 @@ def test_batches_of_none(segmenter):
 def test_a_name_that_is_too_long(segmenter):
     with pytest.raises(InputError, match="aaa"):
         load_predictor(segmenter)("a" * 300)
-
-
-@pytest.mark.parametrize(("args", "expected"), [([], True), (["--no-flip"], False), (["--flip"], True)])
-def test_a_stored_switch_can_be_turned_off(tmp_path, args, expected):
-    node = helper.make_node("Conv", ["image", "weight"], ["logits"], pads=[1, 1, 1, 1])
-    outputs = [("logits", TensorProto.FLOAT, ["b", 3, "h", "w"])]
-    about = description("segmentation")
-    about = about | {"recipe": about["recipe"] | {"data": {"flip": True}}}
-    path = save(tmp_path / "segmenter.onnx", [node], outputs, about, {"weight": WEIGHT})
-    assert cli_runtime.parse(path, ["a.png", *args])["flip"] is expected

@@ -370,6 +370,12 @@ def test_a_study_of_fewer_networks_keeps_the_record_of_more(photos, tmp_path, sm
         (("peers", "--networks", "pvt_v2_b0", "pvt_v2_b0"), "--networks pvt_v2_b0: a study compares two or more"),
         (("mlp", "--preset", "equal", "--optim.lr", "0.01"), r"--optim\.lr: --search-lr chooses it"),
         (("mlp", "--preset", "equal", "--optim.lr", "0.01", "--search-lr", "--data.root", "nowhere"), "nowhere"),
+        (
+            ("mlp", "--preset", "equal", "--data.holdout", "0.1"),
+            r"--data\.holdout 0\.1: --search-lr would choose the rates on the images that the study reports; name a",
+        ),
+        (("mlp", "--preset", "cpu", "--data.holdout", "0.1", "--data.root", "nowhere"), "nowhere"),
+        (("mlp", "--data.balanced", "1", "--class-weights", "inverse"), r"--data\.balanced 1, --class-weights inverse"),
     ],
 )
 def test_mistakes(args, message, tmp_path):

@@ -52,7 +52,20 @@ def test_in_threads_reads_few_items_ahead(ahead):
     results = in_threads(str, (read.append(x) or x for x in range(100)), 100, "", ahead)
     for index in range(10):
         assert next(results) == str(index)
-        assert len(read) <= index // ahead * ahead + ahead
+        assert len(read) <= index + ahead
+
+
+def test_a_slow_item_does_not_keep_the_others_waiting(monkeypatch):
+    """Behind the first of four that may wait, the others are processed, and after it the next four."""
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    done = [threading.Event() for _ in range(8)]
+
+    def process(item):
+        done[item].set()
+        assert item % 4 or done[item + 3].wait(60)
+        return item
+
+    assert list(in_threads(process, range(8), 8, "", ahead=4)) == [*range(8)]
 
 
 @pytest.mark.parametrize("usable", [1, 3])

@@ -106,6 +106,27 @@ def test_objects_smaller_than_the_overlap_are_found_as_in_the_whole_image(height
     assert max(model.batches) <= 4
 
 
+@pytest.mark.parametrize("width", range(16, 21))
+def test_an_object_at_the_edges_of_two_tiles_is_found_once(width):
+    """Tiles at 0 and 80 of 100 pixels, which share 20."""
+    for left in range(78, 103 - width):
+        image = torch.zeros(3, 40, 180)
+        image[0, 10:20, left : left + width] = 1
+        found = detect_in_tiles(Components().arrays, image, 100, 0.2, 4)
+        assert found["boxes"].tolist() == [[left, 10, left + width, 20]]
+
+
+def test_a_tile_larger_than_the_image_changes_nothing():
+    """Not even among boxes that overlap more than those of two tiles may: detectors have thresholds of their own."""
+    boxes, scores = np.float32([[0, 0, 10, 10], [0, 0, 10, 17]]), np.float32([0.5, 0.9])  # IoU 0.59
+
+    def detect(tiles):
+        return [{"boxes": boxes, "labels": np.zeros(2, int), "scores": scores}]
+
+    found = detect_in_tiles(detect, torch.zeros(3, 40, 60), 64, 0.2)
+    assert (found["boxes"].tolist(), found["scores"].tolist()) == (boxes[::-1].tolist(), scores[::-1].tolist())
+
+
 def test_without_overlap_objects_are_cut():
     image = torch.zeros(3, 40, 80)
     image[0, 10:20, 30:50] = 1

@@ -7,7 +7,9 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pytest
 import timm
@@ -21,14 +23,17 @@ from tiny_runs import ARGS, count_reading, interrupted, module, recipe, rows
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import read_checkpoint
 from dualtoken_vit.data.classification import build_datasets
+from dualtoken_vit.data.detection import save_scenes
 from dualtoken_vit.data.transforms import classification_eval
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.predict import predict
 from dualtoken_vit.predictors import load_model
 from dualtoken_vit.recipes import RECIPES, Model, to_dict
+from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.networks import create_model
-from dualtoken_vit.tasks.run_folder import RunFolder, best_epoch
+from dualtoken_vit.tasks.registry import get_task
+from dualtoken_vit.tasks.run_folder import RunFolder, best_epoch, write_recipe
 from dualtoken_vit.tasks.trainer import train
 
 
@@ -339,6 +344,62 @@ def test_other_images_held_out_than_in_training_are_named(photos, tmp_path, caps
         )
 
 
+def held_out(task, root):
+    """A run of one epoch on drawn scenes in `root`, of which it holds out every fourth."""
+    base = RECIPES[{"multilabel": "multilabel", "detection": "coco-lite", "segmentation": "masks-lite"}[task]]
+    data = {"root": str(root), "holdout": 0.25, "workers": 0, "image_size": 64}
+    if task == "segmentation":
+        helpers.save_scenes(root, size=64, train=12)
+        data["crop_size"] = (64, 64)
+    else:
+        save_scenes(root, size=64, train=12, val=0)
+        coco = json.loads((root / "annotations/instances_train.json").read_text())
+        labels = {image["id"]: [] for image in coco["images"]}
+        for one in coco["annotations"]:
+            labels[one["image_id"]].append(coco["categories"][one["category_id"] - 1]["name"])
+        lines = [f'images/{each["file_name"]},"{",".join(labels[each["id"]])}"' for each in coco["images"]]
+        (root / "train.csv").write_text("\n".join(["file,labels", *lines]))
+    if task == "detection":
+        files = {key: str(root / "annotations/instances_train.json") for key in ("train_json", "val_json")}
+        data |= {"root": "", "images": str(root / "images"), "max_size": 64, **files}
+    return replace(
+        base,
+        model=Model(name="dualtoken_vit_tiny", args=ARGS[:2]),
+        data=replace(base.data, **data),
+        optim=replace(base.optim, batch_size=4, epochs=1),
+        run=replace(base.run, device="cpu"),
+    )
+
+
+@pytest.mark.parametrize("task", ["multilabel", "detection", "segmentation"])
+def test_a_file_that_is_renamed_changes_what_is_held_out(tmp_path, capsys, task):
+    """In evaluation a note; a resumed run would validate on images that it was trained on."""
+    root, out = tmp_path / "scenes", tmp_path / "run"
+    made = held_out(task, root)
+    train(made, out)
+    note = "the images held out are not those of the training run"
+    evaluate(out / "best.safetensors", device="cpu")
+    assert note not in capsys.readouterr().err
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        if path.suffix in (".csv", ".json"):
+            path.write_text(path.read_text().replace("train-0000", "train-9999"))
+        elif path.stem == "train-0000":
+            path.rename(path.with_stem("train-9999"))
+    evaluate(out / "best.safetensors", device="cpu")
+    assert note in capsys.readouterr().err
+    if task != "multilabel":  # some of the images: they are not compared
+        evaluate(out / "best.safetensors", device="cpu", data={"limit": 1})
+        assert note not in capsys.readouterr().err
+    longer = replace(made, optim=replace(made.optim, epochs=2))  # it is not finished
+    write_recipe(out, longer)
+    with pytest.raises(InputError, match=r"^--data\.holdout: files were added, removed or renamed since the run"):
+        train(longer, out, resume=True)
+    last = torch.load(out / "last.ckpt")
+    del last["run"]["held_out"]  # as an earlier version wrote it
+    torch.save(last, out / "last.ckpt")
+    train(longer, out, resume=True)
+
+
 def test_unreadable_images(photos, tmp_path, capsys):
     broken = photos / "train" / "red" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
@@ -413,6 +474,33 @@ def test_the_demo_learns(tmp_path):
     assert evaluate(out / "best.safetensors", device="cpu").metrics["top1"] == pytest.approx(
         best.metrics["val_top1"], abs=0.01
     )
+
+
+def test_the_rate_of_an_epoch_is_that_of_its_last_step(photos, tmp_path):
+    optim = {"schedule": "step", "milestones": (1,), "lr": 1e-3, "warmup_epochs": 0, "batch_size": 36}
+    train(recipe(photos, optim=optim), tmp_path / "run")
+    assert [float(row["lr"]) for row in rows(tmp_path / "run" / "metrics.csv")] == pytest.approx([1e-3, 1e-4])
+
+
+@pytest.mark.parametrize("epochs", range(1, 7))
+def test_growing_images_reach_their_size(photos, epochs):
+    """However few epochs there are; with `run.max_minutes` the first one begins before their number is known."""
+    made = recipe(photos, data={"image_size": 64, "start_size": 32}, optim={"epochs": epochs, "batch_size": 36})
+
+    def sides(made):
+        setup = get_task("classification").prepare(made, made.model)
+        loaders = Loaders(setup.train, setup.val, made, 36, resumed=False)
+        place = SimpleNamespace(global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+        loaders.trainer = SimpleNamespace(
+            fit_loop=SimpleNamespace(restarting=False, epoch_loop=None), lightning_module=setup.module, **vars(place)
+        )
+        for loaders.trainer.current_epoch in range(epochs):
+            yield next(iter(loaders.train_dataloader()))[0].shape[-1]
+
+    found = [*sides(made)]
+    assert found[-1] == 64
+    assert found[:-1] == sorted(found[:-1])
+    assert [*sides(replace(made, run=replace(made.run, max_minutes=1.0)))] == ([32] if epochs == 1 else found)
 
 
 def test_validation_every_other_epoch(photos, tmp_path):

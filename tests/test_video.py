@@ -48,7 +48,8 @@ def write(path, images, codec="ffv1", pixels="bgr0", metadata=None):
     return path
 
 
-def test_frames_are_predicted_as_images(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_frames_are_predicted_as_images(checkpoint, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal for rich, which redirects stdout while a bar is shown
     images = frames()
     clip = write(tmp_path / "clip.mkv", images)  # lossless
     assert cli.run(["predict", str(checkpoint), str(clip), "--json", "--batch-size", "3"]) == 0

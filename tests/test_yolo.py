@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from label_files import LINES, TRIANGLE, YOLO, assert_one_error, objects
+from label_files import COMMON, LINES, TRIANGLE, YOLO, assert_one_error, objects
 from PIL import Image
 from pycocotools import mask as reference
 
@@ -136,3 +136,20 @@ def test_keys_that_are_no_split(export):
     path.write_text(path.read_text() + "valid: images/train\n")
     with pytest.raises(InputError, match="valid: is the val split, as another key"):
         detect(root)
+
+
+@pytest.mark.parametrize("kind", ["yolo-labelimg", "yolo-label-studio"])
+def test_lines_of_classes(export, kind):
+    """A class has the number of its line, also for LabelImg."""
+    root = export(kind, files={"classes.txt": "cat \r\ndog\n\n\n"})
+    assert objects(read(str(root), "auto", "train")) == COMMON
+    for content, fault in (("cat\n\ndog\n", "line 2: a class without a name"), ("cat\ncat \n", "line 2: the class")):
+        assert_one_error(export(kind, files={"classes.txt": content}), f"classes.txt, {fault}")
+
+
+def test_label_files_in_capitals_are_an_error(export):
+    """Otherwise the image is trained on as one without objects."""
+    root = export(YOLO, files={"labels/train/b.TXT": "0 0.5 0.5 0.5 0.5\n"})
+    assert_one_error(root, "labels/train/b.TXT: not read; rename it to b.txt")
+    (root / "labels/train/b.TXT").unlink()
+    assert_one_error(export(YOLO, files={"labels/train/c.TXT": LINES}), "c.TXT: no image of this name in images/train")

@@ -8,6 +8,7 @@ from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.deploy.plans import Plan, plan
 
 SHALLOW = {"depths": (1, 1, 1)}
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 ONE_STAGE = ["retinanet", "fcos", "ssdlite"]
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -18,14 +19,23 @@ from timm.data import create_reader
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import Imagenette
 
-from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_splits, check_trained, some, split_name
-from dualtoken_vit.data.folders import is_folder, natural, read_lines, scan, skipped_note
-from dualtoken_vit.data.images import MODES, load_image
+from dualtoken_vit.data.contract import (
+    Formats,
+    ImageData,
+    check_drawn,
+    check_splits,
+    check_trained,
+    other_splits,
+    some,
+    split_name,
+)
+from dualtoken_vit.data.folders import is_folder, natural, read_class_names, scan, skipped_note
+from dualtoken_vit.data.images import MODES, load_image, naming
 from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
 from dualtoken_vit.data.splits import split_of
 from dualtoken_vit.data.streams import ImageStream, Record, Shards, TensorFlowDataset, unreadable
-from dualtoken_vit.data.tables import Labelled, read_labels, unread_note
+from dualtoken_vit.data.tables import Labelled, read_labels, unfit, unread_note
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
@@ -70,7 +80,8 @@ class ImageDataset(Dataset, ImageData):
         image = self.image(index)
         if len(self.flipped) and self.flipped[index]:
             image = ImageOps.mirror(image)
-        return (self.transform(image) if self.transform else image), self.targets[index]
+        with naming(self.image_names[index]):
+            return (self.transform(image) if self.transform else image), self.targets[index]
 
     def image(self, index: int) -> Image.Image:
         """Image `index`; an InputError if it cannot be read."""
@@ -139,12 +150,20 @@ def _where(data: ClassificationData, split: str) -> str:
 
 
 def _check_no_splits(root: Path, missing: Path) -> None:
-    """Raise an InputError if `root` has folders of splits, which are no classes. That of train is missing."""
-    names = sorted(each.name for each in root.glob("*") if each.is_dir() and split_of(each.name))
-    if len({*map(split_of, names)}) > 1:
+    """Raise an InputError if `root` has folders of splits, which are no classes. That of train is missing.
+
+    They have names of several splits, or all names begin with one, as in train_images and test_images.
+    """
+    names = sorted(each.name for each in root.glob("*") if each.is_dir() and not each.name.startswith((".", "__")))
+    begun = {split_of(re.split("[ _.-]", name)[0]) for name in names}
+    if None in begun:
+        names = [name for name in names if split_of(name)]
+        begun = {*map(split_of, names)}
+    if len(begun) > 1:
+        found, table = ", ".join(map(printable, names)), unfit(root)
         raise InputError(
-            f"{printable(missing)}: no such folder, but {', '.join(map(printable, names))} in {printable(root)}; give "
-            "--data.train-split NAME, and --data.val-split NAME or --data.holdout 0.1"
+            f"{printable(missing)}: no such folder, but {found} in {printable(root)}; give "
+            f"--data.train-split NAME, and --data.val-split NAME or --data.holdout 0.1{table and f'; {table}'}"
         )
 
 
@@ -160,15 +179,21 @@ def _folder(data: ClassificationData, split: str, channels: int) -> ImageDataset
             _check_no_splits(Path(data.root), folder)
             folder = Path(data.root) if data.holdout else folder  # one folder without splits
     if not folder.is_dir():
+        named = [each.name for each in Path(data.root).glob("*") if each.is_dir() and split_of(each.name) == split]
+        if named:
+            raise InputError(f"{printable(folder)}: no such folder; {other_splits(split, sorted(named))}")
         without = {"val": "without a val folder", "train": "for class folders without splits"}[split]
         holdout = "" if data.holdout else f"; {without} give --data.holdout 0.1"
         expected = f"expected {printable(folder)}/CLASS/*.jpg in --data.root"
-        raise InputError(f"{printable(folder)}: no such folder; {expected}{holdout}")
+        table = unfit(Path(data.root))
+        raise InputError(f"{printable(folder)}: no such folder; {expected}{holdout}{table and f'; {table}'}")
     visible = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     real = Path(os.path.realpath(folder))
     names = [each.name for each in visible if is_folder(each) and not real.is_relative_to(os.path.realpath(each.path))]
     if not names:
-        raise InputError(f"{printable(folder)}: has no class folders; expected {printable(folder)}/CLASS/*.jpg")
+        table = unfit(Path(data.root))
+        expected = f"expected {printable(folder)}/CLASS/*.jpg{table and f'; {table}'}"
+        raise InputError(f"{printable(folder)}: has no class folders; {expected}")
     names.sort(key=natural)
     skipped = sorted(each.path for each in visible if not is_folder(each))
     targets: list[int] = []
@@ -287,7 +312,7 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
     with _opening(data, split, "webdataset") as (_, name):
         shards = Shards(data.root, name, channels)
     path = Path(data.root, "classnames.txt")
-    class_names = _named_classes(path) if path.is_file() else ()
+    class_names = read_class_names(path) if path.is_file() else ()
     if not class_names or not shards.samples:
         title = f"reading the labels of {name}"
         labels = list(in_threads(itemgetter(2), shards.read(), shards.samples or None, title))
@@ -295,18 +320,6 @@ def _wds(data: ClassificationData, split: str, channels: int) -> ImageStream:
         class_names = class_names or _numbers(labels)
     shards.class_names, shards.labels = class_names, range(len(class_names))
     return shards
-
-
-def _named_classes(path: Path) -> tuple[str, ...]:
-    """The lines of a file of class names; an InputError for a name that is empty or listed twice."""
-    names = "\n".join(read_lines(path)).rstrip().split("\n")
-    seen = set[str]()
-    for line, name in enumerate(names, start=1):
-        if not name.strip() or name in seen:
-            fault = f"the class {name!r} is listed twice" if name.strip() else "a class without a name"
-            raise InputError(f"{printable(path)}, line {line}: {fault}; give each class a name of its own")
-        seen.add(name)
-    return tuple(names)
 
 
 def _tfds(data: ClassificationData, split: str, channels: int) -> ImageStream:

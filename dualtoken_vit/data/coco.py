@@ -19,6 +19,7 @@ from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import printable
 
 SIDES = range(1, 10**6 + 1)  # pixels of an image's width and height; masks of much larger ones cannot be computed
+DIGITS = 6  # after the decimal point of coordinates in pixels: an image's side times a quotient by it is itself again
 MIN_SIDE = 1.0  # pixels; training ignores objects whose width or height in the image is smaller
 
 _FIELDS = {
@@ -73,7 +74,44 @@ def read_coco(path: str | Path, images: str | Path = "") -> AnnotatedImages:
     for key in _FIELDS:
         if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
             raise InputError(f"{name} is not a COCO file: no list {key!r}; it needs {', '.join(_FIELDS)}")
-    return AnnotatedImages(str(path), {key: coco[key] for key in _FIELDS}, str(images))
+    coco = {key: coco[key] for key in _FIELDS} | {"annotations": [*map(_upright, coco["annotations"])]}
+    return AnnotatedImages(str(path), coco, str(images), notes=_crowd_note(name, coco["annotations"]))
+
+
+def _upright(annotation: Any) -> Any:
+    """The annotation; where its box is turned by CVAT's attribute `rotation`, with the box around that."""
+    if not isinstance(annotation, dict) or annotation.get("segmentation"):
+        return annotation
+    attributes, box = annotation.get("attributes"), annotation.get("bbox")
+    if not isinstance(attributes, dict) or not isinstance(box, list) or len(box) != 4:
+        return annotation
+    rotation = attributes.get("rotation")
+    if not rotation or not _finite([rotation, *box]):
+        return annotation
+    left, top, right, bottom = enclosing((box[0], box[1], box[0] + box[2], box[1] + box[3]), rotation)
+    bbox = [round(value, DIGITS) for value in (left, top, right - left, bottom - top)]
+    # Without the attribute: `convert` writes the box, which is then read again.
+    attributes = {key: value for key, value in attributes.items() if key != "rotation"}
+    return annotation | {"bbox": bbox, "attributes": attributes}
+
+
+def enclosing(corners: Sequence[float], degrees: float) -> list[float]:
+    """The upright box around one that is turned about its centre; both as left, top, right and bottom."""
+    left, top, right, bottom = corners
+    cos, sin = (abs(each(math.radians(degrees))) for each in (math.cos, math.sin))
+    across, down = (right - left) * cos + (bottom - top) * sin, (right - left) * sin + (bottom - top) * cos
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return [x - across / 2, y - down / 2, x + across / 2, y + down / 2]
+
+
+def _crowd_note(name: str, annotations: list) -> tuple[str, ...]:
+    """A line on crowds with `attributes`, which CVAT and Datumaro write, and COCO's own files lack."""
+    ones = [one for one in annotations if isinstance(one, dict) and isinstance(one.get("attributes"), dict)]
+    crowds = sum(one.get("iscrowd") == 1 for one in ones)
+    if not crowds:
+        return ()
+    why = "CVAT writes it for every mask and ellipse: set it to 0 if they are single objects"
+    return (f"{name}: {crowds} of {len(annotations)} annotations have iscrowd 1 and are not trained on; {why}",)
 
 
 def sift(coco: dict[str, list], masks: bool, folder: str = "") -> tuple[dict[str, list[dict]], list[str]]:

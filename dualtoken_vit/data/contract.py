@@ -66,6 +66,12 @@ def split_name(data: Any, split: str) -> str:
     return {"train": data.train_split, "val": data.val_split}[split]
 
 
+def other_splits(split: str, names: Sequence[str]) -> str:
+    """What to give in place of a missing train or val split (`split`), where there are these."""
+    flag = f"--data.{split}-split"
+    return f"there is {', '.join(map(printable, names))}: give {flag} NAME" if names else f"see {flag}"
+
+
 def unread_test_split(data: Any, splits: Iterable[str]) -> str | None:
     """The name of the test split among `splits`, unless it is the one that the data section validates on."""
     test = next((name for name in splits if split_of(name) == "test"), None)

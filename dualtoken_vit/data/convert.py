@@ -26,7 +26,7 @@ def convert(source: str | Path, target: str | Path, to: str, format: str = "auto
     """Write a folder of images and labels into a new folder in another format, and print what it holds.
 
     All of TARGET is written, or nothing. The counts are those of the files read and of the files written, read again.
-    An only split without a name becomes "train".
+    A split without a name becomes "train".
 
     Args:
         source: folder of images and labels
@@ -38,12 +38,16 @@ def convert(source: str | Path, target: str | Path, to: str, format: str = "auto
         `COUNTS` of each split, before and after.
 
     Raises:
-        InputError: for labels that cannot be read or are broken, and for a `target` that is not empty.
+        InputError: for labels that cannot be read or are broken, a split without a name beside "train", and for a
+            `target` that is not empty.
     """
     name, found = detect(source, format, "--format")
     notes = []
     if {"train", "val"} <= found.keys() and found.pop("trainval", None):
         notes.append("trainval left out: train and val have its images")
+    if {"train", ALL} <= found.keys():
+        both = f"has the split train, and {ALL} (CVAT's default), which would be train, too"
+        raise InputError(f"{printable(source)}: {both}; rename one to val or test, or remove it")
     write = FORMATS[to].write
     assert write is not None
     splits = {}

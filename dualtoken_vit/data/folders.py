@@ -104,3 +104,19 @@ def read_lines(path: str | Path) -> list[str]:
     if "\0" in text:
         raise InputError(f"{printable(path)}: not text in UTF-8; save it with this encoding")
     return text.removesuffix("\n").split("\n")
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """The lines of a file of class names, in the order of their numbers; empty ones at its end do not count.
+
+    Raises:
+        InputError: for a name that is empty or listed twice.
+    """
+    names = "\n".join(read_lines(path)).rstrip().split("\n")
+    seen = set[str]()
+    for line, name in enumerate(names, start=1):
+        if not name.strip() or name.strip() in seen:
+            fault = f"the class {name!r} is listed twice" if name.strip() else "a class without a name"
+            raise InputError(f"{printable(path)}, line {line}: {fault}; give each class a name of its own")
+        seen.add(name.strip())
+    return tuple(names)

@@ -1,5 +1,6 @@
 """Reading images: any file that Pillow decodes becomes an 8-bit RGB or greyscale image."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -40,8 +41,8 @@ def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, n
     """Decode an image completely and convert it to 8 bits per channel.
 
     The EXIF orientation is applied (a damaged EXIF block is used as far as it can be parsed), transparent pixels are
-    blended with white, 16 bits are scaled to 8, and animations give their first frame. All other modes (palette, CMYK,
-    1 bit, ...) are converted.
+    blended with white, 12 and 16 bits are scaled to 8, and animations give their first frame. All other modes (palette,
+    CMYK, 1 bit, ...) are converted.
 
     Args:
         source: file name, open binary file, or PIL image
@@ -55,10 +56,22 @@ def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, n
         path = isinstance(source, str | Path)
         name = str(source if path else getattr(source, "filename", None) or getattr(source, "name", None) or source)
     with naming(name), nullcontext(source.copy()) if isinstance(source, Image.Image) else open_image(source) as image:
+        tags = getattr(source, "tag_v2", None) or getattr(image, "tag_v2", {})  # of a TIFF; a copy has none
         image.load()
         with suppress(Exception):  # a damaged EXIF block raises any error, often only after the pixels were rotated
             ImageOps.exif_transpose(image, in_place=True)
-        return _to_8_bit(image, MODES[channels])
+        return _to_8_bit(image, MODES[channels], 4095 if tags.get(BITSPERSAMPLE) == (12,) else 65535)
+
+
+def fitting(image: Image.Image, short: int) -> Image.Image:
+    """The image; a ValueError if resizing its short side to `short` pixels would give more pixels than Pillow opens.
+
+    A strip of 1x40000 pixels, a file of some bytes, would take gigabytes.
+    """
+    count = image.width * image.height * (short / min(image.size)) ** 2
+    if count > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{image.width}x{image.height} pixels, {count:,.0f} once its short side has {short}")
+    return image
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -90,13 +103,12 @@ def naming(name: str | Path) -> Iterator[None]:
         raise InputError(f"{name}: cannot be read as an image ({reason(error)}); replace or remove it") from error
 
 
-def _to_8_bit(image: Image.Image, mode: str) -> Image.Image:
-    """`image`, of any mode, in `mode` RGB or L."""
+def _to_8_bit(image: Image.Image, mode: str, most: int) -> Image.Image:
+    """`image`, of any mode, in `mode` RGB or L; `most` is white in integers of 16 bits."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels of unknown range: save it with 8 or 16 bits")
-        most = 4095 if getattr(image, "tag_v2", {}).get(BITSPERSAMPLE) == (12,) else 65535  # Pillow scales neither
         grey = ((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
         grey[values == image.info.get("transparency", -1)] = 255  # the one value that is transparent, if there is one
         image = Image.fromarray(grey)

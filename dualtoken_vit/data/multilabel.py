@@ -9,7 +9,7 @@ import torch
 from dualtoken_vit.data.classification import ImageDataset
 from dualtoken_vit.data.contract import Formats, check_drawn, check_trained, hold_out, some, split_name
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
-from dualtoken_vit.data.tables import read_labels
+from dualtoken_vit.data.tables import read_labels, unknown_columns
 from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
@@ -44,7 +44,8 @@ def _table(data: MultiLabelData, split: str, channels: int) -> MultiLabelDataset
     found = read_labels(Path(data.root), split_name(data, split), data.separator)
     if found is None:
         wanted = "a column of files (filename, image, ...), and one of labels, or one of 0 and 1 for each class"
-        raise InputError(f"{printable(data.root)}: no CSV or Parquet table with {wanted}")
+        there = unknown_columns(Path(data.root))
+        raise InputError(f"{printable(data.root)}: no CSV or Parquet table with {wanted}{there and f'; {there}'}")
     dataset = MultiLabelDataset(found.files, found.labels, found.class_names, found.files, channels)
     dataset.splits, dataset.notes = found.splits, found.notes
     return dataset

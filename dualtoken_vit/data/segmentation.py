@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -19,7 +20,16 @@ from torchvision.transforms import v2
 
 from dualtoken_vit.data import formats
 from dualtoken_vit.data.coco import AnnotatedImages, Packed, decode_masks, object_area
-from dualtoken_vit.data.contract import Formats, ImageData, check_drawn, check_trained, hold_out, some, split_name
+from dualtoken_vit.data.contract import (
+    Formats,
+    ImageData,
+    check_drawn,
+    check_trained,
+    hold_out,
+    other_splits,
+    some,
+    split_name,
+)
 from dualtoken_vit.data.folders import read_lines, scan, skipped_note
 from dualtoken_vit.data.images import load_image, naming, open_image
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
@@ -45,16 +55,20 @@ STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow scales 2-bit and 4-bit greyscale to
 
 def read_mask(path: str | Path) -> np.ndarray:
     """The labels (H, W), uint8 or int32, of a single-channel mask file as stored; an InputError for other files."""
-    name = printable(path)
     with naming(path), open_image(path) as mask:
-        if _is_lossy(mask):
-            raise InputError(f"{name}: a JPEG mask, whose compression changes labels; save masks as PNG")
-        tiles: Any = mask.tile
-        stored = next((tile.args if isinstance(tile.args, str) else tile.args[0] for tile in tiles), "")
-        if INVERTED.fullmatch(str(stored)):
-            raise InputError(f"{name}: a TIFF mask whose 0 is white: Pillow inverts its labels; save masks as PNG")
-        mask.load()
-        labels, mode = np.asarray(mask), mask.mode
+        return _labels(mask, printable(path))
+
+
+def _labels(mask: ImageFile, name: str) -> np.ndarray:
+    """As `read_mask`, of an open file; `name` is that in messages."""
+    if _is_lossy(mask):
+        raise InputError(f"{name}: a JPEG mask, whose compression changes labels; save masks as PNG")
+    tiles: Any = mask.tile
+    stored = next((tile.args if isinstance(tile.args, str) else tile.args[0] for tile in tiles), "")
+    if INVERTED.fullmatch(str(stored)):
+        raise InputError(f"{name}: a TIFF mask whose 0 is white: Pillow inverts its labels; save masks as PNG")
+    mask.load()
+    labels, mode = np.asarray(mask), mask.mode
     if mode not in MODES:
         raise InputError(
             f"{name}: a mask of mode {mode}, but masks need one label per pixel, or a class file (--data.classes) with "
@@ -72,17 +86,24 @@ def _is_lossy(mask: Image.Image) -> bool:
 def read_coloured(path: str | Path, colours: np.ndarray, first: int, other: int) -> np.ndarray:
     """The labels of a mask whose colours stand for classes: row i of `colours` (N, 3) for label `first` + i.
 
-    All other colours become the label `other`. A greyscale mask has labels already.
+    All other colours become the label `other`. A mask of 1 or 8 bits of grey has labels already, unless each of its
+    greys (black and white for 1 bit) is among the colours.
     """
+    labels = None
     with naming(path), open_image(path) as mask:
         if mask.mode not in ("P", "RGB", "RGBA") or _is_lossy(mask):
-            return read_mask(path)
+            labels = _labels(mask, printable(path))
+            if mask.mode not in ("1", "L"):
+                return labels
         pixels = np.asarray(mask.convert("RGB"))
     keys, found = (each.astype(np.int32) @ (65536, 256, 1) for each in (colours, pixels))
     order = np.argsort(keys)
     place = np.searchsorted(keys, found, sorter=order).clip(max=len(keys) - 1)
     label = order[place]
-    return np.where(keys[label] == found, label + first, other).astype(np.int32)
+    known = keys[label] == found
+    if labels is not None and not known.all():
+        return labels
+    return np.where(known, label + first, other).astype(np.int32)
 
 
 def label_table(classes: Sequence[int], ignore_index: int = 255, reduce_zero_label: bool = False) -> np.ndarray:
@@ -316,20 +337,23 @@ def _checked(names: tuple[str, ...], source: str, data: SegmentationData) -> tup
 def number_classes(masks: Sequence[str], data: SegmentationData) -> tuple[str, ...]:
     """Numbers as class names, up to the highest label in the readable masks; an InputError for too few or too many."""
 
-    def highest(path: str) -> tuple[int, str]:
+    def highest(path: str) -> tuple[int, int, str]:
         try:
             labels = read_mask(path)
         except InputError as error:
-            return -1, str(error)
-        return int(labels[labels != data.ignore_index].max(initial=0)), path
+            return -1, -1, str(error)
+        return int(labels[labels != data.ignore_index].max(initial=0)), int(labels.max(initial=0)), path
 
     found = list(in_threads(highest, masks, len(masks), "counting classes"))
-    label, path = max(found, default=(-1, ""))
+    label, _, path = max(found, default=(-1, -1, ""))
     if label < 0:
-        faults = [text for _, text in found[:1]]
+        faults = [text for *_, text in found[:1]]
         raise InputError("; the first: ".join([f"{printable(data.root)}: no usable training mask", *faults]))
     count = label + 1 - data.reduce_zero_label
     if not 2 <= count <= MAX_CLASSES:
+        if np.unique(read_mask(path)).tolist() == [0, 255]:
+            lines = "the lines background,0,0,0 and NAME,255,255,255"
+            raise InputError(f"{printable(path)}: is black and white: give a file with {lines} as --data.classes")
         raise InputError(
             f"{printable(path)}: the highest label in the training masks is {label}, apart from the ignored label "
             f"{data.ignore_index}, but 2 to {MAX_CLASSES} classes are supported; give another --data.ignore-index, or "
@@ -351,23 +375,31 @@ def _files(data: SegmentationData, split: str) -> MaskedImages:
         masks = (root / "annotations" / name).is_dir() or (root / LISTS).is_dir() or not formats.matching(root)
     else:
         masks = data.format == "masks"
-    return _masks(data, name) if masks else _objects(data, name)
+    return _masks(data, split) if masks else _objects(data, name)
 
 
-def _masks(data: SegmentationData, name: str) -> MaskedImages:
+def _masks(data: SegmentationData, split: str) -> MaskedImages:
     """ROOT/{images,annotations}/SPLIT/**, or the files in {JPEGImages,SegmentationClass} that a list of VOC's names.
 
     They are paired by name.
     """
+    name = split_name(data, split)
     listed = Path(data.root, LISTS, f"{name}.txt")
-    whole = Path(data.root, LISTS).is_dir()
+    whole = listed.parent.is_dir()
     kinds = ("JPEGImages", "SegmentationClass") if whole else (f"images/{name}", f"annotations/{name}")
     folders = [Path(data.root, kind) for kind in kinds]
+    if whole:
+        splits = sorted(path.stem for path in listed.parent.glob("*.txt"))
+    else:
+        places = sorted(folders[1].parent.glob("*"))
+        splits = [path.name for path in places if path.is_dir() and (folders[0].parent / path.name).is_dir()]
     for folder in folders:
         if not folder.is_dir():
             layout = f"{printable(folders[0])}/NAME.jpg and {printable(folders[1])}/NAME.png"
-            flags = "see --data.train-split, --data.val-split"
-            raise InputError(f"{printable(folder)}: no such folder; expected {layout}; {flags}")
+            remedy = "" if whole else f"; {other_splits(split, splits)}"
+            raise InputError(f"{printable(folder)}: no such folder; expected {layout}{remedy}")
+    if whole and not listed.is_file():
+        raise InputError(f"{printable(listed)}: no such file; {other_splits(split, splits)}")
     (images, skipped), (masks, others) = _by_stem(folders[0]), _by_stem(folders[1], repeated=True)  # masks can be equal
     if whole:
         names = [line.strip() for line in read_lines(listed) if line.strip()]
@@ -380,10 +412,6 @@ def _masks(data: SegmentationData, name: str) -> MaskedImages:
     pairs = [(path, masks[name]) for name, path in images.items() if name in masks]
     alone = [path for name, path in images.items() if name not in masks]
     orphans = [path for name, path in masks.items() if name not in images]
-    if whole:
-        splits = [path.stem for path in listed.parent.glob("*.txt")]
-    else:
-        splits = [path.name for path in folders[1].parent.glob("*") if (folders[0].parent / path.name).is_dir()]
     class_names, colours = _read_classes(data)
     draw = None if colours is None else partial(_decode, pairs, colours, data)
     return MaskedImages(pairs, class_names, (alone, orphans), skipped + others, draw, splits=tuple(splits))

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dualtoken_vit.errors import InputError
@@ -57,3 +57,8 @@ def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:
         raise InputError(f"the file name {name!r:.200} leads out of {printable(root)}")
     path = next((path for path in paths if os.path.isfile(path)), None)  # Path.is_file fails on a name that is too long
     return None if path is None else as_root(root, path)
+
+
+def find_moved(root: Path, name: str, folders: Sequence[Path]) -> Path | None:
+    """As `find`; where no folder has a file of that name, its last part counts: the rest is of another machine."""
+    return find(root, name, folders) or find(root, Path(name.replace("\\", "/")).name, folders)

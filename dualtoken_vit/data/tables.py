@@ -2,11 +2,13 @@
 
 import csv
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dualtoken_vit.data.contract import some
 from dualtoken_vit.data.folders import read_lines
 from dualtoken_vit.data.splits import ALL, SPLITS, find, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
@@ -15,6 +17,8 @@ from dualtoken_vit.files import counted, printable
 FILE = ("filename", "file_name", "file", "image", "image_path", "path", "image_name", "filepath")
 CLASS = ("class", "class_name", "label", "name", "category", "labels", "tags", "classes")
 SPLIT = ("split", "subset", "set")
+NEEDED = f"a column of files ({', '.join(FILE)}) and one of classes ({', '.join(CLASS)}), or of 0 and 1 for each"
+SEPARATORS = ("|", ";", ",", " ")  # that may stand between the labels in a cell
 HEADER = 2**16  # characters of a first line that `_header` reads at most
 
 
@@ -108,7 +112,8 @@ def _outside(path: Path, values: Sequence[str], whole: bool) -> tuple[str, ...]:
 def _tables(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
-    return [path for kind in (".csv", ".parquet") for path in sorted(place.glob("*")) if path.suffix.lower() == kind]
+    paths = [path for path in sorted(place.glob("*")) if path.name[0] != "."]
+    return [path for kind in (".csv", ".parquet") for path in paths if path.suffix.lower() == kind]
 
 
 def _fitting(tables: Mapping[str, list[Path]], fits: Callable[[Path], bool]) -> dict[str, Part]:
@@ -148,16 +153,37 @@ def has_labels(path: Path) -> bool:
 
 
 def unread_note(root: Path, folder: Path) -> tuple[str, ...]:
-    """A line on a table in `root` that could be meant instead of the class folders in `folder`: its header names both.
+    """A line on a table in `root` that could be meant instead of the class folders in `folder`.
 
-    Only headers are read, as the table may be large and have nothing to do with the images.
+    Its header names files and classes, or `folder` is `root`, where the folders may be no classes. Only headers are
+    read, as the table may be large and have nothing to do with the images.
     """
     for path in _tables(root):
         header = _header(path)
         if column(header, FILE) is not None and column(header, CLASS) is not None:
             name = printable(path)
             return (f"{name}: not read, because {printable(folder)} has class folders; --data.root {name} reads it",)
-    return ()
+    return tuple(filter(None, [unfit(root)])) if folder == root else ()
+
+
+def unfit(root: Path) -> str:
+    """What the first table in `root` lacks for `read_labels`; "" without a table."""
+    there = unknown_columns(root)
+    return there and f"{there}, but is read only with {NEEDED}"
+
+
+def unknown_columns(root: Path) -> str:
+    """The columns of a table in `root`, for messages where none fits; "" without a table.
+
+    It is that of the train split, or the first.
+    """
+    headers = {path: header for path in _tables(root) if (header := _header(path))}
+    path = min(headers, key=lambda path: split_of(path.stem) != "train", default=None)
+    if path is None:
+        return ""
+    header = headers[path]
+    commas = ", which are not separated by commas" if len(header) == 1 and ";" in header[0] else ""
+    return f"{printable(path)} has the columns {some(header)}{commas}"
 
 
 def _header(path: Path) -> list[str]:
@@ -206,6 +232,7 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
     file, label, part = (column(header, names) for names in (FILE, CLASS, SPLIT))
     hot = [] if label is not None else _one_hot(rows)
     found: dict[str, list[str]] = {}
+    texts = set[str]()  # cells that may hold several labels
     folders = [path.parent, path.parent / "images", path.parent / split, path.parent / "images" / split]
     for line, row in enumerate(body, start=2):
         if not any(str(cell).strip() for cell in row):
@@ -215,15 +242,26 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
             raise InputError(f"{where}: {len(row)} cells, but the header has {len(header)}")
         if not parts[wanted].has(row[part or 0]):
             continue
+        file_name = row[file or 0]
+        if isinstance(file_name, dict | bytes):  # as Hugging Face stores them
+            place = f"give --data.dataset hfds/{printable(path.parent)} in place of --data.root"
+            remedy = "write the names of their files" if separator is not None else place
+            raise InputError(f"{printable(path)}: the column {header[file or 0]!r} has the images themselves; {remedy}")
         try:
-            image = find(path.parent, str(row[file or 0]).strip(), folders)
+            image = find(path.parent, str(file_name).strip(), folders)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if image is None:
-            raise InputError(f"{where}: {printable(row[file or 0])}: no such image beside the table or in images")
+            raise InputError(f"{where}: {printable(str(file_name)):.200}: no such image beside the table or in images")
         names = [str(header[place]).strip() for place in hot if str(row[place]).strip()[:1] in ("1", "T")]
         if label is not None:
             cell = row[label]
+            if separator is not None and isinstance(cell, str):
+                if cell.strip().startswith("[") and cell.strip().endswith("]"):
+                    raise InputError(
+                        f"{where}: {cell!r:.50} is a list; write only its labels, with {separator!r} between"
+                    )
+                texts.add(cell)
             several = cell if isinstance(cell, list) else [cell] if separator is None else str(cell).split(separator)
             names = [name for each in several if each is not None and (name := str(each).strip())]
         found.setdefault(str(image), []).extend(names)
@@ -231,4 +269,23 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
     numbers = {name: label for label, name in enumerate(named)}
     labels = [tuple(dict.fromkeys(numbers[name] for name in names)) for names in found.values()]
     splits = tuple(name for name, each in parts.items() if each.path == path or has_labels(each.path))
-    return Labelled(path, list(found), labels, tuple(named), splits, parts[wanted].notes)
+    notes = (*parts[wanted].notes, *_separated(path, texts, separator))
+    return Labelled(path, list(found), labels, tuple(named), splits, notes)
+
+
+def _separated(path: Path, texts: Collection[str], separator: str | None) -> tuple[str, ...]:
+    """A line on a cell that seems to have another separator.
+
+    Its parts are in other cells, too. Commas and spaces are also in names: there, all parts must be.
+    """
+    if separator is None or any(separator in text for text in texts):
+        return ()
+    for other in SEPARATORS:
+        parts = {text: list(filter(None, map(str.strip, text.split(other)))) for text in sorted(texts)}
+        counts = Counter(part for each in parts.values() for part in set(each))
+        for text, each in parts.items():
+            enough = all if other in (",", " ") else any
+            if len(each) > 1 and enough(counts[part] > 1 for part in each):
+                what = f"{printable(path)}: {text!r:.50} is taken as one label"
+                return (f"{what}; if it is {counted(len(each), 'label')}, give --data.separator {other!r}",)
+    return ()

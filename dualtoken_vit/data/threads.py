@@ -1,5 +1,7 @@
 """Process many files in threads, with a progress bar."""
 
+import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -42,8 +44,7 @@ def in_threads(
     `ahead` items are processed before their results are consumed.
     """
     items = iter(items)
-    chunks = iter(lambda: list(islice(items, ahead)), [])  # a pool consumes its whole input at once: keep that small
-    first = next(chunks, [])
+    first = list(islice(items, ahead))
     if len(first) < 2:
         yield from map(function, chain(first, items))
         return
@@ -52,17 +53,27 @@ def in_threads(
     except (RuntimeError, AttributeError) as error:  # the latter where a pool without some of its threads is ended
         raise MemoryError("can't start new threads") from error
     with threads as pool:
-        results: Iterable[Result] = chain.from_iterable(pool.imap(function, chunk) for chunk in chain([first], chunks))
-        yield from track(results, total, title) if title else results
+        waiting = deque(pool.apply_async(function, (item,)) for item in first)
+
+        def results() -> Iterator[Result]:
+            while waiting:
+                yield waiting.popleft().get()
+                waiting.extend(pool.apply_async(function, (item,)) for item in islice(items, 1))
+
+        yield from track(results(), total, title) if title else results()
 
 
 _TITLE = TextColumn("{task.description}", markup=False)  # may contain the name of a file
 
 
-def track(items: Iterable[Item], total: int | None, title: str) -> Iterator[Item]:
-    """The items, with a progress bar on stderr; `total` is their number, if known."""
+def track(items: Iterable[Item], total: int | None, title: str) -> Generator[Item]:
+    """The items, with a progress bar on stderr; `total` is their number, if known.
+
+    What is printed meanwhile appears above the bar on a terminal, and else where stdout leads.
+    """
     columns = BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
-    with Progress(_TITLE, *columns, console=Console(stderr=True)) as bar:
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    with Progress(_TITLE, *columns, console=Console(stderr=True), redirect_stdout=terminal) as bar:
         yield from bar.track(items, total, description=title)
 
 

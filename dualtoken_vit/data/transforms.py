@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
+from math import floor
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dualtoken_vit import recipes
+from dualtoken_vit.data.images import fitting
 from dualtoken_vit.data.objects import CopyPaste, Geometric, resize
 from dualtoken_vit.data.segmentation import IGNORE
 from dualtoken_vit.errors import InputError
@@ -69,7 +72,8 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
 def classification_eval(data: recipes.ClassificationData, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
     """timm's evaluation transform: short side to S / crop_pct, centre crop, normalised float tensor (C, S, S)."""
     how: dict[str, Any] = dict(crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std)
-    return create_transform(data.image_size, **how)
+    check = partial(fitting, short=floor(data.image_size / data.crop_pct))
+    return v2.Compose([check, create_transform(data.image_size, **how)])
 
 
 def detection_train(augment: recipes.DetectionAugment, dataset: Any = None) -> Callable:

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -189,14 +189,12 @@ def _smaller(file: Path, precision: Any, images: Path | None) -> Path:
 def describe(chosen: Plan, about: Checkpoint, checkpoint: Path) -> dict[str, Any]:
     """The JSON in the file. Nothing in it names a place on this machine."""
     recipe = stored_recipe(checkpoint, about)
-    free = recipes.free_on_resume(type(recipe))
-    default = type(recipe)()
-    data = {name: getattr(default.data, name) for name in vars(recipe.data) if f"data.{name}" in free}
-    recipe = replace(
-        recipe,
-        data=replace(recipe.data, **data),
-        model=replace(recipe.model, name=about.model, checkpoint=None),
-    )
+    free, default = recipes.free_on_resume(type(recipe)), type(recipe)()
+    sections: dict[str, Any] = {name: section for name, section in vars(recipe).items() if is_dataclass(section)}
+    for name, section in sections.items():
+        own = [field for field in vars(section) if f"{name}.{field}" in free]
+        sections[name] = replace(section, **{field: getattr(getattr(default, name), field) for field in own})
+    recipe = replace(recipe, **sections | {"model": replace(recipe.model, name=about.model, checkpoint=None)})
     preprocessing = dict(about.preprocessing)
     if about.task not in ("detection", "segmentation"):
         preprocessing["input_size"] = (preprocessing["input_size"][0], *chosen.size)

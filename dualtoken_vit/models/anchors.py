@@ -45,6 +45,11 @@ class DefaultBoxes(DefaultBoxGenerator):
     torchvision stretches boxes with the image. For a square image of the nominal size, both are the same. The scales
     are those of torchvision's SSD300 for COCO, for levels of stride 8 to 256.
 
+    A level divides the padded image into equal cells, also where its stride does not divide the sides, as at strides of
+    128 and more: there the boxes move with the padding, and in training so with the other images of a batch of mixed
+    sizes. At stride 256 a centre moves by up to 144 pixels if the padding grows from 320 to 512 pixels. Trained
+    networks have learnt these places.
+
     Args:
         image_size: nominal side of the images, in pixels: 1 in the scales
     """

@@ -53,6 +53,7 @@ from dualtoken_vit.tasks.networks import create_model
 from dualtoken_vit.tasks.optim import build_optimizer
 from dualtoken_vit.tasks.progress import quiet
 from dualtoken_vit.tasks.run_folder import LAST, in_use, stored_recipe, write_recipe
+from dualtoken_vit.tasks.trainer import check_balance
 
 Base = Literal["small", "tiny"]
 
@@ -230,7 +231,7 @@ def _search(recipes: dict[str, Classification], rates: Sequence[float], out: Pat
             key,
             replace(
                 recipe,
-                data=replace(recipe.data, holdout=recipe.data.holdout or 0.1),
+                data=replace(recipe.data, holdout=0.1),
                 optim=replace(recipe.optim, lr=lr),
             ),
             out / "search",
@@ -408,8 +409,14 @@ def study(name: str, options: Study) -> None:
             raise InputError(f"--run.{key.replace('_', '-')}: all runs of a study have the same epochs; remove it")
     if search and recipe.optim.lr != PRESETS[options.preset][1].recipe.optim.lr:
         raise InputError("--optim.lr: --search-lr chooses it; leave it out, or give --search-lr without a value")
+    if search and recipe.data.holdout:
+        raise InputError(
+            f"--data.holdout {recipe.data.holdout:g}: --search-lr would choose the rates on the images that the study "
+            "reports; name a validation split, or give --search-lr without a value"
+        )
     check_bounds(recipe)
     check_bounds(options)
+    check_balance(recipe)
     chosen = networks(name, base, options.networks)
     recipes = {row.key: _with(recipe, model) for row, model in chosen}
     plan = [] if search else _plan(recipes, seeds, out)  # with a search, the learning rates are not known yet

@@ -47,7 +47,7 @@ class ClassificationData(ClassificationInput, SplitData):
     """Classes to leave out of training and validation."""
     start_size: Annotated[int | None, Side] = None
     """Progressive resizing: side of the training images in the first half of the run. It then grows, and reaches
-    image_size for the last fifth. None: always image_size."""
+    image_size for the last fifth of the run, or its last epoch. None: always image_size."""
     unreadable: Literal["stop", "skip"] = "stop"
     """Unreadable images: stop before the first step, or skip and report them."""
 
@@ -112,7 +112,8 @@ class Classification(Recipe):
 
     task: ClassVar[str] = "classification"
     class_weights: Literal["equal", "inverse", "effective"] = "equal"
-    """Loss weight of a class of n images, up to a factor: 1, 1 / n or 1 / (1 - 0.999 ** n) (arXiv 1901.05555)."""
+    """Loss weight of a class of n images, up to a factor: 1, 1 / n or 1 / (1 - 0.999 ** n) (arXiv 1901.05555).
+    Not with data.balanced."""
     data: ClassificationData = ClassificationData()
     augment: ClassificationAugment = ClassificationAugment()
     distill: Distill = Distill()

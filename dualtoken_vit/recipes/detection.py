@@ -120,7 +120,7 @@ class Detection(Recipe):
     class_weights: Literal["equal", "inverse", "effective"] = "equal"
     """Weight of a class of n training objects in the classification loss, up to a common factor. equal: 1; inverse:
     1 / n; effective: 1 / (1 - 0.999 ** n) (arXiv 1901.05555). Background has 1; the logged loss is not weighted. An
-    alternative to data.balanced."""
+    alternative to data.balanced: not with it."""
     data: DetectionData = DetectionData()
     augment: DetectionAugment = DetectionAugment()
 

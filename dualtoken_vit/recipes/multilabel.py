@@ -45,7 +45,7 @@ class MultiLabel(Recipe):
     class_weights: Literal["equal", "inverse", "effective"] = "equal"
     """Loss weight of the images that have a label, if n training images have it, up to a common factor. equal: 1;
     inverse: 1 / n; effective: 1 / (1 - 0.999 ** n) (arXiv 1901.05555). Images without it have 1. An alternative to
-    data.balanced."""
+    data.balanced: not with it."""
     data: MultiLabelData = MultiLabelData()
     augment: MultiLabelAugment = MultiLabelAugment()
 

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from io import IOBase
 from itertools import islice
@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from dualtoken_vit.data.folders import image_files
-from dualtoken_vit.data.images import load_image
+from dualtoken_vit.data.images import load_image, naming
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 from dualtoken_vit.hints import fits, type_name
@@ -55,7 +56,7 @@ class BasePredictor(ABC, Generic[Result]):
     Options: ClassVar[type]  # dataclass of what a call of `load_predictor`, or the command line, may choose
     report: ClassVar[type[Report[Any]]]  # records, tabulates and draws results for the command line
     batch_size: ClassVar[int] = 32  # images in a batch unless a call chooses it
-    ahead: ClassVar[int] = 256  # images that may wait in memory
+    ahead: ClassVar[int] = 32  # images, or a batch of them, that may wait in memory
     memory_hint: ClassVar[str] = "use a smaller image_size"  # what helps where an image does not fit into memory
 
     category_ids: tuple[int, ...] = ()  # detection: the number of each class in the COCO json
@@ -117,7 +118,7 @@ class BasePredictor(ABC, Generic[Result]):
         if is_tensor(images) and images.ndim == 4:
             return False, list(images)
         if is_tensor(images) or isinstance(images, str | PathLike | Image.Image | np.ndarray):
-            return True, [images]
+            return True, [self._own(images)]
         if isinstance(images, bytes | IOBase) or not isinstance(images, Iterable):
             raise InputError(
                 f"cannot predict for an object of type {type(images).__name__}: give a path, a folder, a PIL image, an "
@@ -138,8 +139,10 @@ class BasePredictor(ABC, Generic[Result]):
         size = self.batch_size if batch_size is None else batch_size
         if size < 1:
             raise InputError(f"batch_size={size}: must be at least 1")
-        images = list(images)
-        with closing(self._load_all(images, title)) as all_loaded:  # ends the bar, which a traceback would keep alive
+        images = [self._own(image) for image in images]
+        with closing(
+            self._load_all(images, size, title)
+        ) as all_loaded:  # ends the bar, which a traceback would keep alive
             loaded = zip(images, all_loaded, strict=True)
             while chunk := list(islice(loaded, size)):
                 results = iter(self._run([inputs for _, (_, inputs, _) in chunk if inputs is not None]))
@@ -148,29 +151,43 @@ class BasePredictor(ABC, Generic[Result]):
                     if not isinstance(result, InputError):
                         yield Prediction(image, result)
                     else:
-                        name = printable(source) if isinstance(source, str | PathLike) else "the image"
-                        yield Prediction(image, None, error or InputError(f"{name}: {result}"))
+                        yield Prediction(image, None, error or InputError(f"{_name(source)}: {result}"))
 
     def load(self, source: ImageLike) -> tuple[Image.Image | None, Any, InputError | None]:
         """An image as loaded, as preprocessed, and the error where it cannot be read."""
         try:
             image = to_image(source, self.channels)
-            return image, self.preprocess(image), None
+            with naming(_name(source)):
+                return image, self.preprocess(image), None
         except InputError as error:
             return None, None, error
 
-    def _load_all(self, images: list[ImageLike], title: str) -> Generator[tuple[Image.Image | None, Any, Any]]:
+    def _own(self, source: ImageLike) -> ImageLike:
+        """A PIL image of a file, decoded as it is now: threads cannot share its file, and an animation goes on."""
+        if isinstance(source, ImageFile):
+            with suppress(InputError):  # which comes again where it is loaded
+                return load_image(source, self.channels)
+        return source
+
+    def _load_all(
+        self, images: list[ImageLike], size: int, title: str
+    ) -> Generator[tuple[Image.Image | None, Any, Any]]:
         """`load` of each image, in threads where the train extra is installed."""
         try:
             from dualtoken_vit.data.threads import in_threads
         except ModuleNotFoundError:
             yield from map(self.load, images)
         else:
-            yield from in_threads(self.load, images, len(images), title, self.ahead)
+            yield from in_threads(self.load, images, len(images), title, max(self.ahead, size))
 
     def _run(self, inputs: list[Any]) -> Sequence[Result | InputError]:
         """The result of each image, or what went wrong with it."""
         return self.postprocess(self.forward(self.collate(inputs))) if inputs else []
+
+
+def _name(source: ImageLike) -> str:
+    """What errors call an image."""
+    return printable(source) if isinstance(source, str | PathLike) else "the image"
 
 
 def is_tensor(source: Any) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image
 
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.data.images import fitting
+from dualtoken_vit.errors import InputError, OutOfMemory, naming_memory
 from dualtoken_vit.header import MOST_SIDE
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
 from dualtoken_vit.runtime.base import BasePredictor, Result
@@ -156,9 +157,13 @@ class ExportedPredictor(BasePredictor[Result]):
     def _run(self, inputs: list[np.ndarray]) -> Sequence[Result | InputError]:
         """The result of each image, or what went wrong with it: where a batch fails, one at a time."""
         try:
-            return super()._run(inputs)
-        except InputFailed as error:
-            return [error] if len(inputs) == 1 else [result for one in inputs for result in self._run([one])]
+            with naming_memory(self.memory_hint):
+                return super()._run(inputs)
+        except (InputFailed, OutOfMemory) as error:
+            problem = str(error)  # the error itself would keep the batch in memory
+        if len(inputs) > 1:
+            return [result for one in inputs for result in self._run([one])]
+        return [InputError(problem)]
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,7 @@ class ImageClassifier(ExportedPredictor[Result]):
         """timm's evaluation transform, without its normalisation."""
         side, how = self.options.image_size, Image.Resampling[self.options.interpolation.upper()]
         short, (width, height) = floor(side / self.options.crop_pct), image.size
+        fitting(image, short)
         if min(width, height) != short:  # torchvision's Resize keeps the long side's fraction off
             width, height = (int(short * each / min(image.size)) for each in (width, height))
             image = image.resize((width, height), how)
@@ -204,7 +210,10 @@ class ImageClassifier(ExportedPredictor[Result]):
         return to_float(to_array(image.crop((left, top, left + side, top + side))))
 
     def forward(self, batch: Sequence[np.ndarray]) -> np.ndarray:  # (C, S, S) each -> logits (B, classes)
-        logits = check_finite(self.model(np.stack(batch))["logits"])
+        # Dynamic quantisation takes one range of values for all images of an input.
+        count = 1 if self.export.get("precision") == "int8-dynamic" else len(batch)
+        parts = [self.model(np.stack(batch[i : i + count]))["logits"] for i in range(0, len(batch), count)]
+        logits = check_finite(np.concatenate(parts))
         return logits / np.float32(self.preprocessing.get("temperature", 1.0))
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -65,20 +66,26 @@ def _run_openvino(path: Path, options: dict[str, Any]) -> Callable[[np.ndarray],
     core = openvino.Core()
     model = core.read_model(path)
     antialiased = any(map(_antialiased, model.get_ops()))
-    networks: dict[tuple[int, ...] | None, Any] = {}  # by the shape that they take, None: any
+    first: list[tuple[int, ...]] = []
+    lock = Lock()  # a compiled network has one buffer for its outputs: another thread would overwrite them
+
+    @lru_cache(maxsize=8)
+    def compiled(shape: tuple[int, ...] | None) -> Any:
+        """The network for images of this shape; None: of any."""
+        network = model.clone()
+        if shape:
+            network.reshape(list(shape))
+        if any(_shrinks(op) for op in network.get_ops() if _antialiased(op)):
+            raise InputError("OpenVINO ignores antialiasing (grid_resize=antialias): use --runtime onnxruntime")
+        return core.compile_model(network, "CPU", settings)
 
     def run(image: np.ndarray) -> Arrays:
-        # For one shape, that of the first call, OpenVINO takes up to a fifth less time than for any.
-        first = not networks and model.is_dynamic()
-        shape = image.shape if first or antialiased or image.shape in networks else None
-        if shape not in networks:
-            network = model.clone()
-            if shape:
-                network.reshape(list(shape))
-            if any(_shrinks(op) for op in network.get_ops() if _antialiased(op)):
-                raise InputError("OpenVINO ignores antialiasing (grid_resize=antialias): use --runtime onnxruntime")
-            networks[shape] = core.compile_model(network, "CPU", settings)
-        return {name: value.copy() for output, value in networks[shape](image).items() for name in output.names}
+        with lock:
+            # For one shape, that of the first call, OpenVINO takes up to a fifth less time than for any.
+            if not first and model.is_dynamic():
+                first.append(image.shape)
+            found = compiled(image.shape if antialiased or image.shape in first else None)(image)
+            return {name: value.copy() for output, value in found.items() for name in output.names}
 
     return run
 

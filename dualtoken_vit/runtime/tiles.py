@@ -31,7 +31,7 @@ def detect_in_tiles(
 ) -> Arrays:
     """The objects of an image, detected in square tiles.
 
-    A box that is cut off by the edge of its tile is dropped if it is not larger than the overlap: the next tile has the
+    A box that is cut off by the edge of its tile is dropped if it is smaller than the overlap: the next tile has the
     whole object. Of boxes of one class with an IoU above 0.5 the best is kept, as in other non-maximum suppression.
 
     Args:
@@ -46,6 +46,10 @@ def detect_in_tiles(
         The same of the whole image, the best first.
     """
     height, width = image.shape[-2:]
+    if max(height, width) <= side:
+        (found,) = detect([image])
+        order = np.argsort(-found["scores"], kind="stable")
+        return {key: value[order] for key, value in found.items()}
     shared = int(side * overlap)
     places = list(product(starts(height, side, shared), starts(width, side, shared)))
     tiles = [image[:, top : top + side, left : left + side] for top, left in places]
@@ -71,7 +75,7 @@ def whole(boxes: np.ndarray, place: Sequence[int], size: Sequence[int], side: in
     for axis, (start, length) in enumerate(zip(reversed(place), reversed(size), strict=True)):  # x, y
         low, high = boxes[:, axis], boxes[:, axis + 2]
         cut = (low < EDGE) & (start > 0) | (high > side - EDGE) & (start + side < length)
-        keep &= ~(cut & (high - low <= shared))
+        keep &= ~(cut & (high - low <= shared - 2 * EDGE))  # else the next tile may have it at its own edge
     return keep
 
 

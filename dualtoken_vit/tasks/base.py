@@ -19,11 +19,11 @@ from torch import nn
 from dualtoken_vit.checkpoint import Checkpoint
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import Prepare, mix
-from dualtoken_vit.errors import InputError, first_line, lacks_memory
+from dualtoken_vit.errors import InputError, OutOfMemory, first_line, lacks_memory, naming_memory
 from dualtoken_vit.files import printable, write_json
 from dualtoken_vit.recipes import Model, Recipe
 from dualtoken_vit.tasks.optim import build_optimizer, schedule_factor
-from dualtoken_vit.tasks.predictor import OutOfMemory, Predictor, naming_memory
+from dualtoken_vit.tasks.predictor import Predictor
 
 R = TypeVar("R", bound=Recipe)
 

@@ -1,6 +1,8 @@
 """Runs of a given duration."""
 
+from bisect import bisect_right
 from dataclasses import replace
+from itertools import pairwise
 from math import ceil
 from statistics import median
 from time import monotonic
@@ -10,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from dualtoken_vit.recipes import Recipe
+from dualtoken_vit.tasks.loaders import completed
 from dualtoken_vit.tasks.optim import schedule_factor
 from dualtoken_vit.tasks.run_folder import Module, RunFolder, Trainer
 
@@ -62,21 +65,34 @@ class TimeBudget(Callback):
 
     def _fit(self, trainer: Trainer, task: Module) -> None:
         recipe = self.folder.recipe
-        seconds = median(end - start for start, end in zip(self.ends, self.ends[1:], strict=False))
-        cost = sum(task.cost((place + 0.5) / 100) for place in range(100)) / 100
+        ends = self.ends[:: trainer.accumulate_grad_batches]  # of the optimiser's steps, whose last batch has its part
+        seconds = median(end - start for start, end in pairwise(ends)) / trainer.accumulate_grad_batches
         every, minutes = recipe.run.validate_every, recipe.run.max_minutes or 0
         loaders = trainer.datamodule
         batches = len(loaders.val) / (loaders.batch_size * trainer.world_size)  # of a validation in this process
         validation = batches * task.cost(1.0) / 2
-        epoch = seconds * (trainer.num_training_batches * cost + validation / every)
+
+        def duration(epochs: int) -> float:
+            fitted = with_epochs(recipe, epochs)
+            cost = sum(task.cost(completed(fitted, epoch)) for epoch in range(epochs))
+            return seconds * (trainer.num_training_batches * cost + validation * epochs / every)
+
         left = 60 * minutes - (self.ends[-1] - self.start) + seconds * (len(self.ends) - 1)
-        epochs = trainer.strategy.broadcast(max(int(left / epoch) // every, 1) * every)
+        choices = range(every, int(left / duration(1)) + 1, every)  # no epoch is shorter than the first
+        epochs = trainer.strategy.broadcast(max(bisect_right(choices, left, key=duration), 1) * every)
+        needed = duration(epochs)
         if trainer.is_global_zero:
             time = f"in {minutes:g} minutes"
-            if epochs * epoch > left:  # the fewest that there can be
-                time = f"need {minutes + (epochs * epoch - left) / 60:.3g} minutes, not {minutes:g}"
+            if needed > left:  # the fewest that there can be
+                time = f"need {minutes + (needed - left) / 60:.3g} minutes, not {minutes:g}"
                 time += f", and --run.validate-every {every} allows no fewer" * (every > 1)
-            print(f"an epoch takes about {epoch:.3g} s: {epochs} of them {time}", flush=True)
+            print(f"an epoch takes about {needed / epochs:.3g} s: {epochs} of them {time}", flush=True)
+            if epochs == 1 and task.cost(1.0) > 1:
+                print(
+                    "the only epoch has begun at --data.start-size, and --data.image-size is not reached: give more "
+                    "minutes, or leave out --data.start-size",
+                    flush=True,
+                )
 
         recipe = with_epochs(recipe, epochs)
         task.recipe = trainer.datamodule.recipe = recipe

@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 from dualtoken_vit.data.balance import class_weights, image_weights
 from dualtoken_vit.data.check import classification as data_check
 from dualtoken_vit.data.classification import ImageDataset, build_datasets, build_val_dataset
-from dualtoken_vit.data.contract import ImageData, fingerprint
+from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.transforms import classification_eval, classification_train, train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import check_finite, check_size, pretrained_cfg, statistics
@@ -319,7 +319,6 @@ class ClassificationTask(Task[Classification]):
         module.prepare_epoch = partial(prepare_epoch, recipe, preprocessing)
         module.prepare_epoch(train, 0, 0.0)  # rejects a wrong policy now
         val.transform = predictor.preprocess
-        predictor.preprocessing |= {"held_out": fingerprint(val.image_names)} if val.image_names else {}
         return Setup(recipe.model.name, module, train, val, model_args)
 
     def evaluation(

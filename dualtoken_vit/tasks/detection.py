@@ -203,6 +203,11 @@ class DetectionTask(Task[Detection]):
             )
         if not any(train.counts):
             raise InputError(f"{train.name}: no object to train on; see check-data")
+        if all(one.get("iscrowd") for annotations in val.annotations for one in annotations):
+            raise InputError(
+                f"{val.name}: no object to validate on (crowds do not count), so that no epoch could be the best; "
+                "label some, or validate on others (--data.val-split, --data.val-json, --data.holdout); see check-data"
+            )
         if train.dropped:
             note = f"not trained on: {counted(train.dropped, 'object')} with less than {MIN_SIDE:g} pixel in the image"
             train.notes = (*train.notes, note)

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.tasks.predictor import naming_memory
+from dualtoken_vit.errors import InputError, naming_memory, reason
 
 WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|killed by signal)", re.DOTALL)
 ENDED = re.compile(r"DataLoader worker.*killed by signal: (Terminated|Hangup|Interrupt)", re.DOTALL)

@@ -13,6 +13,15 @@ from dualtoken_vit.files import counted
 from dualtoken_vit.recipes import Recipe
 
 
+def completed(recipe: Recipe, epoch: int) -> float:
+    """The share of the run at which an epoch's training images are prepared: 1 in the last one, as for its result.
+
+    With `run.max_minutes` the first epoch begins before their number is known, so that it is never the last one here.
+    """
+    last = epoch + 1 == recipe.optim.epochs and (epoch > 0 or recipe.run.max_minutes is None)
+    return 1.0 if last else epoch / recipe.optim.epochs
+
+
 class _Batches:
     """A loader with the length of the whole epoch, as Lightning counts, even where its start is skipped.
 
@@ -112,7 +121,7 @@ class Loaders(lightning.LightningDataModule):
             groups=self.train.groups,
             weights=self.train.weights,
             epoch=epoch,
-            progress=epoch / self.recipe.optim.epochs,
+            progress=completed(self.recipe, epoch),
             prepare=module.prepare_epoch,
             before=self.before,
             skip=done,

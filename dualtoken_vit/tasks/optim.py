@@ -133,7 +133,7 @@ def schedule_factor(optim: Optim, steps_per_epoch: int) -> Callable[[int], float
             return floor + (1 - floor) * (1 - progress) ** 0.9
         elif optim.schedule == "flat-cosine":
             start = max(min(FLAT * total, total - 2), 0)  # the last step decays in short runs, too
-            progress = max((step - start) / max(total - 1 - start, 1), 0.0)
+            progress = min(max((step - start) / max(total - 1 - start, 1), 0.0), 1.0)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor

@@ -1,7 +1,6 @@
 """A trained network as a function of images: what every task's predictor shares."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Self, TypeVar
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dualtoken_vit.bounds import check_bounds
-from dualtoken_vit.errors import InputError, first_line, lacks_memory
+from dualtoken_vit.errors import InputError, OutOfMemory, naming_memory
 from dualtoken_vit.runtime.base import BasePredictor
 
 Result = TypeVar("Result")
@@ -65,18 +64,3 @@ class Predictor(BasePredictor[Result]):
             return [result for one in inputs for result in self._run([one])]
         height, width = inputs[0].shape[-2:]
         return [InputError(f"{width}x{height} pixels: {problem}")]
-
-
-class OutOfMemory(InputError):
-    """A computation did not fit into memory."""
-
-
-@contextmanager
-def naming_memory(hint: str) -> Iterator[None]:
-    """A failed allocation inside becomes an `OutOfMemory` with a hint what to do."""
-    try:
-        yield
-    except Exception as error:
-        if lacks_memory(error):
-            raise OutOfMemory(f"out of memory ({first_line(error)[:80]}): {hint}") from error
-        raise

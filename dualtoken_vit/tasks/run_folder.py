@@ -205,6 +205,7 @@ class RunFolder(Callback):
         self.loss_sum: Any = 0.0  # over the epoch's batches, stays on the device
         self.batches = 0
         self.bad_step: Any = 0  # the first whose loss was not finite
+        self.lr = 0.0  # of the last step, the highest of its groups
         self.begun = begun  # whether the folder has the recipe
         self.stepped = False  # whether a batch was trained on since the start
         self.interrupted = False  # whether to stop after the step
@@ -217,10 +218,15 @@ class RunFolder(Callback):
             "loss_sum": trainer.strategy.reduce(torch.as_tensor(self.loss_sum)).item(),  # mean over the processes
             "batches": self.batches,
             "images": trainer.datamodule.images,
+            "held_out": self._held_out(task),
             "class_names": list(task.predictor.class_names),
             "tracked": self.tracked | {trainer.logger.name: trainer.logger.version},
             "license": self.license,
         }
+
+    def _held_out(self, task: Module) -> str | None:
+        """The `fingerprint` of the training images that are held out for validation; None: of another split."""
+        return task.predictor.preprocessing.get("held_out") if getattr(self.recipe.data, "holdout", 0) else None
 
     def on_load_checkpoint(self, trainer: Trainer, task: Module, checkpoint: dict[str, Any]) -> None:
         run = checkpoint["run"]
@@ -232,6 +238,12 @@ class RunFolder(Callback):
             raise InputError(
                 f"the data changed since the run in {self.out} began: {run['images']} training and validation images "
                 f"then, {images} now; restore them, or start another run with --out"
+            )
+        held_out = self._held_out(task)
+        if run.get("held_out", held_out) != held_out:  # earlier versions did not store it
+            raise InputError(
+                f"--data.holdout: files were added, removed or renamed since the run in {self.out} began, so that it "
+                "would validate on images that it was trained on; restore them, or start another run with --out"
             )
 
     def on_train_start(self, trainer: Trainer, task: Module) -> None:
@@ -265,6 +277,9 @@ class RunFolder(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, task: Module) -> None:
         self.loss_sum, self.batches = 0.0, 0
+
+    def on_train_batch_start(self, trainer: Trainer, task: Module, batch: Any, index: int) -> None:
+        self.lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def on_train_batch_end(self, trainer: Trainer, task: Module, outputs: Any, batch: Any, index: int) -> None:
         self.stepped = True
@@ -317,7 +332,7 @@ class RunFolder(Callback):
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
-            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "lr": self.lr,
             "train_loss": trainer.strategy.reduce(torch.as_tensor(self.loss_sum / self.batches)).item(),
             **{f"val_{name}": value for name, value in evaluation.scores.items()},
         }

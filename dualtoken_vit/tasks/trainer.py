@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.checkpoint import license_of, load_weights, own_weights
+from dualtoken_vit.data.contract import fingerprint
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted
 from dualtoken_vit.machine import tune_cpu
@@ -125,6 +126,16 @@ def train(recipe: Recipe | str, out: str | Path, resume: bool = False, name: str
         _train(recipe, out, resume, name, main)
 
 
+def check_balance(recipe: Recipe) -> None:
+    """Raise an InputError for a new run that corrects the imbalance of the classes twice, which would invert it."""
+    balanced, weights = getattr(recipe.data, "balanced", 0.0), getattr(recipe, "class_weights", "equal")
+    if balanced and weights != "equal":
+        raise InputError(
+            f"--data.balanced {balanced:g}, --class-weights {weights}: each corrects the imbalance of the classes, and "
+            "both together invert it; give one of them"
+        )
+
+
 def _damaged(last: Path, error: Exception) -> InputError:
     """The error for a last.ckpt that made another error."""
     fault = f"it is damaged or of another version ({reason(error)})"
@@ -142,6 +153,8 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
             raise InputError(f"{out} has no recipe.json, without which no run is resumed; give another --out")
         raise InputError(f"{out} holds a run; continue it with --resume, or give another --out")
     last = out / run_folder.LAST if resume and (out / run_folder.LAST).is_file() else None
+    if last is None:  # a run of an earlier version goes on with both
+        check_balance(recipe)
     tune_cpu()
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
@@ -150,6 +163,8 @@ def _train(recipe: Recipe, out: Path, resume: bool, name: str, main: bool) -> No
     start = replace(recipe.model, pretrained=False, checkpoint=None) if last else recipe.model  # last.ckpt has it all
     setup = get_task(recipe.task).prepare(recipe, start)
     module, model, class_names = setup.module, setup.module.model, setup.module.predictor.class_names
+    if setup.val.image_names:  # before unreadable ones are left out
+        module.predictor.preprocessing["held_out"] = fingerprint(setup.val.image_names)
     if last:
         history = run_folder.read_history(last, class_names, out)
         try:

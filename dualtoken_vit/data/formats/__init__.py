@@ -7,6 +7,7 @@ from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.formats import coco, labelme, table, voc, yolo
 from dualtoken_vit.data.formats.base import Format
 from dualtoken_vit.data.splits import ALL, SPLITS
+from dualtoken_vit.data.tables import unknown_columns
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import check_folder, printable
 from dualtoken_vit.recipes import DetectionData
@@ -40,7 +41,8 @@ def detect(root: str | Path, format: str = "auto", flag: str = "--data.format") 
         raise InputError(f"{name}: has labels in several formats: {', '.join(found)}; choose one with {flag}")
     if not any(found.values()):
         known = "COCO json, YOLO data.yaml, Pascal VOC XML, CSV or LabelMe json" if format == "auto" else format
-        raise InputError(f"{name}: no labels of the format {known} found in this folder")
+        there = unknown_columns(root) if format in ("auto", "csv") else ""
+        raise InputError(f"{name}: no labels of the format {known} found in this folder{there and f'; {there}'}")
     return next(iter(found.items()))
 
 
@@ -56,4 +58,9 @@ def read(root: str, format: str, split: str) -> AnnotatedImages:
         raise InputError(f"{printable(root)}: no split {split!r} of the format {name}; there is {there}: {remedy}")
     found = FORMATS[name].read(Path(root), splits[wanted])
     usable = tuple(each for each, place in splits.items() if each == wanted or FORMATS[name].usable(Path(root), place))
-    return found._replace(name=f"{root} ({wanted})" if found.name == root else found.name, splits=usable)
+    unread: tuple[str, ...] = ()
+    if wanted == "train" and ALL in splits:
+        what = f"the split {ALL} (CVAT's default) is not read, because train is"
+        unread = (f"{printable(root)}: {what}; rename it to val or test, or give --data.train-split {ALL}",)
+    name = f"{root} ({wanted})" if found.name == root else found.name
+    return found._replace(name=name, splits=usable, notes=(*found.notes, *unread))

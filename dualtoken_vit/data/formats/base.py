@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dualtoken_vit.data.coco import AnnotatedImages
+from dualtoken_vit.data.coco import DIGITS, AnnotatedImages
 from dualtoken_vit.data.images import image_size
 from dualtoken_vit.data.threads import in_threads, track
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
-
-DIGITS = 6  # after the decimal point of coordinates in pixels: an image's side times a quotient by it is itself again
 
 
 class Format(NamedTuple):

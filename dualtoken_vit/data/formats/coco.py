@@ -1,17 +1,18 @@
 """COCO json files in a folder with their images: COCO's own layout, and those of Roboflow, CVAT and Label Studio."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from mmap import ACCESS_READ, mmap
-from os.path import isfile
+from os.path import isabs, isfile
 from pathlib import Path
 from typing import Any
 
 from dualtoken_vit.data.coco import AnnotatedImages, object_area, read_coco
 from dualtoken_vit.data.formats.base import Format, class_names, copy_image, labelled
-from dualtoken_vit.data.splits import ALL, inside, split_folders, split_of
+from dualtoken_vit.data.splits import ALL, find_moved, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 
@@ -34,17 +35,35 @@ def _detect(root: Path) -> dict[str, Path]:
 
 def _read(root: Path, path: Path) -> AnnotatedImages:
     split = read_coco(path)
-    names = [one["file_name"] for one in split.coco["images"] if isinstance(one, dict) and "file_name" in one]
+    coco = _without_root(split.coco)
+    names = list(filter(None, map(_file_name, coco["images"])))
     named = path.stem.removeprefix("instances_")
     inner = [name for name in (named, split_of(named)) if name]
     folders = [path.parent, root, *(root / "images" / name for name in inner), *(root / name for name in inner)]
     folders += [root / "images", root / "data"]
-    tried = (each for each in folders if any(isfile(each / str(name)) for name in names[:20]))
-    folder = next(tried, root / "images")
+    tried = (each for each in folders if any(isfile(each / name) for name in names[:20] if not isabs(name)))
+    folder = next(tried, None)
+    moved: dict[str, Path] = {}
+    try:
+        if folder is None and any(find_moved(root, name, folders) for name in names[:20]):  # missing ones cost time
+            moved = {name: place for name in names if (place := find_moved(root, name, folders))}
+    except InputError as error:
+        raise InputError(f"{printable(path)}: {error}") from None
+    if folder is None:
+        folder = Path(os.path.commonpath([place.parent for place in moved.values()])) if moved else root / "images"
     for name in names:
-        if not inside(root, folder / str(name)):
+        if name not in moved and not inside(root, folder / name):
             raise InputError(f"{printable(path)}: the file name {name!r:.200} leads out of {printable(root)}")
-    return split._replace(folder=str(folder), coco=_without_root(split.coco))
+    if moved:
+        for one in filter(_file_name, coco["images"]):
+            place = moved.get(one["file_name"])
+            one["file_name"] = os.path.relpath(place, folder) if place else one["file_name"]
+    return split._replace(folder=str(folder), coco=coco)
+
+
+def _file_name(image: Any) -> str | None:
+    name = image.get("file_name") if isinstance(image, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _usable(root: Path, path: Path) -> bool:

@@ -7,7 +7,7 @@ from dualtoken_vit.data.coco import AnnotatedImages
 from dualtoken_vit.data.formats.base import Format, Labels, number, stated_size
 from dualtoken_vit.data.images import image_size
 from dualtoken_vit.data.splits import find
-from dualtoken_vit.data.tables import CLASS, FILE, SPLIT, Part, cells, split_tables
+from dualtoken_vit.data.tables import CLASS, FILE, SPLIT, Part, cells, column, split_tables
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import printable
 
@@ -30,11 +30,12 @@ def _detect(root: Path) -> dict[str, Part]:
 
 def _columns(path: Path) -> list[str] | None:
     """What each column is ("" for others), with "+" in front if the first line is no header; None for other files."""
-    names = [str(name).strip().lower() for name in next(iter(cells(path)), [])]
-    known = {each: key for key, synonyms in (COLUMNS | OPTIONAL).items() for each in synonyms}
-    found = [known.get(name, "") for name in names]
+    header = next(iter(cells(path)), [])
+    known = {column(header, synonyms): key for key, synonyms in (COLUMNS | OPTIONAL).items()}
+    found = [known.get(place, "") for place in range(len(header))]
     if set(COLUMNS) <= set(found):
         return found
+    names = [str(name).strip() for name in header]
     bare = len(names) == len(KERAS) and (all(map(_is_number, names[1:5])) or not any(names[1:]))
     return ["+", *KERAS] if bare else None
 

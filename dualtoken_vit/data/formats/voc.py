@@ -8,6 +8,7 @@ own evaluation. `polygon` elements of x1, y1, x2, y2, ... are Roboflow's. An XML
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, indent
@@ -15,7 +16,7 @@ from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
-from dualtoken_vit.data.coco import AnnotatedImages
+from dualtoken_vit.data.coco import AnnotatedImages, enclosing
 from dualtoken_vit.data.folders import image_files, label_files, read_lines
 from dualtoken_vit.data.formats.base import (
     Format,
@@ -28,7 +29,7 @@ from dualtoken_vit.data.formats.base import (
     stated_size,
     text,
 )
-from dualtoken_vit.data.splits import ALL, find, split_folders, split_of
+from dualtoken_vit.data.splits import ALL, find, find_moved, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
 from dualtoken_vit.files import counted, printable
 
@@ -129,18 +130,23 @@ def _image(root: Path, file: Path, tree: Element) -> Path:
         raise ValueError("has no filename")
     folders = [file.parent, root / "JPEGImages", root / "images", root]
     folders += [parent / file.parent.name for parent in folders[1:3]]
-    path = find(root, name, folders) or find(root, Path(name.replace("\\", "/")).name, folders)
+    path = find_moved(root, name, folders)
     if path is None:
         raise ValueError(f"its image {name!r:.200} is neither beside it nor in JPEGImages or images")
     return path
 
 
 def _corners(one: Element) -> list[float]:
+    """Left, top, right and bottom; if CVAT's attribute `rotation` turns the box, those of the box around it."""
     values = {edge: one.findtext(f"bndbox/{edge}") for edge in EDGES}
     for edge, value in values.items():
         if value is None:
             raise ValueError(f"its bndbox has no {edge}")
-    return list(map(number, values.values()))
+    corners = list(map(number, values.values()))
+    attributes = {each.findtext("name"): each.findtext("value") for each in one.iterfind("attributes/attribute")}
+    with suppress(ValueError):  # without a rotation
+        corners = enclosing(corners, number(attributes.get("rotation")))
+    return corners
 
 
 def _points(polygon: Element) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from dualtoken_vit.data.coco import AnnotatedImages, clip, decode_masks
-from dualtoken_vit.data.folders import image_files, read_lines, scan
+from dualtoken_vit.data.folders import image_files, read_class_names, read_lines, scan
 from dualtoken_vit.data.formats.base import (
     Format,
     Labels,
@@ -63,7 +63,7 @@ def _detect(root: Path) -> dict[str, list[str]]:
 def _yaml(root: Path) -> Path | None:
     """The YAML file with the names of the classes; data.yaml if there are several."""
     paths = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda path: (path.stem != "data", path.name))
-    found = (path for path in paths if path.is_file() and b"names" in path.read_bytes())
+    found = (path for path in paths if path.is_file() and path.name[0] != "." and b"names" in path.read_bytes())
     return next((path for path in found if "names" in _load(path)), None)
 
 
@@ -79,7 +79,7 @@ def _names(root: Path) -> list[str]:
     """The classes, by number."""
     path = _yaml(root)
     if path is None:
-        return [line.strip() for line in read_lines(root / "classes.txt") if line.strip()]
+        return [name.strip() for name in read_class_names(root / "classes.txt")]
     content, file = _load(path), printable(path)
     names = content["names"]
     if isinstance(names, dict):
@@ -199,9 +199,13 @@ def _orphans(labels: Labels, entries: list[str], images: list[Path]) -> Iterator
         place = _inside(labels.root, _base(labels.root), entry) or labels.root  # `_images` has found it
         folder = _label_file(labels.root, place / "image").parent
         for file in map(Path, scan(folder)[1] if place.is_dir() and folder.is_dir() else ()):
-            if file.suffix == ".txt" and file not in known and _has_labels(file):
+            if file.suffix.lower() != ".txt" or file in known or not _has_labels(file):
+                continue
+            if (read := file.with_suffix(".txt")) not in known:
                 there = "beside it" if file.parent == place else f"in {labels.place(place)}"
                 yield f"{labels.place(file)}: no image of this name {there}"
+            elif not read.is_file():  # as it is on a disk that takes capitals for small letters
+                yield f"{labels.place(file)}: not read; rename it to {printable(read.name)}"
 
 
 def _has_labels(file: Path) -> bool:

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from dataclasses import fields, is_dataclass
 from inspect import getfile
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import dualtoken_vit
@@ -74,15 +75,14 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
     add("runtime", choices=RUNTIMES, default="onnxruntime")
     for field in fields(stored):
         default = getattr(stored, field.name)
-        how: dict[str, Any] = {"type": field.type}
+        kinds = [kind for kind in get_args(field.type) if kind is not NoneType]  # of TYPE | None
+        how: dict[str, Any] = {"type": kinds[0] if kinds else field.type}
         if isinstance(default, bool):
             how = {"action": BooleanOptionalAction}  # a stored True can be switched off
         elif isinstance(default, tuple):
             how = {"type": float, "nargs": "+"}
         elif get_origin(field.type) is Literal:
             how = {"choices": get_args(field.type)}
-        elif default is None:
-            how = {"type": get_args(field.type)[0]}  # of TYPE | None
         add(field.name, default=default, **how)
     found = parser.parse_args(args)
     check_overlap(found, args)

@@ -85,7 +85,9 @@ def test_every_switch_of_the_network_at_any_size(switch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "args"), [("pspnet", {}), ("lraspp", {}), ("deeplabv3", {"output_stride": 16})])
+@pytest.mark.parametrize(
+    ("kind", "args"), [("deeplabv3", {}), ("pspnet", {}), ("lraspp", {}), ("deeplabv3", {"output_stride": 16})]
+)
 def test_segmenters_at_any_size(kind, args, tmp_path):
     torch.manual_seed(0)
     model = create_segmenter(kind, "dualtoken_vit_tiny", 4, width=16, **SHALLOW, **args).eval()

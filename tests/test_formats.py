@@ -277,7 +277,9 @@ def test_cvat_s_masks_that_are_crowds_are_noted(export):
     assert read(str(export("coco-2017", files={path: coco})), "coco", "train").notes == ()
 
 
-@pytest.mark.parametrize("name", ["images\\a.png", "C:\\me\\a.png", "/ROOT/images/a.png", "a.png", "elsewhere/a.png"])
+@pytest.mark.parametrize(
+    "name", ["images\\a.png", "C:\\me\\a.png", "/ROOT/images/a.png", "a.png", "elsewhere/a.png", "/content/a.png"]
+)
 def test_names_of_images_of_another_machine(export, name):
     """As Label Studio writes them on Windows, and absolute ones."""
     root = export("coco-cvat", files={"images/a.png": A, "images/b.png": B, "images/default/a.png": None})

@@ -296,7 +296,7 @@ def test_a_strip_that_would_take_gigabytes_is_named(photos):
         if size == 32:
             assert images[index][0].shape == (3, 32, 32)
         else:
-            with pytest.raises(InputError, match=r"strip\.png: .* \(40000x1 pixels, 2,621,440,000 once its"):
+            with pytest.raises(InputError, match=r"strip\.png: 40000x1 pixels would be 2,621,440,000 once the"):
                 images[index]
 
 

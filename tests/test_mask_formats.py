@@ -276,6 +276,14 @@ def test_greys_of_a_colour_table(tmp_path):
         assert np.array_equal(last, indices)
 
 
+def test_labels_that_are_colours_too_stay_labels(tmp_path):
+    """A mask of the label 0 alone, where black is the colour of another class."""
+    save_pairs(tmp_path, Image.new("L", (WIDTH, HEIGHT)), Image.new("L", (WIDTH, HEIGHT), 2))
+    write_table(tmp_path / "class_dict.csv", {"car": (128, 0, 0), "void": (0, 0, 0), "road": (2, 2, 2)})
+    zeros, twos = (mask.numpy() for _, mask in build_dataset(SegmentationData(root=str(tmp_path)), "train", 3))
+    assert (zeros.max(), twos.min(), twos.max()) == (0, 2, 2)
+
+
 @pytest.mark.parametrize("ignore_index", [255, 254])
 def test_black_and_white_masks_need_colours(tmp_path, ignore_index):
     white = np.arange(WIDTH * HEIGHT).reshape(HEIGHT, WIDTH) % 3 == 0

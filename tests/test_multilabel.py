@@ -421,6 +421,7 @@ def test_lists_as_python_writes_them_are_refused(tmp_path):
     message = r"""train\.csv, line 3: "\['cat', 'dog'\]" is a list; write only its labels, with ',' between$"""
     with pytest.raises(InputError, match=message):
         labelled(tmp_path, ("dog", "['cat', 'dog']"))
+    assert labelled(tmp_path, ("dog", "[none]")).class_names == ("[none]", "dog")
 
 
 def test_a_table_that_does_not_fit_is_named(tmp_path):

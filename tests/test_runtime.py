@@ -1,7 +1,6 @@
 """Predictors of exported files, against PyTorch's own: files here have hand-made graphs, which need no export."""
 
 import json
-import re
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -131,11 +130,11 @@ def test_openvino_keeps_few_networks_of_one_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr(openvino.Core, "compile_model", compiled)
     network = ExportedModel(file, "openvino")
-    for side in (*range(32, 52), 51, 50):
+    for side in (*range(32, 132), 131, 130):
         x = np.random.default_rng(0).random((1, 3, side, side), np.float32)
         assert np.array_equal(network(x)["logits"], x)
-    assert len(alive) == 20
-    assert sum(each() is not None for each in alive) == 8
+    assert len(alive) == 100
+    assert sum(each() is not None for each in alive) == 64
 
 
 def test_a_label_map_is_the_argmax_of_the_logits(segmenter, image):
@@ -282,8 +281,8 @@ def test_an_image_that_would_take_gigabytes_does_not_stop_the_others(classifier,
     good = Image.new("RGB", (40, 40), "lime")
     first, strip, last = load_predictor(classifier, image_size=224).stream([good, tmp_path / "strip.png", good])
     assert first.result.name == last.result.name == "b"
-    assert re.search(
-        r"strip\.png: cannot be read as an image \(1x40000 pixels, .* short side has 256\)", str(strip.error)
+    assert str(strip.error).startswith(
+        f"{tmp_path / 'strip.png'}: 1x40000 pixels would be 2,621,440,000 once the short"
     )
 
 

@@ -31,12 +31,16 @@ from dualtoken_vit.show.drawing import MARGIN, SIDE
         ("multilabel", ["--threshold", "0.3"], {"threshold": 0.3, "image_size": 64}),
         ("multilabel", [], {"threshold": None}),
         ("segmentation", ["--image-size", "48"], {"image_size": 48}),
+        ("stored", [], {"image_size": 512}),
+        ("stored", ["--image-size", "48"], {"image_size": 48}),
         ("detection", ["--tile", "96"], {"tile": 96, "overlap": 0.2}),
         ("detection", ["--tile", "96", "--overlap", "0.5"], {"tile": 96, "overlap": 0.5}),
     ],
 )
 def test_arguments_without_pytorch(tmp_path, monkeypatch, task, args, options):
-    monkeypatch.setattr(runtime, "read_description", lambda path: description(task))
+    about = description("segmentation" if task == "stored" else task)
+    about["recipe"]["data"] |= {"image_size": 512} if task == "stored" else {}
+    monkeypatch.setattr(runtime, "read_description", lambda path: about)
     found = cli_runtime.parse(tmp_path / "model.onnx", ["a.png", *args])
     assert options.items() <= found.items()
     assert found["images"] == [Path("a.png")]

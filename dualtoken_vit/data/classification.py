@@ -30,7 +30,7 @@ from dualtoken_vit.data.contract import (
     split_name,
 )
 from dualtoken_vit.data.folders import is_folder, natural, read_class_names, scan, skipped_note
-from dualtoken_vit.data.images import MODES, load_image, naming
+from dualtoken_vit.data.images import MODES, load_image, prefixed
 from dualtoken_vit.data.sampling import mix
 from dualtoken_vit.data.shapes import CLASSES, ShapeImages
 from dualtoken_vit.data.splits import split_of
@@ -80,7 +80,7 @@ class ImageDataset(Dataset, ImageData):
         image = self.image(index)
         if len(self.flipped) and self.flipped[index]:
             image = ImageOps.mirror(image)
-        with naming(self.image_names[index]):
+        with prefixed(self.image_names[index]):
             return (self.transform(image) if self.transform else image), self.targets[index]
 
     def image(self, index: int) -> Image.Image:

@@ -64,14 +64,24 @@ def load_image(source: str | Path | BinaryIO | Image.Image, channels: int = 3, n
 
 
 def fitting(image: Image.Image, short: int) -> Image.Image:
-    """The image; a ValueError if resizing its short side to `short` pixels would give more pixels than Pillow opens.
+    """The image; an InputError if resizing its short side to `short` pixels would give more pixels than Pillow opens.
 
     A strip of 1x40000 pixels, a file of some bytes, would take gigabytes.
     """
     count = image.width * image.height * (short / min(image.size)) ** 2
     if count > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"{image.width}x{image.height} pixels, {count:,.0f} once its short side has {short}")
+        size = f"{image.width}x{image.height} pixels"
+        raise InputError(f"{size} would be {count:,.0f} once the short side is resized to {short}; crop or remove it")
     return image
+
+
+@contextmanager
+def prefixed(name: str | Path) -> Iterator[None]:
+    """Put the name of an image before the message of an InputError that is raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{printable(name)}: {error}") from error
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -86,8 +86,8 @@ def _is_lossy(mask: Image.Image) -> bool:
 def read_coloured(path: str | Path, colours: np.ndarray, first: int, other: int) -> np.ndarray:
     """The labels of a mask whose colours stand for classes: row i of `colours` (N, 3) for label `first` + i.
 
-    All other colours become the label `other`. A mask of 1 or 8 bits of grey has labels already, unless each of its
-    greys (black and white for 1 bit) is among the colours.
+    All other colours become the label `other`. A greyscale mask has labels already, unless each of its greys is among
+    the colours, and it has two (1 bit), or one that is no label.
     """
     labels = None
     with naming(path), open_image(path) as mask:
@@ -101,7 +101,7 @@ def read_coloured(path: str | Path, colours: np.ndarray, first: int, other: int)
     place = np.searchsorted(keys, found, sorter=order).clip(max=len(keys) - 1)
     label = order[place]
     known = keys[label] == found
-    if labels is not None and not known.all():
+    if labels is not None and not (known.all() and (mask.mode == "1" or labels.max() >= first + len(colours))):
         return labels
     return np.where(known, label + first, other).astype(np.int32)
 

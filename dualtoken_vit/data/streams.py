@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.folders import EXTENSIONS
-from dualtoken_vit.data.images import load_image
+from dualtoken_vit.data.images import load_image, prefixed
 from dualtoken_vit.data.sampling import mix, seeded
 from dualtoken_vit.data.threads import verify_each
 from dualtoken_vit.errors import InputError, reason
@@ -67,7 +67,7 @@ class ImageStream(IterableDataset, ImageData):
         for number, (name, source, label) in enumerate(records):
             image: Any = load_image(source, self.channels, name)
             if self.transform:
-                with seeded(self.seed, self.rank, worker, number):
+                with seeded(self.seed, self.rank, worker, number), prefixed(name):
                     image = self.transform(image)
             yield image, label
 

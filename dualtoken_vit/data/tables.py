@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+from ast import literal_eval
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -257,7 +258,7 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
         if label is not None:
             cell = row[label]
             if separator is not None and isinstance(cell, str):
-                if cell.strip().startswith("[") and cell.strip().endswith("]"):
+                if _is_list(cell.strip()):
                     raise InputError(
                         f"{where}: {cell!r:.50} is a list; write only its labels, with {separator!r} between"
                     )
@@ -271,6 +272,13 @@ def read_labels(root: Path, split: str, separator: str | None) -> Labelled | Non
     splits = tuple(name for name, each in parts.items() if each.path == path or has_labels(each.path))
     notes = (*parts[wanted].notes, *_separated(path, texts, separator))
     return Labelled(path, list(found), labels, tuple(named), splits, notes)
+
+
+def _is_list(cell: str) -> bool:
+    """Whether a cell is a list as Python or JSON writes it."""
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two for very long ones
+        return cell.startswith("[") and isinstance(literal_eval(cell), list)
+    return False
 
 
 def _separated(path: Path, texts: Collection[str], separator: str | None) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from dualtoken_vit.data.folders import image_files
-from dualtoken_vit.data.images import load_image, naming
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.data.images import load_image, prefixed
+from dualtoken_vit.errors import InputError, naming_memory
 from dualtoken_vit.files import printable
 from dualtoken_vit.hints import fits, type_name
 from dualtoken_vit.runtime.report import Report
@@ -118,7 +118,7 @@ class BasePredictor(ABC, Generic[Result]):
         if is_tensor(images) and images.ndim == 4:
             return False, list(images)
         if is_tensor(images) or isinstance(images, str | PathLike | Image.Image | np.ndarray):
-            return True, [self._own(images)]
+            return True, [self._own(images, set())]
         if isinstance(images, bytes | IOBase) or not isinstance(images, Iterable):
             raise InputError(
                 f"cannot predict for an object of type {type(images).__name__}: give a path, a folder, a PIL image, an "
@@ -139,10 +139,10 @@ class BasePredictor(ABC, Generic[Result]):
         size = self.batch_size if batch_size is None else batch_size
         if size < 1:
             raise InputError(f"batch_size={size}: must be at least 1")
-        images = [self._own(image) for image in images]
-        with closing(
-            self._load_all(images, size, title)
-        ) as all_loaded:  # ends the bar, which a traceback would keep alive
+        seen = set[int]()
+        images = [self._own(image, seen) for image in images]
+        # Closing ends the bar, which a traceback would keep alive.
+        with closing(self._load_all(images, size, title)) as all_loaded:
             loaded = zip(images, all_loaded, strict=True)
             while chunk := list(islice(loaded, size)):
                 results = iter(self._run([inputs for _, (_, inputs, _) in chunk if inputs is not None]))
@@ -157,16 +157,20 @@ class BasePredictor(ABC, Generic[Result]):
         """An image as loaded, as preprocessed, and the error where it cannot be read."""
         try:
             image = to_image(source, self.channels)
-            with naming(_name(source)):
+            with prefixed(_name(source)), naming_memory(self.memory_hint):
                 return image, self.preprocess(image), None
         except InputError as error:
             return None, None, error
 
-    def _own(self, source: ImageLike) -> ImageLike:
-        """A PIL image of a file, decoded as it is now: threads cannot share its file, and an animation goes on."""
-        if isinstance(source, ImageFile):
-            with suppress(InputError):  # which comes again where it is loaded
+    def _own(self, source: ImageLike, seen: set[int]) -> ImageLike:
+        """A PIL image of a file, decoded now if it is of an animation, which goes on, or in `seen`, the ids of others.
+
+        Threads cannot share its file.
+        """
+        with suppress(Exception):  # which comes again where it is loaded
+            if isinstance(source, ImageFile) and (id(source) in seen or getattr(source, "is_animated", False)):
                 return load_image(source, self.channels)
+        seen.add(id(source))
         return source
 
     def _load_all(

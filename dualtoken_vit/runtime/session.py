@@ -69,7 +69,7 @@ def _run_openvino(path: Path, options: dict[str, Any]) -> Callable[[np.ndarray],
     first: list[tuple[int, ...]] = []
     lock = Lock()  # a compiled network has one buffer for its outputs: another thread would overwrite them
 
-    @lru_cache(maxsize=8)
+    @lru_cache(maxsize=64)  # a service may get any size
     def compiled(shape: tuple[int, ...] | None) -> Any:
         """The network for images of this shape; None: of any."""
         network = model.clone()

@@ -206,7 +206,8 @@ class DetectionTask(Task[Detection]):
         if all(one.get("iscrowd") for annotations in val.annotations for one in annotations):
             raise InputError(
                 f"{val.name}: no object to validate on (crowds do not count), so that no epoch could be the best; "
-                "label some, or validate on others (--data.val-split, --data.val-json, --data.holdout); see check-data"
+                "label some, or validate on others (--data.val-split, --data.val-json, --data.holdout) or on more "
+                "(--data.limit); see check-data"
             )
         if train.dropped:
             note = f"not trained on: {counted(train.dropped, 'object')} with less than {MIN_SIDE:g} pixel in the image"

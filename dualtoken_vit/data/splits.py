@@ -61,10 +61,10 @@ def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:
 
 def find_moved(root: Path, name: str, folders: Sequence[Path]) -> Path | None:
     """As `find`; where no folder has a file of that name, its last part counts: the rest is of another machine."""
+    last = name.replace("\\", "/").rpartition("/")[2]
     try:
-        found = find(root, name, folders)
+        return find(root, name, folders) or find(root, last, folders)
     except InputError:
-        if not os.path.isabs(name):
-            raise
-        found = None
-    return found or find(root, name.replace("\\", "/").rpartition("/")[2], folders)
+        if os.path.isabs(name) and (found := find(root, last, folders)):
+            return found
+        raise

@@ -8,8 +8,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import nn
+from torch.utils.data import DataLoader
 
 from dualtoken_vit import evaluation
+from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.errors import lacks_memory
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.paper.study import PRESETS
@@ -44,6 +46,28 @@ def test_batches_are_pinned_for_cuda_alone(device, pinned, monkeypatch):
     loaders = Loaders([1, 2], [3, 4], RECIPES["folder"], 2, resumed=False)
     loaders.trainer = trainer(device)
     assert loaders.val_dataloader().pin_memory is pinned
+
+
+class Images(ImageData):
+    def __len__(self):
+        return 4
+
+
+def test_memory_is_pinned_before_workers_are_forked(monkeypatch):
+    """A thread that did it first while they are forked would leave them a lock that nobody releases."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append("pinned"))
+    monkeypatch.setattr(DataLoader, "__iter__", lambda self: iter([seen.append("forked")]))
+    folder = RECIPES["folder"]
+    made = replace(folder, data=replace(folder.data, workers=2), optim=replace(folder.optim, batch_size=2))
+    loaders = Loaders(Images(), Images(), made, 2, resumed=False)
+    loaders.trainer = trainer("cuda:1")
+    loop = SimpleNamespace(restarting=False)
+    loaders.trainer.fit_loop, loaders.trainer.current_epoch = loop, 0
+    loaders.trainer.lightning_module.prepare_epoch = None
+    loaders.train_dataloader()
+    assert seen == ["pinned", "forked"]
 
 
 def test_an_evaluation_runs_on_the_gpu_that_was_given(trained, monkeypatch):

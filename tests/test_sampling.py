@@ -1,5 +1,6 @@
 """Batches depend on the seed, the epoch and the dataset alone."""
 
+import gc
 import os
 import random
 from collections import Counter
@@ -279,6 +280,41 @@ def test_a_group_too_small_for_a_batch_shares_one():
 
 def test_validation_takes_no_notice_of_groups():
     assert grouped([0, 1] * 4, 4, train=False) == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
+
+
+class Marked:
+    """Part of a reference cycle; `path` gets a line with the process in which it is destroyed."""
+
+    def __init__(self, path):
+        self.path, self.itself = path, self
+
+    def __del__(self):
+        with open(self.path, "a") as file:
+            print(os.getpid(), file=file)
+
+
+class Collecting(Numbers):
+    def __getitem__(self, index):
+        gc.collect()
+        return index
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_workers_do_not_destroy_what_they_inherit(tmp_path, early):
+    """OpenVINO's networks own threads; destroyed in a fork, they would wait for them without end."""
+    path = tmp_path / "destroyed"
+    gc.disable()
+    try:
+        if early:
+            Marked(path)
+        batches = loader(Collecting(8), 2, train=False, seed=0, workers=2)
+        if not early:
+            Marked(path)
+        assert torch.cat(list(batches)).tolist() == list(range(8))
+    finally:
+        gc.enable()
+    gc.collect()
+    assert path.read_text() == f"{os.getpid()}\n"
 
 
 def test_a_batch_of_one_s_own():

@@ -1,8 +1,10 @@
 """The settings of a recipe reach the training step: sizes, epochs, losses, clipping, averages and augmentation."""
 
+import io
 import math
 from collections import Counter
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -26,6 +28,22 @@ def setup(name, augment=None, **fields):
     made = RECIPES[name]
     augment = replace(made.augment, **(augment or {}))
     return prepared(replace(made, data=replace(made.data, limit=4), augment=augment, **fields))
+
+
+class Sending(ForkingPickler):
+    """Pickles what is sent to a data loading process that is not a fork (macOS, Windows, Python 3.14)."""
+
+    def reducer_override(self, thing):
+        assert not isinstance(thing, nn.Parameter), "the network is sent"
+        return NotImplemented
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-detect", "demo-multilabel", "demo-segment"])
+def test_data_loading_processes_do_not_get_the_network(name):
+    """They would need a copy each, with a context of CUDA; a fork server takes 256 tensors at most."""
+    made = prepared(RECIPES[name])
+    for images in (made.train, made.val):
+        Sending(io.BytesIO()).dump((images, made.module.collate, made.module.prepare_epoch))
 
 
 class Seen(nn.Module):

@@ -4,6 +4,7 @@ Whatever the number of processes and workers, and wherever a run was interrupted
 with the same augmentation.
 """
 
+import gc
 import os
 import random
 import signal
@@ -127,10 +128,16 @@ def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
     return list(images), list(targets)
 
 
+def _start_worker(worker: int) -> None:
+    """Prepare a data loading process: it never collects what it has inherited, see `loader`."""
+    gc.freeze()
+    outlast_signals()
+
+
 GRACE = 60  # seconds
 
 
-def outlast_signals(worker: int = 0) -> None:
+def outlast_signals() -> None:
     """Make a data loading process ignore Ctrl-C, and end only `GRACE` seconds after SIGTERM, at a second one at once.
 
     Both reach the whole group of processes, and the main one needs its workers to finish its step and save. Its own
@@ -201,11 +208,15 @@ def loader(
     """
     common: dict[str, Any] = dict(
         collate_fn=collate_fn,
-        worker_init_fn=outlast_signals,
+        worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(mix(seed, epoch)),  # a loader would otherwise draw from the global one
     )
     samples: Any = dataset
+    if workers and before is None:
+        # A fork has none of the threads that an object of this process may own and wait for as it is collected, as
+        # OpenVINO's networks do: a worker that collected one would never end.
+        gc.collect()
     if isinstance(dataset, IterableDataset):  # see `ImageStream`
         if prepare:
             prepare(dataset, epoch, progress)

@@ -318,14 +318,14 @@ class ClassificationTask(Task[Classification]):
         module = ClassificationModule(predictor, recipe, teacher)
         module.prepare_epoch = partial(prepare_epoch, recipe, preprocessing)
         module.prepare_epoch(train, 0, 0.0)  # rejects a wrong policy now
-        val.transform = predictor.preprocess
+        val.transform = predictor.transform
         return Setup(recipe.model.name, module, train, val, model_args)
 
     def evaluation(
         self, predictor: ClassificationPredictor, recipe: Classification
     ) -> tuple[ClassificationModule, ImageData]:
         val = build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
-        val.transform = predictor.preprocess
+        val.transform = predictor.transform
         if recipe.data.unreadable == "skip":
             val.verify(skip=True)
         return ClassificationModule(predictor, recipe), val

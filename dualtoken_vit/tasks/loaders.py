@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import lightning
+import torch
 
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.sampling import full_batches, loader
@@ -128,6 +129,10 @@ class Loaders(lightning.LightningDataModule):
         )
         if batches.persistent_workers and self.before is None:
             self.before = batches
+            if batches.pin_memory:
+                # The first use takes a lock of the C library. In the thread that pins one loader's batches it may hold
+                # it while the other's workers are forked: their copy would never be released.
+                torch.empty(1).pin_memory()
             # The validation's workers start now too: while they live, each page of memory that this process changes is
             # copied, and before the first step there are few.
             iter(self._val)

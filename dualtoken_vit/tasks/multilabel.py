@@ -178,12 +178,12 @@ class MultiLabelTask(Task[MultiLabel]):
             train.weights = image_weights(train.targets, recipe.data.balanced)
         counts = torch.bincount(torch.tensor([*chain(*train.targets)]), minlength=len(names))
         module.class_weights = class_weights(recipe.class_weights, counts)
-        val.transform = predictor.preprocess
+        val.transform = predictor.transform
         return Setup(recipe.model.name, module, train, val, model_args)
 
     def evaluation(self, predictor: MultiLabelPredictor, recipe: MultiLabel) -> tuple[MultiLabelModule, ImageData]:
         val = build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
-        val.transform = predictor.preprocess
+        val.transform = predictor.transform
         return MultiLabelModule(predictor, recipe, choose=False), val
 
     def relocate(self, recipe: MultiLabel, given: dict[str, Any]) -> dict[str, Any]:

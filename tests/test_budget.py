@@ -13,7 +13,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ClassificationData, Optim
 from dualtoken_vit.tasks import budget, run_folder
 from dualtoken_vit.tasks.budget import with_epochs
-from dualtoken_vit.tasks.classification import ClassificationModule
+from dualtoken_vit.tasks.classification import ClassificationModule, ClassificationPredictor
 from dualtoken_vit.tasks.detection import DetectionModule
 from dualtoken_vit.tasks.segmentation import SegmentationModule
 
@@ -70,6 +70,25 @@ def test_the_optimiser_s_part_of_accumulated_batches(photos, tmp_path, clock, mo
     settings = *SETTINGS, "--optim.batch-size", 12, "--optim.accumulate", 3, "--run.max-minutes", 0.6
     assert call("--data.root", photos, *settings, "--out", tmp_path / "run") == 0
     assert "an epoch takes about 33.8 s: 1 of them in 0.6 minutes\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [(1.55, 1), (1.6, 2)])
+def test_the_part_of_a_slow_validation(photos, tmp_path, clock, monkeypatch, capsys, minutes, epochs):
+    """The network takes 10 s for the first validation batch, then 5: an epoch is 9 steps of 2 s and 4.5 such batches.
+
+    Two epochs are 81 s, and with the 15 s for timing validation, 96.
+    """
+    forward, taken = ClassificationPredictor.forward, [10, 5]
+
+    def slow(self, batch):
+        clock[0] += taken.pop(0) if taken else 0
+        assert not self.model.training
+        return forward(self, batch)
+
+    monkeypatch.setattr(ClassificationPredictor, "forward", slow)
+    settings = *SETTINGS, "--run.max-minutes", minutes
+    assert call("--data.root", photos, *settings, "--out", tmp_path / "run") == 0
+    assert f"an epoch takes about 40.5 s: {epochs} of them in {minutes} minutes\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("minutes", "epoch", "epochs"), [(2, 36, 1), (3.5, 49.5, 4)])

@@ -13,8 +13,8 @@ from PIL import ExifTags, Image
 from dualtoken_vit.data.check.report import read_facts
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.images import image_size, load_image
+from dualtoken_vit.data.masks import read_mask
 from dualtoken_vit.data.sampling import seeded
-from dualtoken_vit.data.segmentation import read_mask
 from dualtoken_vit.data.transforms import classification_eval, classification_train, train_size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import ClassificationAugment, ClassificationData

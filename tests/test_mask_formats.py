@@ -9,7 +9,8 @@ from PIL import Image
 from pycocotools import mask as reference
 
 from dualtoken_vit.data.check.segmentation import check as check_data
-from dualtoken_vit.data.segmentation import IGNORE, build_dataset, build_datasets, read_colours, read_mask
+from dualtoken_vit.data.masks import IGNORE, read_mask
+from dualtoken_vit.data.segmentation import build_dataset, build_datasets, read_colours
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import Segmentation, SegmentationData
 

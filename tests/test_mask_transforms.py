@@ -6,9 +6,10 @@ import torch
 from mask_files import data, drawn, labels_of, spoil
 from torchvision import tv_tensors
 
+from dualtoken_vit.data.masks import IGNORE
 from dualtoken_vit.data.objects import _ScaleJitter
 from dualtoken_vit.data.sampling import seeded
-from dualtoken_vit.data.segmentation import IGNORE, build_datasets
+from dualtoken_vit.data.segmentation import build_datasets
 from dualtoken_vit.data.transforms import CappedCrop, RandomScale, segmentation_train
 from dualtoken_vit.recipes import SegmentationAugment, SegmentationData
 

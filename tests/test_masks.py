@@ -12,14 +12,8 @@ from mask_files import data, drawn, labels_of, mean_label, spoil
 from PIL import Image
 
 from dualtoken_vit.data.balance import class_weights
-from dualtoken_vit.data.segmentation import (
-    FORMATS,
-    IGNORE,
-    MaskedImages,
-    build_dataset,
-    build_datasets,
-    read_mask,
-)
+from dualtoken_vit.data.masks import IGNORE, read_mask
+from dualtoken_vit.data.segmentation import FORMATS, MaskedImages, build_dataset, build_datasets
 from dualtoken_vit.data.shapes import CLASSES, scene
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.recipes import SegmentationData

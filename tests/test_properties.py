@@ -17,9 +17,9 @@ from pycocotools import mask as reference
 from dualtoken_vit.data.contract import ImageData
 from dualtoken_vit.data.formats.base import text
 from dualtoken_vit.data.formats.yolo import _parse
+from dualtoken_vit.data.masks import BEYOND, IGNORE, label_table, to_classes
 from dualtoken_vit.data.rle import encode_mask
 from dualtoken_vit.data.sampling import loader, mix
-from dualtoken_vit.data.segmentation import BEYOND, IGNORE, label_table, to_classes
 from dualtoken_vit.files import printable
 from dualtoken_vit.models.resizing import Transform
 from dualtoken_vit.recipes import KINDS, from_dict, to_dict

@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from dualtoken_vit import cli
 from dualtoken_vit.checkpoint import read_checkpoint
-from dualtoken_vit.data.segmentation import IGNORE
+from dualtoken_vit.data.masks import IGNORE
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.models.segmenters import segment

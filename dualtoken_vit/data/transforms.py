@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 
 from dualtoken_vit import recipes
 from dualtoken_vit.data.images import fitting
+from dualtoken_vit.data.masks import IGNORE
 from dualtoken_vit.data.objects import CopyPaste, Geometric, resize
-from dualtoken_vit.data.segmentation import IGNORE
 from dualtoken_vit.errors import InputError
 
 

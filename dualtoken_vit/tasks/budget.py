@@ -39,7 +39,8 @@ class TimeBudget(Callback):
     """Times the first steps, then sets the number of epochs to what fits into `run.max_minutes`.
 
     Only then does the run's folder get its recipe, with that number, which a resumed run keeps. An epoch takes its
-    steps, whose cost `TaskModule.cost` estimates, and the validation, half a step for each batch.
+    steps, whose cost `TaskModule.cost` estimates, and the validation: for each batch half a step, or what the network
+    takes for the first one where that is more, as with sliding windows or large images.
     """
 
     def __init__(self, folder: RunFolder):
@@ -63,6 +64,22 @@ class TimeBudget(Callback):
         if index + 1 == steps * trainer.accumulate_grad_batches:
             self._fit(trainer, task)
 
+    def _time_validation(self, trainer: Trainer, task: Module, expected: float) -> float:
+        """The seconds that the network takes for the first validation batch."""
+        images, _ = trainer.strategy.batch_to_device(next(iter(trainer.datamodule.val_dataloader())))
+        modes = [(module, module.training) for module in task.modules()]
+        task.eval()
+        with trainer.precision_plugin.val_step_context():
+            for _ in range(2):  # the first time may be longer
+                start = self._now(task)
+                task.predictor.forward(images)
+                seconds = self._now(task) - start
+                if seconds <= expected:
+                    break
+        for module, training in modes:
+            module.training = training
+        return seconds
+
     def _fit(self, trainer: Trainer, task: Module) -> None:
         recipe = self.folder.recipe
         ends = self.ends[:: trainer.accumulate_grad_batches]  # of the optimiser's steps, whose last batch has its part
@@ -70,14 +87,16 @@ class TimeBudget(Callback):
         every, minutes = recipe.run.validate_every, recipe.run.max_minutes or 0
         loaders = trainer.datamodule
         batches = len(loaders.val) / (loaders.batch_size * trainer.world_size)  # of a validation in this process
-        validation = batches * task.cost(1.0) / 2
+        half = seconds * task.cost(1.0) / 2
+        validation = batches * max(half, self._time_validation(trainer, task, half))
+        spent = self._now(task) - self.start
 
         def duration(epochs: int) -> float:
             fitted = with_epochs(recipe, epochs)
             cost = sum(task.cost(completed(fitted, epoch)) for epoch in range(epochs))
-            return seconds * (trainer.num_training_batches * cost + validation * epochs / every)
+            return seconds * trainer.num_training_batches * cost + validation * epochs / every
 
-        left = 60 * minutes - (self.ends[-1] - self.start) + seconds * (len(self.ends) - 1)
+        left = 60 * minutes - spent + seconds * (len(self.ends) - 1)
         choices = range(every, int(left / duration(1)) + 1, every)  # no epoch is shorter than the first
         epochs = trainer.strategy.broadcast(max(bisect_right(choices, left, key=duration), 1) * every)
         needed = duration(epochs)

@@ -16,6 +16,7 @@ from dualtoken_vit.data import segmentation as data
 from dualtoken_vit.data.balance import class_weights
 from dualtoken_vit.data.check import segmentation as data_check
 from dualtoken_vit.data.contract import ImageData
+from dualtoken_vit.data.masks import IGNORE
 from dualtoken_vit.data.sampling import collate
 from dualtoken_vit.data.transforms import segmentation_train
 from dualtoken_vit.errors import InputError
@@ -68,8 +69,8 @@ def cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor | None = None) -
 
     Each process divides by the mean of all processes' sums, so that averaged gradients equal those of one process.
     """
-    loss = F.cross_entropy(logits, mask, weights, ignore_index=data.IGNORE, reduction="sum")
-    counts = mask != data.IGNORE
+    loss = F.cross_entropy(logits, mask, weights, ignore_index=IGNORE, reduction="sum")
+    counts = mask != IGNORE
     if weights is not None:
         counts = weights[mask * counts] * counts
     return loss / mean_over_processes(counts.sum()).clamp(min=1e-6)
@@ -91,7 +92,7 @@ class SegmentationModule(TaskModule):
         super().__init__(predictor, recipe)
         self.weights: Tensor | None = None  # (classes,) in the loss, where the recipe does not weight them equally
         self.val = val
-        self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=data.IGNORE, validate_args=False)
+        self.metric = MulticlassConfusionMatrix(len(val.class_names), ignore_index=IGNORE, validate_args=False)
         self.found: dict[int, tuple[float, np.ndarray]] = {}  # pixel accuracy and labels of the worst so far, by index
         self.seen = 0  # images of this process in that validation
         self.worst: list[tuple[int, np.ndarray]] = []  # index and labels, the worst first, of the last validation

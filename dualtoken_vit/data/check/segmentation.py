@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dualtoken_vit.data import segmentation
+from dualtoken_vit.data import masks, segmentation
 from dualtoken_vit.data.check import report
 from dualtoken_vit.data.contract import some, split_name
 from dualtoken_vit.data.threads import in_threads
@@ -51,7 +51,7 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     counts = {name: sum((pair.pixels for pair in pairs), np.zeros(256)) for name, pairs in found.items()}
     lines = []
     for name, count in counts.items():
-        ignored = count[segmentation.IGNORE] / max(count.sum(), 1)
+        ignored = count[masks.IGNORE] / max(count.sum(), 1)
         images = counted(len(facts[name]), "image")
         lines.append(f"{name}: {images} with a mask; {ignored:.1%} of the pixels are ignored")
     sound = [i for i, pair in enumerate(found[first]) if not (pair.problem or pair.facts.problem)]
@@ -74,15 +74,15 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
     orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
     broken = [f"{data.root}: {line}" for split in splits.values() for line in split.problems]
-    masks = [pair.problem for pairs in found.values() for pair in pairs if pair.problem]
-    many = [broken, alone, orphans, masks]
+    unusable = [pair.problem for pairs in found.values() for pair in pairs if pair.problem]
+    many = [broken, alone, orphans, unusable]
     return report.print_report(_shares(names, counts), facts, lines, notes, untrained + missing, many, "masks")
 
 
 def _table(trained: Sequence[str], own: Sequence[str], data: SegmentationData) -> np.ndarray:
     """The `label_table` of a split with classes of its own: those that are not trained are ignored here."""
-    classes = [trained.index(name) if name in trained else segmentation.IGNORE for name in own]
-    return segmentation.label_table(classes, data.ignore_index, data.reduce_zero_label)
+    classes = [trained.index(name) if name in trained else masks.IGNORE for name in own]
+    return masks.label_table(classes, data.ignore_index, data.reduce_zero_label)
 
 
 def _read(name: str, split: segmentation.MaskedImages, table: np.ndarray) -> list[_Pair]:
@@ -94,9 +94,9 @@ def _read(name: str, split: segmentation.MaskedImages, table: np.ndarray) -> lis
             source, labels = split.sources(index)
         except InputError as error:
             return _Pair(report.read_facts(image, image), str(error))
-        facts, classes = report.read_facts(image, source), segmentation.to_classes(labels, table)
+        facts, classes = report.read_facts(image, source), masks.to_classes(labels, table)
         size = labels.shape[::-1] if facts.problem else facts.size
-        fault = segmentation.mask_fault(image, size, labels, classes, table)
+        fault = masks.mask_fault(image, size, labels, classes, table)
         return _Pair(facts, fault and f"{printable(mask)}: {fault}", np.bincount(classes.ravel(), minlength=256))
 
     return list(in_threads(look, range(len(split.pairs)), len(split.pairs), f"reading {name}"))
@@ -104,7 +104,7 @@ def _read(name: str, split: segmentation.MaskedImages, table: np.ndarray) -> lis
 
 def _shares(names: Sequence[str], counts: dict[str, np.ndarray]) -> Table:
     """The share of each class of the pixels that are not ignored, in each split."""
-    sums = {split: max(count[: segmentation.BEYOND].sum(), 1) for split, count in counts.items()}
+    sums = {split: max(count[: masks.BEYOND].sum(), 1) for split, count in counts.items()}
     rows = {
         name: [(f"{count[label] / sums[split]:.2%}", not count[label]) for split, count in counts.items()]
         for label, name in enumerate(names)

@@ -293,26 +293,33 @@ class Marked:
             print(os.getpid(), file=file)
 
 
-class Collecting(Numbers):
+class Dropping(Numbers):
+    """Each worker drops what it has inherited here, and collects garbage."""
+
+    thing = None
+
     def __getitem__(self, index):
+        self.thing = None
         gc.collect()
         return index
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_workers_do_not_destroy_what_they_inherit(tmp_path, early):
+@pytest.mark.parametrize("kept", [False, True])
+def test_workers_do_not_destroy_what_they_inherit(tmp_path, kept):
     """OpenVINO's networks own threads; destroyed in a fork, they would wait for them without end."""
     path = tmp_path / "destroyed"
+    dataset = Dropping(8)
     gc.disable()
     try:
-        if early:
-            Marked(path)
-        batches = loader(Collecting(8), 2, train=False, seed=0, workers=2)
-        if not early:
-            Marked(path)
-        assert torch.cat(list(batches)).tolist() == list(range(8))
+        thing = Marked(path)
+        if kept:
+            dataset.thing = thing
+        del thing
+        assert torch.cat(list(loader(dataset, 2, train=False, seed=0, workers=2))).tolist() == list(range(8))
+        assert path.exists() == (not kept)
     finally:
         gc.enable()
+    dataset.thing = None
     gc.collect()
     assert path.read_text() == f"{os.getpid()}\n"
 

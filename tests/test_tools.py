@@ -1,8 +1,11 @@
 """The scripts that made what the project ships and shows."""
 
 import importlib.util
+import io
+import json
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from helpers import create
@@ -43,3 +46,36 @@ def test_the_batched_muon_is_timm_s():
     for name, expected in first.named_parameters():
         moved = (expected - before[name]).norm()
         assert (found[name] - expected).norm() < TOLERANCE * moved, name
+
+
+def test_the_augmentation_of_the_training_on_a_gpu():
+    """Of images of one value each, a part has the value of the image before, as large as `share` says."""
+    script = tool("train_on_gpu")
+    script.JITTER = 0.0
+    images = torch.arange(8, dtype=torch.uint8)[:, None, None, None].expand(8, 3, 16, 16).contiguous() * 30
+    trainer = script.Trainer(create("dualtoken_vit_tiny_mix"), images, torch.arange(8) % 5, 8)
+    trainer.cutmix.fill_(1)
+    torch.manual_seed(0)
+    plain = [trainer._constant((value,) * 3) for value in (0.0, 1.0, 1 / 3)]
+    x, share = trainer._augmented(32, plain)
+    x = (255 * x).round().int()
+    assert x.shape == (8, 3, 32, 32)
+    before = [30 * ((number - 1) % 8) for number in range(8)]
+    for number in range(8):
+        assert set(x[number].unique().tolist()) <= {30 * number, before[number]}
+        assert (x[number, 0] == before[number]).float().mean() == pytest.approx(share[number].item())
+    assert 0 < share.mean() < 1
+
+
+def test_a_training_as_on_a_gpu_learns():
+    script, file = tool("train_on_gpu"), io.StringIO()
+    script.SIZES = ((1.0, (32,)),)
+    torch.manual_seed(0)
+    images = torch.full((64, 3, 16, 16), 40, dtype=torch.uint8)
+    images[32:] = 200
+    trainer = script.Trainer(create("dualtoken_vit_tiny_mix", num_classes=2), images, torch.arange(64) // 32, 16)
+    trainer.fit(3.0, 4e-3, file)
+    rows = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+    assert rows[-1]["train_top1"] > 0.9
+    assert rows[-1]["lr"] < 4e-4

@@ -1,8 +1,8 @@
-"""Continue the training of one of the package's networks on a GPU: `python tools/train_on_gpu.py NAME ROOT OUT`.
+"""Continue a training of recipe `tin190` on a GPU: `python tools/train_on_gpu.py START ROOT OUT`.
 
 A step of `dualtoken-vit train` is over six hundred small operations, which the CPU starts more slowly than a large GPU
 computes them. Here the images of recipe `tin190` stay in the GPU's memory, and a whole step with its augmentation is
-one CUDA graph. OUT gets new.safetensors and metrics.jsonl; `results/README.md` has what came of it.
+one CUDA graph. OUT gets best.safetensors and metrics.jsonl; `results/README.md` has what came of it.
 """
 
 import argparse
@@ -13,17 +13,18 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.optim import muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from dualtoken_vit import RECIPES
+from dualtoken_vit import RECIPES, load_model
+from dualtoken_vit.checkpoint import save_checkpoint
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.recipes import Optim
 from dualtoken_vit.tasks.optim import build_optimizer
@@ -110,7 +111,7 @@ class Trainer:
         return torch.tensor(values, device=self.device).view(1, 3, 1, 1)
 
     def _augmented(self, size: int, constants: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, size, size), each with a part of the next one in its place, and the shares of these parts."""
+        """Images (B, 3, size, size), with a part of the image before in some, and the shares of these parts (B,)."""
         mean, std, grey = constants
         ratio = self._uniform(-math.log(RATIO), math.log(RATIO)).exp().sqrt()
         area = self._uniform(*SCALE).sqrt()
@@ -152,7 +153,8 @@ class Trainer:
         self.right.add_((logits.argmax(1) == labels).float().mean())
 
     def graph(self, size: int) -> Callable[[], None]:
-        """A step at this size. The steps before its capture have learning rate 0: only the moments remember them."""
+        """A step at this size. Those before its capture have learning rate 0, and change the optimiser's moments and
+        the running statistics of the stem only."""
         if size not in self.graphs:
             constants = tuple(map(self._constant, (MEAN, STD, GREY)))
             if self.device.type != "cuda":
@@ -172,64 +174,74 @@ class Trainer:
             self.graphs[size] = captured.replay
         return self.graphs[size]
 
-    def fit(self, seconds: float, lr: float, out: Path) -> None:
-        """Train for so long, without the time of the captures, and save the network, as float16, and the epochs."""
+    def fit(self, seconds: float, lr: float, file: TextIO) -> None:
+        """Train for so long, without the time of the captures; `file` gets a line of JSON for each epoch."""
         batch_size, count = len(self.indices), len(self.images)
         for size in {size for _, sizes in SIZES for size in sizes}:
             self.graph(size)
         sides = torch.randint(0, 2, (count,), device=self.device)
         start, epoch, step, progress = time.monotonic(), 0, 0, 0.0
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "metrics.jsonl", "w") as file:
-            while progress < 1:
-                steps = 0
-                self.loss.zero_()
-                self.right.zero_()
-                batches = torch.randperm(count, device=self.device)[: count - count % batch_size].split(batch_size)
-                for indices in batches:
-                    progress = (time.monotonic() - start) / seconds
-                    decay = 0.5 * (1 + math.cos(math.pi * max(min(progress, 1) - FLAT, 0) / (1 - FLAT)))
-                    self.optimizer.lr.fill_(lr * min(progress / 0.02, decay))
-                    self.cutmix.fill_(CUTMIX * (progress < CUTMIX_UNTIL))
-                    self.indices.copy_(indices)
-                    self.flips.copy_(1 - 2 * ((sides[indices] + epoch) % 2))
-                    sizes = next((sizes for end, sizes in SIZES if progress < end), SIZES[-1][1])
-                    self.graph(sizes[step % len(sizes)])()
-                    step, steps = step + 1, steps + 1
-                    if self.device.type == "cuda" and step % 4 == 0:  # else the time would be that of the queueing
-                        torch.cuda.synchronize()
-                    if progress >= 1:
-                        break
-                epoch += 1
-                row = dict(epoch=epoch, seconds=round(time.monotonic() - start, 1), size=max(sizes))
-                row |= dict(train_loss=self.loss.item() / steps, train_top1=self.right.item() / steps)
-                print(json.dumps(row), file=file, flush=True)
-                print(row, flush=True)
-        tensors = {name: value.cpu().contiguous() for name, value in self.model.half().state_dict().items()}
-        save_file(tensors, out / "new.safetensors")
+        while progress < 1:
+            steps = 0
+            self.loss.zero_()
+            self.right.zero_()
+            batches = torch.randperm(count, device=self.device)[: count - count % batch_size].split(batch_size)
+            for indices in batches:
+                progress = (time.monotonic() - start) / seconds
+                decay = 0.5 * (1 + math.cos(math.pi * max(min(progress, 1) - FLAT, 0) / (1 - FLAT)))
+                self.optimizer.lr.fill_(lr * min(progress / 0.02, decay))
+                self.cutmix.fill_(CUTMIX * (progress < CUTMIX_UNTIL))
+                self.indices.copy_(indices)
+                self.flips.copy_(1 - 2 * ((sides[indices] + epoch) % 2))
+                sizes = next((sizes for end, sizes in SIZES if progress < end), SIZES[-1][1])
+                self.graph(sizes[step % len(sizes)])()
+                step, steps = step + 1, steps + 1
+                if self.device.type == "cuda" and step % 4 == 0:  # else the time would be that of the queueing
+                    torch.cuda.synchronize()
+                if progress >= 1:
+                    break
+            epoch += 1
+            row = dict(epoch=epoch, seconds=round(time.monotonic() - start, 1), size=max(sizes))
+            row |= dict(lr=self.optimizer.lr.item(), images=steps * batch_size)
+            row |= dict(train_loss=self.loss.item() / steps, train_top1=self.right.item() / steps)
+            print(json.dumps(row), file=file, flush=True)
+            print(row, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="dualtoken_vit_tiny_mix or dualtoken_vit_small_mix")
+    parser.add_argument("start", help="a best.safetensors of recipe tin190, or dualtoken_vit_small_mix: the package's")
     parser.add_argument("root", help="the folder of Tiny-ImageNet, see recipe tin190")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--start", help="a safetensors file of this network, in place of the package's weights")
     parser.add_argument("--seconds", type=float, default=309)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     args = parser.parse_args()
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     data, _ = build_datasets(replace(RECIPES["tin190"].data, root=args.root), 3)
     data.transform = pil_to_tensor
     images, labels = map(torch.cat, zip(*DataLoader(data, 1000, num_workers=2), strict=True))
-    file = {"pretrained_cfg_overlay": {"file": args.start}} if args.start else {}
-    model = timm.create_model(args.name, pretrained=True, drop_path_rate=DROP_PATH, **file).to(args.device).train()
+    start, about = load_model(args.start)
+    model = timm.create_model(about.model, **about.model_args, drop_path_rate=DROP_PATH)
+    model.load_state_dict(start.state_dict())
+    model.to(args.device).train()
     trainer = Trainer(model, images.to(args.device), labels.to(args.device), args.batch_size)
-    trainer.fit(args.seconds, args.lr, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "metrics.jsonl", "w") as file:
+        trainer.fit(args.seconds, args.lr, file)
+    size = max(SIZES[-1][1])
+    save_checkpoint(
+        args.out / "best.safetensors",
+        model.cpu(),
+        preprocessing=about.preprocessing | {"input_size": (3, size, size)},
+        metrics={},
+        **{key: getattr(about, key) for key in ("task", "class_names", "recipe", "model_args")},
+    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,20 @@ class _Seeded(Dataset):
             return self.dataset[index % len(self.dataset)]
 
 
-class _Rest(DataLoader):
+class _Loader(DataLoader):
+    """A DataLoader that collects garbage before it starts its workers.
+
+    A fork has none of the threads that an object of this process may own and wait for as it is collected, as OpenVINO's
+    networks do: a worker that collected one would never end.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.num_workers:
+            gc.collect()
+        return super().__iter__()
+
+
+class _Rest(_Loader):
     """The batches of a stream from number `skip` on: those before are read and dropped."""
 
     skip = 0
@@ -129,7 +142,7 @@ def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
 
 
 def _start_worker(worker: int) -> None:
-    """Prepare a data loading process: it never collects what it has inherited, see `loader`."""
+    """Prepare a data loading process: it never collects what it has inherited, see `_Loader`."""
     gc.freeze()
     outlast_signals()
 
@@ -213,10 +226,6 @@ def loader(
         generator=torch.Generator().manual_seed(mix(seed, epoch)),  # a loader would otherwise draw from the global one
     )
     samples: Any = dataset
-    if workers and before is None:
-        # A fork has none of the threads that an object of this process may own and wait for as it is collected, as
-        # OpenVINO's networks do: a worker that collected one would never end.
-        gc.collect()
     if isinstance(dataset, IterableDataset):  # see `ImageStream`
         if prepare:
             prepare(dataset, epoch, progress)
@@ -238,4 +247,4 @@ def loader(
     else:
         own = list(range(rank, count, world))
         batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, **common)
+    return _Loader(samples, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, **common)

@@ -269,7 +269,7 @@ def _trained(variant: str, tag: str, side: int) -> dict[str, Any]:
         num_classes=len(labels),
         label_names=labels,
         input_size=(3, side, side),
-        test_input_size=(3, 128, 128),  # the most accurate of those measured: see the model cards
+        test_input_size=(3, 128, 128),  # more accurate than at 96: see the model cards
         pool_size=(side // 32, side // 32),
         crop_pct=1.0,
     )

@@ -112,13 +112,20 @@ class TaskModule(LightningModule):
         """Whether NaN is an error here: in training it stops the run elsewhere, naming the last good state."""
         return self.trainer.state.fn != TrainerFn.FITTING
 
-    def predict(self, images: Any, batch_idx: int, **options: Any) -> Any:
+    @property
+    def forward_options(self) -> dict[str, Any]:
+        """Of the predictor's `forward` in validation."""
+        return {}
+
+    def predict(self, images: Any, batch_idx: int) -> Any:
         """The predictor's outputs for a validation batch; an InputError names images that do not fit in memory."""
         try:
             with naming_memory(f"{self.predictor.memory_hint} (--data.*)"):
-                return self.predictor.forward(images, **options)
+                return self.predictor.forward(images, **self.forward_options)
         except OutOfMemory as error:
             loader: Any = self.trainer.val_dataloaders
+            if loader is None:  # before the first validation
+                loader = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
             every = loader.dataset.image_names  # none of a stream
             names = [every[index] for index in loader.batch_sampler[batch_idx]] if every else ["validation images"]
             raise InputError(f"{', '.join(map(printable, names))}: {error}") from error

@@ -72,7 +72,7 @@ class TimeBudget(Callback):
         with trainer.precision_plugin.val_step_context():
             for _ in range(2):  # the first time may be longer
                 start = self._now(task)
-                task.predictor.forward(images)
+                task.predict(images, 0)
                 seconds = self._now(task) - start
                 if seconds <= expected:
                     break
@@ -88,7 +88,7 @@ class TimeBudget(Callback):
         loaders = trainer.datamodule
         batches = len(loaders.val) / (loaders.batch_size * trainer.world_size)  # of a validation in this process
         half = seconds * task.cost(1.0) / 2
-        validation = batches * max(half, self._time_validation(trainer, task, half))
+        validation = max(batches * half, max(batches, 1.0) * self._time_validation(trainer, task, half))
         spent = self._now(task) - self.start
 
         def duration(epochs: int) -> float:

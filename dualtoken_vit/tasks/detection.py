@@ -120,9 +120,13 @@ class DetectionModule(TaskModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
+    @property
+    def forward_options(self) -> dict[str, Any]:
+        return {"check": self.check}
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        outputs = self.predict(images, batch_idx, check=self.check)
+        outputs = self.predict(images, batch_idx)
         for target, found in zip(targets, self.predictor.postprocess(outputs), strict=True):
             self.found[target["image_id"]] = to_results(target["image_id"], found, self.val.category_ids)
 

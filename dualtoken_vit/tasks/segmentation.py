@@ -130,9 +130,13 @@ class SegmentationModule(TaskModule):
         if self.device.type == "mps":
             self.metric.cpu()
 
+    @property
+    def forward_options(self) -> dict[str, Any]:
+        return {"check": self.check}
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, masks = batch
-        labels = self.predict(images, batch_idx, check=self.check)
+        labels = self.predict(images, batch_idx)
         for found, mask in zip(labels, masks, strict=True):
             place = self.metric.device
             confusion = self.metric(found.to(place), mask.long().to(place))  # of this image

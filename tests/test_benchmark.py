@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import re
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from statistics import median
+from time import sleep
 
 import pytest
 import timm
@@ -15,7 +18,7 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.models.segmenters import SEGMENTERS
 from dualtoken_vit.paper import benchmark as module
-from dualtoken_vit.paper.benchmark import Result, Setting, benchmark, take_turns
+from dualtoken_vit.paper.benchmark import Processes, Result, Setting, benchmark, take_turns
 from dualtoken_vit.paper.named import split
 
 MODELS = ("test_vit", "test_resnet")  # timm's smallest
@@ -82,9 +85,9 @@ def test_compiled_table(capsys, monkeypatch):
     assert out.index("threads used: 1") < out.index("| mode")  # the machine is described first
     row = next(line for line in out.splitlines() if line.startswith("| compiled"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[:6] == ["compiled", "float32", "1", "32x32", "1", "test_resnet"]
-    assert cells[6] == f"{result.images_per_second:.1f}"
-    assert cells[7] == "1.00"
+    assert cells[:7] == ["compiled", "float32", "1", "1", "32x32", "1", "test_resnet"]
+    assert cells[7] == f"{result.images_per_second:.1f}"
+    assert cells[8] == "1.00"
     assert cells[-2] == f"{result.params / 1e6:.2f}"
 
 
@@ -124,6 +127,49 @@ def test_settings_side_by_side(monkeypatch):
     assert [(r.precision, r.threads, r.model) for r in results] == seen
     assert [r.latency_ms for r in results] == [1000, 2000, 3000, 4000, 5000, 6000, 7000, 8000]
     assert [r.ratio for r in results] == pytest.approx([1, 1 / 2, 1, 3 / 4, 1, 5 / 6, 1, 7 / 8])
+
+
+def test_one_process_and_two():
+    options = dict(batch_sizes=(3,), processes=(1, 2), modes=("eager",), memory=False)
+    alone, both = benchmark(("test_resnet",), **QUICK | options)
+    assert (alone.processes, both.processes) == (1, 2)
+    assert alone.images_per_second == pytest.approx(1e3 * 3 / alone.latency_ms)
+    assert both.images_per_second == pytest.approx(2 * 1e3 * 3 / both.latency_ms)
+
+
+def _meet(folder: Path) -> int:
+    """Wait for a second process. A function of this module, which the processes of the test import."""
+    (folder / str(os.getpid())).touch()
+    for _ in range(6000):
+        if len(list(folder.iterdir())) == 2:
+            return os.getpid()
+        sleep(0.01)
+    raise TimeoutError
+
+
+def test_processes_run_at_the_same_time(tmp_path):
+    with Processes(2) as processes:
+        processes.running = [pool.submit(_meet, tmp_path) for pool in processes.pools]
+        found = [future.result() for future in processes.running]
+        processes.wait()
+        assert not processes.running
+        assert len({os.getpid(), *found}) == 3
+        processes.running = [processes.pools[0].submit(os._exit, 1)]
+        with pytest.raises(InputError, match="processes: one of 2 was killed"):
+            processes.wait()
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_run_in_processes():
+    options = dict(batch_sizes=(1,), processes=(2,), train=True, modes=("eager",), memory=False)
+    with pytest.raises(InputError, match=r"resnet10t does not run.*Expected more than 1"):
+        benchmark(("resnet10t",), **QUICK | options)
+
+
+def test_processes_share_no_gpu(monkeypatch):
+    monkeypatch.setattr(module, "pick_device", torch.device)
+    with pytest.raises(InputError, match="processes: 2 processes share a CPU only; give --device cpu"):
+        benchmark(MODELS, **QUICK | dict(processes=(2,), device="meta"))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -301,6 +347,8 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
         (("test_vit",), {"rounds": 0}, "rounds: 0 is too small"),
         *((("test_vit",), {"visit_seconds": each}, "is no duration") for each in (-1.0, math.nan, math.inf)),
         (("test_vit",), {"threads": (1, 0)}, "threads: 0 is too small"),
+        (("test_vit",), {"processes": (2, 0)}, "processes: 0 is too small"),
+        (("test_vit",), {"processes": ()}, "processes: 0 is too small"),
         (("test_vit",), {"precision": ()}, "precision: none given"),
         (("retinanet:test_resnet",), {"train": True}, "retinanet:test_resnet: only timm names can be trained"),
     ],

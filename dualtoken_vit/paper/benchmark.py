@@ -7,12 +7,13 @@ all of them alike. The same holds for modes, precisions and numbers of threads. 
 
 import math
 import os
+import signal
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from json import dumps
 from multiprocessing import get_context
@@ -73,11 +74,14 @@ class Result:
     mode: Mode
     precision: Precision
     threads: int
-    """CPU threads."""
+    """CPU threads of a process."""
+    processes: int
+    """Processes that run the model at the same time, each on batches of its own."""
     input_size: str
     """WIDTHxHEIGHT in pixels."""
     batch_size: int
     images_per_second: float
+    """Of all processes."""
     ratio: float
     """Latency of the first model divided by the latency of this one, all else equal."""
     latency_ms: float
@@ -85,7 +89,7 @@ class Result:
     spread_percent: float
     """Interquartile range over the rounds, in percent of the median."""
     memory_mib: float | None
-    """Peak memory (see `HOW_MEMORY_IS_MEASURED`), None if not measured."""
+    """Peak memory (see `HOW_MEMORY_IS_MEASURED`) of one process, None if not measured."""
     params: int
     macs: int
     """Multiply-accumulates for one image."""
@@ -100,6 +104,7 @@ class Setting:
     device: torch.device
     precision: Precision
     threads: int = 1
+    processes: int = 1
     mode: Mode = "eager"
     train: bool = False
     """Training steps, with autocast to `precision`, in place of forward passes."""
@@ -155,6 +160,52 @@ class Setting:
 def forward(model: nn.Module, x: Tensor) -> object:
     """The model's output for a batch; a detector takes a list of images."""
     return model(list(x)) if detects(model) else model(x)
+
+
+class Processes:
+    """Processes that run the same model at the same time, each with its own. A context manager."""
+
+    def __init__(self, count: int):
+        self.pools = [ProcessPoolExecutor(1, get_context("spawn"), _start_process) for _ in range(count)]
+        self.running: list[Future] = []
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in self.pools:
+            pool.shutdown(cancel_futures=True)
+
+    def call(self, setting: Setting, name: str, batch_size: int) -> Callable[[], object]:
+        """What starts `Setting.call`'s callable in each process; `wait` waits for all that were started."""
+
+        def start() -> None:
+            self.running += [pool.submit(_run, setting, name, batch_size) for pool in self.pools]
+
+        return start
+
+    def wait(self) -> None:
+        running, self.running = self.running, []
+        try:
+            for future in running:
+                future.result()
+        except BrokenProcessPool as e:
+            raise InputError(f"processes: one of {len(self.pools)} was killed (out of memory?); give fewer") from e
+
+
+def _start_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends this one
+    tune_cpu()
+
+
+@cache
+def _built(setting: Setting, name: str, batch_size: int) -> Callable[[], object]:
+    return setting.call(name, batch_size)
+
+
+def _run(setting: Setting, name: str, batch_size: int) -> None:
+    """Call it in one of `Processes`."""
+    _built(setting, name, batch_size)()
 
 
 def take_turns(
@@ -250,27 +301,40 @@ def _measure(
     """Time the models (the keys of `counts`) against each other in all settings, of one size, at one batch size."""
     calls: dict[tuple[Setting, str], Callable[[], object]] = {}
     peaks: dict[tuple[Setting, str], int | None] = {}
+    device = settings[0].device
     torch.compiler.reset()
-    if settings[0].device.type == "cuda":  # cuBLAS's workspaces, which would count as memory of the first model
-        x = torch.ones(8, 8, device=settings[0].device, requires_grad=True)
+    if device.type == "cuda":  # cuBLAS's workspaces, which would count as memory of the first model
+        x = torch.ones(8, 8, device=device, requires_grad=True)
         F.linear(x, x, x[0]).sum().backward()
-    for setting, name in product(settings, counts):
-        before = torch.cuda.memory_allocated() if setting.device.type == "cuda" else 0
-        calls[setting, name] = call = setting.call(name, batch_size)
-        try:
-            call()  # compiles
-        except (RuntimeError, ValueError) as e:  # ValueError: batch normalisation of a single value in training
-            where = f"{setting.mode}, batch {batch_size}, {setting.precision} on {setting.device.type}"
-            raise InputError(f"{name} does not run ({where}): {first_line(e)}") from e
-        peaks[setting, name] = _peak_memory(name, batch_size, setting, call, before) if memory else None
-        done(f"{setting.mode}, batch {batch_size}: {name} built")
-    seconds = take_turns(
-        calls,
-        rounds=rounds,
-        visit_seconds=visit_seconds,
-        synchronize=(lambda: None) if settings[0].device.type == "cpu" else torch.accelerator.synchronize,
-        after_visit=lambda: done(f"batch {batch_size}: {rounds} rounds"),
-    )
+    with ExitStack() as stack:
+        numbers = dict.fromkeys(setting.processes for setting in settings)
+        several = {number: stack.enter_context(Processes(number)) for number in numbers if number > 1}
+
+        def synchronize() -> None:
+            for processes in several.values():
+                processes.wait()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+
+        for setting, name in product(settings, counts):
+            before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            build = several[setting.processes].call if setting.processes > 1 else Setting.call
+            calls[setting, name] = call = build(setting, name, batch_size)
+            try:
+                call()  # compiles
+                synchronize()
+            except (RuntimeError, ValueError) as e:  # ValueError: batch normalisation of a single value in training
+                where = f"{setting.mode}, batch {batch_size}, {setting.precision} on {device.type}"
+                raise InputError(f"{name} does not run ({where}): {first_line(e)}") from e
+            peaks[setting, name] = _peak_memory(name, batch_size, setting, call, before) if memory else None
+            done(f"{setting.mode}, batch {batch_size}: {name} built")
+        seconds = take_turns(
+            calls,
+            rounds=rounds,
+            visit_seconds=visit_seconds,
+            synchronize=synchronize,
+            after_visit=lambda: done(f"batch {batch_size}: {rounds} rounds"),
+        )
     latency = {key: median(times) for key, times in seconds.items()}
     first = next(iter(counts))
     results = []
@@ -283,9 +347,10 @@ def _measure(
                 mode=setting.mode,
                 precision=setting.precision,
                 threads=setting.threads,
+                processes=setting.processes,
                 input_size=str(setting),
                 batch_size=batch_size,
-                images_per_second=batch_size / own,
+                images_per_second=setting.processes * batch_size / own,
                 ratio=latency[setting, first] / own,
                 latency_ms=1e3 * own,
                 spread_percent=100 * (quartiles[2] - quartiles[0]) / own,
@@ -309,6 +374,7 @@ def benchmark(
     device: Device = "auto",
     precision: tuple[Precision, ...] = ("float32",),
     threads: tuple[int, ...] = (),
+    processes: tuple[int, ...] = (1,),
     train: bool = False,
     memory: bool = True,
     json: bool = False,
@@ -327,8 +393,9 @@ def benchmark(
         rounds: visits to each model, shuffled, with pauses.
         visit_seconds: approximate duration of a visit.
         device: auto: an accelerator if there is one and no exported file, else the CPU.
-        precision: data types; in training, of autocast.
+        precision: data types (training: autocast).
         threads: numbers of CPU threads; none: PyTorch's.
+        processes: processes at the same time (CPU only).
         train: measure training steps, with AdamW.
         memory: whether to measure the peak memory.
         json: print one JSON object.
@@ -336,9 +403,9 @@ def benchmark(
         plot: PNG file: latency against image size.
 
     Returns:
-        One result for each mode, input size, batch size, precision, number of threads and model, in this order. The
-        process keeps flushing denormals to zero and reusing freed memory, and the last number of threads. Weights and
-        images are channels-last; detectors have 80 classes, segmenters 150.
+        One result for each mode, input size, batch size, precision, number of threads, of processes and model, in this
+        order. The process keeps flushing denormals to zero and reusing freed memory, and the last number of threads.
+        Weights and images are channels-last; detectors have 80 classes, segmenters 150.
 
     Raises:
         InputError: for an unknown model, a model that does not accept this size, or an unavailable device. What was
@@ -346,6 +413,7 @@ def benchmark(
     """
     check_models(models, train)
     least = {"batch_sizes": min(batch_sizes, default=0), "rounds": rounds, "threads": min(threads, default=1)}
+    least["processes"] = min(processes, default=0)
     for name, value in least.items():
         if value < 1:
             raise InputError(f"{name}: {value} is too small; give 1 or more")
@@ -360,6 +428,8 @@ def benchmark(
         Setting(parse_size(text, "--input-sizes"), pick_device(device), precision[0], train=train)
         for text in input_sizes
     ]
+    if counted[0].device.type != "cpu" and max(processes) > 1:
+        raise InputError(f"processes: {max(processes)} processes share a CPU only; give --device cpu")
     if exported and (counted[0].device.type != "cpu" or precision != ("float32",)):
         raise InputError(
             f"models: {exported[0]}: exported files run on the CPU in a precision of their own; leave out --device and "
@@ -375,7 +445,7 @@ def benchmark(
     about = {
         "size": "of the images, width x height in pixels",
         "latency": f"{'training step' if train else 'forward pass'} of a whole batch, median over {rounds} rounds; "
-        "spread is the interquartile range",
+        "spread is the interquartile range; images/s are those of all processes together",
         "ratio": f"speed relative to {models[0]}, all else equal; above 1 is faster",
         "memory": HOW_MEMORY_IS_MEASURED.get(counted[0].device.type, "not measured on this device"),
         "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
@@ -389,8 +459,10 @@ def benchmark(
         lines = [f"{key:<10} {value}" for key, value in described.items()]
         print("\n".join(["```", *lines, "```"] if markdown else lines), flush=True)
 
+    varied: dict[str, tuple] = dict(mode=modes, precision=precision, threads=threads, processes=processes)
+    combinations = [dict(zip(varied, values, strict=True)) for values in product(*varied.values())]
     cells = [
-        ([replace(size, mode=m, precision=p, threads=t) for m, p, t in product(modes, precision, threads)], size, batch)
+        ([replace(size, **values) for values in combinations], size, batch)
         for size, batch in product(counted, batch_sizes)
     ]
     columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -433,9 +505,9 @@ def _print(
     if json:
         print(dumps({"machine": described, "about": about, "results": [asdict(r) for r in results]}, indent=2))
         return
-    head = ("<mode", "<precision", "threads", "size", "batch", "<model", "img/s", "ratio", "latency ms", "spread %")
+    head = ("<mode", "<precision", "threads", "processes", "size", "batch", "<model", "img/s", "ratio", "latency ms")
     groups = [map(_cells, results[i : i + len(models)]) for i in range(0, len(results), len(models))]
-    print(table_text((*head, "memory MiB", "params M", "MACs G"), groups, markdown))
+    print(table_text((*head, "spread %", "memory MiB", "params M", "MACs G"), groups, markdown))
     print("\n".join(f"{'- ' if markdown else ''}{key}: {value}" for key, value in about.items()))
 
 
@@ -443,4 +515,5 @@ def _cells(r: Result) -> tuple[str, ...]:
     memory = "" if r.memory_mib is None else f"{r.memory_mib:.0f}"
     speed = (f"{r.images_per_second:.1f}", f"{r.ratio:.2f}", f"{r.latency_ms:.1f}", f"{r.spread_percent:.0f}")
     size = (f"{r.params / 1e6:.2f}", f"{r.macs / 1e9:.3f}")
-    return (r.mode, r.precision, str(r.threads), r.input_size, str(r.batch_size), r.model, *speed, memory, *size)
+    where = (r.mode, r.precision, str(r.threads), str(r.processes), r.input_size, str(r.batch_size), r.model)
+    return (*where, *speed, memory, *size)

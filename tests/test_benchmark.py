@@ -18,8 +18,10 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.models.segmenters import SEGMENTERS
 from dualtoken_vit.paper import benchmark as module
-from dualtoken_vit.paper.benchmark import Processes, Result, Setting, benchmark, take_turns
+from dualtoken_vit.paper import turns
+from dualtoken_vit.paper.benchmark import Processes, Result, Setting, benchmark
 from dualtoken_vit.paper.named import split
+from dualtoken_vit.paper.turns import take_turns
 
 MODELS = ("test_vit", "test_resnet")  # timm's smallest
 QUICK = dict(input_sizes=("32",), batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=(1,))
@@ -314,8 +316,8 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(module, "perf_counter", lambda: now)
-    monkeypatch.setattr(module, "sleep", work)
+    monkeypatch.setattr(turns, "perf_counter", lambda: now)
+    monkeypatch.setattr(turns, "sleep", work)
     assert take_turns({"work": work}, rounds=2, visit_seconds=1.0) == {"work": [0.25, 0.25]}
     assert now == pytest.approx(0.25 * (2 + 1 + 2 * 4) + 2 * 0.1)
 

@@ -8,7 +8,7 @@ all of them alike. The same holds for modes, precisions and numbers of threads. 
 import math
 import os
 import signal
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
@@ -18,10 +18,8 @@ from itertools import product
 from json import dumps
 from multiprocessing import get_context
 from pathlib import Path
-from random import Random
 from statistics import median, quantiles
-from time import perf_counter, sleep
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +35,7 @@ from dualtoken_vit.machine import describe, pick_device, tune_cpu
 from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.paper.named import BUILDERS, TORCHVISION_DETECTORS, check_models, detects, split
+from dualtoken_vit.paper.turns import take_turns
 from dualtoken_vit.predictors import read_header
 from dualtoken_vit.recipes import Device, Optim
 from dualtoken_vit.runtime.session import RUNTIMES
@@ -62,8 +61,6 @@ HOW_MEMORY_IS_MEASURED = {
     "its memory before",
     "cuda": "peak memory allocated by PyTorch while the model runs, minus that before it was built",
 }
-PAUSE = 0.1  # of a visit
-Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -206,43 +203,6 @@ def _built(setting: Setting, name: str, batch_size: int) -> Callable[[], object]
 def _run(setting: Setting, name: str, batch_size: int) -> None:
     """Call it in one of `Processes`."""
     _built(setting, name, batch_size)()
-
-
-def take_turns(
-    calls: dict[Name, Callable[[], object]],
-    *,
-    rounds: int,
-    visit_seconds: float,
-    synchronize: Callable[[], object] = lambda: None,
-    after_visit: Callable[[], object] = lambda: None,
-) -> dict[Name, list[float]]:
-    """Time callables against each other: seconds per call by name, one value per round.
-
-    Each round visits all of them, in a random order. A visit repeats one callable for about `visit_seconds`, at least
-    once; `synchronize` waits for the device before and after, `after_visit` follows. A pause, a tenth of a visit,
-    precedes it: threads of the last callable's runtime may still spin, which slows the next one.
-    """
-
-    def visit(call: Callable[[], object], repeats: int) -> float:
-        synchronize()
-        start = perf_counter()
-        for _ in range(repeats):
-            call()
-        synchronize()
-        return (perf_counter() - start) / repeats
-
-    repeats = {}
-    for name, call in calls.items():
-        visit(call, 2)  # warm up
-        repeats[name] = max(1, round(visit_seconds / visit(call, 1)))
-    order = Random(0)
-    seconds: dict[Name, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name in order.sample(list(calls), len(calls)):
-            sleep(PAUSE * visit_seconds)
-            seconds[name].append(visit(calls[name], repeats[name]))
-            after_visit()
-    return seconds
 
 
 def _count(name: str, setting: Setting) -> Counts:

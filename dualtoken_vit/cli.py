@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import dualtoken_vit
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, pip_install
 from dualtoken_vit.files import counted, similar
 from dualtoken_vit.header import check_file, check_path
 from dualtoken_vit.machine import print_environment
 from dualtoken_vit.show.ending import end, end_by
 
-INSTALL = "install the train extra: pip install 'dualtoken-vit[train]', or in a clone: pip install -e '.[train]'"
+INSTALL = f"install the train extra: {pip_install('train')}"
 try:
     import tyro
 
@@ -30,13 +30,12 @@ except ModuleNotFoundError as error:  # without the train extra, exported files 
     if sys.argv[1:] == ["env"]:
         print_environment()
         sys.exit()
-    hint = f"{error.name} is not installed; {INSTALL}"
     try:
         from dualtoken_vit.cli_runtime import main as predict_exported
     except ModuleNotFoundError:
-        print(f"dualtoken-vit: error: {hint}", file=sys.stderr)
+        print(f"dualtoken-vit: error: {error.name} is not installed; {INSTALL}", file=sys.stderr)
         sys.exit(2)
-    predict_exported(sys.argv[1:], hint)
+    predict_exported(sys.argv[1:], INSTALL)
 
 NO_RECIPE = (
     "name the recipe first: folder, multilabel, coco or masks for images of your own, demo for generated ones; "

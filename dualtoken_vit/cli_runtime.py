@@ -9,7 +9,8 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import dualtoken_vit
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, pip_install
+from dualtoken_vit.files import similar
 from dualtoken_vit.hints import field_texts
 from dualtoken_vit.predict import predict
 from dualtoken_vit.runtime.predictor import default_options
@@ -17,11 +18,12 @@ from dualtoken_vit.runtime.session import RUNTIMES, is_exported
 from dualtoken_vit.runtime.tiles import check_overlap
 from dualtoken_vit.show.ending import end_by
 
-USAGE = """usage: dualtoken-vit predict FILE.onnx IMAGES [--option VALUE ...]
+USAGE = f"""usage: dualtoken-vit predict FILE.onnx IMAGES [--option VALUE ...]
        dualtoken-vit predict FILE.onnx --help      all options, which depend on the file's task
        dualtoken-vit env                           versions and hardware
 
-The other commands need the train extra: pip install 'dualtoken-vit[train]'"""
+The other commands need the train extra:
+  {pip_install("train")}"""
 
 
 def main(args: list[str], hint: str) -> NoReturn:
@@ -49,7 +51,8 @@ def run(args: list[str], hint: str) -> int:
     if command != "predict":
         raise InputError(f"{command}: without the train extra there are predict and env; {hint}")
     if not is_exported(others[0]):
-        raise InputError(f"{others[0]}: without PyTorch, predict takes a FILE.onnx of dualtoken-vit export; {hint}")
+        what = "without PyTorch, predict takes a FILE.onnx of dualtoken-vit export; for others"
+        raise InputError(f"{others[0]}: {what} {hint}")
     return 0 if predict(Path(others[0]), **parse(Path(others[0]), others[1:])) else 1
 
 
@@ -84,7 +87,11 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
         elif get_origin(field.type) is Literal:
             how = {"choices": get_args(field.type)}
         add(field.name, default=default, **how)
-    found = parser.parse_args(args)
+    found, unknown = parser.parse_known_args(args)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        meant = similar(unknown[0], flags)
+        raise InputError(f"{unknown[0]}: no such option; {meant or '--help lists all'}")
     check_overlap(found, args)
     return vars(found)
 

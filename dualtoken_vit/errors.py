@@ -19,6 +19,11 @@ class InputError(Exception):
     """
 
 
+def pip_install(extra: str) -> str:
+    """How to install one of the package's extras."""
+    return f"pip install 'dualtoken-vit[{extra}]', or in a clone: pip install -e '.[{extra}]'"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not empty, or its type."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

@@ -60,6 +60,7 @@ def mistakes(tmp_path):
         "train folder --optim.epoch 3": "Unrecognized options: --optim.epoch",
         "train folder --data.image-size 64": "--data.root is missing: give the folder that contains train/CLASS/*.jpg",
         f"train folder --data.root {other}": f"{other}: a file, not a folder; {one} train/CLASS/*.jpg and val/CLASS",
+        f"train folder --data.holdout 0.1 --data.root {missing}": f"{missing}: no such folder; {one} CLASS/*.jpg or ",
         f"train multilabel --data.root {missing}": f"{missing}: no such folder; {one} a CSV or Parquet table",
         f"check-data coco --data.root {other}": f"{other}: a file, not a folder; {one} images and labels",
         "train coco-lite --optim.epochs 9": "--data.images is missing: give the folder of the images, or --data.root",

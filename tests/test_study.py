@@ -56,6 +56,7 @@ def test_verdict():
     assert lines[0] == "Best network: c, 65.0 %; in the paper: c, 72.0 %."
     assert lines[1] == "Pairs ranked as in the paper: 3 of 3."
     assert "5 %): 3 as in the paper, 0 contrary to it." in lines[2]
+    assert lines[2].endswith("a standard error of about 1.5 points.")  # (0.65 * 0.35 / 1000) ** 0.5
     assert lines[-1] == "All significant differences at this budget are as in the paper."
     lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.555, 0.575), result("c", 72, 0.61, 0.63)])
     assert "5 %): 1 as in the paper, 0 contrary to it." in lines[2]  # 0.055 is within the bound, 0.11 is not

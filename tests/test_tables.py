@@ -250,7 +250,9 @@ def test_measured_accuracies_are_shown_with_their_networks():
     assert measured["coco-retinanet-1x"] == ""  # no accuracies of detectors
     assert measured["in1k-tiny-mix"] == "47.0 (2)"
     assert measured["in1k-small-mix"] == ""
-    assert measured["in1k-small"] == measured["table6-position"] == "50.0 (3, 4)"
+    assert measured["in1k-small"] == "50.0 (3, 4)"
+    assert measured["table6-position"] == measured["table7-grid-7"]  # one network, in whichever study it was trained
+    assert measured["table8-conv"] == "T 47.0 (2)"
 
 
 @pytest.mark.parametrize("markdown", [True, False])

@@ -60,6 +60,14 @@ def test_overlap_without_tiles_and_without_pytorch(tmp_path, monkeypatch):
         cli_runtime.parse(tmp_path / "model.onnx", ["a.png", "--overlap", "0.3"])
 
 
+@pytest.mark.parametrize(("flag", "hint"), [("--ouput", "did you mean --out?"), ("--threads", "--help lists all")])
+def test_unknown_options_without_pytorch(tmp_path, monkeypatch, flag, hint):
+    monkeypatch.setattr(runtime, "read_description", lambda path: description("detection"))
+    with pytest.raises(InputError) as error:
+        cli_runtime.parse(tmp_path / "model.onnx", ["a.png", flag, "0.5"])
+    assert str(error.value) == f"{flag}: no such option; {hint}"
+
+
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("task", ["classification", "multilabel", "detection", "segmentation"])
 def test_help_without_pytorch_has_the_text_of_every_option(tmp_path, monkeypatch, capsys, task, raw):
@@ -193,7 +201,7 @@ def test_the_runtime_extra_alone_is_enough(classifier, image, tmp_path):
         refused = call("dualtoken-vit", *args)
         assert refused.returncode == 2
         assert refused.stderr.count("\n") == 1
-        assert "is not installed; install the train extra" in refused.stderr
+        assert cli.INSTALL in refused.stderr
     helped = [call("dualtoken-vit", *args) for args in ([], ["--help"], ["predict"], ["predict", "--help"])]
     assert [(done.returncode, done.stdout) for done in helped] == [(0, f"{cli_runtime.USAGE}\n")] * 4
 

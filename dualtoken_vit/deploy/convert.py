@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from dualtoken_vit.deploy.plans import Plan
-from dualtoken_vit.errors import InputError, first_line, lacks_memory
+from dualtoken_vit.errors import InputError, first_line, lacks_memory, pip_install
 from dualtoken_vit.runtime.session import KEY
-
-INSTALL = "pip install 'dualtoken-vit[export]'"
 
 
 class ConversionError(InputError):
@@ -77,18 +75,19 @@ def silent() -> Iterator[None]:
                 sys.stderr.write(log.read().decode(errors="replace"))
 
 
-def to_onnx(plan: Plan, channels: int, description: dict[str, Any]) -> bytes:
-    """The graph as an ONNX file without external data.
-
-    Raises:
-        ConversionError: if the graph cannot be converted.
-        InputError: if a package is missing.
-    """
+def check_packages() -> None:
+    """An InputError if a package is missing that `to_onnx` needs."""
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
-        raise InputError(f"--format onnx needs {error.name}: {INSTALL}") from error
+        raise InputError(f"--format onnx needs {error.name}: {pip_install('export')}") from error
+
+
+def to_onnx(plan: Plan, channels: int, description: dict[str, Any]) -> bytes:
+    """The graph as an ONNX file without external data; a ConversionError if it cannot be converted."""
+    import onnx
+
     axes = {} if plan.one else {0: "batch"}
     if not plan.fixed:
         axes |= {2: "height", 3: "width"}

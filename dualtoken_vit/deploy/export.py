@@ -18,7 +18,7 @@ from dualtoken_vit import recipes
 from dualtoken_vit.bounds import parse_size
 from dualtoken_vit.checkpoint import Checkpoint, locate
 from dualtoken_vit.data.threads import track, working
-from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
+from dualtoken_vit.deploy.convert import ConversionError, check_packages, quiet, to_onnx
 from dualtoken_vit.deploy.mobile import TARGETS
 from dualtoken_vit.deploy.plans import Plan, plan
 from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images
@@ -73,6 +73,8 @@ def export(
         raise InputError("--int8, --fp16: give one of them")
     if int8 == "static" and images is None:
         raise InputError("--int8 static needs --images FOLDER, to measure the range of the activations")
+    if format == "onnx":
+        check_packages()
     model: Any
     model, about = load_model(checkpoint)
     sides = parse_size(size, "--size", 32) if size else None

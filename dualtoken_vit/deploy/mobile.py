@@ -11,7 +11,7 @@ import torch
 
 from dualtoken_vit.deploy.convert import ConversionError, example, quiet, silent
 from dualtoken_vit.deploy.plans import Plan
-from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.errors import InputError, first_line, pip_install
 from dualtoken_vit.runtime.session import KEY, Arrays
 
 
@@ -33,7 +33,7 @@ def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path
         import litert_torch
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--format litert needs {error.name}, and torch below 2.15: pip install 'dualtoken-vit[litert]', "
+            f"--format litert needs {error.name}, and torch below 2.15: {pip_install('litert')}; "
             "then pip install --upgrade typing-extensions"
         ) from error
     try:
@@ -71,7 +71,7 @@ def to_coreml(plan: Plan, channels: int, description: dict[str, Any], file: Path
     try:
         import coremltools
     except ModuleNotFoundError as error:
-        raise InputError(f"--format coreml needs {error.name}: pip install 'dualtoken-vit[coreml]'") from error
+        raise InputError(f"--format coreml needs {error.name}: {pip_install('coreml')}") from error
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(plan.graph.eval(), (example(plan, channels),)).run_decompositions({})

@@ -126,7 +126,8 @@ PRESETS: dict[str, tuple[str, Study]] = {
         Study(_CPU, "cpu", base="tiny", seeds=2, jobs=2),
     ),
     "equal": (
-        "five epochs at 96 pixels in bfloat16, three seeds, the better of two learning rates for each network: days",
+        "five epochs at 96 pixels in bfloat16, three seeds, the better of two learning rates for each network: an hour "
+        "of a core for a network and 10,000 images",
         Study(_EQUAL, "equal", base="tiny", seeds=3, search_lr=(5e-4, 1e-3), jobs=2),
     ),
     "gpu": ("20 epochs at 112 pixels, three seeds, on one GPU", Study(_GPU, "gpu", base="small", seeds=3, jobs=4)),

@@ -6,7 +6,7 @@ Only the published figures are stored, in published.csv.
 import csv
 import json as jsonlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
@@ -139,6 +139,12 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
     return studies
 
 
+def _smaller(row: Published, base: str) -> Model | None:
+    """The network that studies of `base` train in place of the one of an ablation's row."""
+    model = bare(model_of(row.key))
+    return None if row.table == "Table 2" else replace(model, name=model.name.replace("_small", f"_{base}"))
+
+
 def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
     """Measured accuracies of a classifier; in an ablation also those of a smaller model in its place."""
     if not row.key or row.table in DENSE:
@@ -149,7 +155,7 @@ def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
             top1 = f"{100 * network['mean']:.1f}"
             if network["model"] == bare(model_of(row.key)):
                 found.setdefault(top1, []).append(str(number))
-            elif network["key"] == row.key and row.table == study["table"] != "Table 2":
+            elif network["model"] == _smaller(row, study["base"]):
                 found.setdefault(f"{study['base'][0].upper()} {top1}", []).append(str(number))
     return "; ".join(f"{top1} ({', '.join(numbers)})" for top1, numbers in found.items())
 

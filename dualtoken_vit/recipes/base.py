@@ -76,6 +76,8 @@ class SplitData(DataSection):
 
     contents: ClassVar[str] = ""
     """What `root` contains in the default format of `dataset`."""
+    contents_without_splits: ClassVar[str] = ""
+    """The same with `holdout`, if it differs."""
     one_table: ClassVar[bool] = False
     """Whether `root` may be a CSV or Parquet table instead."""
     root: Annotated[str, FREE] = ""
@@ -90,11 +92,12 @@ class SplitData(DataSection):
     def check_place(self) -> None:
         if not self.contents or self.dataset.partition("/")[0].lower() != type(self).dataset:
             return
+        contents = (self.holdout and self.contents_without_splits) or self.contents
         if not self.root:
-            raise InputError(f"--data.root is missing: give the folder that contains {self.contents}")
+            raise InputError(f"--data.root is missing: give the folder that contains {contents}")
         table = self.one_table and self.root.lower().endswith((".csv", ".txt", ".parquet"))
         if not (table and os.path.isfile(self.root)):
-            check_folder(self.root, self.contents)
+            check_folder(self.root, contents)
 
 
 @dataclass(frozen=True)

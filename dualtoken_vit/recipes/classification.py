@@ -26,6 +26,7 @@ class ClassificationData(ClassificationInput, SplitData):
     """The images."""
 
     contents: ClassVar[str] = "train/CLASS/*.jpg and val/CLASS/*.jpg"
+    contents_without_splits: ClassVar[str] = "CLASS/*.jpg or train/CLASS/*.jpg"
     one_table: ClassVar[bool] = True
     dataset: str = "folder"
     """folder: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, with holdout also ROOT/CLASS/*.jpg, or a CSV or Parquet

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.errors import InputError, first_line, pip_install
 from dualtoken_vit.files import atomic_write, counted, printable
 
 SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
@@ -27,7 +27,7 @@ def _av() -> Any:
     try:
         import av
     except ModuleNotFoundError as error:
-        raise InputError("videos need PyAV: pip install 'dualtoken-vit[video]'") from error
+        raise InputError(f"videos need PyAV: {pip_install('video')}") from error
     return av
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dualtoken_vit.errors import InputError, first_line
+from dualtoken_vit.errors import InputError, first_line, pip_install
 
 PROJECT = "dualtoken-vit"  # of wandb and trackio; the experiment of MLflow
 
@@ -65,10 +65,10 @@ LOGGERS: dict[str, Callable[[Path, int, str | None], Logger]] = {
 def check_logger(name: str) -> None:
     """Raise an InputError if the package of a tracker, or of MLflow's database, is missing."""
     if name not in ("tensorboard", "csv") and find_spec(name) is None:
-        raise InputError(f"--run.logger {name}: install it, for example by pip install 'dualtoken-vit[{name}]'")
+        raise InputError(f"--run.logger {name}: install it, for example by {pip_install(name)}")
     if name == "mlflow" and _mlflow_uri().startswith("sqlite:") and find_spec("sqlalchemy") is None:  # mlflow-skinny
         raise InputError(
-            "--run.logger mlflow: its database needs SQLAlchemy: pip install 'dualtoken-vit[mlflow]', "
+            f"--run.logger mlflow: its database needs SQLAlchemy: {pip_install('mlflow')}; "
             "or name a server by the environment variable MLFLOW_TRACKING_URI"
         )
 

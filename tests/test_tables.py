@@ -223,7 +223,7 @@ def test_lightvit():
 
 
 def test_json(capsys, rows, compared, monkeypatch):
-    monkeypatch.setattr(tables, "compare", lambda studies: rows)
+    monkeypatch.setattr(tables, "compare", lambda studies, only: rows)
     tables.tables(json=True)
     printed = json.loads(capsys.readouterr().out)
     assert "attention products" in printed["what_is_counted"]
@@ -255,9 +255,19 @@ def test_measured_accuracies_are_shown_with_their_networks():
     assert measured["table8-conv"] == "T 47.0 (2)"
 
 
+def test_one_table():
+    assert [row.published.key for row in tables.compare(only=(6,))] == [
+        "table6-normal",
+        "table6-normal-star",
+        "table6-position",
+    ]
+    with pytest.raises(InputError, match="--only 1: give numbers of the paper's tables, 2 to 9"):
+        tables.compare(only=(6, 1))
+
+
 @pytest.mark.parametrize("markdown", [True, False])
 def test_printed(capsys, rows, monkeypatch, markdown, tmp_path):
-    monkeypatch.setattr(tables, "compare", lambda studies: rows)
+    monkeypatch.setattr(tables, "compare", lambda studies, only: rows)
     tables.tables(markdown=markdown, results=tmp_path)
     out = capsys.readouterr().out
     assert out.index("MACs   multiply-accumulates") < out.index("in1k-tiny-mix") < out.index("coco-mask-rcnn-1x")
@@ -279,7 +289,7 @@ def test_a_study_adds_the_column_of_its_accuracies(capsys, rows, monkeypatch, tm
     network = {"key": "table6-normal", "model": {"name": "dualtoken_vit_tiny", "args": []}, "mean": 0.5}
     study = {"table": "Table 6", "budget": {"text": "photos", "base": "tiny"}, "networks": [network]}
     (tmp_path / "study-x.json").write_text(json.dumps(study))
-    monkeypatch.setattr(tables, "compare", lambda studies: [replace(row, measured="T 50.0 (1)") for row in rows])
+    monkeypatch.setattr(tables, "compare", lambda studies, only: [replace(row, measured="T 50.0 (1)") for row in rows])
     tables.tables(markdown=True, results=tmp_path)
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if "table6-normal " in line)

@@ -58,6 +58,7 @@ from dualtoken_vit.tasks.trainer import check_balance
 Base = Literal["small", "tiny"]
 
 MACHINE = "machine.json"
+LOG = "train.log"
 OWN = "name", "args", "checkpoint", "pretrained"  # of the section model: not of the budget, as a study sets them
 
 # name: (the paper's table, keys that select rows of it; none: all rows that can be trained)
@@ -283,7 +284,7 @@ async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Con
 
     Cancelling this stops the process.
     """
-    path = job.folder / "train.log"
+    path = job.folder / LOG
     async with slots:
         command = [sys.executable, "-m", "dualtoken_vit", "train", "folder", "--out", str(job.folder), "--resume"]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -347,6 +348,8 @@ async def _train_all(todo: Sequence[_Job], parallel: int) -> list[str]:
 def _run(plan: Sequence[_Job], parallel: int) -> None:
     """Train what is not done; an InputError after all other runs have ended if some failed."""
     todo = [job for job in plan if not job.done]
+    if todo:
+        print(f"{counted(len(todo), 'run')}, each with its log: {todo[0].folder / LOG} and so on", flush=True)
     try:
         problems = asyncio.run(_train_all(todo, parallel)) if todo else []
     except asyncio.CancelledError:

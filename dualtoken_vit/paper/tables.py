@@ -160,10 +160,17 @@ def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{top1} ({', '.join(numbers)})" for top1, numbers in found.items())
 
 
-def compare(studies: Sequence[dict[str, Any]] = ()) -> list[Row]:
-    """The rows of the paper's tables with the counts of every network and the accuracies from `read_studies`."""
+def compare(studies: Sequence[dict[str, Any]] = (), only: Sequence[int] = ()) -> list[Row]:
+    """The rows of the paper's tables with the counts of every network and the accuracies from `read_studies`.
+
+    `only` are numbers of tables; none: all. An InputError for a number that the paper's tables do not have.
+    """
+    known = [int(row.table.removeprefix("Table ")) for row in PUBLISHED]
+    if unknown := [number for number in only if number not in known]:
+        raise InputError(f"--only {unknown[0]}: give numbers of the paper's tables, {min(known)} to {max(known)}")
+    published = [row for row, number in zip(PUBLISHED, known, strict=True) if not only or number in only]
     rows = []
-    for row in track(PUBLISHED, len(PUBLISHED), "counting"):
+    for row in track(published, len(published), "counting"):
         counts = _counts(row.key)
         flops = None if counts is None else counts.flops - (row.table in DENSE) * counts.attention
         rows.append(Row(row, counts, flops, _measured(row, studies)))
@@ -189,30 +196,38 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (it.table, it.key, it.network, *params_cells, *flops_cells, it.score, row.measured)
 
 
-def tables(*, json: bool = False, markdown: bool = False, modern: bool = False, results: Path | None = None) -> None:
+def tables(
+    *,
+    only: tuple[int, ...] = (),
+    json: bool = False,
+    markdown: bool = False,
+    modern: bool = False,
+    results: Path | None = None,
+) -> None:
     """Print the paper's Tables 2 to 9 beside this implementation: parameters, FLOPs and accuracies.
 
     Parameters and FLOPs are counted. Accuracies are the paper's and those measured by `study`.
 
     Args:
+        only: numbers of the paper's tables; none: all.
         json: print one JSON object.
         markdown: print the table as Markdown.
         modern: print the networks of similar cost that the paper does not compare with, half of them newer.
         results: folder with the study-*.json files of `study`; by default `results`, if it exists.
 
     Raises:
-        InputError: for a missing folder or a damaged file in it.
+        InputError: for a missing folder, a damaged file in it, or a table that the paper does not have.
     """
     if results is not None and not results.is_dir():
         raise InputError(f"--results {results}: no such folder")
     if modern:
-        if json or results:
-            raise InputError("--modern: has no --json and no --results; leave them out")
+        if json or results or only:
+            raise InputError("--modern: has no --json, --results and --only; leave them out")
         print(WHAT_IS_LISTED)
         print(modern_table(markdown))
         return
     studies = read_studies(folder := results or Path("results"))
-    rows = compare(studies)
+    rows = compare(studies, only)
     if json:
         printed = [asdict(row) for row in rows]
         found = [{key: study[key] for key in ("file", "table", "text", "base")} for study in studies]

@@ -87,7 +87,7 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
         elif get_origin(field.type) is Literal:
             how = {"choices": get_args(field.type)}
         add(field.name, default=default, **how)
-    found, unknown = parser.parse_known_args(args)
+    found, unknown = parser.parse_known_intermixed_args(args)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         meant = similar(unknown[0], flags)

@@ -21,7 +21,7 @@ class InputError(Exception):
 
 def pip_install(extra: str) -> str:
     """How to install one of the package's extras."""
-    return f"pip install 'dualtoken-vit[{extra}]', or in a clone: pip install -e '.[{extra}]'"
+    return f'pip install -e ".[{extra}]" in a clone, else pip install "dualtoken-vit[{extra}]"'
 
 
 def first_line(error: BaseException) -> str:

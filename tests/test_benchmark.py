@@ -4,7 +4,11 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import sleep
@@ -13,6 +17,7 @@ import pytest
 import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
+from matplotlib.axes import Axes
 
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS
@@ -22,6 +27,7 @@ from dualtoken_vit.paper import turns
 from dualtoken_vit.paper.benchmark import Processes, Result, Setting, benchmark
 from dualtoken_vit.paper.named import split
 from dualtoken_vit.paper.turns import take_turns
+from dualtoken_vit.show.plots import save_growth
 
 MODELS = ("test_vit", "test_resnet")  # timm's smallest
 QUICK = dict(input_sizes=("32",), batch_sizes=(1, 2), rounds=2, visit_seconds=1e-3, device="cpu", threads=(1,))
@@ -139,33 +145,69 @@ def test_one_process_and_two():
     assert both.images_per_second == pytest.approx(2 * 1e3 * 3 / both.latency_ms)
 
 
-def _meet(folder: Path) -> int:
-    """Wait for a second process. A function of this module, which the processes of the test import."""
-    (folder / str(os.getpid())).touch()
-    for _ in range(6000):
-        if len(list(folder.iterdir())) == 2:
-            return os.getpid()
-        sleep(0.01)
-    raise TimeoutError
+@dataclass(frozen=True)
+class Meeting:
+    """A stand-in for a `Setting`, which the processes of the test import, whose call waits for a second process."""
+
+    folder: Path
+
+    def call(self, name, batch_size):
+        def wait():
+            number = len(list(self.folder.glob(f"{os.getpid()}-*")))
+            (self.folder / f"{os.getpid()}-{number}").touch()
+            if name == "ends":
+                os._exit(1)
+            if name == "fails":
+                raise ValueError("first line\nsecond line")
+            for _ in range(6000):
+                if len(list(self.folder.glob(f"*-{number}"))) == 2:
+                    return
+                sleep(0.01)
+            raise TimeoutError
+
+        return wait
 
 
 def test_processes_run_at_the_same_time(tmp_path):
     with Processes(2) as processes:
-        processes.running = [pool.submit(_meet, tmp_path) for pool in processes.pools]
-        found = [future.result() for future in processes.running]
-        processes.wait()
-        assert not processes.running
-        assert len({os.getpid(), *found}) == 3
-        processes.running = [processes.pools[0].submit(os._exit, 1)]
-        with pytest.raises(InputError, match="processes: one of 2 was killed"):
-            processes.wait()
+        processes.run(Meeting(tmp_path), "meet", 1, 3)
+        met = [path.name.split("-") for path in tmp_path.iterdir()]
+        assert sorted(number for _, number in met) == ["0", "0", "1", "1", "2", "2"]
+        assert {int(pid) for pid, _ in met} == {process.pid for process, _ in processes.workers}
+        with pytest.raises(RuntimeError, match=r"^first line$"):
+            processes.run(Meeting(tmp_path), "fails", 1, 1)
+        for _ in range(2):  # during a call, and before one
+            with pytest.raises(InputError, match="processes: one of 2 ended; give fewer if memory was short"):
+                processes.run(Meeting(tmp_path), "ends", 1, 1)
+    assert not any(process.is_alive() for process, _ in processes.workers)
 
 
-@pytest.mark.slow
-def test_a_model_that_does_not_run_in_processes():
-    options = dict(batch_sizes=(1,), processes=(2,), train=True, modes=("eager",), memory=False)
-    with pytest.raises(InputError, match=r"resnet10t does not run.*Expected more than 1"):
-        benchmark(("resnet10t",), **QUICK | options)
+def runs(pid):
+    """Whether there is such a process that has not ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_processes_end_with_the_command(tmp_path):
+    """Even where it is killed."""
+    code = (
+        "from dualtoken_vit.paper.benchmark import Processes\n"
+        "import os, signal\n"
+        "if __name__ == '__main__':\n"
+        "    with Processes(2) as processes:\n"
+        "        print(*(process.pid for process, _ in processes.workers), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "killed.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "killed.py"], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL
+    for _ in range(6000):
+        if not any(map(runs, done.stdout.split())):
+            break
+        sleep(0.01)
+    else:
+        pytest.fail("the processes are still there")
 
 
 def test_processes_share_no_gpu(monkeypatch):
@@ -295,9 +337,21 @@ def test_sizes_and_the_plot_of_growth(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_plot_has_a_panel_for_each_number_of_processes(tmp_path, monkeypatch):
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda axes, x, y, *args, **kw: drawn.append((x, y)) or plot(axes, x, y, *args, **kw)
+    )
+    one = Result("a", "eager", "float32", 1, 1, "32x32", 1, 1.0, 1.0, 5.0, 0.0, None, 1, 1)
+    cases = ("32x32", 1, 5), ("64x32", 1, 9), ("32x32", 2, 6), ("64x32", 2, 11)
+    results = [replace(one, input_size=size, processes=count, latency_ms=ms) for size, count, ms in cases]
+    save_growth(results, tmp_path / "growth.png")
+    assert drawn == [((1024, 2048), (5, 9)), ((1024, 2048), (6, 11))]
+
+
 def test_rounds_take_turns():
     visited = []
-    calls = {name: lambda name=name: visited.append(name) for name in "abc"}
+    calls = {name: lambda repeats, name=name: visited.extend(repeats * name) for name in "abc"}
     after = []
     seconds = take_turns(calls, rounds=4, visit_seconds=1e-12, after_visit=lambda: after.append(visited[-1]))
     assert visited[:9] == list("aaabbbccc")  # warm-up
@@ -312,13 +366,15 @@ def test_a_visit_repeats_and_reports_the_time_of_one_call(monkeypatch):
     """Without the pause before it."""
     now = 0.0
 
-    def work(seconds=0.25):
+    def work(seconds):
         nonlocal now
         now += seconds
 
     monkeypatch.setattr(turns, "perf_counter", lambda: now)
     monkeypatch.setattr(turns, "sleep", work)
-    assert take_turns({"work": work}, rounds=2, visit_seconds=1.0) == {"work": [0.25, 0.25]}
+    assert take_turns({"work": lambda repeats: work(0.25 * repeats)}, rounds=2, visit_seconds=1.0) == {
+        "work": [0.25, 0.25]
+    }
     assert now == pytest.approx(0.25 * (2 + 1 + 2 * 4) + 2 * 0.1)
 
 

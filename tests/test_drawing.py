@@ -130,7 +130,7 @@ def test_every_drawing_takes_odd_names(name, fonts, tmp_path, capsys):
     objects = {"boxes": torch.tensor([[5.0, 5, 20, 20]]), "labels": torch.tensor([0]), "scores": torch.tensor([0.5])}
     matrix = np.array([[3, 1], [0, 2]])
     row = {"epoch": 1, "loss": 0.5}
-    shared = {"mode": "eager", "precision": "float32", "threads": 1, "batch_size": 1}
+    shared = {"mode": "eager", "precision": "float32", "threads": 1, "processes": 1, "batch_size": 1}
     result = SimpleNamespace(**shared, model=name or "x", input_size="8x8", latency_ms=1.0)
     sheet = Sheet(tmp_path)
     sheet.add(image, name, name, 0.5)

@@ -365,7 +365,7 @@ def test_options_that_cannot_be_used(checkpoint, tmp_path, monkeypatch):
         export(checkpoint, other)
     for format, module, suffix in (("litert", "litert_torch", ".tflite"), ("coreml", "coremltools", ".mlpackage")):
         monkeypatch.setitem(sys.modules, module, None)
-        message = rf"--format {format} needs {module}.*: pip install 'dualtoken-vit\[{format}\]'"
+        message = rf'--format {format} needs {module}.*: pip install -e "\.\[{format}\]"'
         with pytest.raises(InputError, match=message):
             export(checkpoint, tmp_path / f"model{suffix}", format=format)
     assert other.read_text() == "kept"

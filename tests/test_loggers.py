@@ -196,11 +196,11 @@ def test_a_dead_server_keeps_the_name_of_the_run(tmp_path, monkeypatch, capsys):
 
 def test_missing_package(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    message = r"--run\.logger wandb: install it, for example by pip install 'dualtoken-vit\[wandb\]"
+    message = r'--run\.logger wandb: install it, for example by pip install -e "\.\[wandb\]"'
     with pytest.raises(InputError, match=message):
         run(photos, tmp_path / "run", "wandb")
     monkeypatch.setattr(loggers, "find_spec", lambda name: None if name == "sqlalchemy" else object())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(InputError, match=r"needs SQLAlchemy: pip install 'dualtoken-vit\[mlflow\]', or name a server"):
+    with pytest.raises(InputError, match=r'needs SQLAlchemy: pip install -e "\.\[mlflow\]" .*; or name a server'):
         run(photos, tmp_path / "run", "mlflow")
     assert not (tmp_path / "run").exists()

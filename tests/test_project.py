@@ -38,7 +38,7 @@ def test_the_command_says_in_one_line_what_to_install():
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "pip install -e '.[train]'" in done.stderr
+    assert 'pip install -e ".[train]"' in done.stderr
 
 
 def test_contributing_lists_every_module_and_folder():

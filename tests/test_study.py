@@ -55,11 +55,11 @@ def test_verdict():
     lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 72, 0.64, 0.66)])
     assert lines[0] == "Best network: c, 65.0 %; in the paper: c, 72.0 %."
     assert lines[1] == "Pairs ranked as in the paper: 3 of 3."
-    assert "5 %): 3 as in the paper, 0 contrary to it." in lines[2]
-    assert lines[2].endswith("a standard error of about 1.5 points.")  # (0.65 * 0.35 / 1000) ** 0.5
+    assert "5 %): 3 as in the paper, 0 contrary to it." in lines[3]
+    assert "1,000 validation images adds a standard error of up to 1.6 points" in lines[2]  # sqrt(0.51 * 0.49 / 1000)
     assert lines[-1] == "All significant differences at this budget are as in the paper."
     lines = judged([result("a", 70, 0.50, 0.52), result("b", 71, 0.555, 0.575), result("c", 72, 0.61, 0.63)])
-    assert "5 %): 1 as in the paper, 0 contrary to it." in lines[2]  # 0.055 is within the bound, 0.11 is not
+    assert "5 %): 1 as in the paper, 0 contrary to it." in lines[3]  # 0.055 is within the bound, 0.11 is not
     assert "Significant, as in the paper: c over a by 11.0." in lines
     lines = judged([result("a", 72, 0.50, 0.52), result("b", 71, 0.57, 0.59), result("c", 70, 0.51, 0.53)])
     assert lines[1] == "Pairs ranked as in the paper: 1 of 3."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dualtoken_vit.deploy.plans import Plan
-from dualtoken_vit.errors import InputError, first_line, lacks_memory, pip_install
+from dualtoken_vit.errors import InputError, first_line, lacks_memory
 from dualtoken_vit.runtime.session import KEY
 
 
@@ -73,15 +73,6 @@ def silent() -> Iterator[None]:
             if failed:
                 log.seek(0)
                 sys.stderr.write(log.read().decode(errors="replace"))
-
-
-def check_packages() -> None:
-    """An InputError if a package is missing that `to_onnx` needs."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InputError(f"--format onnx needs {error.name}: {pip_install('export')}") from error
 
 
 def to_onnx(plan: Plan, channels: int, description: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import is_dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,11 @@ from dualtoken_vit import recipes
 from dualtoken_vit.bounds import parse_size
 from dualtoken_vit.checkpoint import Checkpoint, locate
 from dualtoken_vit.data.threads import track, working
-from dualtoken_vit.deploy.convert import ConversionError, check_packages, quiet, to_onnx
+from dualtoken_vit.deploy.convert import ConversionError, quiet, to_onnx
 from dualtoken_vit.deploy.mobile import TARGETS
 from dualtoken_vit.deploy.plans import Plan, plan
 from dualtoken_vit.deploy.verify import IMAGES, TOLERANCE, batches, difference, expected, load_images
-from dualtoken_vit.errors import InputError
+from dualtoken_vit.errors import InputError, pip_install
 from dualtoken_vit.files import atomic_write, printable
 from dualtoken_vit.predictors import load_model, stored_recipe
 from dualtoken_vit.runtime.base import to_image
@@ -30,6 +31,7 @@ from dualtoken_vit.runtime.predictor import load_predictor as load_exported
 from dualtoken_vit.runtime.session import FORMAT, Arrays, ExportedModel
 
 CALIBRATION = 32  # images of a folder for int8
+NEEDED = {"onnx": ("onnx", "onnxscript"), "litert": ("litert_torch",), "coreml": ("coremltools",)}
 PACKAGES = "torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
 
 
@@ -73,8 +75,7 @@ def export(
         raise InputError("--int8, --fp16: give one of them")
     if int8 == "static" and images is None:
         raise InputError("--int8 static needs --images FOLDER, to measure the range of the activations")
-    if format == "onnx":
-        check_packages()
+    _check_packages(format)
     model: Any
     model, about = load_model(checkpoint)
     sides = parse_size(size, "--size", 32) if size else None
@@ -110,6 +111,16 @@ def export(
         takes += "; in images that are not square, objects become smaller than in training: give --images FOLDER"
     print(f"{printable(out)}: {len(data) / 1e6:.1f} MB, takes {takes}")
     return out
+
+
+def _check_packages(format: str) -> None:
+    """An InputError if a package is missing that writes this format."""
+    for package in NEEDED[format]:
+        if find_spec(package) is None:
+            how = pip_install("export" if format == "onnx" else format)
+            if format == "litert":
+                how = f"and torch below 2.15: {how}; then pip install --upgrade typing-extensions"
+            raise InputError(f"--format {format} needs {package}: {how}")
 
 
 def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from dualtoken_vit.deploy.convert import ConversionError, example, quiet, silent
 from dualtoken_vit.deploy.plans import Plan
-from dualtoken_vit.errors import InputError, first_line, pip_install
+from dualtoken_vit.errors import first_line
 from dualtoken_vit.runtime.session import KEY, Arrays
 
 
@@ -27,16 +27,10 @@ def to_litert(plan: Plan, channels: int, description: dict[str, Any], file: Path
 
     Raises:
         ConversionError: if the graph cannot be converted.
-        InputError: if litert-torch is missing.
     """
     try:
         import litert_torch
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--format litert needs {error.name}, and torch below 2.15: {pip_install('litert')}; "
-            "then pip install --upgrade typing-extensions"
-        ) from error
-    try:
+
         with quiet():
             # litert-torch 0.10 reads the weights of a channels-last network in the wrong order.
             graph = plan.graph.eval().to(memory_format=torch.contiguous_format)
@@ -66,13 +60,10 @@ def to_coreml(plan: Plan, channels: int, description: dict[str, Any], file: Path
 
     Raises:
         ConversionError: if the graph cannot be converted.
-        InputError: if coremltools is missing.
     """
     try:
         import coremltools
-    except ModuleNotFoundError as error:
-        raise InputError(f"--format coreml needs {error.name}: {pip_install('coreml')}") from error
-    try:
+
         with quiet(), torch.no_grad():
             program = torch.export.export(plan.graph.eval(), (example(plan, channels),)).run_decompositions({})
             for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):

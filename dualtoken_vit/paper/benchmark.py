@@ -2,14 +2,16 @@
 
 Only ratios within a run are comparable: speed differs between machines, and on one machine from hour to hour.
 Therefore the models take turns, with one short visit per round, in shuffled order with pauses, so that drift affects
-all of them alike. The same holds for modes, precisions and numbers of threads. The figures are medians over the rounds.
+all of them alike. The same holds for modes, precisions and numbers of threads and processes. The figures are medians
+over the rounds.
 """
 
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +19,8 @@ from functools import cache, partial
 from itertools import product
 from json import dumps
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
@@ -160,49 +164,74 @@ def forward(model: nn.Module, x: Tensor) -> object:
 
 
 class Processes:
-    """Processes that run the same model at the same time, each with its own. A context manager."""
+    """Processes that run the same model at the same time, each with its own. A context manager, which ends them.
+
+    Raises:
+        InputError: if one of them ends by itself.
+    """
 
     def __init__(self, count: int):
-        self.pools = [ProcessPoolExecutor(1, get_context("spawn"), _start_process) for _ in range(count)]
-        self.running: list[Future] = []
+        context = get_context("spawn")
+        self.workers: list[tuple[BaseProcess, Connection]] = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()  # else the end of the process would not end what waits for it
+            self.workers.append((process, ours))
 
     def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for pool in self.pools:
-            pool.shutdown(cancel_futures=True)
+        for process, connection in self.workers:
+            connection.close()
+            process.terminate()
+        for process, _ in self.workers:
+            process.join()
 
-    def call(self, setting: Setting, name: str, batch_size: int) -> Callable[[], object]:
-        """What starts `Setting.call`'s callable in each process; `wait` waits for all that were started."""
+    def run(self, setting: Setting, name: str, batch_size: int, repeats: int) -> None:
+        """Make `Setting.call`'s callable so many times in each process; return when all have.
 
-        def start() -> None:
-            self.running += [pool.submit(_run, setting, name, batch_size) for pool in self.pools]
-
-        return start
-
-    def wait(self) -> None:
-        running, self.running = self.running, []
+        Raises:
+            InputError: if a process ended.
+            RuntimeError: with the message of an error in one of them.
+        """
         try:
-            for future in running:
-                future.result()
-        except BrokenProcessPool as e:
-            raise InputError(f"processes: one of {len(self.pools)} was killed (out of memory?); give fewer") from e
+            for _, connection in self.workers:
+                connection.send((setting, name, batch_size, repeats))
+            problems = [connection.recv() for _, connection in self.workers]
+        except (EOFError, OSError) as e:
+            raise InputError(
+                f"processes: one of {len(self.workers)} ended; give fewer if memory was short, and in a script call "
+                'benchmark below `if __name__ == "__main__":`'
+            ) from e
+        if problem := next(filter(None, problems), None):
+            raise RuntimeError(problem)
 
 
-def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends this one
+def _work(connection: Connection) -> None:
+    """What one of `Processes` does until the main process ends, or ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
     tune_cpu()
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = sys.maxsize  # see `benchmark`
+    build = cache(lambda setting, *which: setting.call(*which))
+    with suppress(EOFError):
+        while True:
+            *which, repeats = connection.recv()
+            problem = ""
+            try:
+                repeat(build(*which), repeats)
+            except Exception as error:  # of any kind: the main process reports it
+                problem = first_line(error)
+            connection.send(problem)
 
 
-@cache
-def _built(setting: Setting, name: str, batch_size: int) -> Callable[[], object]:
-    return setting.call(name, batch_size)
-
-
-def _run(setting: Setting, name: str, batch_size: int) -> None:
-    """Call it in one of `Processes`."""
-    _built(setting, name, batch_size)()
+def repeat(call: Callable[[], object], repeats: int) -> None:
+    """Make a call so many times."""
+    for _ in range(repeats):
+        call()
 
 
 def _count(name: str, setting: Setting) -> Counts:
@@ -259,7 +288,7 @@ def _measure(
     done: Callable[[str], object],
 ) -> list[Result]:
     """Time the models (the keys of `counts`) against each other in all settings, of one size, at one batch size."""
-    calls: dict[tuple[Setting, str], Callable[[], object]] = {}
+    calls: dict[tuple[Setting, str], Callable[[int], object]] = {}
     peaks: dict[tuple[Setting, str], int | None] = {}
     device = settings[0].device
     torch.compiler.reset()
@@ -270,29 +299,25 @@ def _measure(
         numbers = dict.fromkeys(setting.processes for setting in settings)
         several = {number: stack.enter_context(Processes(number)) for number in numbers if number > 1}
 
-        def synchronize() -> None:
-            for processes in several.values():
-                processes.wait()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-
         for setting, name in product(settings, counts):
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-            build = several[setting.processes].call if setting.processes > 1 else Setting.call
-            calls[setting, name] = call = build(setting, name, batch_size)
+            if setting.processes > 1:
+                run = partial(several[setting.processes].run, setting, name, batch_size)
+            else:
+                run = partial(repeat, setting.call(name, batch_size))
+            calls[setting, name] = run
             try:
-                call()  # compiles
-                synchronize()
+                run(1)  # compiles
             except (RuntimeError, ValueError) as e:  # ValueError: batch normalisation of a single value in training
                 where = f"{setting.mode}, batch {batch_size}, {setting.precision} on {device.type}"
                 raise InputError(f"{name} does not run ({where}): {first_line(e)}") from e
-            peaks[setting, name] = _peak_memory(name, batch_size, setting, call, before) if memory else None
+            peaks[setting, name] = _peak_memory(name, batch_size, setting, partial(run, 1), before) if memory else None
             done(f"{setting.mode}, batch {batch_size}: {name} built")
         seconds = take_turns(
             calls,
             rounds=rounds,
             visit_seconds=visit_seconds,
-            synchronize=synchronize,
+            synchronize=(lambda: None) if device.type == "cpu" else torch.accelerator.synchronize,
             after_visit=lambda: done(f"batch {batch_size}: {rounds} rounds"),
         )
     latency = {key: median(times) for key, times in seconds.items()}
@@ -372,8 +397,12 @@ def benchmark(
             measured before is printed, as on Ctrl-C.
     """
     check_models(models, train)
-    least = {"batch_sizes": min(batch_sizes, default=0), "rounds": rounds, "threads": min(threads, default=1)}
-    least["processes"] = min(processes, default=0)
+    least = {
+        "batch_sizes": min(batch_sizes, default=0),
+        "rounds": rounds,
+        "threads": min(threads, default=1),
+        "processes": min(processes, default=0),
+    }
     for name, value in least.items():
         if value < 1:
             raise InputError(f"{name}: {value} is too small; give 1 or more")
@@ -405,9 +434,10 @@ def benchmark(
     about = {
         "size": "of the images, width x height in pixels",
         "latency": f"{'training step' if train else 'forward pass'} of a whole batch, median over {rounds} rounds; "
-        "spread is the interquartile range; images/s are those of all processes together",
+        "spread is the interquartile range; with several processes until the last one ends; images/s are those of all",
         "ratio": f"speed relative to {models[0]}, all else equal; above 1 is faster",
-        "memory": HOW_MEMORY_IS_MEASURED.get(counted[0].device.type, "not measured on this device"),
+        "memory": "of one process: " * (max(processes) > 1)
+        + HOW_MEMORY_IS_MEASURED.get(counted[0].device.type, "not measured on this device"),
         "MACs": "multiply-accumulates of convolutions, linear layers and attention products, for one image",
     }
     if any(kind in DETECTORS or name in TORCHVISION_DETECTORS for kind, name in map(split, models)):

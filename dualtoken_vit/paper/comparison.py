@@ -92,14 +92,17 @@ def verdict(results: Sequence[Result], chance: float, images: int) -> list[str]:
             by = 100 * (better.mean - worse.mean)
             significant[gain > 0].append(f"{better.name} over {worse.name} by {by:.1f}")
     lines.append(f"Pairs ranked as in the paper: {sum(agreements)} of {len(agreements)}.")
+    error = max(math.sqrt(result.mean * (1 - result.mean) / images) for result in results)
+    lines.append(
+        f"The choice of the {images:,} validation images adds a standard error of up to {100 * error:.1f} points to "
+        "each accuracy, which the comparison of seeds leaves out."
+    )
     if p_values is None:
         why = "All seeds of each network are equal" if several else "One seed per network"
         return [*lines, f"{why}: significance cannot be tested."]
-    rate = max(result.mean for result in results)
     lines.append(
         f"Significant differences (Tukey's HSD, {100 * ALPHA:.0f} %): {len(significant[True])} as in the paper, "
-        f"{len(significant[False])} contrary to it. The test compares seeds only: on other {images:,} images each "
-        f"accuracy would differ by a standard error of about {100 * math.sqrt(rate * (1 - rate) / images):.1f} points."
+        f"{len(significant[False])} contrary to it."
     )
     for agrees, words in ((True, "as in"), (False, "contrary to")):
         if significant[agrees]:

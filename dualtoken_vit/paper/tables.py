@@ -132,17 +132,17 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
             study |= {key: found["budget"][key] for key in ("text", "base")}
             for one in found["networks"]:
                 model = Model(one["model"]["name"], tuple(one["model"]["args"]))
-                study["networks"].append({"key": one["key"], "model": model, "mean": float(one["mean"])})
+                study["networks"].append({"model": model, "mean": float(one["mean"])})
             studies.append(study)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: not a result of `study` ({error!r}); repair or remove it") from error
     return studies
 
 
-def _smaller(row: Published, base: str) -> Model | None:
-    """The network that studies of `base` train in place of the one of an ablation's row."""
+def _tiny(row: Published) -> Model | None:
+    """The same variant of DualToken-ViT-T; None in Table 2, which has rows of its own for T."""
     model = bare(model_of(row.key))
-    return None if row.table == "Table 2" else replace(model, name=model.name.replace("_small", f"_{base}"))
+    return None if row.table == "Table 2" else replace(model, name=model.name.replace("_small", "_tiny"))
 
 
 def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
@@ -155,8 +155,8 @@ def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
             top1 = f"{100 * network['mean']:.1f}"
             if network["model"] == bare(model_of(row.key)):
                 found.setdefault(top1, []).append(str(number))
-            elif network["model"] == _smaller(row, study["base"]):
-                found.setdefault(f"{study['base'][0].upper()} {top1}", []).append(str(number))
+            elif network["model"] == _tiny(row):
+                found.setdefault(f"T {top1}", []).append(str(number))
     return "; ".join(f"{top1} ({', '.join(numbers)})" for top1, numbers in found.items())
 
 

@@ -10,25 +10,24 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def take_turns(
-    calls: dict[Name, Callable[[], object]],
+    calls: dict[Name, Callable[[int], object]],
     *,
     rounds: int,
     visit_seconds: float,
     synchronize: Callable[[], object] = lambda: None,
     after_visit: Callable[[], object] = lambda: None,
 ) -> dict[Name, list[float]]:
-    """Time callables against each other: seconds per call by name, one value per round.
+    """Time callables against each other: seconds per repeat by name, one value per round.
 
-    Each round visits all of them, in a random order. A visit repeats one callable for about `visit_seconds`, at least
-    once; `synchronize` waits for the device before and after, `after_visit` follows. A pause, a tenth of a visit,
-    precedes it: threads of the last callable's runtime may still spin, which slows the next one.
+    Each round visits all of them, in a random order. A visit calls one with the number of repeats that take about
+    `visit_seconds`, at least one; `synchronize` waits for the device before and after, `after_visit` follows. A pause,
+    a tenth of a visit, precedes it: threads of the last callable's runtime may still spin, which slows the next one.
     """
 
-    def visit(call: Callable[[], object], repeats: int) -> float:
+    def visit(call: Callable[[int], object], repeats: int) -> float:
         synchronize()
         start = perf_counter()
-        for _ in range(repeats):
-            call()
+        call(repeats)
         synchronize()
         return (perf_counter() - start) / repeats
 

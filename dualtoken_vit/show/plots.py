@@ -7,6 +7,7 @@ import csv
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 
-from dualtoken_vit.files import atomic_write, guard, printable
+from dualtoken_vit.files import atomic_write, counted, guard, printable
 from dualtoken_vit.show.text import literal, shorten
 
 
@@ -143,16 +144,18 @@ def save_confusion(matrix: np.ndarray, class_names: Sequence[str], path: Path, p
 
 def save_growth(results: Sequence[Any], path: Path) -> None:
     """Plot latency against image size, a line for each model, from `benchmark.Result`s."""
-    cells = list(dict.fromkeys((r.mode, r.precision, r.threads, r.batch_size) for r in results))
+    key = attrgetter("mode", "precision", "threads", "processes", "batch_size")
+    cells = list(dict.fromkeys(map(key, results)))
     with guard(path), _axes(path, 6.5 * len(cells), 4.5, len(cells)) as panels:
         for axes, cell in zip(panels, cells, strict=True):
-            rows = [r for r in results if (r.mode, r.precision, r.threads, r.batch_size) == cell]
+            rows = [r for r in results if key(r) == cell]
             pixels = {r.input_size: math.prod(map(int, r.input_size.split("x"))) for r in rows}
             for model in dict.fromkeys(r.model for r in rows):
                 points = sorted((pixels[r.input_size], r.latency_ms) for r in rows if r.model == model)
                 axes.plot(*zip(*points, strict=True), ".-", label=model)
-            mode, precision, threads, batch_size = cell
-            title = f"{mode}, {precision}, {threads} threads, batch {batch_size}"
+            mode, precision, threads, processes, batch_size = cell
+            where = counted(threads, "thread") if processes == 1 else f"{processes} processes of {threads}"
+            title = f"{mode}, {precision}, {where}, batch {batch_size}"
             axes.set(xscale="log", yscale="log", title=title, ylabel="latency (ms)")
             axes.set_xticks(list(pixels.values()), list(pixels), rotation=45, ha="right")
             axes.minorticks_off()

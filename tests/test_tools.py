@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,12 @@ import pytest
 import timm
 import torch
 from helpers import create
+from safetensors.torch import load_file
 
-from dualtoken_vit.recipes import Optim
+from dualtoken_vit import load_model
+from dualtoken_vit.checkpoint import save_checkpoint
+from dualtoken_vit.recipes import RECIPES, ClassificationInput, Optim, to_dict
+from dualtoken_vit.tasks.classification import data_config
 from dualtoken_vit.tasks.optim import build_optimizer
 
 TOLERANCE = 1e-3  # the iteration of Muon is in bfloat16
@@ -83,3 +88,30 @@ def test_a_training_as_on_a_gpu_learns():
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[-1]["train_top1"] > 0.9
     assert rows[-1]["lr"] < 4e-4
+
+
+def test_packed_weights_name_no_place(tmp_path, monkeypatch):
+    names = ("n02124075", "n02099601")
+    model = create("dualtoken_vit_tiny_mix", num_classes=2)
+    recipe = RECIPES["tin190"]
+    recipe = replace(recipe, data=replace(recipe.data, root=f"{tmp_path}/data/tiny"))
+    recipe = replace(recipe, model=replace(recipe.model, checkpoint=f"{tmp_path}/run/best.safetensors"))
+    save_checkpoint(
+        tmp_path / "best.safetensors",
+        model,
+        task="classification",
+        class_names=names,
+        preprocessing=data_config(model, ClassificationInput(image_size=64), 3),
+        recipe=to_dict(recipe),
+        metrics={},
+        model_args={"depths": (1, 1, 1)},
+    )
+    script = tool("pack_weights")
+    monkeypatch.setattr(script, "WEIGHTS", tmp_path)
+    packed = script.pack(tmp_path / "best.safetensors", "name.tag")
+    assert str(tmp_path).encode() not in packed.read_bytes()
+    _, about = load_model(packed)
+    assert (about.recipe["data"]["root"], about.recipe["model"]["checkpoint"]) == ("tiny", "best.safetensors")
+    assert about.recipe["optim"]["lr"] == recipe.optim.lr
+    assert {value.dtype for value in load_file(packed).values() if value.is_floating_point()} == {torch.float16}
+    assert (tmp_path / "tag.txt").read_text() == "n02124075\nn02099601\n"

@@ -117,10 +117,11 @@ def _check_packages(format: str) -> None:
     """An InputError if a package is missing that writes this format."""
     for package in NEEDED[format]:
         if find_spec(package) is None:
-            how = pip_install("export" if format == "onnx" else format)
+            needed, how = package, pip_install("export" if format == "onnx" else format)
             if format == "litert":
-                how = f"and torch below 2.15: {how}; then pip install --upgrade typing-extensions"
-            raise InputError(f"--format {format} needs {package}: {how}")
+                needed += ", and torch below 2.15"
+                how += "; then pip install --upgrade typing-extensions"
+            raise InputError(f"--format {format} needs {needed}: {how}")
 
 
 def _mobile(format: str, out: Path, chosen: Plan, about: Checkpoint, checkpoint: Path, images: Path | None) -> Path:

@@ -260,25 +260,24 @@ def _check_switches(token_mlp, token_grid, global_tokens, local_attention, downs
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
-def _trained(variant: str, tag: str, side: int) -> dict[str, Any]:
-    """The cfg of weights in the package for square images of this side; their model card is beside them."""
+def _trained(variant: str, tag: str) -> dict[str, Any]:
+    """The cfg of weights in the package, for images of 128x128 pixels; their model card is beside them."""
     labels = (WEIGHTS / f"{tag}.txt").read_text().split()
     return model_cfg(
         file=str(WEIGHTS / f"dualtoken_vit_{variant}.{tag}.safetensors"),
         license="cc-by-nc-4.0",
         num_classes=len(labels),
         label_names=labels,
-        input_size=(3, side, side),
-        test_input_size=(3, 128, 128),  # more accurate than at 96: see the model cards
-        pool_size=(side // 32, side // 32),
+        input_size=(3, 128, 128),
+        pool_size=(4, 4),
         crop_pct=1.0,
     )
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "dualtoken_vit_tiny_mix.tin190": _trained("tiny_mix", "tin190", 96),
-        "dualtoken_vit_small_mix.tin190": _trained("small_mix", "tin190", 128),
+        "dualtoken_vit_tiny_mix.tin190": _trained("tiny_mix", "tin190"),
+        "dualtoken_vit_small_mix.tin190": _trained("small_mix", "tin190"),
         # the default of a network without pretrained=True
         **{
             f"dualtoken_vit_{variant}.untrained*": model_cfg() for variant in ("tiny", "tiny_mix", "small", "small_mix")

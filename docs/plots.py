@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 OURS, PEER, PAPER = "#bc4c00", "#0969da", "#8250df"
 RUNS = {  # folder, column of metrics.csv: title
-    ("tin190", "val_top1"): "The weights, T (mix)\ntop-1",
-    ("tin190-small", "val_top1"): "The weights, S (mix)\ntop-1",
+    ("tin190", "val_top1"): "The weights, T (mix), first part\ntop-1",
+    ("tin190-small", "val_top1"): "The weights, S (mix), first part\ntop-1",
     ("imagenette112", "val_top1"): "Imagenette, T\ntop-1",
     ("imagenette112-mix", "val_top1"): "Imagenette, T (mix)\ntop-1",
     ("bccd", "val_box_AP50"): "BCCD, RetinaNet\nbox AP50",

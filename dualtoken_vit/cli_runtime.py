@@ -87,11 +87,11 @@ def parse(path: Path, args: list[str]) -> dict[str, Any]:
         elif get_origin(field.type) is Literal:
             how = {"choices": get_args(field.type)}
         add(field.name, default=default, **how)
-    found, unknown = parser.parse_known_intermixed_args(args)
-    if unknown:
+    found, rest = parser.parse_known_args(args)
+    if unknown := next((each for each in rest if each.startswith("-")), None):
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        meant = similar(unknown[0], flags)
-        raise InputError(f"{unknown[0]}: no such option; {meant or '--help lists all'}")
+        raise InputError(f"{unknown}: no such option; {similar(unknown, flags) or '--help lists all'}")
+    found.images += map(Path, rest)  # those after an option
     check_overlap(found, args)
     return vars(found)
 

@@ -291,7 +291,8 @@ def test_what_converters_print_is_shown_after_an_error_only(capfd, monkeypatch):
     assert sorted(capfd.readouterr().err.splitlines()) == ["converting"]
 
 
-def test_a_file_in_the_place_of_a_folder(checkpoint, tmp_path):
+def test_a_file_in_the_place_of_a_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("dualtoken_vit.deploy.export.NEEDED", {"litert": ()})
     (tmp_path / "file").write_text("")
     for out in ("file/model.tflite", "file/more/model.tflite"):
         with pytest.raises(InputError, match=r"cannot write .*model\.tflite: "):

@@ -96,6 +96,7 @@ def test_packed_weights_name_no_place(tmp_path, monkeypatch):
     recipe = RECIPES["tin190"]
     recipe = replace(recipe, data=replace(recipe.data, root=f"{tmp_path}/data/tiny"))
     recipe = replace(recipe, model=replace(recipe.model, checkpoint=f"{tmp_path}/run/best.safetensors"))
+    recipe = replace(recipe, distill=replace(recipe.distill, teacher=f"{tmp_path}/teacher.safetensors"))
     save_checkpoint(
         tmp_path / "best.safetensors",
         model,

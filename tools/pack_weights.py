@@ -1,7 +1,7 @@
 """Pack a run's best.safetensors for the package: `python tools/pack_weights.py RUN/best.safetensors NAME.TAG`.
 
 Writes dualtoken_vit/weights/NAME.TAG.safetensors: the same checkpoint in float16, and the names of its classes beside
-it, which the cfg of the weights lists. Of the paths in its recipe the names stay.
+it, which the cfg of the weights lists. Of the paths in its recipe only the names are kept.
 """
 
 import sys
@@ -19,7 +19,7 @@ def pack(path: Path, name: str) -> Path:
     """Write the file, and return its path."""
     model, about = load_model(path)
     recipe = about.recipe
-    for section, key in (("data", "root"), ("model", "checkpoint")):
+    for section, key in (("data", "root"), ("model", "checkpoint"), ("distill", "teacher")):
         if recipe[section][key]:
             recipe = recipe | {section: recipe[section] | {key: Path(recipe[section][key]).name}}
     save_checkpoint(

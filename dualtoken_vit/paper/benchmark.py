@@ -185,13 +185,13 @@ class Processes:
 
     def __exit__(self, *error: object) -> None:
         for process, connection in self.workers:
-            connection.close()
             process.terminate()
+            connection.close()
         for process, _ in self.workers:
             process.join()
 
     def run(self, setting: Setting, name: str, batch_size: int, repeats: int) -> None:
-        """Make `Setting.call`'s callable so many times in each process; return when all have.
+        """Call `Setting.call`'s callable `repeats` times in each process; return when all have.
 
         Raises:
             InputError: if a process ended.
@@ -217,7 +217,7 @@ def _work(connection: Connection) -> None:
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = sys.maxsize  # see `benchmark`
     build = cache(lambda setting, *which: setting.call(*which))
-    with suppress(EOFError):
+    with suppress(EOFError, OSError):  # the main process has gone
         while True:
             *which, repeats = connection.recv()
             problem = ""
@@ -229,7 +229,7 @@ def _work(connection: Connection) -> None:
 
 
 def repeat(call: Callable[[], object], repeats: int) -> None:
-    """Make a call so many times."""
+    """Call it `repeats` times."""
     for _ in range(repeats):
         call()
 
@@ -299,6 +299,7 @@ def _measure(
         numbers = dict.fromkeys(setting.processes for setting in settings)
         several = {number: stack.enter_context(Processes(number)) for number in numbers if number > 1}
 
+        synchronize = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
         for setting, name in product(settings, counts):
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             if setting.processes > 1:
@@ -308,6 +309,7 @@ def _measure(
             calls[setting, name] = run
             try:
                 run(1)  # compiles
+                synchronize()
             except (RuntimeError, ValueError) as e:  # ValueError: batch normalisation of a single value in training
                 where = f"{setting.mode}, batch {batch_size}, {setting.precision} on {device.type}"
                 raise InputError(f"{name} does not run ({where}): {first_line(e)}") from e
@@ -317,7 +319,7 @@ def _measure(
             calls,
             rounds=rounds,
             visit_seconds=visit_seconds,
-            synchronize=(lambda: None) if device.type == "cpu" else torch.accelerator.synchronize,
+            synchronize=synchronize,
             after_visit=lambda: done(f"batch {batch_size}: {rounds} rounds"),
         )
     latency = {key: median(times) for key, times in seconds.items()}
@@ -366,13 +368,13 @@ def benchmark(
     markdown: bool = False,
     plot: Path | None = None,
 ) -> list[Result]:
-    """Compare speed, memory and size of models in one run, with random weights, on noise.
+    """Compare speed, memory and size of models in one run, by random weights and noise.
 
     Args:
         models: timm names, the first being the reference of the ratios; KIND:NAME for a detector (retinanet,
             mask-rcnn, fcos, ssdlite; NAME@320: with this short side) or segmenter (deeplabv3, pspnet, lraspp) over it;
             torchvision:NAME; onnxruntime:FILE or openvino:FILE for a file that export wrote.
-        input_sizes: pixels, 224 or 640x480 (width x height).
+        input_sizes: in pixels, 224 or 640x480.
         batch_sizes: images at a time.
         modes: eager, or compiled by torch.compile, which takes minutes.
         rounds: visits to each model, shuffled, with pauses.

@@ -349,7 +349,7 @@ def _run(plan: Sequence[_Job], parallel: int) -> None:
     """Train what is not done; an InputError after all other runs have ended if some failed."""
     todo = [job for job in plan if not job.done]
     if todo:
-        print(f"{counted(len(todo), 'run')}, each with its log: {todo[0].folder / LOG} and so on", flush=True)
+        print(f"{counted(len(todo), 'run')}; the log of the first: {todo[0].folder / LOG}", flush=True)
     try:
         problems = asyncio.run(_train_all(todo, parallel)) if todo else []
     except asyncio.CancelledError:

@@ -222,7 +222,7 @@ def tables(
         raise InputError(f"--results {results}: no such folder")
     if modern:
         if json or results or only:
-            raise InputError("--modern: has no --json, --results and --only; leave them out")
+            raise InputError("--modern: has no --json, --results or --only; leave them out")
         print(WHAT_IS_LISTED)
         print(modern_table(markdown))
         return

@@ -154,7 +154,7 @@ def save_growth(results: Sequence[Any], path: Path) -> None:
                 points = sorted((pixels[r.input_size], r.latency_ms) for r in rows if r.model == model)
                 axes.plot(*zip(*points, strict=True), ".-", label=model)
             mode, precision, threads, processes, batch_size = cell
-            where = counted(threads, "thread") if processes == 1 else f"{processes} processes of {threads}"
+            where = f"{processes} processes of " * (processes > 1) + counted(threads, "thread")
             title = f"{mode}, {precision}, {where}, batch {batch_size}"
             axes.set(xscale="log", yscale="log", title=title, ylabel="latency (ms)")
             axes.set_xticks(list(pixels.values()), list(pixels), rotation=45, ha="right")

@@ -368,7 +368,7 @@ def benchmark(
     markdown: bool = False,
     plot: Path | None = None,
 ) -> list[Result]:
-    """Compare speed, memory and size of models in one run, by random weights and noise.
+    """Compare speed, memory and size of models in one run (random weights, noise).
 
     Args:
         models: timm names, the first being the reference of the ratios; KIND:NAME for a detector (retinanet,

@@ -8,9 +8,11 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+from tiny_files import description, save_segmenter
 from tiny_runs import recipe, rows
 from torch import nn
 
+from dualtoken_vit import load_predictor
 from dualtoken_vit.data.classification import ImageDataset
 from dualtoken_vit.recipes import RECIPES
 from dualtoken_vit.tasks.classification import ClassificationModule
@@ -39,11 +41,21 @@ class Sending(ForkingPickler):
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-detect", "demo-multilabel", "demo-segment"])
-def test_data_loading_processes_do_not_get_the_network(name):
-    """They would need a copy each, with a context of CUDA; a fork server takes 256 tensors at most."""
-    made = prepared(RECIPES[name])
+def test_data_loading_processes_do_not_get_the_network(name, tmp_path):
+    """They would need a copy each, with a context of CUDA; a fork server takes 256 tensors at most.
+
+    That of an exported file cannot be sent at all.
+    """
+    made, recipe = prepared(RECIPES[name]), RECIPES[name]
     for images in (made.train, made.val):
         Sending(io.BytesIO()).dump((images, made.module.collate, made.module.prepare_epoch))
+
+    names = made.train.class_names
+    ids = range(len(names)) if recipe.task == "detection" else ()
+    about = description(recipe.task, score_threshold=0.05) | {"class_names": names, "category_ids": [*ids]}
+    exported = load_predictor(save_segmenter(tmp_path / "exported.onnx", **about))
+    module, images = get_task(recipe.task).evaluation(exported, recipe)
+    Sending(io.BytesIO()).dump((images, module.collate))
 
 
 class Seen(nn.Module):

@@ -6,7 +6,7 @@ result = predictor("image.jpg")             # or a PIL image, an array, a folder
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
 from math import ceil, floor
 from pathlib import Path
@@ -183,11 +183,24 @@ class ImageOptions:
         require(self.interpolation in ("bicubic", "bilinear"), "interpolation", self.interpolation, "bicubic, bilinear")
 
 
+def crop(options: ImageOptions, image: Image.Image) -> np.ndarray:  # -> (C, S, S) float32
+    """timm's evaluation transform, without its normalisation."""
+    side, how = options.image_size, Image.Resampling[options.interpolation.upper()]
+    short, (width, height) = floor(side / options.crop_pct), image.size
+    fitting(image, short)
+    if min(width, height) != short:  # torchvision's Resize keeps the long side's fraction off
+        width, height = (int(short * each / min(image.size)) for each in (width, height))
+        image = image.resize((width, height), how)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return to_float(to_array(image.crop((left, top, left + side, top + side))))
+
+
 class ImageClassifier(ExportedPredictor[Result]):
     """A network that maps whole images to logits."""
 
     def __init__(self, model: ExportedModel, options: Any):
         super().__init__(model, options)
+        self.transform = partial(crop, options)  # without the network, which data loading processes cannot get
         side, fixed = options.image_size, self.export["size"]
         trained = side == self.preprocessing["input_size"][-1]  # may be smaller than other sizes may be
         require(trained or side >= LEAST_SIDE, "image_size", side, SIDES)
@@ -199,15 +212,7 @@ class ImageClassifier(ExportedPredictor[Result]):
         return super().stored_options(description) | {"image_size": description["preprocessing"]["input_size"][-1]}
 
     def preprocess(self, image: Image.Image) -> np.ndarray:  # -> (C, S, S) float32
-        """timm's evaluation transform, without its normalisation."""
-        side, how = self.options.image_size, Image.Resampling[self.options.interpolation.upper()]
-        short, (width, height) = floor(side / self.options.crop_pct), image.size
-        fitting(image, short)
-        if min(width, height) != short:  # torchvision's Resize keeps the long side's fraction off
-            width, height = (int(short * each / min(image.size)) for each in (width, height))
-            image = image.resize((width, height), how)
-        left, top = round((width - side) / 2), round((height - side) / 2)
-        return to_float(to_array(image.crop((left, top, left + side, top + side))))
+        return self.transform(image)
 
     def forward(self, batch: Sequence[np.ndarray]) -> np.ndarray:  # (C, S, S) each -> logits (B, classes)
         # Dynamic quantisation takes one range of values for all images of an input.

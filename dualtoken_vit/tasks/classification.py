@@ -325,7 +325,7 @@ class ClassificationTask(Task[Classification]):
         self, predictor: ClassificationPredictor, recipe: Classification
     ) -> tuple[ClassificationModule, ImageData]:
         val = build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
-        val.transform = getattr(predictor, "transform", predictor.preprocess)  # of an exported file: its own
+        val.transform = predictor.transform
         if recipe.data.unreadable == "skip":
             val.verify(skip=True)
         return ClassificationModule(predictor, recipe), val

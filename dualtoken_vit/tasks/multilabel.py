@@ -183,7 +183,7 @@ class MultiLabelTask(Task[MultiLabel]):
 
     def evaluation(self, predictor: MultiLabelPredictor, recipe: MultiLabel) -> tuple[MultiLabelModule, ImageData]:
         val = build_val_dataset(recipe.data, predictor.channels, predictor.class_names)
-        val.transform = getattr(predictor, "transform", predictor.preprocess)  # of an exported file: its own
+        val.transform = predictor.transform
         return MultiLabelModule(predictor, recipe, choose=False), val
 
     def relocate(self, recipe: MultiLabel, given: dict[str, Any]) -> dict[str, Any]:

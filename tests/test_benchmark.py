@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from time import sleep
@@ -24,8 +26,9 @@ from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.models.segmenters import SEGMENTERS
 from dualtoken_vit.paper import benchmark as module
 from dualtoken_vit.paper import turns
-from dualtoken_vit.paper.benchmark import Processes, Result, Setting, benchmark
+from dualtoken_vit.paper.benchmark import Result, Setting, benchmark
 from dualtoken_vit.paper.named import split
+from dualtoken_vit.paper.processes import Processes
 from dualtoken_vit.paper.turns import take_turns
 from dualtoken_vit.show.plots import save_growth
 
@@ -145,43 +148,60 @@ def test_one_process_and_two():
     assert both.images_per_second == pytest.approx(2 * 1e3 * 3 / both.latency_ms)
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """A stand-in for a `Setting`, which the processes of the test import, whose call waits for a second process."""
+def meet(folder):
+    """What the processes of the test import and do: it ends when two are there."""
+    number = len(list(folder.glob(f"{os.getpid()}-*")))
+    (folder / f"{os.getpid()}-{number}").touch()
+    for _ in range(30000):
+        if len(list(folder.glob(f"*-{number}"))) == 2:
+            return
+        sleep(0.01)
+    raise TimeoutError
 
-    folder: Path
 
-    def call(self, name, batch_size):
-        def wait():
-            number = len(list(self.folder.glob(f"{os.getpid()}-*")))
-            (self.folder / f"{os.getpid()}-{number}").touch()
-            if name == "ends":
-                os._exit(1)
-            if name == "fails":
-                raise ValueError("first line\nsecond line")
-            for _ in range(6000):
-                if len(list(self.folder.glob(f"*-{number}"))) == 2:
-                    return
-                sleep(0.01)
-            raise TimeoutError
-
-        return wait
+def fail():
+    raise ValueError("first line\nsecond line")
 
 
 def test_processes_run_at_the_same_time(tmp_path):
     with Processes(2) as processes:
-        processes.run(Meeting(tmp_path), "meet", 1, 3)
+        for _ in range(3):
+            processes.run(partial(meet, tmp_path))
         met = [path.name.split("-") for path in tmp_path.iterdir()]
         assert sorted(number for _, number in met) == ["0", "0", "1", "1", "2", "2"]
         assert {int(pid) for pid, _ in met} == {process.pid for process, _ in processes.workers}
         with pytest.raises(RuntimeError, match=r"^first line$"):
-            processes.run(Meeting(tmp_path), "fails", 1, 1)
+            processes.run(fail)
         for _ in range(2):  # during a call, and before one
             with pytest.raises(InputError, match="processes: one of 2 ended; give fewer if memory was short"):
-                processes.run(Meeting(tmp_path), "ends", 1, 1)
+                processes.run(partial(os._exit, 1))
     with Processes(1) as processes:
         assert processes.workers[0][0].is_alive()
     assert not processes.workers[0][0].is_alive()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the signal is one of POSIX")
+def test_processes_leave_ctrl_c_to_the_command():
+    with Processes(1) as processes:
+        processes.run(partial(os.getpid))
+        os.kill(processes.workers[0][0].pid, signal.SIGINT)
+        processes.run(partial(os.getpid))
+
+
+def test_a_process_that_does_not_start(monkeypatch):
+    context, started = get_context("spawn"), []
+
+    def start(process):
+        if started:
+            raise BlockingIOError("no more processes")
+        started.append(process)
+
+    monkeypatch.setattr(context.Process, "start", start)
+    monkeypatch.setattr(context.Process, "terminate", lambda process: started.remove(process))
+    monkeypatch.setattr(context.Process, "join", lambda process: None)
+    with pytest.raises(InputError, match=re.escape("processes: 1 of 2 started; give fewer (no more processes)")):
+        Processes(2)
+    assert not started
 
 
 def runs(pid):
@@ -194,7 +214,7 @@ def runs(pid):
 def test_processes_end_with_the_command(tmp_path):
     """Even where it is killed."""
     code = (
-        "from dualtoken_vit.paper.benchmark import Processes\n"
+        "from dualtoken_vit.paper.processes import Processes\n"
         "import os, signal\n"
         "if __name__ == '__main__':\n"
         "    with Processes(2) as processes:\n"

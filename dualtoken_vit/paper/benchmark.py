@@ -8,7 +8,6 @@ over the rounds.
 
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,8 +18,6 @@ from functools import cache, partial
 from itertools import product
 from json import dumps
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
@@ -39,6 +36,7 @@ from dualtoken_vit.machine import describe, pick_device, tune_cpu
 from dualtoken_vit.models.detectors import DETECTORS
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.paper.named import BUILDERS, TORCHVISION_DETECTORS, check_models, detects, split
+from dualtoken_vit.paper.processes import Processes
 from dualtoken_vit.paper.turns import take_turns
 from dualtoken_vit.predictors import read_header
 from dualtoken_vit.recipes import Device, Optim
@@ -163,75 +161,28 @@ def forward(model: nn.Module, x: Tensor) -> object:
     return model(list(x)) if detects(model) else model(x)
 
 
-class Processes:
-    """Processes that run the same model at the same time, each with its own. A context manager, which ends them.
-
-    Raises:
-        InputError: if one of them ends by itself.
-    """
-
-    def __init__(self, count: int):
-        context = get_context("spawn")
-        self.workers: list[tuple[BaseProcess, Connection]] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()  # else the end of the process would not end what waits for it
-            self.workers.append((process, ours))
-
-    def __enter__(self) -> "Processes":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for process, connection in self.workers:
-            process.terminate()
-            connection.close()
-        for process, _ in self.workers:
-            process.join()
-
-    def run(self, setting: Setting, name: str, batch_size: int, repeats: int) -> None:
-        """Call `Setting.call`'s callable `repeats` times in each process; return when all have.
-
-        Raises:
-            InputError: if a process ended.
-            RuntimeError: with the message of an error in one of them.
-        """
-        try:
-            for _, connection in self.workers:
-                connection.send((setting, name, batch_size, repeats))
-            problems = [connection.recv() for _, connection in self.workers]
-        except (EOFError, OSError) as e:
-            raise InputError(
-                f"processes: one of {len(self.workers)} ended; give fewer if memory was short, and in a script call "
-                'benchmark below `if __name__ == "__main__":`'
-            ) from e
-        if problem := next(filter(None, problems), None):
-            raise RuntimeError(problem)
-
-
-def _work(connection: Connection) -> None:
-    """What one of `Processes` does until the main process ends, or ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
-    tune_cpu()
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = sys.maxsize  # see `benchmark`
-    build = cache(lambda setting, *which: setting.call(*which))
-    with suppress(EOFError, OSError):  # the main process has gone
-        while True:
-            *which, repeats = connection.recv()
-            problem = ""
-            try:
-                repeat(build(*which), repeats)
-            except Exception as error:  # of any kind: the main process reports it
-                problem = first_line(error)
-            connection.send(problem)
-
-
 def repeat(call: Callable[[], object], repeats: int) -> None:
     """Call it `repeats` times."""
     for _ in range(repeats):
         call()
+
+
+@cache
+def _call_in_process(setting: Setting, name: str, batch_size: int) -> Callable[[], object]:
+    """`Setting.call` in one of `Processes`, set up as the main process."""
+    tune_cpu()
+    if setting.mode == "compiled":
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = sys.maxsize  # see `benchmark`
+    return setting.call(name, batch_size)
+
+
+def _repeat_in_process(setting: Setting, name: str, batch_size: int, repeats: int) -> None:
+    repeat(_call_in_process(setting, name, batch_size), repeats)
+
+
+def _repeat_in_all(processes: Processes, setting: Setting, name: str, batch_size: int, repeats: int) -> None:
+    processes.run(partial(_repeat_in_process, setting, name, batch_size, repeats))
 
 
 def _count(name: str, setting: Setting) -> Counts:
@@ -303,7 +254,7 @@ def _measure(
         for setting, name in product(settings, counts):
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             if setting.processes > 1:
-                run = partial(several[setting.processes].run, setting, name, batch_size)
+                run = partial(_repeat_in_all, several[setting.processes], setting, name, batch_size)
             else:
                 run = partial(repeat, setting.call(name, batch_size))
             calls[setting, name] = run

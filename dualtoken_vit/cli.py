@@ -23,7 +23,7 @@ try:
 
     from dualtoken_vit.arguments import CheckData, Convert, Evaluate, Export, Nothing, Predict, Train, parse_arguments
     from dualtoken_vit.bounds import check_bounds
-    from dualtoken_vit.cli_help import describe, fill, help_page, only, recipe_rows, section_help, sections
+    from dualtoken_vit.cli_help import EXAMPLES, describe, fill, help_page, only, recipe_rows, section_help, sections
     from dualtoken_vit.recipes import ABOUT, RECIPES, Recipe, flatten
     from dualtoken_vit.show.console import wide_console
 except ModuleNotFoundError as error:  # without the train extra, exported files can predict
@@ -188,7 +188,9 @@ def train(args: list[str]) -> None:
     name, args = _recipe_name(args, "train", train.__doc__)
 
     def parse(recipe: Recipe) -> Train:
-        return _with_recipe(Train, recipe, args, f"train {name}".rstrip(), f"train {recipe.task}", ABOUT.get(name))
+        command = f"train {name}".rstrip()
+        examples = command if command in EXAMPLES and name else f"train {recipe.task}"
+        return _with_recipe(Train, recipe, args, command, examples, ABOUT.get(name))
 
     if name:
         chosen = parse(RECIPES[name])

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Recipe
+from dualtoken_vit.recipes import RECIPES, Recipe
 
 EXAMPLES = {
     "": (
@@ -71,7 +71,7 @@ EXAMPLES = {
     "tables": ("tables", "tables --modern --markdown"),
     "completion": ("completion bash > ~/.local/share/bash-completion/completions/dualtoken-vit",),
 }
-"""Arguments that each help page begins with; a task's recipes have their own."""
+"""Arguments that each help page begins with; a task's recipes have their own, and so have the paper's on ImageNet."""
 
 
 SERIES = {
@@ -81,6 +81,12 @@ SERIES = {
     "table9-": "Table 9, downsampling",
 }
 """The paper's comparisons by the beginning of their recipes' names."""
+
+EXAMPLES |= {
+    f"train {name}": (f"train {name} --data.root imagenet", f"train {name} --data.root imagenet --run.devices 8")
+    for name in RECIPES
+    if name.startswith(("in1k-", *SERIES))
+}
 
 
 def recipe_rows(about: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The paper's numbers against the counted ones; fvcore is the independent counter."""
 
 import json
+import re
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -223,7 +224,7 @@ def test_lightvit():
 
 
 def test_json(capsys, rows, compared, monkeypatch):
-    monkeypatch.setattr(tables, "compare", lambda studies, only: rows)
+    monkeypatch.setattr(tables, "compare", lambda studies, published: rows)
     tables.tables(json=True)
     printed = json.loads(capsys.readouterr().out)
     assert "attention products" in printed["what_is_counted"]
@@ -255,19 +256,25 @@ def test_measured_accuracies_are_shown_with_their_networks():
     assert measured["table8-conv"] == "T 47.0 (2)"
 
 
-def test_one_table():
-    assert [row.published.key for row in tables.compare(only=(6,))] == [
-        "table6-normal",
-        "table6-normal-star",
-        "table6-position",
+def test_one_table(capsys, monkeypatch):
+    """With the studies of its networks only."""
+    studies = [
+        dict(file=name, table="", text="", base="", networks=[dict(model=Model(model, args), mean=0.45)])
+        for name, model, args in (("of 9", "dualtoken_vit_tiny_mix", ("downsampling=onestep",)), ("of 2", "x", ()))
     ]
+    monkeypatch.setattr(tables, "read_studies", lambda folder: studies)
+    tables.tables(only=(9,))
+    out = capsys.readouterr().out
+    assert re.findall(r"^ Table (\d) +(\S+)", out, re.MULTILINE) == [("9", "table9-onestep"), ("9", "table9-stepwise")]
+    assert out.splitlines()[-1].endswith("of 9")
+    assert "T 45.0 (1)" in out
     with pytest.raises(InputError, match="--only 1: give numbers of the paper's tables, 2 to 9"):
-        tables.compare(only=(6, 1))
+        tables.tables(only=(6, 1))
 
 
 @pytest.mark.parametrize("markdown", [True, False])
 def test_printed(capsys, rows, monkeypatch, markdown, tmp_path):
-    monkeypatch.setattr(tables, "compare", lambda studies, only: rows)
+    monkeypatch.setattr(tables, "compare", lambda studies, published: rows)
     tables.tables(markdown=markdown, results=tmp_path)
     out = capsys.readouterr().out
     assert out.index("MACs   multiply-accumulates") < out.index("in1k-tiny-mix") < out.index("coco-mask-rcnn-1x")

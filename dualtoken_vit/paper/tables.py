@@ -139,36 +139,39 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
     return studies
 
 
-def _tiny(row: Published) -> Model | None:
-    """The same variant of DualToken-ViT-T; None in Table 2, which has rows of its own for T."""
+def _networks(row: Published) -> dict[Model, str]:
+    """The classifier of a row, and in an ablation the same of T, which is smaller; what their accuracies begin with.
+
+    Table 2 has rows of its own for T.
+    """
+    if not row.key or row.table in DENSE:
+        return {}
     model = bare(model_of(row.key))
-    return None if row.table == "Table 2" else replace(model, name=model.name.replace("_small", "_tiny"))
+    tiny = replace(model, name=model.name.replace("_small", "_tiny"))
+    return ({} if row.table == "Table 2" else {tiny: "T "}) | {model: ""}
 
 
 def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
     """Measured accuracies of a classifier; in an ablation also those of a smaller model in its place."""
-    if not row.key or row.table in DENSE:
-        return ""
+    networks = _networks(row)
     found: dict[str, list[str]] = {}  # accuracy -> numbers of the studies, which may share runs
     for number, study in enumerate(studies, start=1):
         for network in study["networks"]:
-            top1 = f"{100 * network['mean']:.1f}"
-            if network["model"] == bare(model_of(row.key)):
-                found.setdefault(top1, []).append(str(number))
-            elif network["model"] == _tiny(row):
-                found.setdefault(f"T {top1}", []).append(str(number))
+            if network["model"] in networks:
+                found.setdefault(f"{networks[network['model']]}{100 * network['mean']:.1f}", []).append(str(number))
     return "; ".join(f"{top1} ({', '.join(numbers)})" for top1, numbers in found.items())
 
 
-def compare(studies: Sequence[dict[str, Any]] = (), only: Sequence[int] = ()) -> list[Row]:
-    """The rows of the paper's tables with the counts of every network and the accuracies from `read_studies`.
-
-    `only` are numbers of tables; none: all. An InputError for a number that the paper's tables do not have.
-    """
+def published(only: Sequence[int] = ()) -> list[Published]:
+    """The rows of the paper's tables, or of those with these numbers; an InputError for one that the paper has not."""
     known = [int(row.table.removeprefix("Table ")) for row in PUBLISHED]
     if unknown := [number for number in only if number not in known]:
         raise InputError(f"--only {unknown[0]}: give numbers of the paper's tables, {min(known)} to {max(known)}")
-    published = [row for row, number in zip(PUBLISHED, known, strict=True) if not only or number in only]
+    return [row for row, number in zip(PUBLISHED, known, strict=True) if not only or number in only]
+
+
+def compare(studies: Sequence[dict[str, Any]] = (), published: Sequence[Published] = PUBLISHED) -> list[Row]:
+    """Rows of the paper's tables with the counts of every network and the accuracies from `read_studies`."""
     rows = []
     for row in track(published, len(published), "counting"):
         counts = _counts(row.key)
@@ -226,8 +229,10 @@ def tables(
         print(WHAT_IS_LISTED)
         print(modern_table(markdown))
         return
-    studies = read_studies(folder := results or Path("results"))
-    rows = compare(studies, only)
+    folder, shown = results or Path("results"), published(only)
+    every, networks = read_studies(folder), {model for row in shown for model in _networks(row)}
+    studies = [study for study in every if any(network["model"] in networks for network in study["networks"])]
+    rows = compare(studies, shown)
     if json:
         printed = [asdict(row) for row in rows]
         found = [{key: study[key] for key in ("file", "table", "text", "base")} for study in studies]
@@ -240,7 +245,7 @@ def tables(
     columns = ["<table", "<recipe or model", "<network", "params M", "paper", "diff %", "FLOPs G", "paper", "diff %"]
     columns += ["MACs G", "published"] + ["<measured"] * bool(studies)
     print(table_text(columns, groups, markdown))
-    if not studies:
+    if not every:
         print(f"no measured accuracies: {folder} has no study-*.json; --results names another folder")
     for number, study in enumerate(studies, start=1):
         print(f"{'- ' if markdown else ''}({number}) {study['text']}: {study['file']}")

@@ -210,6 +210,7 @@ def store_preprocessing(path: str | Path, of: str | None = None, **values: Any) 
     metadata = _raw_metadata(path)
     metadata["preprocessing"] = json.dumps(checkpoint.preprocessing | values)
     content = _encode(checkpoint.state_dict, metadata)
+    del checkpoint  # its weights are the mapped file, which Windows would not replace
     with atomic_write(path) as file:
         if checksum(path) != before or (of is not None and before != of):
             raise InputError(f"{path} was replaced meanwhile, perhaps by a training; repeat this when it has ended")

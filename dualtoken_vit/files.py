@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
+from time import sleep
 from typing import IO, Any
 
 from dualtoken_vit.errors import InputError, first_line
@@ -59,7 +60,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
                 os.replace(temporary, path)  # as long as it is locked
                 own = False  # its name is free for the next writer
         if fcntl is None:
-            os.replace(temporary, path)
+            _replace(temporary, path)
             own = False
     except (OSError, RuntimeError) as error:
         cause = _os_error(error)
@@ -71,6 +72,16 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         if own:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """As `os.replace`, on Windows, where it waits a second for a virus scanner or viewer to close the file."""
+    for _ in range(10):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            sleep(0.1)
+    os.replace(temporary, path)
 
 
 def _open_locked(path: str, flags: int) -> int:
@@ -130,6 +141,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for left in temporary.iterdir():  # by a process that was killed
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         yield temporary
+        if fcntl is None and path.is_dir():
+            path.rmdir()  # Windows replaces no folder, not even an empty one
         os.replace(temporary, path)
         placed = True  # its name is free for the next writer
     except OSError as error:
@@ -203,6 +216,18 @@ def kept(finish: Callable[[], object], results: Sized) -> Iterator[None]:
             with suppress(InputError, OSError):  # the first error is the one to be reported
                 finish()
         raise
+
+
+def relative(path: str | os.PathLike[str], start: str | os.PathLike[str]) -> str:
+    """The path of a file from a folder, with slashes, so that it is the same on every system.
+
+    Raises:
+        InputError: if they are on two drives (Windows).
+    """
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError as error:
+        raise InputError(f"{printable(path)} is on another drive than {printable(start)}; move one of them") from error
 
 
 def check_folder(path: str | os.PathLike[str], contents: str) -> None:

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import sys
 from collections import Counter
 from itertools import chain
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from dualtoken_vit.data import sampling
 from dualtoken_vit.data.classification import build_datasets
 from dualtoken_vit.data.sampling import loader, mix, seeded
 from dualtoken_vit.data.transforms import classification_eval, classification_train
@@ -356,3 +358,23 @@ def test_workers_go_on_with_the_next_epoch(images, workers):
     list(first)
     args = dict(train=True, seed=3, epoch=1, skip=1, workers=workers)
     assert equal(list(loader(images, 8, **args, before=first if workers else None)), batches(images, epoch=1)[1:])
+
+
+@pytest.mark.parametrize(
+    ("system", "methods", "chosen", "expected"),
+    [
+        ("linux", ["fork", "spawn", "forkserver"], None, "fork"),  # Python 3.11 to 3.13
+        ("linux", ["forkserver", "fork", "spawn"], None, "fork"),  # 3.14
+        ("linux", ["forkserver", "fork", "spawn"], "forkserver", "fork"),  # some library asked for the default
+        ("linux", ["fork", "spawn", "forkserver"], "forkserver", None),
+        ("linux", ["forkserver", "fork", "spawn"], "spawn", None),
+        ("darwin", ["spawn", "fork", "forkserver"], None, None),
+        ("win32", ["spawn"], None, None),
+    ],
+)
+def test_how_data_loading_processes_are_started(monkeypatch, system, methods, chosen, expected):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(sampling, "get_all_start_methods", lambda: methods)
+    monkeypatch.setattr(sampling, "get_start_method", lambda allow_none: chosen)
+    assert sampling.start_method(2) == expected
+    assert sampling.start_method(0) is None

@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing import get_context
+from time import sleep
 
 import pytest
 import torch
 
 from dualtoken_vit import cli
+from dualtoken_vit.data.sampling import outlast_signals
 
 # Another process signals the group before the second batch: a SIGTERM by their parent ends data loading processes
 # at once. Where six batches are a step, those that end would be missed before the step is done.
@@ -88,3 +91,23 @@ def test_a_worker_outlasts_the_first_sigterm_that_its_parent_did_not_send(grace,
         if parent == "goes on":
             worker.stdin.close()
         assert worker.wait() == status
+
+
+def outlast(ready):
+    """What the process of the next test does."""
+    outlast_signals()
+    ready.set()
+    sleep(600)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_a_worker_of_a_fork_server_ends_when_its_parent_ends_it():
+    """Its parent is not the process that started it."""
+    context = get_context("forkserver")
+    ready = context.Event()
+    worker = context.Process(target=outlast, args=(ready,))
+    worker.start()
+    ready.wait()
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == 0  # after the grace period it would be the signal

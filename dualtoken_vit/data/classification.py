@@ -38,7 +38,7 @@ from dualtoken_vit.data.streams import ImageStream, Record, Shards, TensorFlowDa
 from dualtoken_vit.data.tables import Labelled, read_labels, unfit, unread_note
 from dualtoken_vit.data.threads import in_threads
 from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import printable, relative
 from dualtoken_vit.recipes import ClassificationData
 
 IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
@@ -123,7 +123,7 @@ class ImageDataset(Dataset, ImageData):
 
     def _relative(self, name: str) -> str:
         """The name of an image in `left_out`, the same wherever the data are."""
-        return os.path.relpath(name, self.root) if self.root else name
+        return relative(name, self.root) if self.root else name
 
     def _leave_out(self, names: Collection[str]) -> None:
         """Drop the images of these names. If a class loses all its images: a note, or an InputError if `complete`."""

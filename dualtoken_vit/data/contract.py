@@ -96,7 +96,7 @@ def hold_out(names: Sequence[str], share: float, held: bool) -> list[int]:
     """The positions of `share` of the images of these names if `held`, else of the others: the same in every run."""
     if len(names) < 2:
         raise InputError(f"--data.holdout {share}: there are fewer than two images")
-    ordered = sorted(range(len(names)), key=lambda index: names[index])
+    ordered = sorted(range(len(names)), key=lambda index: names[index].replace(os.sep, "/"))  # on every system
     chosen = set(random.Random(0).sample(ordered, round(share * len(names)) or 1))
     return [index for index in range(len(names)) if (index in chosen) == held]
 

@@ -1,6 +1,5 @@
 """Images with objects from one label format to another."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from dualtoken_vit.data.formats import FORMATS, detect
 from dualtoken_vit.data.formats.base import polygons_of, sizes
 from dualtoken_vit.data.splits import ALL
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_folder, printable
+from dualtoken_vit.files import atomic_folder, printable, relative
 from dualtoken_vit.show.console import wide_console
 
 COUNTS = ("images", "objects", "crowds", "polygons", "masks")
@@ -83,12 +82,11 @@ def _valid(split: AnnotatedImages, title: str) -> AnnotatedImages:
     paths = [Path(split.path(image)) for image in coco["images"]]
     for image, path, size in zip(coco["images"], paths, sizes(paths, f"checking {printable(title)}"), strict=True):
         fault = size if isinstance(size, str) else size_fault(str(path), size, image, split.name)
-        relative = os.path.relpath(path, split.folder)
-        if relative.startswith(".."):
+        image["file_name"] = relative(path, split.folder)
+        if image["file_name"].startswith(".."):
             fault = f"{printable(path)} is not in {printable(split.folder)}"
         if fault:
             problems.append(fault)
-        image["file_name"] = relative
     if problems:
         more = f" (and {len(problems) - 1} more: check-data lists all)" if len(problems) > 1 else ""
         raise InputError(f"{name}: {problems[0]}{more}")

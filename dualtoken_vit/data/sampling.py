@@ -8,10 +8,12 @@ import gc
 import os
 import random
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import get_all_start_methods, get_start_method, parent_process
 from threading import Thread
 from typing import Any
 
@@ -163,11 +165,22 @@ def outlast_signals() -> None:
 
 
 def _await_sigterm() -> None:
-    if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+    parent = parent_process()  # not of a fork server
+    if signal.sigwaitinfo({signal.SIGTERM}).si_pid == (parent.pid if parent else os.getppid()):
         os._exit(0)  # as PyTorch's handler: any other status would be an error
     signal.sigtimedwait({signal.SIGTERM}, GRACE)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def start_method(workers: int) -> str | None:
+    """How to start data loading processes; None: as the program does.
+
+    On Linux they are forks, unless the program has chosen something else than the system's default: the fork server of
+    Python 3.14 does not outlast the signals that its workers do, see `outlast_signals`.
+    """
+    chosen = get_start_method(allow_none=True) not in (None, get_all_start_methods()[0])
+    return "fork" if workers and sys.platform == "linux" and not chosen else None
 
 
 def loader(
@@ -230,7 +243,8 @@ def loader(
         if prepare:
             prepare(dataset, epoch, progress)
         stream = samples.epoch(batch_size, train, mix(seed, epoch), rank, world, workers)
-        rest = _Rest(stream, batch_size, drop_last=train, num_workers=stream.workers, **common)
+        common |= dict(num_workers=stream.workers, multiprocessing_context=start_method(stream.workers))
+        rest = _Rest(stream, batch_size, drop_last=train, **common)
         rest.skip = skip
         return rest
     count = len(dataset)
@@ -247,4 +261,5 @@ def loader(
     else:
         own = list(range(rank, count, world))
         batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    return _Loader(samples, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, **common)
+    common |= dict(num_workers=workers, persistent_workers=workers > 0, multiprocessing_context=start_method(workers))
+    return _Loader(samples, batch_sampler=batches, **common)

@@ -35,7 +35,7 @@ from dualtoken_vit.data.masks import IGNORE, label_table, mask_fault, read_colou
 from dualtoken_vit.data.shapes import CLASSES, SCENES, scene
 from dualtoken_vit.data.threads import in_threads, verify_each
 from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.files import counted, printable
+from dualtoken_vit.files import counted, printable, relative
 from dualtoken_vit.recipes import SegmentationData
 
 MAX_CLASSES = 254
@@ -156,7 +156,7 @@ def _by_stem(folder: Path, repeated: bool = False) -> tuple[dict[str, str], tupl
     found: dict[str, str] = {}
     images, others = scan(folder, repeated)
     for path in images:
-        name = os.path.splitext(os.path.relpath(path, folder))[0]
+        name = os.path.splitext(relative(path, folder))[0]
         if name in found:
             raise InputError(f"{printable(found[name])} and {printable(path)} have the same name; rename or remove one")
         found[name] = path

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import printable, relative
 
 ALL = "all"  # name of the only split of a dataset without splits
 SPLITS = {name: name for name in ("train", "val", "test", "trainval")} | {
@@ -42,7 +42,7 @@ def inside(root: str | Path, path: str | Path) -> bool:
 
 def as_root(root: Path, path: Path) -> Path:
     """The path, absolute if `root` is and else relative: only names of one kind have a common folder."""
-    return path if path.is_absolute() == root.is_absolute() else root / os.path.relpath(path, root)
+    return path if path.is_absolute() == root.is_absolute() else root / relative(path, root)
 
 
 def find(root: Path, name: str, folders: Iterable[Path]) -> Path | None:

@@ -34,7 +34,7 @@ from dualtoken_vit import machine
 from dualtoken_vit.bounds import check_bounds
 from dualtoken_vit.data.classification import Images, build_datasets
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import atomic_write, counted, write_json
+from dualtoken_vit.files import atomic_write, counted, relative, write_json
 from dualtoken_vit.paper.comparison import Result, chance, draw, label, table_of, verdict
 from dualtoken_vit.paper.counting import Counts, count
 from dualtoken_vit.paper.tables import PUBLISHED, Published, bare, model_of
@@ -274,7 +274,7 @@ def _fingerprint(train: Images, val: Images, root: str) -> dict[str, Any]:
     """Identifies a dataset by its numbers of images, its classes and its image names below `root`."""
     names = [name for data in (train, val) for name in data.image_names]
     if root:  # however it is written
-        names = [f"/{Path(os.path.relpath(name, root)).as_posix()}" for name in names]
+        names = [f"/{relative(name, root)}" for name in names]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {"training": len(train), "validation": len(val), "classes": list(train.class_names), "names": digest}
 
@@ -287,7 +287,7 @@ async def _train(job: _Job, threads: int, slots: asyncio.Semaphore, console: Con
     path = job.folder / LOG
     async with slots:
         command = [sys.executable, "-m", "dualtoken_vit", "train", "folder", "--out", str(job.folder), "--resume"]
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUTF8": "1"}  # for the log
         try:
             write_recipe(job.folder, job.recipe, "folder")  # also on resume: the data may have moved
             device = machine.pick_device(job.recipe.run.device)

@@ -10,7 +10,7 @@ from dualtoken_vit.data.coco import DIGITS, AnnotatedImages
 from dualtoken_vit.data.images import image_size
 from dualtoken_vit.data.threads import in_threads, track
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import printable, relative
 
 
 class Format(NamedTuple):
@@ -80,7 +80,7 @@ class Labels:
 
     def place(self, path: Path, inside: str = "") -> str:
         """A file, and a line or object in it, for messages."""
-        return os.path.relpath(path, self.root) + (f", {inside}" if inside else "")
+        return relative(path, self.root) + (f", {inside}" if inside else "")
 
     def add_image(self, path: Path, size: tuple[int, int]) -> None:
         """The image, of this width and height, to which the next objects belong."""
@@ -119,7 +119,7 @@ class Labels:
         """All of it. The images' folder is the lowest that contains them all."""
         folder = os.path.commonpath([path.parent for path in self.paths]) if self.paths else str(self.root)
         for image, path in zip(self.images, self.paths, strict=True):
-            image["file_name"] = os.path.relpath(path, folder)
+            image["file_name"] = relative(path, folder)
         names = sorted({one["category_id"] for one in self.annotations}) if self.names is None else self.names
         ids = {name: number for number, name in enumerate(names, start=1)}
         for one in self.annotations:

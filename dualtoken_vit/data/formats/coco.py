@@ -14,7 +14,7 @@ from dualtoken_vit.data.coco import AnnotatedImages, object_area, read_coco
 from dualtoken_vit.data.formats.base import Format, class_names, copy_image, labelled
 from dualtoken_vit.data.splits import ALL, find_moved, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import printable
+from dualtoken_vit.files import printable, relative
 
 ROBOFLOW = "_annotations.coco.json"
 WHOLE = (ROBOFLOW, "result.json", "labels.json", "annotations.json")  # of datasets without splits
@@ -57,7 +57,7 @@ def _read(root: Path, path: Path) -> AnnotatedImages:
     if moved:
         for one in filter(_file_name, coco["images"]):
             place = moved.get(one["file_name"])
-            one["file_name"] = os.path.relpath(place, folder) if place else one["file_name"]
+            one["file_name"] = relative(place, folder) if place else one["file_name"]
     return split._replace(folder=str(folder), coco=coco)
 
 

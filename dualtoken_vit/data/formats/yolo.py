@@ -28,7 +28,7 @@ from dualtoken_vit.data.formats.base import (
 )
 from dualtoken_vit.data.splits import ALL, as_root, find, inside, split_folders, split_of
 from dualtoken_vit.errors import InputError, reason
-from dualtoken_vit.files import counted, printable
+from dualtoken_vit.files import counted, printable, relative
 
 ROUNDED = 0.02  # pixels within which boxes are the same: COCO's have two decimals, as have its polygons
 PIXELS = 2.0  # larger coordinates are no fractions; smaller ones, beyond the image, are for check-data to report
@@ -153,7 +153,7 @@ def _inside(root: Path, base: Path, entry: str) -> Path | None:
 
 def _label_file(root: Path, image: Path) -> Path:
     """Ultralytics' rule: the last folder `images` of the path in `root` becomes `labels`, and the extension .txt."""
-    parts = list(Path(os.path.relpath(image.with_suffix(".txt"), root)).parts)
+    parts = relative(image.with_suffix(".txt"), root).split("/")
     if "images" in parts[:-1]:
         parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
     return root.joinpath(*parts)

@@ -1,6 +1,9 @@
 """Helpers shared by several test files."""
 
+import os
+import re
 import struct
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dualtoken_vit  # noqa: F401  registers the models
+
+SERVER = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")  # Windows cannot fork
+
+
+def native(pattern):
+    """A regular expression of paths with slashes, for paths as the system writes them: on Windows with backslashes."""
+    return pattern.replace("/", re.escape(os.sep))
+
+
+def need_name(folder, name):
+    """Skip the test where no file can have such a name: macOS wants UTF-8, Windows no control characters."""
+    try:
+        Path(folder, name).touch()
+    except (OSError, ValueError) as error:
+        pytest.skip(f"the file system refuses this name: {error!r}")
+    Path(folder, name).unlink()
 
 
 def create(name="dualtoken_vit_tiny", depths=(1, 1, 1), num_classes=5, **kwargs):

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import native
 from label_files import labelme, save, shape
 from mask_files import data, labels_of, mean_label, spoil
 from PIL import ExifTags, Image
@@ -61,7 +62,7 @@ def test_check_counts_classes_and_knows_large_images(tree, capsys):
         path.write_bytes(b"nothing")
     with pytest.raises(
         InputError,
-        match=r"no usable training mask; the first: .*annotations/train/\d\.png: cannot be read as an image",
+        match=native(r"no usable training mask; the first: .*annotations/train/\d\.png: cannot be read as an image"),
     ):
         check(tree, capsys)
 
@@ -87,10 +88,10 @@ def test_check_names_what_was_planted(tree, capsys):
     assert not verdict
     for line in (
         "class in no mask: train/boat",
-        f"without a mask: {tree}/images/val/1.jpg",
-        f"mask without an image: {tree}/annotations/val/0.png",
-        f"{tree}/annotations/train/0.png: label 7 in 3 pixels",
-        f"{tree}/annotations/train/1.png: 20x10 pixels",
+        f"without a mask: {tree / 'images/val/1.jpg'}",
+        f"mask without an image: {tree / 'annotations/val/0.png'}",
+        f"{tree / 'annotations/train/0.png'}: label 7 in 3 pixels",
+        f"{tree / 'annotations/train/1.png'}: 20x10 pixels",
         "problems: 5",
     ):
         assert line in out

@@ -241,7 +241,7 @@ def test_from_images_to_predictions(call, photos, tmp_path):
     assert "epoch 2/2" in out
     assert "top-5" not in out
     assert "calibration error" not in out
-    assert f"dualtoken-vit evaluate {run}/best.safetensors" in out
+    assert f"dualtoken-vit evaluate {run / 'best.safetensors'}" in out
 
     status, out, _ = call("evaluate", run / "best.safetensors", "--json", "--device", "cpu")
     assert status == 0
@@ -279,7 +279,7 @@ def test_a_image_that_breaks_while_it_is_read(call, photos, tmp_path):
     assert (status, out) == (2, "")
     lines = [line for line in err.splitlines() if line.startswith("dualtoken-vit: error: ")]
     assert len(lines) == 1
-    assert "red/0.jpg" in lines[0]
+    assert str(Path("red/0.jpg")) in lines[0]
     skip = ("--data.unreadable", "skip", "--device", "cpu", "--json")
     assert json.loads(call("evaluate", run / "best.safetensors", *skip)[1])["images"] == 17
 
@@ -356,7 +356,7 @@ def test_an_interrupt_ends_with_one_line(call, monkeypatch):
         (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 5000), f"error: {'a' * 100}...: File name too long"),
         (OSError(errno.EROFS, "Read-only file system", "b"), "error: cannot write b: Read-only file system; what was"),
         (OSError(errno.EACCES, "Permission denied", "no\nb"), r"error: cannot read or write no\nb: Permission"),
-        (OSError(errno.EACCES, "Permission denied", os.devnull), "error: cannot write /dev/null: Permission"),
+        (OSError(errno.EACCES, "Permission denied", os.devnull), f"error: cannot write {os.devnull}: Permission"),
     ],
 )
 def test_errors_of_the_system_end_with_one_line(call, monkeypatch, error, line):

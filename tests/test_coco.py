@@ -1,13 +1,13 @@
 """COCO files of every form become samples, and every broken one gets one clear error."""
 
 import json
-import os
 import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import need_name
 from PIL import Image
 from pycocotools import mask as reference
 from pycocotools.coco import COCO
@@ -208,10 +208,10 @@ def test_a_file_without_a_trained_class_has_an_id_for_it(files, coco):
     coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] == 3]
     data = files(class_names=("cow", "dog", "cat"))
     assert data.category_ids == [10, 3, 9]
-    assert data.notes == (f"{files.folder}/coco.json: no objects of class 'cow', 'cat'",)
+    assert data.notes == (f"{files.folder / 'coco.json'}: no objects of class 'cow', 'cat'",)
     assert data[0][1]["labels"].tolist() == [1]
     assert [one["name"] for one in data.truth["categories"]] == ["cow", "dog", "cat"]
-    assert files().notes == (f"{files.folder}/coco.json: no objects of class 'cat'",)
+    assert files().notes == (f"{files.folder / 'coco.json'}: no objects of class 'cat'",)
 
 
 def test_truth_for_evaluation(files, coco):
@@ -288,7 +288,7 @@ def test_one_clear_error(files, coco, spoil, message):
     with pytest.raises(InputError) as error:
         files()
     assert message in str(error.value)
-    assert str(error.value).startswith(f"{files.folder}/coco.json: ")
+    assert str(error.value).startswith(f"{files.folder / 'coco.json'}: ")
     assert "\n" not in str(error.value)
 
 
@@ -371,14 +371,15 @@ def test_verify_counts_what_cannot_be_read(files):
 
 def test_names_that_are_hard_to_print(files, coco):
     """Latin-1 in the json is kept as the system keeps it in file names; messages have one line."""
+    path, name, shown = files.folder / "coco.json", "caf\udce9\n.png", "caf\ufffd\\n.png"
+    need_name(files.folder, name)
     coco["categories"][0]["name"] = "$cat\n\r"
     coco["images"][1]["file_name"] = "caf\u00e9\n.png"
     files(masks=False, limit=1)
-    path, name = files.folder / "coco.json", os.fsdecode(b"caf\xe9\n.png")
     path.write_bytes(path.read_bytes().replace(b"\\u00e9", b"\xe9"))
     with pytest.raises(InputError) as caught:
         DetectionDataset(read_coco(path, files.folder), False)
-    assert str(caught.value) == f"{files.folder}/caf\ufffd\\n.png: no such file, but it is listed in {path}"
+    assert str(caught.value) == f"{files.folder / shown}: no such file, but it is listed in {path}"
     (files.folder / "2.png").rename(files.folder / name)
     data = DetectionDataset(read_coco(path, files.folder), False)
     assert data.class_names == ("dog", "$cat\n\r")
@@ -386,7 +387,7 @@ def test_names_that_are_hard_to_print(files, coco):
     (files.folder / name).write_bytes(b"")
     with pytest.raises(InputError) as caught:
         data.verify()
-    assert str(caught.value).startswith(f"{files.folder}/caf\ufffd\\n.png: cannot be read as an image")
+    assert str(caught.value).startswith(f"{files.folder / shown}: cannot be read as an image")
     with pytest.raises(InputError, match=r"category '\$cat\\n\\r' is not among the 1 trained class"):
         DetectionDataset(read_coco(path, files.folder), False, class_names=["dog"])
 

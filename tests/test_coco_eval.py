@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import SERVER
 from pycocotools import mask as reference
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -23,7 +23,6 @@ from dualtoken_vit.tasks.coco_eval import CURVES, FIGURES, Score, evaluate, save
 from dualtoken_vit.tasks.detection import precision_recall
 from dualtoken_vit.tasks.distributed import gather
 
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_coco_eval"])
 
 
@@ -279,7 +278,7 @@ def test_results(tmp_path):
 
 
 def gather_part(rank, world, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=world)
     found = {image_id: [{"image_id": image_id, "score": 1.0}] for image_id in ([5, 1], [2, 5])[rank]}  # 5 is in both
     Path(folder, f"{rank}.json").write_text(json.dumps(list(gather(found).items())))
 

@@ -1,5 +1,6 @@
 """Distillation: the loss against numpy, what the teacher sees, which teachers are refused, and resuming."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -188,10 +189,10 @@ def test_a_taught_run_is_resumed_bit_by_bit(photos, tmp_path, monkeypatch):
     )
     for teacher, message in (
         (None, "--distill.weight and --distill.temperature need --distill.teacher"),
-        (tmp_path / "other.safetensors", f"--distill.teacher {tmp_path}/other.safetensors is not the teacher that"),
+        (tmp_path / "other.safetensors", f"--distill.teacher {tmp_path / 'other.safetensors'} is not the teacher that"),
     ):
         other = replace(made, distill=replace(made.distill, teacher=teacher and str(teacher)))
-        with pytest.raises(InputError, match=f"^{message}"):
+        with pytest.raises(InputError, match=f"^{re.escape(message)}"):
             train(other, tmp_path / "run", resume=True)
     moved = shutil.move(tmp_path / "teacher.safetensors", tmp_path / "moved.safetensors")
     train(replace(made, distill=replace(made.distill, teacher=str(moved))), tmp_path / "run", resume=True)

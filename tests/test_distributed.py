@@ -1,7 +1,6 @@
 """Two processes on one machine give what one gives."""
 
 import csv
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from helpers import SERVER
 from safetensors.torch import load_file
 
 from dualtoken_vit import cli
@@ -18,7 +18,6 @@ from dualtoken_vit.tasks.distributed import synchronise_batchnorm
 
 pytestmark = pytest.mark.slow
 
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_distributed"])
 
 

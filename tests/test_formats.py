@@ -1,6 +1,7 @@
 """Label formats: each file here has the form in which a public tool writes it, see `label_files`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,7 +127,8 @@ def test_one_folder_is_split_the_same_way_every_time(export):
         (
             "csv-roboflow",
             {"train/_annotations.csv": CSV.replace("xmax", "xmaz") + ROWS, "valid/_annotations.csv": CSV + ROWS},
-            "train/_annotations.csv: its first line does not name the columns filename, class, xmin, ymin, xmax, ymax",
+            f"{Path('train/_annotations.csv')}: its first line does not name the columns filename, class, xmin, ymin, "
+            "xmax, ymax",
         ),
         (YOLO, {"_annotations.csv": CSV}, "has labels in several formats: yolo, csv; choose one with --data.format"),
         (
@@ -175,7 +177,7 @@ def test_all_problems_are_reported(export, tmp_path, capsys):
     found = capsys.readouterr().out
     place = f"{root} (train): "
     assert f"{place}labels/train/a.txt, line 3: 3 numbers after the class" in found
-    assert f"{place}{root}/images/train/b.png: cannot be read as an image" in found
+    assert f"{place}{root / 'images/train/b.png'}: cannot be read as an image" in found
     assert f"box outside the image: {place}labels/train/a.txt, line 4 is 20x10 at (26, 5) in an image of 40x20" in found
     assert (tmp_path / "out" / "labels.png").is_file()
 
@@ -268,7 +270,7 @@ def test_cvat_s_masks_that_are_crowds_are_noted(export):
     assert read(str(export("coco-2017", files={path: coco})), "coco", "train").notes == ()
     coco["annotations"][1] |= {"attributes": {"occluded": False}}
     root = export("coco-2017", files={path: coco})
-    note = f"{root}/{path}: 1 of 2 annotations have iscrowd 1 and are not trained on; CVAT writes it for every mask"
+    note = f"{root / path}: 1 of 2 annotations have iscrowd 1 and are not trained on; CVAT writes it for every mask"
     detection = build_datasets(DetectionData(root=str(root), val_split="train"), masks=False, channels=3)
     masks = build_masks(SegmentationData(root=str(root), val_split="train"), 3)
     for train, _ in (detection, masks):

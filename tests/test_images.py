@@ -1,13 +1,14 @@
 """Images of every kind are decoded correctly: pixel values against the definitions of the formats."""
 
 import os
+import re
 from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from helpers import save_tiff
+from helpers import need_name, save_tiff
 from PIL import ExifTags, Image
 
 from dualtoken_vit.data.check.report import read_facts
@@ -216,10 +217,11 @@ def test_what_is_no_image_is_named(content, tmp_path):
 def test_no_such_file_and_a_folder(tmp_path):
     with pytest.raises(InputError, match=r"none\.png: no such file"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(InputError, match=str(tmp_path)):
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
         load_image(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes of this kind")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(path := tmp_path / "a.png")
     for read in (load_image, image_size, read_mask, lambda path: load_image(str(path))):
@@ -265,9 +267,11 @@ def test_an_image_that_does_not_fit_in_memory(monkeypatch, tmp_path):
 
 
 def test_names_are_printed_in_one_line(tmp_path):
+    name, shown = "a\nb\r.png", r"a\nb\r.png"
+    need_name(tmp_path, name)  # a name that is impossible is another error
     with pytest.raises(InputError) as caught:
-        load_image(tmp_path / "a\nb\r.png")
-    assert str(caught.value) == rf"{tmp_path}/a\nb\r.png: no such file"
+        load_image(tmp_path / name)
+    assert str(caught.value) == f"{tmp_path / shown}: no such file"
 
 
 def normalised(pixels):

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import need_name
 from PIL import Image
 
 from dualtoken_vit.data.check.classification import check as check_data
@@ -129,7 +130,7 @@ def test_a_table_beside_class_folders_is_named(tmp_path):
         with table.open("a") as file:
             file.write(rest)
         train, val = build_datasets(ClassificationData(root=str(tmp_path)), 3)
-        line = f"{table}: not read, because {tmp_path}/train has class folders; --data.root {table} reads it"
+        line = f"{table}: not read, because {tmp_path / 'train'} has class folders; --data.root {table} reads it"
         assert (train.notes, val.notes) == ((line,), ())
         table.unlink()
 
@@ -205,7 +206,7 @@ def test_a_table_beside_those_of_the_splits_is_named(tmp_path):
         (tmp_path / f"{table}.csv").write_text(f"file,label\n{min(LABELS)},red\n")
     notes = [read_labels(tmp_path, split, None).notes for split in ("train", "val")]
     (note,) = notes[0] + notes[1]
-    assert note.startswith(f"{tmp_path}/more.csv: not read, because {tmp_path}/train.csv is")
+    assert note.startswith(f"{tmp_path / 'more.csv'}: not read, because {tmp_path / 'train.csv'} is")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "CSV", "parquet"])
@@ -217,7 +218,7 @@ def test_rows_of_an_unknown_split_are_named(tmp_path, suffix):
     )
     train, val = build_datasets(ClassificationData(root=str(tmp_path)), 3)
     assert (set(pairs(train)), set(pairs(val))) == ({"a.png"}, {"d.png"})
-    note = f"{tmp_path}/labels.{suffix}: 1 row left out: 'tarin' in line 3 is none of train, val and test"
+    note = f"{tmp_path / 'labels'}.{suffix}: 1 row left out: 'tarin' in line 3 is none of train, val and test"
     assert (train.notes, val.notes) == ((note,), ())
 
 
@@ -230,6 +231,7 @@ def test_a_column_of_splits_that_names_none(tmp_path):
 
 
 def test_a_cell_of_several_lines(tmp_path):
+    need_name(tmp_path, "x\ny.png")
     save_images(tmp_path, ["x\ny.png", "a.png"])
     rows = [("file", "class"), ("x\ny.png", "cat"), ("a.png", "dog")]
     write(tmp_path / "train.csv", rows)

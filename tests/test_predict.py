@@ -154,9 +154,9 @@ def test_skipped_files_are_reported_in_one_line(constant, tmp_path, capsys):
     solid(tmp_path / "photos" / "b" / "b.png")
     for name in ("film.mp4", "b/notes.txt", ".hidden.txt", "named.download"):
         (tmp_path / "photos" / name).write_text("no image")
-    solid(tmp_path / "x.png").rename(tmp_path / "photos" / "named.download")
+    solid(tmp_path / "x.png").replace(tmp_path / "photos" / "named.download")
     given = (tmp_path / "photos", tmp_path / "photos" / "b", tmp_path / "photos" / "named.download")
-    line = f"skipped files that are not images: 2, for example {tmp_path}/photos/b/notes.txt\n"
+    line = f"skipped files that are not images: 2, for example {tmp_path / 'photos/b/notes.txt'}\n"
     for _ in range(2):  # the second time, the output of the first is in the folder
         assert predict(constant, given, out, json=True)
         printed = capsys.readouterr()
@@ -228,7 +228,7 @@ def test_older_drawings_are_kept_and_counted(constant, tmp_path, capsys):
         solid(out / ".ipynb_checkpoints" / "0-checkpoint.png"), solid(out / ".hidden.png")
         reports.append([line for line in capsys.readouterr().err.splitlines() if "older" in line])
     line = f"{out} has older files, which this run did not write: "
-    assert reports == [[], [], [f"{line}7, for example in/0.png.png"], [f"{line}9, for example 1.png.png"]]
+    assert reports == [[], [], [f"{line}7, for example {Path('in/0.png.png')}"], [f"{line}9, for example 1.png.png"]]
     assert len(list(out.rglob("*.png.png"))) == 9
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SERVER
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 EPOCHS, STEPS = 3, 9  # of 36 images in batches of 4
 
 # Forks of a server that has imported everything: a process that is going to be killed starts at once.
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["dualtoken_vit.cli", "dualtoken_vit.tasks.trainer", "test_resume"])
 
 

@@ -1,6 +1,7 @@
 """What a run's folder accepts: one training at a time, of one recipe, on the same classes."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
-from helpers import edit
+from helpers import edit, native
 from PIL import Image
 
 from dualtoken_vit import RECIPES, cli, train
@@ -98,7 +99,9 @@ def test_changed_classes_are_named(run, change, message):
         if added:
             (photos / split / added).mkdir()
             Image.new("RGB", (32, 32)).save(photos / split / added / "0.png")
-    with pytest.raises(InputError, match=f"the classes changed since the run in {out} began: {message}; restore them"):
+    with pytest.raises(
+        InputError, match=re.escape(f"the classes changed since the run in {out} began: {message}; restore them")
+    ):
         call("train", "folder", "--resume", "--out", out)
 
 
@@ -107,10 +110,10 @@ def test_unverified_data(photos, tmp_path, capsys):
     (photos / "val" / "red" / "0.jpg").write_bytes(b"no image")
     args = ("train", "folder", "--data.root", photos, *SETTINGS, "--optim.epochs", 1)
     for switch in (("--data.no-verify",), ("--data.verify", "false")):
-        with pytest.raises(InputError, match=r"val/red/0\.jpg: cannot be read as an image"):
+        with pytest.raises(InputError, match=native(r"val/red/0\.jpg: cannot be read as an image")):
             call(*args, *switch, "--out", tmp_path / switch[-1])
         assert "reading every image" not in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"val/red/0\.jpg: cannot be read as an image"):
+    with pytest.raises(InputError, match=native(r"val/red/0\.jpg: cannot be read as an image")):
         call(*args, "--out", tmp_path / "verified")
     assert not (tmp_path / "verified").exists()
 

@@ -80,9 +80,14 @@ def test_shards_are_dealt_out_to_processes(shards):
         loader(train, 2, train=True, seed=0, world=4)
 
 
+def random_pair(image):
+    """A transform that can be sent to workers that are no forks, unlike a lambda."""
+    return torch.rand(2)
+
+
 def test_shards_augmented_alike(shards):
     train, _ = build_datasets(shards, 3)
-    train.transform = lambda image: torch.rand(2)
+    train.transform = random_pair
     for workers in (0, 1):
         these, those = ([x for x, _ in loader(train, 4, train=True, seed=5, workers=workers)] for _ in range(2))
         assert torch.equal(torch.cat(these), torch.cat(those))

@@ -1,5 +1,7 @@
 """YOLO's labels: polygons, rotated images, and what is wrong in a file."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from label_files import COMMON, LINES, TRIANGLE, YOLO, assert_one_error, objects
@@ -51,7 +53,7 @@ def test_yolo_fractions_are_of_the_rotated_image(export):
         (YOLO, {"labels/train/a.txt": f"0 {'9' * 5000} 0.5 0.1 0.1"}, "9 is not a finite number"),
         (YOLO, {"labels/train/a.txt": "0 x 7 20 10"}, "line 1: 'x' is not a number"),
         (YOLO, {"labels/train/a.txt": "0 nan 0.5 0.1 0.1"}, "line 1: 'nan' is not a finite number"),
-        (YOLO, {"images/train/a.png": "no image"}, "images/train/a.png: cannot be read as an image"),
+        (YOLO, {"images/train/a.png": "no image"}, f"{Path('images/train/a.png')}: cannot be read as an image"),
         (YOLO, {"labels/train/a.txt": None}, "no image has a label file; expected"),
         (YOLO, {"coco8.yaml": "names: ["}, "coco8.yaml: cannot be read as YAML"),
         (

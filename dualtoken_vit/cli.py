@@ -189,7 +189,7 @@ def train(args: list[str]) -> None:
 
     def parse(recipe: Recipe) -> Train:
         command = f"train {name}".rstrip()
-        examples = command if command in EXAMPLES and name else f"train {recipe.task}"
+        examples = command if name and command in EXAMPLES else f"train {recipe.task}"
         return _with_recipe(Train, recipe, args, command, examples, ABOUT.get(name))
 
     if name:

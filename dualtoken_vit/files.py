@@ -57,7 +57,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
             if fcntl is not None:
-                os.replace(temporary, path)  # as long as it is locked
+                _replace(temporary, path)  # as long as it is locked
                 own = False  # its name is free for the next writer
         if fcntl is None:
             _replace(temporary, path)
@@ -75,8 +75,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """As `os.replace`, on Windows, where it waits a second for a virus scanner or viewer to close the file."""
-    for _ in range(10):
+    """As `os.replace`; on Windows it waits a second for a virus scanner or viewer to close the file."""
+    for _ in range(10 if fcntl is None else 0):
         try:
             return os.replace(temporary, path)
         except PermissionError:
@@ -143,7 +143,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         if fcntl is None and path.is_dir():
             path.rmdir()  # Windows replaces no folder, not even an empty one
-        os.replace(temporary, path)
+        _replace(temporary, path)
         placed = True  # its name is free for the next writer
     except OSError as error:
         raise InputError(f"cannot write {printable(path)}: {_reason(error)}; nothing was written") from error

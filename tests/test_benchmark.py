@@ -159,8 +159,8 @@ def meet(folder):
     raise TimeoutError
 
 
-def fail():
-    raise ValueError("first line\nsecond line")
+def fail(error):
+    raise error
 
 
 def test_processes_run_at_the_same_time(tmp_path):
@@ -170,8 +170,9 @@ def test_processes_run_at_the_same_time(tmp_path):
         met = [path.name.split("-") for path in tmp_path.iterdir()]
         assert sorted(number for _, number in met) == ["0", "0", "1", "1", "2", "2"]
         assert {int(pid) for pid, _ in met} == {process.pid for process, _ in processes.workers}
-        with pytest.raises(RuntimeError, match=r"^first line$"):
-            processes.run(fail)
+        for kind in (ValueError, FileNotFoundError, InputError):
+            with pytest.raises(RuntimeError, match=r"^first line$"):
+                processes.run(partial(fail, kind("first line\nsecond line")))
         for _ in range(2):  # during a call, and before one
             with pytest.raises(InputError, match="processes: one of 2 ended; give fewer if memory was short"):
                 processes.run(partial(os._exit, 1))
@@ -182,10 +183,10 @@ def test_processes_run_at_the_same_time(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="the signal is one of POSIX")
 def test_processes_leave_ctrl_c_to_the_command():
+    """Also before they have imported what they need."""
     with Processes(1) as processes:
-        processes.run(partial(os.getpid))
         os.kill(processes.workers[0][0].pid, signal.SIGINT)
-        processes.run(partial(os.getpid))
+        processes.run(os.getpid)
 
 
 def test_a_process_that_does_not_start(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import native, need_name
+from helpers import need_name
 from label_files import COMMON, EXPORTS, LINES, VOC, YOLO, A, B, objects, roboflow_coco, save
 from pycocotools import mask as reference
 from pycocotools.coco import COCO
@@ -200,7 +200,7 @@ def test_a_disk_that_takes_capitals_for_small_letters(export, tmp_path, monkeypa
 
     root = export(YOLO, files={"images/train/A.png": B})
     monkeypatch.setattr(Path, "exists", exists)
-    with pytest.raises(InputError, match=native(r"images/train/[aA]\.png: another image differs only in .*capitals")):
+    with pytest.raises(InputError, match=r"images/train/[aA]\.png: another image differs only in .*capitals"):
         convert(root, tmp_path / "new", to)
     assert [each.name for each in tmp_path.iterdir()] == [YOLO]
 

@@ -13,13 +13,22 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.tasks.failures import explained
 
 
+def ended(how):
+    """What PyTorch raises for a process that ended while it waits for a batch; why is in the cause alone."""
+    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    error.__cause__ = RuntimeError(f"DataLoader worker (pid 7) {how}")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "processes", "message"),
     [
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "give fewer --data.workers"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "), 1, "from outside.*with --resume"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), 1, "give fewer --data.workers"),
-        (RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 1. "), 1, "script.*__main__"),
+        (ended("exited unexpectedly with exit code 1. Details"), 1, "an error printed above.*in a script.*__main__"),
+        (ended("is killed by signal: Killed. "), 1, r"memory \(.*\); give fewer --data.workers$"),
+        (ended("is killed by signal: Terminated. "), 1, "from outside.*with --resume"),
         (RuntimeError("[pair.cc:525] Connection closed by peer [127.0.0.1]:1234"), 2, "another process of this run"),
         (RuntimeError("NCCL communicator was aborted on rank 1."), 4, "another process of this run"),
         (

@@ -107,7 +107,7 @@ def test_a_worker_of_a_fork_server_ends_when_its_parent_ends_it():
     ready = context.Event()
     worker = context.Process(target=outlast, args=(ready,))
     worker.start()
-    ready.wait()
+    assert ready.wait(120)
     worker.terminate()
-    worker.join()
+    worker.join(50)
     assert worker.exitcode == 0  # after the grace period it would be the signal

@@ -258,9 +258,10 @@ def test_measured_accuracies_are_shown_with_their_networks():
 
 def test_one_table(capsys, monkeypatch):
     """With the studies of its networks only."""
+    models = {"of 9": Model("dualtoken_vit_tiny_mix", ("downsampling=onestep",)), "of 2": Model("mobilevit_xxs")}
     studies = [
-        dict(file=name, table="", text="", base="", networks=[dict(model=Model(model, args), mean=0.45)])
-        for name, model, args in (("of 9", "dualtoken_vit_tiny_mix", ("downsampling=onestep",)), ("of 2", "x", ()))
+        dict(file=name, table="", text="", base="", networks=[dict(model=model, mean=0.45)])
+        for name, model in models.items()
     ]
     monkeypatch.setattr(tables, "read_studies", lambda folder: studies)
     tables.tables(only=(9,))
@@ -268,6 +269,8 @@ def test_one_table(capsys, monkeypatch):
     assert re.findall(r"^ Table (\d) +(\S+)", out, re.MULTILINE) == [("9", "table9-onestep"), ("9", "table9-stepwise")]
     assert out.splitlines()[-1].endswith("of 9")
     assert "T 45.0 (1)" in out
+    tables.tables(only=(3,))
+    assert "no measured accuracies: results has no study of these networks" in capsys.readouterr().out
     with pytest.raises(InputError, match="--only 1: give numbers of the paper's tables, 2 to 9"):
         tables.tables(only=(6, 1))
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from dualtoken_vit.data.coco import AnnotatedImages, entry_name, segmentation_fault, size_fault
 from dualtoken_vit.data.formats import FORMATS, detect
 from dualtoken_vit.data.formats.base import polygons_of, sizes
-from dualtoken_vit.data.splits import ALL
+from dualtoken_vit.data.splits import ALL, inside
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import atomic_folder, printable, relative
 from dualtoken_vit.show.console import wide_console
@@ -82,8 +82,9 @@ def _valid(split: AnnotatedImages, title: str) -> AnnotatedImages:
     paths = [Path(split.path(image)) for image in coco["images"]]
     for image, path, size in zip(coco["images"], paths, sizes(paths, f"checking {printable(title)}"), strict=True):
         fault = size if isinstance(size, str) else size_fault(str(path), size, image, split.name)
-        image["file_name"] = relative(path, split.folder)
-        if image["file_name"].startswith(".."):
+        if inside(split.folder, path):
+            image["file_name"] = relative(path, split.folder)
+        else:
             fault = f"{printable(path)} is not in {printable(split.folder)}"
         if fault:
             problems.append(fault)

@@ -71,7 +71,8 @@ def scan(folder: str | Path, repeated: bool = False) -> tuple[dict[str, str], li
 
 def natural(path: str) -> tuple[list[str | int], str]:
     """The key of natural order: 2 before 10."""
-    parts = re.split(r"(\d+)", path.lower().replace(os.sep, "/"))  # the order is the same on every system
+    path = path.replace(os.sep, "/")  # the order is the same on every system
+    parts = re.split(r"(\d+)", path.lower())
     return [int(part) if part.isdecimal() else part for part in parts], path
 
 

@@ -1,11 +1,13 @@
 """Processes that do the same at the same time."""
 
+import pickle
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from threading import current_thread, main_thread
 
 from dualtoken_vit.errors import InputError, first_line
 
@@ -24,7 +26,8 @@ class Processes:
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(theirs,), daemon=True)
-                process.start()
+                with _without_ctrl_c():
+                    process.start()
                 theirs.close()  # else the end of the process would not end what waits for it
                 self.workers.append((process, ours))
         except OSError as error:
@@ -45,8 +48,8 @@ class Processes:
         """Do this, which can be pickled, in each process; return when all have.
 
         Raises:
-            InputError: if a process ended. After an error that no user can mend, it has printed a traceback.
-            RuntimeError: with the message of such an error, or of a ValueError, in one of them.
+            InputError: if a process ended. Where an error of the program ended it, it has printed a traceback.
+            RuntimeError: with the message of another error in one of them, such as of a network that does not run.
         """
         try:
             for _, connection in self.workers:
@@ -61,16 +64,31 @@ class Processes:
             raise RuntimeError(problem)
 
 
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C, also while they import PyTorch: the main process ends them."""
+    if current_thread() is not main_thread():  # which alone can set a handler
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def _work(connection: Connection) -> None:
     """What one of `Processes` does until the main process ends, or ends it."""
-    # Ctrl-C is for the main process, which ends this one. This module imports no PyTorch, so that the signal is ignored
-    # before the seconds which that takes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows does not pass it on
     with suppress(EOFError, OSError):  # the main process has gone
         while True:
-            do, problem = connection.recv(), ""
-            try:
-                do()
-            except (RuntimeError, ValueError) as error:  # of a network that does not run
-                problem = first_line(error)
-            connection.send(problem)
+            connection.send(_problem(connection.recv_bytes()))
+
+
+def _problem(message: bytes) -> str:
+    """Do what `run` was given; return the first line of an error, "" without."""
+    try:
+        pickle.loads(message)()
+    except (InputError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        return first_line(error)
+    return ""

@@ -162,7 +162,7 @@ def _measured(row: Published, studies: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{top1} ({', '.join(numbers)})" for top1, numbers in found.items())
 
 
-def published(only: Sequence[int] = ()) -> list[Published]:
+def _published(only: Sequence[int] = ()) -> list[Published]:
     """The rows of the paper's tables, or of those with these numbers; an InputError for one that the paper has not."""
     known = [int(row.table.removeprefix("Table ")) for row in PUBLISHED]
     if unknown := [number for number in only if number not in known]:
@@ -229,9 +229,12 @@ def tables(
         print(WHAT_IS_LISTED)
         print(modern_table(markdown))
         return
-    folder, shown = results or Path("results"), published(only)
-    every, networks = read_studies(folder), {model for row in shown for model in _networks(row)}
-    studies = [study for study in every if any(network["model"] in networks for network in study["networks"])]
+    folder = results or Path("results")
+    shown, studies, missing = _published(only), read_studies(folder), "study-*.json"
+    if only and studies:
+        networks = {model for row in shown for model in _networks(row)}
+        studies = [study for study in studies if any(each["model"] in networks for each in study["networks"])]
+        missing = "study of these networks"
     rows = compare(studies, shown)
     if json:
         printed = [asdict(row) for row in rows]
@@ -245,7 +248,7 @@ def tables(
     columns = ["<table", "<recipe or model", "<network", "params M", "paper", "diff %", "FLOPs G", "paper", "diff %"]
     columns += ["MACs G", "published"] + ["<measured"] * bool(studies)
     print(table_text(columns, groups, markdown))
-    if not every:
-        print(f"no measured accuracies: {folder} has no study-*.json; --results names another folder")
+    if not studies:
+        print(f"no measured accuracies: {folder} has no {missing}; --results names another folder")
     for number, study in enumerate(studies, start=1):
         print(f"{'- ' if markdown else ''}({number}) {study['text']}: {study['file']}")

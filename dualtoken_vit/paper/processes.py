@@ -79,7 +79,7 @@ def _without_ctrl_c() -> Iterator[None]:
 
 def _work(connection: Connection) -> None:
     """What one of `Processes` does until the main process ends, or ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows does not pass it on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it is not inherited
     with suppress(EOFError, OSError):  # the main process has gone
         while True:
             connection.send(_problem(connection.recv_bytes()))
@@ -89,6 +89,6 @@ def _problem(message: bytes) -> str:
     """Do what `run` was given; return the first line of an error, "" without."""
     try:
         pickle.loads(message)()
-    except (InputError, MemoryError, OSError, RuntimeError, ValueError) as error:
+    except (EOFError, InputError, MemoryError, OSError, RuntimeError, ValueError) as error:
         return first_line(error)
     return ""

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from itertools import chain
 from math import floor
 from typing import Any
 
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -26,6 +28,10 @@ def train_size(data: recipes.ClassificationData | recipes.MultiLabelData, progre
     return min(data.start_size + round((data.image_size - data.start_size) * grown / 16) * 16, data.image_size)
 
 
+def _posterize(image: Image.Image, bits: int, **how: Any) -> Image.Image:
+    return auto_augment.posterize(image, max(bits, 1), **how)
+
+
 def classification_train(
     data: recipes.ClassificationData | recipes.MultiLabelData,
     augment: recipes.ClassificationAugment | recipes.MultiLabelAugment,
@@ -41,7 +47,7 @@ def classification_train(
         InputError: for an augmentation policy that timm rejects.
     """
     try:
-        return create_transform(
+        transform: Any = create_transform(
             train_size(data, progress),
             is_training=True,
             scale=augment.scale,
@@ -60,6 +66,12 @@ def classification_train(
         raise InputError(
             f"--augment.auto-augment {augment.auto_augment}: not a policy of timm; try rand-m9-n2-mstd0.5"
         ) from error
+    for step in transform.transforms:
+        for operation in chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            if operation.aug_fn is auto_augment.posterize:
+                # At its strongest timm keeps 0 bits: a black image, and since Pillow 13 an error.
+                operation.aug_fn = _posterize
+    return transform
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):

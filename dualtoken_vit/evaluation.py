@@ -19,7 +19,7 @@ from dualtoken_vit.errors import InputError, first_line
 from dualtoken_vit.machine import tune_cpu
 from dualtoken_vit.predictors import default_options, load_predictor, read_header, stored_recipe
 from dualtoken_vit.recipes import Recipe
-from dualtoken_vit.runtime.predictor import ExportedPredictor
+from dualtoken_vit.runtime.exported import ExportedPredictor
 from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.tasks.base import Evaluation
 from dualtoken_vit.tasks.calibration import HOTTEST, fit_temperature

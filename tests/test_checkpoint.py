@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -130,6 +131,21 @@ def test_the_checksum_is_kept_up(tmp_path):
     assert read_checkpoint(path).preprocessing["temperature"] == 2.0
     with safetensors.safe_open(path, framework="pt") as file:
         assert len(file.metadata()["sha256"]) == 64
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux, which lists the mapped files")
+def test_a_checkpoint_is_not_mapped_when_it_is_replaced(monkeypatch, tmp_path):
+    """Windows replaces no file that is mapped."""
+    path = save(tmp_path / "best.safetensors", make())
+    mapped, replace = [], os.replace
+
+    def observing(source, target):
+        mapped.append(str(target) in Path("/proc/self/maps").read_text())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", observing)
+    store_preprocessing(path, temperature=2.0)
+    assert mapped == [False]
 
 
 def test_files_of_other_kinds(tmp_path):

@@ -12,7 +12,7 @@ from dualtoken_vit.deploy.verify import difference
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.detectors import DETECTORS, refusing_nan
 from dualtoken_vit.models.segmenters import Bins
-from dualtoken_vit.runtime.predictor import AnySizeDetector
+from dualtoken_vit.runtime.detection import AnySizeDetector
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

@@ -11,7 +11,9 @@ from test_predict import checkpoint  # noqa: F401  a fixture
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.header import check_header
 from dualtoken_vit.predictors import read_header
-from dualtoken_vit.runtime.predictor import AnySizeDetector, Classifier, Segmenter
+from dualtoken_vit.runtime.classification import Classifier
+from dualtoken_vit.runtime.detection import AnySizeDetector
+from dualtoken_vit.runtime.segmentation import Segmenter
 from dualtoken_vit.runtime.session import FORMAT, KEY
 
 SOUND = {

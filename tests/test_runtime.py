@@ -24,7 +24,10 @@ from dualtoken_vit.models.resizing import Transform, paste_mask
 from dualtoken_vit.models.segmenters import segment
 from dualtoken_vit.predict import predict
 from dualtoken_vit.recipes import Detection, SegmentationInput, to_dict
+from dualtoken_vit.runtime import arrays
 from dualtoken_vit.runtime import predictor as runtime
+from dualtoken_vit.runtime.boxes import suppress
+from dualtoken_vit.runtime.detection import paste
 from dualtoken_vit.runtime.session import KEY, RUNTIMES, ExportedModel
 
 
@@ -149,7 +152,7 @@ def test_a_label_map_is_the_argmax_of_the_logits(segmenter, image):
 def test_resizing_is_torchs(image, size):
     x = np.asarray(image, np.float32).transpose(2, 0, 1) / 255
     tensor = torch.from_numpy(x)[None]
-    for ours, antialias in ((runtime.shrink, True), (runtime.resize, False)):
+    for ours, antialias in ((arrays.shrink, True), (arrays.resize, False)):
         reference = F.interpolate(tensor, size, mode="bilinear", antialias=antialias)[0].numpy()
         assert ours(x, size) == pytest.approx(reference, abs=1e-5)
 
@@ -164,7 +167,7 @@ def test_suppression_is_torchvisions(ties):
         scores, boxes[150:] = np.round(scores, 1), boxes[:150]
     keep = batched_nms(*map(torch.from_numpy, (boxes, scores, labels)), 0.5)
     assert 20 < len(keep) < 280
-    assert runtime.suppress(boxes, scores, labels, 0.5).tolist() == keep.tolist()
+    assert suppress(boxes, scores, labels, 0.5).tolist() == keep.tolist()
 
 
 def test_masks_are_pasted_as_in_pytorch():
@@ -174,7 +177,7 @@ def test_masks_are_pasted_as_in_pytorch():
     canvas = torch.zeros(4, 1, 60, 80, dtype=torch.bool)
     for place, mask, box in zip(canvas, masks, boxes.tolist(), strict=True):
         paste_mask(place, torch.from_numpy(mask)[None], box)
-    assert (runtime.paste(masks, boxes, (60, 80)) == canvas[:, 0].numpy()).mean() > 0.9999
+    assert (paste(masks, boxes, (60, 80)) == canvas[:, 0].numpy()).mean() > 0.9999
     assert canvas.any()
 
 

@@ -378,3 +378,11 @@ def test_how_data_loading_processes_are_started(monkeypatch, system, methods, ch
     monkeypatch.setattr(sampling, "get_start_method", lambda allow_none: chosen)
     assert sampling.start_method(2) == expected
     assert sampling.start_method(0) is None
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_loaders_start_their_processes_so(monkeypatch, train):
+    monkeypatch.setattr(sampling, "start_method", lambda workers: "spawn" if workers else None)
+    chosen = [loader(Numbers(8), 4, train=train, seed=0, workers=workers).multiprocessing_context for workers in (0, 1)]
+    assert chosen[0] is None
+    assert chosen[1].get_start_method() == "spawn"

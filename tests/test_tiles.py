@@ -13,7 +13,7 @@ from torchvision.ops import nms
 
 from dualtoken_vit.deploy import graphs
 from dualtoken_vit.runtime.boxes import suppress
-from dualtoken_vit.runtime.predictor import AnySizeDetector, Detector
+from dualtoken_vit.runtime.detection import AnySizeDetector, Detector
 from dualtoken_vit.runtime.tiles import detect_in_tiles, starts
 from dualtoken_vit.tasks.detection import DetectionOptions, DetectionPredictor
 

@@ -23,7 +23,7 @@ from dualtoken_vit.data.threads import track, working
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.files import counted
 from dualtoken_vit.results import Classes, LabelMap, Labels, Objects
-from dualtoken_vit.runtime.predictor import ExportedPredictor
+from dualtoken_vit.runtime.exported import ExportedPredictor
 from dualtoken_vit.runtime.session import KEY
 
 Precision = Literal["float32", "float16", "int8-dynamic", "int8-static"]

@@ -11,7 +11,7 @@ from dualtoken_vit.data.images import load_image
 from dualtoken_vit.deploy.plans import Plan, Size
 from dualtoken_vit.errors import InputError
 from dualtoken_vit.models.backbone import ceil_div
-from dualtoken_vit.runtime.predictor import to_array, to_float
+from dualtoken_vit.runtime.arrays import to_array, to_float
 from dualtoken_vit.runtime.session import Arrays
 
 TOLERANCE = 1e-4

@@ -38,7 +38,7 @@ from dualtoken_vit.models.layers import Attention
 from dualtoken_vit.predict import files_in, find_images, none_readable, tell_older, tell_unreadable
 from dualtoken_vit.predictors import load_predictor
 from dualtoken_vit.recipes import Device, Runtime
-from dualtoken_vit.runtime.predictor import ExportedPredictor
+from dualtoken_vit.runtime.exported import ExportedPredictor
 from dualtoken_vit.runtime.session import is_exported
 from dualtoken_vit.show.console import table_text
 from dualtoken_vit.show.plots import save_figure

@@ -29,7 +29,7 @@ from dualtoken_vit.models.detectors import build_detector, create_detector, refu
 from dualtoken_vit.models.one_stage import DETECTIONS, SCORE_THRESHOLD
 from dualtoken_vit.recipes import Detection, DetectionInput, Model, model_kwargs
 from dualtoken_vit.results import Objects
-from dualtoken_vit.runtime.predictor import to_objects
+from dualtoken_vit.runtime.detection import to_objects
 from dualtoken_vit.runtime.report import ObjectsReport, to_results
 from dualtoken_vit.runtime.session import Arrays
 from dualtoken_vit.runtime.tiles import detect_in_tiles

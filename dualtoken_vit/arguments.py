@@ -53,7 +53,7 @@ class Evaluate(Generic[D]):
     device: Device = "auto"
     """auto: an accelerator if there is one, else the CPU."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Precision of the forward pass."""
+    """Precision of the forward pass; validation during training has that of --run.precision."""
     runtime: Runtime | None = None
     """Of an exported file; by default onnxruntime."""
     calibrate: Switch = False

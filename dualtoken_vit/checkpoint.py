@@ -144,7 +144,12 @@ def save_checkpoint(
 
 
 def _encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    return safetensors.torch.save(tensors, metadata | {CHECKSUM: _checksum(tensors, metadata)})
+    content = safetensors.torch.save(tensors, metadata | {CHECKSUM: _checksum(tensors, metadata)})
+    # safetensors writes the metadata in an order by chance; the same content must be the same file.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

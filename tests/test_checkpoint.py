@@ -148,6 +148,13 @@ def test_a_checkpoint_is_not_mapped_when_it_is_replaced(monkeypatch, tmp_path):
     assert mapped == [False]
 
 
+def test_the_same_network_is_the_same_file(tmp_path):
+    model = make()
+    first, *others = (save(tmp_path / f"{number}.safetensors", model) for number in range(5))
+    assert {path.read_bytes() for path in others} == {first.read_bytes()}
+    assert int.from_bytes(first.read_bytes()[:8], "little") % 8 == 0  # aligned tensors, as safetensors writes them
+
+
 def test_files_of_other_kinds(tmp_path):
     model = make()
     bare = tmp_path / "bare.safetensors"

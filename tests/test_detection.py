@@ -148,6 +148,22 @@ def test_more_objects_in_an_image_than_count(scenes, tmp_path, tile, classes, sa
     assert found == ([f"{said}, which limits recall and AP"] if said else [])
 
 
+@pytest.mark.parametrize(
+    ("sides", "said"),
+    [((32, 48, 64), ["--augment.multi-scale 48, 64: the same for most training images"]), ((32, 64), []), ((), [])],
+)
+@pytest.mark.parametrize(("network", "frozen"), [("test_resnet", True), ("convnext_atto", False)])
+def test_notes_on_the_network_and_its_images(scenes, sides, said, network, frozen):
+    base = RECIPES["coco"]
+    files = {f"{split}_json": str(scenes / "annotations" / f"instances_{split}.json") for split in ("train", "val")}
+    data = replace(base.data, images=str(scenes / "images"), image_size=32, max_size=48, **files)
+    recipe = replace(base, data=data, augment=replace(base.augment, multi_scale=sides), model=Model(name=network))
+    notes = get_task("detection").prepare(recipe, recipe.model).train.notes
+    assert [note.partition(", whose")[0] for note in notes if "multi-scale" in note] == said
+    assert sum("starts from random weights" in note for note in notes) == 1
+    assert any("frozen batch normalisation normalises nothing" in note for note in notes) == frozen
+
+
 def test_evaluation_of_other_images(trained, scenes, tmp_path, capsys):
     detector, out = trained
     for name in ("images", "annotations"):

@@ -24,13 +24,14 @@ from label_files import (
 )
 
 from dualtoken_vit.data.check.detection import check as check_data
+from dualtoken_vit.data.check.segmentation import check as check_masks
 from dualtoken_vit.data.coco import read_coco
 from dualtoken_vit.data.convert import convert
 from dualtoken_vit.data.detection import build_datasets, build_val_dataset
 from dualtoken_vit.data.formats import detect, read
 from dualtoken_vit.data.segmentation import build_datasets as build_masks
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.recipes import Detection, DetectionData, SegmentationData
+from dualtoken_vit.recipes import Detection, DetectionData, Segmentation, SegmentationData
 from dualtoken_vit.tasks.detection import TASK
 
 
@@ -259,6 +260,19 @@ def test_cvat_s_rotated_boxes_are_enclosed(export, rotation, box):
     attribute = f"<attributes><attribute><name>rotation</name><value>{rotation}</value></attribute></attributes>"
     files = {"Annotations/a.xml": voc(boxes=[("cat", [5, 8, 30, 2])], extra=attribute)}
     assert objects(read(str(export("voc-devkit", files=files)), "voc", "train"))["a.png"] == found[:1]
+
+
+def test_a_class_without_an_object_is_no_problem(export, tmp_path, capsys):
+    """As in `check-data coco`: lists of classes are often those of a larger dataset."""
+    coco = roboflow_coco()
+    for one in coco["annotations"]:
+        one["segmentation"] = [TRIANGLE]  # the dog hides the cat
+    coco["categories"][0]["name"] = "fox"
+    root = export("coco-2017", files={"annotations/instances_train2017.json": coco})
+    check_masks(Segmentation(data=SegmentationData(root=str(root), val_split="train")), tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "note: 2 classes in no mask of train: 'fox', 'cat'" in out
+    assert "class in no mask: " not in out
 
 
 def test_cvat_s_masks_that_are_crowds_are_noted(export):

@@ -73,6 +73,13 @@ def test_any_timm_optimiser():
     assert build_optimizer(model, Optim(optimizer="adan")).param_groups[0]["betas"] == (0.98, 0.92, 0.99)
     with pytest.raises(InputError, match=r"did you mean .*adamw"):
         build_optimizer(model, Optim(optimizer="adamww"))
+    assert isinstance(build_optimizer(model, Optim(optimizer="lookahead_sgd")), timm.optim.Lookahead)
+    for name in ("schedulefree_adamw", "typo_muon", "lookahead_typo_sgd"):  # timm would take the last word
+        with pytest.raises(InputError, match=rf"^--optim\.optimizer {name}: .*_ is unknown; only lookahead_"):
+            build_optimizer(model, Optim(optimizer=name))
+    for name in ("kron", "kronw"):
+        with pytest.raises(InputError, match=rf"^--optim\.optimizer {name}: takes tens of gigabytes"):
+            build_optimizer(model, Optim(optimizer=name))
 
 
 def rates(optim, steps_per_epoch):

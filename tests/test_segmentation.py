@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,10 +24,11 @@ from dualtoken_vit.errors import InputError
 from dualtoken_vit.evaluation import evaluate
 from dualtoken_vit.models.segmenters import segment
 from dualtoken_vit.predictors import load_model
-from dualtoken_vit.recipes import Segmentation
+from dualtoken_vit.recipes import RECIPES, Segmentation
 from dualtoken_vit.recipes import SegmentationInput as View
 from dualtoken_vit.show.drawing import color_of, draw_scene
 from dualtoken_vit.tasks import segmentation
+from dualtoken_vit.tasks.registry import get_task
 from dualtoken_vit.tasks.segmentation import cross_entropy, evaluation
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -433,6 +435,22 @@ def test_mistakes_cost_one_line_and_leave_nothing(scenes, tmp_path, settings, me
         cli.run(arguments(scenes, tmp_path / "run", **settings))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("crop", "stride", "images", "refused"),
+    [
+        ((32, 32), None, 1, True),
+        ((32, 32), None, 2, False),
+        ((32, 40), None, 1, False),
+        ((32, 32), 16, 1, False),
+    ],
+)
+def test_crops_of_one_position(crop, stride, images, refused):
+    """LR-ASPP has batch normalisation at the backbone's last stride, but none after global pooling."""
+    base = RECIPES["masks-lite"]
+    recipe = replace(base, output_stride=stride, data=replace(base.data, crop_size=crop))
+    assert bool(get_task("segmentation").share_fault(recipe, images)) == refused
 
 
 def test_a_drawing_shows_labels_and_legend():

@@ -33,7 +33,7 @@ from dualtoken_vit.recipes import RECIPES, Model, to_dict
 from dualtoken_vit.tasks.loaders import Loaders
 from dualtoken_vit.tasks.networks import create_model
 from dualtoken_vit.tasks.registry import get_task
-from dualtoken_vit.tasks.run_folder import RunFolder, best_epoch, write_recipe
+from dualtoken_vit.tasks.run_folder import RunFolder, best_epoch, exhausted, write_recipe
 from dualtoken_vit.tasks.trainer import train
 
 
@@ -314,13 +314,15 @@ def test_steps_depend_on_their_place_in_the_run_alone(photos):
     assert all(a != b for a, b in zip(first, second, strict=True))
 
 
-def test_of_epochs_with_equal_scores_the_lowest_loss_is_the_best():
+def test_of_epochs_with_equal_scores_the_lowest_loss_or_the_last_is_the_best():
     assert best_epoch([], "top1") is None
     figures = ((1, 0.3, 2.0), (2, 0.4, 1.9), (3, 0.4, 1.5), (4, 0.4, 1.7))
     history = [{"epoch": epoch, "val_top1": top1, "val_loss": loss} for epoch, top1, loss in figures]
     assert best_epoch(history, "top1")["epoch"] == 3
     history = [{"epoch": epoch, "val_map": 0.1} for epoch in (1, 2)]  # a task without a validation loss
-    assert best_epoch(history, "map")["epoch"] == 1
+    assert best_epoch(history, "map")["epoch"] == 2
+    assert not exhausted(history, "map", patience=1)  # a detector has an AP of 0 at first
+    assert exhausted([*history, {"epoch": 3, "val_map": 0.09}], "map", patience=1)
 
 
 def test_a_validation_class_that_cannot_be_read_is_named(photos, tmp_path, capsys):

@@ -1,10 +1,11 @@
 """Object detection and instance segmentation: losses, COCO's average precision, prediction."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -185,6 +186,18 @@ def precision_recall(score: Score, class_names: tuple[str, ...]) -> dict[str, tu
     return curves
 
 
+def _same_sizes(recipe: Detection, sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """A note on sizes of --augment.multi-scale that are one for most of the images of these (width, height)."""
+    elongation, most = median(max(size) / min(size) for size in sizes), recipe.data.max_size
+    same = [side for side in recipe.augment.multi_scale if side * elongation >= most]
+    if len(same) > 1:
+        sides = ", ".join(map(str, same))
+        yield (
+            f"--augment.multi-scale {sides}: the same for most training images, whose long side --data.max-size {most} "
+            "limits; raise it, or leave these out"
+        )
+
+
 class DetectionTask(Task[Detection]):
     name = "detection"
     recipe = Detection
@@ -219,11 +232,14 @@ class DetectionTask(Task[Detection]):
         if recipe.data.max_size < recipe.data.image_size:
             limit = f"--data.max-size {recipe.data.max_size}, which limits the long side, is below"
             train.notes = (*train.notes, f"{limit} --data.image-size {recipe.data.image_size}, which has no effect")
-        if not (recipe.model.checkpoint or recipe.model.pretrained):
-            note = "the backbone starts from random weights, and its frozen batch normalisation normalises nothing"
-            train.notes = (*train.notes, f"{note}: give --model.checkpoint or --model.pretrained if you can")
+        train.notes = (*train.notes, *_same_sizes(recipe, train.sizes))
         args = model_kwargs(start)
         network = create_network(start, 0, **args)
+        if not (recipe.model.checkpoint or recipe.model.pretrained):
+            note = "the backbone starts from random weights"
+            if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
+                note += ", and its frozen batch normalisation normalises nothing"
+            train.notes = (*train.notes, f"{note}: give --model.checkpoint or --model.pretrained if you can")
         made: dict[str, Any] = dict(
             detector=recipe.detector,
             image_size=recipe.data.image_size,

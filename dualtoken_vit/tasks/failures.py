@@ -8,6 +8,7 @@ from dualtoken_vit.errors import InputError, naming_memory, reason
 
 WORKER = re.compile(r"DataLoader worker.*(exited unexpectedly|killed by signal)", re.DOTALL)
 ENDED = re.compile(r"DataLoader worker.*killed by signal: (Terminated|Hangup|Interrupt)", re.DOTALL)
+ONE_VALUE = "Expected more than 1 value per channel"  # PyTorch's batch normalisation in training
 PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
@@ -36,3 +37,8 @@ def explained(hint: str, processes: int = 1) -> Iterator[None]:
             cause = "another process of this run ended or cannot be reached; see its message"
             raise InputError(f"{cause}, and continue with --resume") from error
         raise
+    except ValueError as error:
+        if ONE_VALUE not in str(error):
+            raise
+        cause = "batch normalisation has nothing to average where a feature map of one image has a single position"
+        raise InputError(f"{cause}; give a larger --optim.batch-size, or larger images (--data.*)") from error

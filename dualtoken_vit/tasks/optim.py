@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dualtoken_vit.errors import InputError
-from dualtoken_vit.files import similar
+from dualtoken_vit.files import counted, similar
 from dualtoken_vit.models.backbone import layer_names
 from dualtoken_vit.recipes import Optim, Recipe
 
@@ -32,9 +32,14 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     options: dict[str, Any] = dict(lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
     ends = [*layer_names(model, "first_conv"), *layer_names(model, "classifier")]
     try:
-        info = timm.optim.get_optimizer_info(optim.optimizer.rpartition("_")[2])
+        wrapper, _, base = optim.optimizer.rpartition("_")
+        if wrapper.lower() not in ("", "lookahead"):  # timm ignores others
+            raise ValueError(f"{wrapper}_ is unknown; only lookahead_ may precede an optimiser")
+        info = timm.optim.get_optimizer_info(base)
         if info.second_order:
             raise ValueError("needs second derivatives, which training does not compute")
+        if info.opt_class is timm.optim.kron.Kron:  # its torch.compile, for each shape
+            raise ValueError("takes tens of gigabytes of memory for a weight of 384 x 192")
         if info.num_betas == 2:  # some have three
             options["betas"] = optim.betas
         optimizer = timm.optim.create_optimizer_v2(
@@ -111,8 +116,8 @@ def schedule_notes(recipe: Recipe, steps_per_epoch: int) -> list[str]:
     flag = "--optim.warmup-epochs" if optim.warmup_steps is None else "--optim.warmup-steps"
     if warmup >= total:
         notes.append(
-            f"the warm-up of {warmup} steps is cut to the {total} of this run: the learning rate rises until the end; "
-            f"give a smaller {flag}, or more epochs"
+            f"the warm-up of {counted(warmup, 'step')} is cut to the {total} of this run: the learning rate rises "
+            f"until the end; give a smaller {flag}, or more epochs"
         )
     return notes
 

@@ -165,8 +165,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def best_epoch(history: list[dict[str, Any]], score: str) -> dict[str, Any] | None:
-    """The row with the highest validation metric `score`; of equal ones, that with the lowest validation loss."""
-    return max(history, key=lambda row: (row[f"val_{score}"], -row.get("val_loss", 0)), default=None)
+    """The row with the highest validation metric `score`; of equal ones, the lowest validation loss, or the last."""
+    return max(history, key=lambda row: (row[f"val_{score}"], -row.get("val_loss", 0), row["epoch"]), default=None)
 
 
 def exhausted(history: list[dict[str, Any]], score: str, patience: int | None) -> bool:
@@ -206,7 +206,7 @@ class RunFolder(Callback):
         self.batches = 0
         self.bad_step: Any = 0  # the first whose loss was not finite
         self.lr = 0.0  # of the last step, the highest of its groups
-        self.begun = begun  # whether the folder has the recipe
+        self.begun = self.stored = begun  # whether the folder has the recipe, now and before this process
         self.stepped = False  # whether a batch was trained on since the start
         self.interrupted = False  # whether to stop after the step
         self.tracked: dict[str, str | None] = {}  # the run's name in each tracker
@@ -270,6 +270,11 @@ class RunFolder(Callback):
         trainer.logger.log_hyperparams(flatten(recipe))
         if trainer.is_global_zero:
             write_recipe(self.out, recipe, self.name)
+
+    def on_exception(self, trainer: Trainer, task: Module, exception: BaseException) -> None:
+        """Of a run without a step, keep no recipe, which would make the folder one of a run."""
+        if trainer.is_global_zero and isinstance(exception, Exception) and not (self.stored or self.stepped):
+            (self.out / RECIPE).unlink(missing_ok=True)
 
     def _log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         trainer.logger.log_metrics({f"epoch/{key}": value for key, value in row.items()}, step=row["step"])

@@ -147,7 +147,7 @@ def _notes(name: str, checked: _Checked) -> Iterator[str]:
         yield f"{unused} of the {classes} categories of {name} have no object"
     if tiny:
         ids = ", ".join(str(one.get("where") or one["id"]) for one in tiny[:5]) + (", ..." if len(tiny) > 5 else "")
-        yield f"{name}: not trained on, below {MIN_SIDE:g} px in the image: {len(tiny)} annotations ({ids})"
+        yield f"{name}: not trained on, below {MIN_SIDE:g} px in the image: {counted(len(tiny), 'annotation')} ({ids})"
 
 
 def _idle(name: str, checked: _Checked) -> Iterator[str]:

@@ -32,9 +32,9 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
     """Read every image and mask once, print a report, and draw some images with their labels as OUT/labels.png.
 
     Returns whether there is no problem. Problems are: everything that stops training (missing or unreadable masks,
-    sizes that differ, labels outside the classes), masks without an image, classes that are in no training mask (with
-    --data.limit a note), and images in both splits. The share of each class and copies are only reported. An InputError
-    for a dataset that does not exist, or has no usable mask.
+    sizes that differ, labels outside the classes), masks without an image, classes that are in no training mask (a note
+    with --data.limit and where masks are drawn from labels of objects), and images in both splits. The share of each
+    class and copies are only reported. An InputError for a dataset that does not exist, or has no usable mask.
     """
     data = recipe.data
     roles = {role if data.holdout else split_name(data, role): role for role in ("train", "val")}
@@ -67,10 +67,11 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
         notes.append("most images are more than twice the crop: --data.image-size makes training faster")
     seen = counts[first][: len(names)]
     unseen = [name for name, n in zip(names, seen, strict=True) if not n]
-    missing = [] if limited else [f"class in no mask: {first}/{name}" for name in unseen]
-    if limited and unseen:
+    missing = [f"class in no mask: {first}/{name}" for name in unseen]
+    if unseen and (limited or train.draw):  # drawn from objects, of a list of classes that may be longer
         classes = f"{counted(len(unseen), 'class')} in no mask of {first}: {some(unseen)}"
-        notes.append(f"--data.limit {data.limit}: {classes}")
+        notes.append(f"--data.limit {data.limit}: {classes}" if limited else classes)
+        missing = []
     alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
     orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
     broken = [f"{data.root}: {line}" for split in splits.values() for line in split.problems]

@@ -75,7 +75,7 @@ def test_attention_extract_sees_the_broadcast(method):
 
 
 @pytest.mark.slow
-def test_compile_runs_any_batch_and_size_in_one_graph(threads):
+def test_compile_runs_any_batch_and_size_in_one_graph(avx512):
     torch.compiler.reset()
     model = create("dualtoken_vit_tiny_mix", **NARROW)
     counter = CompileCounterWithBackend("eager")
@@ -89,7 +89,7 @@ def test_compile_runs_any_batch_and_size_in_one_graph(threads):
 
 
 @pytest.mark.slow
-def test_compile_stays_within_its_limit_with_batches_of_one_in_between(threads):
+def test_compile_stays_within_its_limit_with_batches_of_one_in_between(avx512):
     torch.compiler.reset()
     model = create("dualtoken_vit_tiny_mix", **NARROW)
     counter = CompileCounterWithBackend("eager")

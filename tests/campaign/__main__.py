@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from importlib import import_module
+from math import ceil
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def main() -> int:
     try:
         for part in chosen.only:
             numbers = range(count_of(out, part, chosen.count))
-            some = sorted(Random(chosen.seed).sample(numbers, int(chosen.share * len(numbers))))
+            some = sorted(Random(chosen.seed).sample(numbers, ceil(chosen.share * len(numbers))))
             run_part(out, chosen.seed, part, some, end, chosen.again)
             if chosen.report:
                 write_report(chosen.report, chosen.seed, finished(out, chosen.seed))

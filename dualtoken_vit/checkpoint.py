@@ -140,16 +140,17 @@ def save_checkpoint(
         for key, value in model.state_dict().items()
     }
     with atomic_write(path) as file:
-        file.write(_encode(tensors, metadata))
+        file.writelines(_encode(tensors, metadata))
 
 
-def _encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def _encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[bytes | memoryview]:
+    """The parts of a safetensors file, the same for the same content."""
     content = safetensors.torch.save(tensors, metadata | {CHECKSUM: _checksum(tensors, metadata)})
-    # safetensors writes the metadata in an order by chance; the same content must be the same file.
+    # safetensors writes the metadata in an order by chance.
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[end:]
+    return [len(header).to_bytes(8, "little"), header, memoryview(content)[end:]]
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -219,7 +220,7 @@ def store_preprocessing(path: str | Path, of: str | None = None, **values: Any) 
     with atomic_write(path) as file:
         if checksum(path) != before or (of is not None and before != of):
             raise InputError(f"{path} was replaced meanwhile, perhaps by a training; repeat this when it has ended")
-        file.write(content)
+        file.writelines(content)
 
 
 def _raw_metadata(path: str | Path) -> dict[str, str]:

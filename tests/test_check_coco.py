@@ -144,7 +144,7 @@ def test_segmentations_are_checked_where_they_are_not_needed(check):
     some[0]["segmentation"] = {"size": [48, 48], "counts": "~~"}
     verdict, lines = check(masks=False)
     assert not verdict
-    assert f"val: 1 of the {len(some)} annotations have a segmentation" in lines
+    assert f"val: 1 of the {len(some)} annotations has a segmentation" in lines
     assert problems(lines) == [
         f"broken segmentation: {check.root / 'val.json'}: annotation {some[0]['id']} cannot be drawn: "
         "its segmentation has run lengths that do not fill the image"

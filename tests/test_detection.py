@@ -150,7 +150,7 @@ def test_more_objects_in_an_image_than_count(scenes, tmp_path, tile, classes, sa
 
 @pytest.mark.parametrize(
     ("sides", "said"),
-    [((32, 48, 64), ["--augment.multi-scale 48, 64: the same for most training images"]), ((32, 64), []), ((), [])],
+    [((32, 48, 64), ["--augment.multi-scale 48 64: the same for most training images"]), ((32, 64), []), ((), [])],
 )
 @pytest.mark.parametrize(("network", "frozen"), [("test_resnet", True), ("convnext_atto", False)])
 def test_notes_on_the_network_and_its_images(scenes, sides, said, network, frozen):

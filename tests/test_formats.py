@@ -269,7 +269,7 @@ def test_a_class_without_an_object_is_no_problem(export, tmp_path, capsys):
         one["segmentation"] = [TRIANGLE]  # the dog hides the cat
     coco["categories"][0]["name"] = "fox"
     root = export("coco-2017", files={"annotations/instances_train2017.json": coco})
-    check_masks(Segmentation(data=SegmentationData(root=str(root), val_split="train")), tmp_path / "out")
+    assert check_masks(Segmentation(data=SegmentationData(root=str(root), val_split="train")), tmp_path / "out")
     out = capsys.readouterr().out
     assert "note: 2 classes in no mask of train: 'fox', 'cat'" in out
     assert "class in no mask: " not in out

@@ -196,6 +196,14 @@ def test_coloured_masks(tmp_path, table, palette, capsys):
     assert (tmp_path / "out/labels.png").is_file()
 
 
+def test_a_colour_in_no_mask_is_a_problem(tmp_path, capsys):
+    save_coloured(tmp_path, "class_dict.csv")
+    with (tmp_path / "class_dict.csv").open("a") as file:
+        file.write("boat,1,2,3\n")
+    assert not check_data(Segmentation(data=SegmentationData(root=str(tmp_path))), tmp_path / "out")
+    assert "class in no mask: train/boat" in capsys.readouterr().out
+
+
 def test_colours_count_from_one_without_label_zero(tmp_path):
     truth = save_coloured(tmp_path, "class_dict.csv")
     train = build_dataset(SegmentationData(root=str(tmp_path), reduce_zero_label=True, ignore_index=254), "train", 3)

@@ -11,7 +11,6 @@ import pytest
 from dualtoken_vit import files
 from dualtoken_vit.data.contract import hold_out
 from dualtoken_vit.data.folders import natural
-from dualtoken_vit.data.formats.base import Labels
 from dualtoken_vit.errors import InputError
 
 
@@ -72,12 +71,3 @@ def test_the_images_held_out_and_their_order_are_the_same(monkeypatch):
     windows = [name.replace("/", "\\") for name in names]
     assert {windows[index].replace("\\", "/") for index in hold_out(windows, 0.2, held=True)} == held
     assert [name.replace("\\", "/") for name in sorted(windows, key=natural)] == ordered
-
-
-def test_a_format_with_images_on_two_drives(monkeypatch):
-    labels = Labels(PureWindowsPath("C:/photos"))
-    for path in ("C:/photos/1.jpg", "D:/photos/2.jpg"):
-        labels.add_image(PureWindowsPath(path), (4, 4))
-    monkeypatch.setattr(os.path, "commonpath", ntpath.commonpath)
-    with pytest.raises(InputError, match=r"^C:.photos: its images are on several drives; move them to one$"):
-        labels.collect()

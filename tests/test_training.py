@@ -321,8 +321,11 @@ def test_of_epochs_with_equal_scores_the_lowest_loss_or_the_last_is_the_best():
     assert best_epoch(history, "top1")["epoch"] == 3
     history = [{"epoch": epoch, "val_map": 0.1} for epoch in (1, 2)]  # a task without a validation loss
     assert best_epoch(history, "map")["epoch"] == 2
-    assert not exhausted(history, "map", patience=1)  # a detector has an AP of 0 at first
-    assert exhausted([*history, {"epoch": 3, "val_map": 0.09}], "map", patience=1)
+    assert exhausted(history, "map", patience=1)  # no better
+    assert not exhausted(history, "map", patience=2)
+    assert not exhausted([*history, {"epoch": 3, "val_map": 0.2}], "map", patience=1)
+    nothing = [{"epoch": epoch, "val_map": 0.0} for epoch in range(9)]  # as of a detector at first
+    assert not exhausted(nothing, "map", patience=1)
 
 
 def test_a_validation_class_that_cannot_be_read_is_named(photos, tmp_path, capsys):

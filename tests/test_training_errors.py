@@ -202,7 +202,7 @@ def test_the_argument_at_fault_is_named(photos, tmp_path, monkeypatch, complaint
 def test_a_run_without_a_step_is_none(photos, tmp_path):
     """Batch normalisation of one position of one image, in the first step: after that the folder can be used."""
     network = {"name": "test_resnet", "args": ()}
-    message = r"^batch normalisation has nothing to average .*; give a larger --optim\.batch-size, or larger images"
+    message = r"^batch normalisation has nothing to average .*; give a larger --optim\.batch-size .* larger images"
     with pytest.raises(InputError, match=message):
         train(recipe(photos, model=network, optim={"batch_size": 1}), tmp_path / "run")
     train(recipe(photos, model=network, optim={"epochs": 1}), tmp_path / "run")

@@ -1,4 +1,4 @@
-// Images as dualtoken_vit/runtime/predictor.py prepares them: Pillow's resampling, bit by bit.
+// Images as dualtoken_vit/runtime/classification.py prepares them: Pillow's resampling, bit by bit.
 
 const MOST = 2 ** 22; // pixels: larger images take a phone too long, and memory
 const FILTERS = {

@@ -56,6 +56,7 @@ class MaskedImages(NamedTuple):
     notes: tuple[str, ...] = ()
     draw: Callable[[int], tuple[str | Image.Image, np.ndarray]] | None = None  # makes what `sources` returns
     problems: tuple[str, ...] = ()  # lines on what the reader could not use
+    of_objects: bool = False  # drawn from labels of objects
     splits: tuple[str, ...] = ()  # `ImageData.splits`
 
     def sources(self, index: int) -> tuple[str | Image.Image, np.ndarray]:
@@ -348,7 +349,8 @@ def _objects(data: SegmentationData, name: str) -> MaskedImages:
         of_image[one["image_id"]].append(one | {"label": label})
     pairs = [(split.path(image), f"{split.name}: {image['file_name']}") for image in coco["images"]]
     draw = partial(_render, split, coco["images"], Packed(list(of_image.values())))
-    return MaskedImages(pairs, names, notes=split.notes, draw=draw, problems=tuple(problems), splits=split.splits)
+    found: dict[str, Any] = dict(notes=split.notes, problems=tuple(problems), splits=split.splits)
+    return MaskedImages(pairs, names, draw=draw, of_objects=True, **found)
 
 
 def _render(

@@ -29,6 +29,7 @@ def train_size(data: recipes.ClassificationData | recipes.MultiLabelData, progre
 
 
 def _posterize(image: Image.Image, bits: int, **how: Any) -> Image.Image:
+    """timm's. At its strongest it keeps 0 bits or fewer: a black image, and since Pillow 13 an error."""
     return auto_augment.posterize(image, max(bits, 1), **how)
 
 
@@ -69,7 +70,6 @@ def classification_train(
     for step in transform.transforms:
         for operation in chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
             if operation.aug_fn is auto_augment.posterize:
-                # At its strongest timm keeps 0 bits: a black image, and since Pillow 13 an error.
                 operation.aug_fn = _posterize
     return transform
 

@@ -105,8 +105,8 @@ class Optim:
     """Optimiser and learning rate schedule, which is updated at every step and starts with a linear warm-up."""
 
     optimizer: str = "adamw"
-    """Name of a timm optimiser. The muon family leaves tokens, biases, norms, first convolution and classifier to AdamW
-    (nmuon and nadamuon: NAdamW)."""
+    """Name of a timm optimiser, which lookahead_ may precede. The muon family leaves tokens, biases, norms, first
+    convolution and classifier to AdamW (nmuon and nadamuon: NAdamW)."""
     lr: Annotated[float, Interval(ge=1e-12, le=1000)] = 1e-3
     """Peak learning rate; it is not scaled with batch_size."""
     schedule: Literal["cosine", "flat-cosine", "step", "poly"] = "cosine"
@@ -163,7 +163,7 @@ class Run:
     max_minutes: Annotated[float | None, Interval(gt=0, le=1e6)] = None
     """Approximate duration of the run: times the first steps, then sets optim.epochs to the number that fits."""
     patience: Annotated[int | None, Epochs, FREE] = None
-    """Stop after this many validations in a row without a better epoch."""
+    """Stop after this many validations in a row without a better epoch; not as long as the metric is 0."""
     logger: Annotated[Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"], FREE] = "tensorboard"
     """Tracker of losses and metrics. wandb, mlflow and trackio are extras of their names, and follow their own
     environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID)."""

@@ -1,4 +1,4 @@
-"""Predictors of exported files, without PyTorch: what `load_predictor` returns for them.
+"""The predictor of an exported file, by its task, without PyTorch: what `load_predictor` returns for it.
 
 predictor = load_predictor("model.onnx")
 result = predictor("image.jpg")             # or a PIL image, an array, a folder, a list of these
@@ -59,6 +59,8 @@ def default_options(path: str | Path) -> Any:
 
 
 def predictor_class(description: dict[str, Any]) -> type[ExportedPredictor[Any]]:
-    """The class of predictor for a file of this description."""
-    raw = description["task"] == "detection" and description["export"]["raw"]
-    return AnySizeDetector if raw else PREDICTORS[description["task"]]
+    """The class of predictor for a file of this description; an InputError for a task without one."""
+    task = description["task"]
+    if task not in PREDICTORS:
+        raise InputError(f"task {task!r} of an exported file is unknown here; {', '.join(PREDICTORS)} are known")
+    return AnySizeDetector if task == "detection" and description["export"]["raw"] else PREDICTORS[task]

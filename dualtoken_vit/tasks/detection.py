@@ -191,10 +191,10 @@ def _same_sizes(recipe: Detection, sizes: Sequence[tuple[int, int]]) -> Iterator
     elongation, most = median(max(size) / min(size) for size in sizes), recipe.data.max_size
     same = [side for side in recipe.augment.multi_scale if side * elongation >= most]
     if len(same) > 1:
-        sides = ", ".join(map(str, same))
+        sides = " ".join(map(str, same))
         yield (
             f"--augment.multi-scale {sides}: the same for most training images, whose long side --data.max-size {most} "
-            "limits; raise it, or leave these out"
+            "limits; raise it, or leave out all but the first"
         )
 
 

@@ -41,4 +41,5 @@ def explained(hint: str, processes: int = 1) -> Iterator[None]:
         if ONE_VALUE not in str(error):
             raise
         cause = "batch normalisation has nothing to average where a feature map of one image has a single position"
-        raise InputError(f"{cause}; give a larger --optim.batch-size, or larger images (--data.*)") from error
+        remedy = "give a larger --optim.batch-size or smaller --optim.accumulate, or larger images (--data.*)"
+        raise InputError(f"{cause}; {remedy}") from error

@@ -30,15 +30,15 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         InputError: for an unknown optimiser, or one that cannot be used here.
     """
     options: dict[str, Any] = dict(lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay)
+    base = optim.optimizer.lower().removeprefix("lookahead_")
     ends = [*layer_names(model, "first_conv"), *layer_names(model, "classifier")]
     try:
-        wrapper, _, base = optim.optimizer.rpartition("_")
-        if wrapper.lower() not in ("", "lookahead"):  # timm ignores others
-            raise ValueError(f"{wrapper}_ is unknown; only lookahead_ may precede an optimiser")
+        if "_" in base:  # timm takes what follows the last one, whatever precedes it
+            raise ValueError("only lookahead_ may precede the name of an optimiser")
         info = timm.optim.get_optimizer_info(base)
         if info.second_order:
             raise ValueError("needs second derivatives, which training does not compute")
-        if info.opt_class is timm.optim.kron.Kron:  # its torch.compile, for each shape
+        if info.opt_class is timm.optim.kron.Kron:  # as timm compiles it, with and without opt_einsum
             raise ValueError("takes tens of gigabytes of memory for a weight of 384 x 192")
         if info.num_betas == 2:  # some have three
             options["betas"] = optim.betas
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         )
     except (ValueError, AssertionError, ImportError, RuntimeError) as error:  # some need a GPU, or another package
         names = list(map(str, timm.optim.list_optimizers()))
-        hint = "" if optim.optimizer in names else similar(optim.optimizer, names)
+        hint = "" if base in names else similar(base, names)
         raise InputError(f"--optim.optimizer {optim.optimizer}: {error}{hint and f'; {hint}'}") from error
     for group in optimizer.param_groups:  # torch's schedulers ignore timm's lr_scale
         group["lr"] *= group.get("lr_scale", 1.0)

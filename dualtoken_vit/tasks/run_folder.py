@@ -96,7 +96,8 @@ def check_resume(stored: Recipe, asked: Recipe, out: Path) -> None:
         if value != before[key] and key not in free:
             raise InputError(
                 f"--{key.replace('_', '-')} is {before[key]} in the run in {out}, not {value}: a resumed run keeps "
-                f"its settings; leave it out, or start another with --out and --model.checkpoint {out / BEST}"
+                "its settings; leave it out, or start another with --out"
+                + (f" and --model.checkpoint {out / BEST}" if (out / BEST).exists() else "")
             )
 
 
@@ -166,13 +167,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def best_epoch(history: list[dict[str, Any]], score: str) -> dict[str, Any] | None:
     """The row with the highest validation metric `score`; of equal ones, the lowest validation loss, or the last."""
-    return max(history, key=lambda row: (row[f"val_{score}"], -row.get("val_loss", 0), row["epoch"]), default=None)
+    return max(history, key=lambda row: (_rank(row, score), row["epoch"]), default=None)
 
 
 def exhausted(history: list[dict[str, Any]], score: str, patience: int | None) -> bool:
-    """Whether `run.patience` validations in a row were no better."""
+    """Whether `run.patience` validations in a row were no better than one before, whose score is not 0."""
     best = best_epoch(history, score)
-    return patience is not None and best is not None and best not in history[-patience:]
+    if patience is None or best is None or not best[f"val_{score}"]:
+        return False
+    before = best_epoch(history[:-patience], score)
+    return before is not None and _rank(before, score) == _rank(best, score)
+
+
+def _rank(row: dict[str, Any], score: str) -> tuple[float, float]:
+    return row[f"val_{score}"], -row.get("val_loss", 0)
 
 
 def best_line(history: list[dict[str, Any]], score: str, epochs: int) -> str:
@@ -206,7 +214,7 @@ class RunFolder(Callback):
         self.batches = 0
         self.bad_step: Any = 0  # the first whose loss was not finite
         self.lr = 0.0  # of the last step, the highest of its groups
-        self.begun = self.stored = begun  # whether the folder has the recipe, now and before this process
+        self.begun = begun  # whether the folder has the recipe
         self.stepped = False  # whether a batch was trained on since the start
         self.interrupted = False  # whether to stop after the step
         self.tracked: dict[str, str | None] = {}  # the run's name in each tracker
@@ -272,9 +280,14 @@ class RunFolder(Callback):
             write_recipe(self.out, recipe, self.name)
 
     def on_exception(self, trainer: Trainer, task: Module, exception: BaseException) -> None:
-        """Of a run without a step, keep no recipe, which would make the folder one of a run."""
-        if trainer.is_global_zero and isinstance(exception, Exception) and not (self.stored or self.stepped):
-            (self.out / RECIPE).unlink(missing_ok=True)
+        """After an error before anything was saved, the folder can be used again: it keeps no recipe.
+
+        It does after Ctrl-C and SIGTERM, which --resume continues.
+        """
+        saved = any((self.out / each).exists() for each in (LAST, BEST))
+        if trainer.is_global_zero and isinstance(exception, Exception) and not saved:
+            with suppress(OSError):
+                (self.out / RECIPE).unlink(missing_ok=True)
 
     def _log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         trainer.logger.log_metrics({f"epoch/{key}": value for key, value in row.items()}, step=row["step"])

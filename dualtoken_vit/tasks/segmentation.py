@@ -247,8 +247,6 @@ class SegmentationTask(Task[Segmentation]):
     def share_fault(self, recipe: Segmentation, share: int) -> str:
         if recipe.segmenter != "lraspp" and share < 2 and recipe.optim.batch_size // recipe.optim.accumulate < 2:
             return "the head's batch normalisation after global pooling needs two or more images"
-        if share < 2 and max(recipe.data.crop_size) <= (recipe.output_stride or 32):
-            return "a crop that is one position of the last feature map needs two or more for batch normalisation"
         return ""
 
 

@@ -137,14 +137,14 @@ def _summary(name: str, checked: _Checked) -> Iterator[str]:
     sized = f"{counted(len(areas), 'object')}, {small} below 32x32 px, {large} of 96x96 and more"
     yield f"{name}: {sized}; {counted(crowds, 'crowd')}"
     if masks:
-        yield f"{name}: {masks} of the {len(annotations)} annotations have a segmentation"
+        yield f"{name}: {masks} of the {len(annotations)} annotations {'has' if masks == 1 else 'have'} a segmentation"
 
 
 def _notes(name: str, checked: _Checked) -> Iterator[str]:
     yield from checked.split.notes
     classes, tiny = len(checked.split.coco["categories"]), checked.tiny
     if unused := classes - len(checked.counts()):
-        yield f"{unused} of the {classes} categories of {name} have no object"
+        yield f"{unused} of the {classes} categories of {name} {'has' if unused == 1 else 'have'} no object"
     if tiny:
         ids = ", ".join(str(one.get("where") or one["id"]) for one in tiny[:5]) + (", ..." if len(tiny) > 5 else "")
         yield f"{name}: not trained on, below {MIN_SIDE:g} px in the image: {counted(len(tiny), 'annotation')} ({ids})"

@@ -67,11 +67,11 @@ def check(recipe: Segmentation, out: Path, augmented: bool = False) -> bool:
         notes.append("most images are more than twice the crop: --data.image-size makes training faster")
     seen = counts[first][: len(names)]
     unseen = [name for name, n in zip(names, seen, strict=True) if not n]
-    missing = [f"class in no mask: {first}/{name}" for name in unseen]
-    if unseen and (limited or train.draw):  # drawn from objects, of a list of classes that may be longer
+    expected = limited or train.of_objects  # whose lists of classes are often those of a larger dataset
+    missing = [] if expected else [f"class in no mask: {first}/{name}" for name in unseen]
+    if expected and unseen:
         classes = f"{counted(len(unseen), 'class')} in no mask of {first}: {some(unseen)}"
         notes.append(f"--data.limit {data.limit}: {classes}" if limited else classes)
-        missing = []
     alone = [f"without a mask: {path}" for split in splits.values() for path in split.alone[0]]
     orphans = [f"mask without an image: {path}" for split in splits.values() for path in split.alone[1]]
     broken = [f"{data.root}: {line}" for split in splits.values() for line in split.problems]

@@ -116,15 +116,8 @@ class Labels:
         self.annotations.append(annotation)
 
     def collect(self) -> AnnotatedImages:
-        """All of it. The images' folder is the lowest that contains them all.
-
-        Raises:
-            InputError: if there is none, since they are on several drives (Windows).
-        """
-        try:
-            folder = os.path.commonpath([path.parent for path in self.paths]) if self.paths else str(self.root)
-        except ValueError as error:
-            raise InputError(f"{printable(self.root)}: its images are on several drives; move them to one") from error
+        """All of it. The images' folder is the lowest that contains them all."""
+        folder = os.path.commonpath([path.parent for path in self.paths]) if self.paths else str(self.root)
         for image, path in zip(self.images, self.paths, strict=True):
             image["file_name"] = relative(path, folder)
         names = sorted({one["category_id"] for one in self.annotations}) if self.names is None else self.names

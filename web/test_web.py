@@ -322,8 +322,9 @@ def test_offline_and_at_phone_width(context, page, images, requests):
 
 def test_everything_is_reached_by_keyboard(page, images):
     """In the order of the page; the first stop is the choice of an image."""
-    # expect_file_chooser() around the key may be too late: the browser opens its own dialog
     page.on("filechooser", lambda chooser: chooser.set_files(images / "photo.jpg"))
+    page.reload()  # the key might otherwise come before the browser leaves its dialog to the test
+    page.get_by_text("Ready, also offline.").wait_for()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.locator("#classes li").first.wait_for()
